@@ -1,0 +1,102 @@
+"""The contract of a decoder: visual tokens and words in, logits of the next word out.
+
+Whoever writes a decoder subclasses `Decoder`; generation talks to `start` and `step` only.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from capdistill.errors import ConfigError
+from capdistill.outputs import DecoderOutput
+
+
+@dataclass(frozen=True)
+class State:
+    """What a decoder remembers between two words. Rows stay grouped by image.
+
+    Args:
+        image: Tensors with one row an image (I, ...): features and their projections.
+        row: Tensors with one row a hypothesis (I * beams, ...): caches, recurrent states.
+        beams: Hypotheses an image.
+        position: Words consumed so far.
+    """
+
+    image: dict[str, Tensor]
+    row: dict[str, Tensor]
+    beams: int = 1
+    position: int = 0
+
+    def expand(self, k: int) -> State:
+        """Every row k times, side by side; what belongs to the image is not copied."""
+        rows = {key: value.repeat_interleave(k, 0) for key, value in self.row.items()}
+        return replace(self, row=rows, beams=self.beams * k)
+
+    def reorder(self, index: Tensor) -> State:
+        """Row r becomes old row `index[r]`, (R,); an index stays within its image's group."""
+        return replace(self, row={key: value[index] for key, value in self.row.items()})
+
+    def keep(self, images: Tensor) -> State:
+        """Only the given images, (J,) indices or (I,) bool, with all their rows."""
+        kept = {key: value[images] for key, value in self.image.items()}
+        rows = {
+            key: value.unflatten(0, (-1, self.beams))[images].flatten(0, 1)
+            for key, value in self.row.items()
+        }
+        return replace(self, image=kept, row=rows)
+
+
+class Decoder(nn.Module):
+    """Words given visual tokens. `forward` and repeated `step` give the same logits.
+
+    The vocabulary is not known when a decoder is composed, so that what depends on its size is
+    made by `build`, which `Captioner` calls.
+
+    Attributes:
+        dim: D, width of the features it reads.
+        hidden_dims: Width of each entry of `DecoderOutput.hidden`.
+        has_attention: Whether it can show attention over visual tokens.
+        vocabulary: V once built, else None.
+    """
+
+    dim: int
+    hidden_dims: tuple[int, ...]
+    has_attention: bool = True
+    vocabulary: int | None = None
+
+    def build(self, vocabulary: int) -> None:
+        """Make what depends on V, once; the same V again does nothing.
+
+        Raises:
+            ConfigError: the decoder was built for another vocabulary.
+        """
+        if self.vocabulary == vocabulary:
+            return
+        if self.vocabulary is not None:
+            raise ConfigError(
+                f"{type(self).__name__} was built for {self.vocabulary} words and is now given "
+                f"{vocabulary}. Create a new decoder for each captioner."
+            )
+        self.vocabulary = vocabulary
+        self.build_vocabulary(vocabulary)
+
+    @abstractmethod
+    def build_vocabulary(self, vocabulary: int) -> None:
+        """Create the word embedding and the output projection for V words."""
+
+    @abstractmethod
+    def forward(
+        self, input_ids: Tensor, features: Tensor, need: frozenset[str] = frozenset()
+    ) -> DecoderOutput:
+        """(B, T) ids and (I, N, D) features to logits; `need` may hold "hidden", "attention"."""
+
+    @abstractmethod
+    def start(self, features: Tensor) -> State:
+        """(I, N, D) features to a state with one row an image."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """One word a row, (R,), to logits (R, V) of the next and the state after it."""

@@ -1,0 +1,68 @@
+"""The errors a user can meet. Each says what was given, what was expected and what to do.
+
+They know nothing of the rest of the package, and every part of it may raise them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CapdistillError(Exception):
+    """Base of every error that capdistill raises on purpose.
+
+    Example:
+        >>> issubclass(DataError, CapdistillError) and issubclass(DataError, ValueError)
+        True
+    """
+
+
+class ConfigError(CapdistillError, ValueError):
+    """An option, a name or a combination of options that can not work."""
+
+
+class UnknownName(ConfigError, KeyError):
+    """A name that no registry, preset or metric has; the message lists those there are."""
+
+    def __str__(self) -> str:  # KeyError would show the repr
+        return str(self.args[0]) if self.args else ""
+
+
+class IncompatibleModels(CapdistillError, ValueError):
+    """Teacher and student, or a model and a loss, that do not fit each other."""
+
+
+class PluginError(CapdistillError, ImportError):
+    """A plugin that can not be loaded; names its distribution and the cause."""
+
+
+class CheckpointError(CapdistillError, RuntimeError):
+    """A file of weights or of training state that is truncated, foreign or does not fit."""
+
+
+class DataError(CapdistillError, ValueError):
+    """An image, a caption file or a data set that can not be used; names file and line."""
+
+
+class MissingExtra(CapdistillError, ImportError):
+    """An optional dependency that is not installed; the message names the extra."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed. "
+            f"Install it with: pip install 'capdistill[{extra}]'"
+        )
+
+
+def suggest(name: str, available: Iterable[str]) -> str:
+    """End an error about an unknown name: the nearest match, then all names there are.
+
+    Example:
+        >>> suggest("lsmt", ["lstm", "transformer"])
+        "Did you mean 'lstm'? Available: lstm, transformer."
+    """
+    names = sorted(available)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    return f"{hint}Available: {', '.join(names) if names else '(none)'}."

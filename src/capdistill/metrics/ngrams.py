@@ -1,0 +1,24 @@
+"""What the n-gram metrics share: the types of tokenised captions, and counting."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+ORDER = 4
+Tokens = Sequence[str]
+Ngram = tuple[str, ...]
+Result = tuple[float, list[float]]  # corpus score, one score an image
+
+
+def count_ngrams(tokens: Tokens, order: int = ORDER) -> Counter[Ngram]:
+    """Occurrences of every n-gram of 1 to `order` tokens.
+
+    Example:
+        >>> count_ngrams(["a", "dog", "a"], order=2)[("a",)]
+        2
+    """
+    counts: Counter[Ngram] = Counter()
+    for n in range(1, order + 1):
+        counts.update(zip(*(tokens[k:] for k in range(n)), strict=False))
+    return counts

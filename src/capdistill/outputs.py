@@ -1,0 +1,187 @@
+"""What passes between the parts: batches, model outputs, specifications, loss terms.
+
+Letters in shapes: I images, k captions an image, B = I * k captions, T tokens, V vocabulary,
+N visual tokens, D and H widths. Token ids are int64; masks are bool, True = real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from capdistill.errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """I images with k captions each; the k captions of an image stand together.
+
+    Example:
+        >>> batch = Batch(
+        ...     images=torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        ...     input_ids=torch.tensor([[1, 5, 2], [1, 2, 0]]),
+        ...     mask=torch.tensor([[True, True, True], [True, True, False]]),
+        ...     captions=("dog", ""), image_ids=("a.jpg",),
+        ... )
+        >>> batch.captions_per_image, batch.targets.tolist(), int(batch.target_mask.sum())
+        (2, [[5, 2], [2, 0]], 3)
+
+    Args:
+        images: (I, 3, H, W) uint8. Encoders scale and normalise on the device. May be
+            (I, 3, 0, 0) where every model that reads the batch finds its tokens in `cached`.
+        input_ids: (B, T) token ids, from the start token to the end token, then padding.
+        mask: (B, T) True where a token is real. Padding is known by position, never by value.
+        captions: B raw strings.
+        image_ids: I strings.
+        references: I lists of raw strings, or None in training.
+        cached: encoder fingerprint -> (I, N, D0) trunk tokens computed earlier.
+
+    Raises:
+        DataError: the numbers of images, captions and ids do not fit.
+    """
+
+    images: Tensor
+    input_ids: Tensor
+    mask: Tensor
+    captions: tuple[str, ...]
+    image_ids: tuple[str, ...]
+    references: tuple[tuple[str, ...], ...] | None = None
+    cached: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        images, captions = self.num_images, self.input_ids.shape[0]
+        if images != len(self.images):
+            raise DataError(f"Batch: {len(self.images)} images but {images} image ids.")
+        if self.input_ids.shape != self.mask.shape:
+            raise DataError(
+                f"Batch: input_ids are {tuple(self.input_ids.shape)} but mask is "
+                f"{tuple(self.mask.shape)}; they must have one shape (B, T)."
+            )
+        if images == 0 or captions % images or len(self.captions) != captions:
+            raise DataError(
+                f"Batch: {captions} rows of ids and {len(self.captions)} captions for {images} "
+                "images. Every image needs the same number k >= 1 of captions, side by side."
+            )
+
+    @property
+    def num_images(self) -> int:
+        """I."""
+        return len(self.image_ids)
+
+    @property
+    def captions_per_image(self) -> int:
+        """k = B / I."""
+        return self.input_ids.shape[0] // self.num_images
+
+    @property
+    def inputs(self) -> Tensor:
+        """(B, T - 1) what the decoder reads."""
+        return self.input_ids[:, :-1]
+
+    @property
+    def targets(self) -> Tensor:
+        """(B, T - 1) what the decoder should say."""
+        return self.input_ids[:, 1:]
+
+    @property
+    def target_mask(self) -> Tensor:
+        """(B, T - 1) True where a target is real, the end token included."""
+        return self.mask[:, 1:]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        move = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
+        cached = {key: value.to(device, non_blocking=True) for key, value in self.cached.items()}
+        return replace(self, **move, cached=cached)
+
+
+_TENSORS = ("images", "input_ids", "mask")
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What a decoder gives for teacher-forced input.
+
+    Args:
+        logits: (B, T, V).
+        hidden: One (B, T, H) a layer, then the vector that the vocabulary projection sees
+            (after the final norm, before dropout); None unless needed. Widths may differ.
+        attention: (B, T, N) over visual tokens, of the last layer, mean over heads, sums to 1;
+            None unless needed.
+    """
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...] | None = None
+    attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CaptionerOutput:
+    """What a captioner gives for a batch, aligned with `batch.targets`.
+
+    Args:
+        logits: (B, T - 1, V).
+        hidden: As in `DecoderOutput`, or None.
+        features: (I, N, D), the encoder's output.
+        attention: (B, T - 1, N), or None.
+        mask: (B, T - 1), `batch.target_mask`.
+    """
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...] | None
+    features: Tensor | None
+    attention: Tensor | None
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a loss or a check must know of a model before it runs.
+
+    Args:
+        feature_dim: D of the encoder's output, or None where a foreign teacher shows none.
+        tokens: N, visual tokens an image.
+        prefix_tokens: How many of them (CLS, registers) come first and have no place.
+        grid: (h, w) with N = prefix_tokens + h * w, or None.
+        hidden_dims: Width of each entry of `hidden`; empty where there is none.
+        vocabulary: The entries in the order of their ids.
+        has_attention: Whether attention over visual tokens can be asked for.
+        name: How messages call the model.
+    """
+
+    feature_dim: int | None
+    tokens: int | None
+    prefix_tokens: int
+    grid: tuple[int, int] | None
+    hidden_dims: tuple[int, ...]
+    vocabulary: Sequence[str]
+    has_attention: bool
+    name: str = "model"
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term of the objective: a sum, the count it is divided by, its weight.
+
+    Example:
+        >>> term = LossTerm(sum=torch.tensor(6.0), count=3.0, weight=0.5)
+        >>> float(term.mean), float(term.weighted)
+        (2.0, 1.0)
+    """
+
+    sum: Tensor
+    count: float
+    weight: float
+
+    @property
+    def mean(self) -> Tensor:
+        """sum / count; 0 where nothing was counted."""
+        return self.sum / max(self.count, 1.0)
+
+    @property
+    def weighted(self) -> Tensor:
+        """weight * mean."""
+        return self.weight * self.mean
