@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capdistill.errors import DataError
+
 
 class Encoder(nn.Module):
     """Images to visual tokens: `forward(images) = head(trunk(images))`.
@@ -64,7 +66,17 @@ class Encoder(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} can not be cached: no fingerprint().")
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Resize (antialiased) to `image_size` where needed, scale to [0, 1], normalise."""
+        """Resize (antialiased) to `image_size` where needed, scale to [0, 1], normalise.
+
+        Raises:
+            DataError: the images are not (I, 3, H, W) uint8, or empty.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != len(self.mean):
+            raise DataError(
+                f"{type(self).__name__}: images are {images.dtype} {tuple(images.shape)}, but "
+                f"uint8 of (I, {len(self.mean)}, H, W) is expected: pixels 0 to 255, not yet "
+                "normalised. Use (images * 255).to(torch.uint8) for pixels in [0, 1]."
+            )
         pixels = images.float()
         if images.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)

@@ -11,14 +11,16 @@ from capdistill.metrics.bleu import Bleu
 from capdistill.metrics.cider import CiderD
 from capdistill.metrics.meteor import MeteorNltk
 from capdistill.metrics.ptb import ptb_tokenize
+from capdistill.metrics.results import Direction, Metric, Scores
 from capdistill.metrics.rouge import RougeL
-from capdistill.metrics.scorer import DIRECTIONS, CaptionScorer, Metric, Scores
+from capdistill.metrics.scorer import DIRECTIONS, CaptionScorer
 
 __all__ = [
     "DIRECTIONS",
     "Bleu",
     "CaptionScorer",
     "CiderD",
+    "Direction",
     "MeteorNltk",
     "Metric",
     "RougeL",

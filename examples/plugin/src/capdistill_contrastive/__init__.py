@@ -1,0 +1,1 @@
+"""A contrastive loss for capdistill, found by name once this package is installed."""

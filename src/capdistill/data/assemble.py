@@ -1,0 +1,203 @@
+"""One batch from its image numbers, in whatever process: read, choose captions, crop, pad.
+
+Enter here from `Loader`; everything is picklable, so that workers can be spawned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from capdistill.data.chance import choose, generator
+from capdistill.data.images import ImageSource, read_image
+from capdistill.data.records import CaptionData
+from capdistill.data.report import Problem
+from capdistill.data.transforms import centre_square, random_square
+from capdistill.errors import DataError
+from capdistill.outputs import Batch
+
+Job: TypeAlias = "tuple[int, tuple[int, ...]]"  # epoch, image numbers
+Made: TypeAlias = "tuple[Batch | None, list[Problem]]"
+
+_READ_ERRORS = (DataError, OSError, SyntaxError)  # Pillow calls a broken PNG a SyntaxError
+_ROOM = 1.16  # a cached image is this much larger than the crop, so that crops are not blown up
+_MOST = 5
+
+
+class SupportsEncode(Protocol):
+    """What a loader needs of a tokenizer."""
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills short rows; may equal another id, since masks go by position."""
+
+    def encode(self, caption: str) -> list[int]:
+        """The ids from the start token to the end token."""
+
+
+class Item(NamedTuple):
+    """An image as the data set gives it."""
+
+    image_id: str
+    captions: tuple[str, ...]
+    image: ImageSource | None
+    place: str
+
+
+class Assembler(Dataset[Made]):
+    """`assembler[epoch, images]` is (Batch or None, problems). For the arguments see `Loader`."""
+
+    def __init__(
+        self,
+        data: Any,
+        tokenizer: SupportsEncode,
+        *,
+        image_size: int,
+        train: bool,
+        captions_per_image: int | None,
+        seed: int,
+        flip: bool,
+        crop: bool,
+        cache_images: bool,
+        stores: Mapping[str, Any],
+        with_images: bool,
+        max_length: int | None,
+    ) -> None:
+        self.data, self.tokenizer, self.stores = data, tokenizer, stores
+        self.image_size, self.train, self.seed = image_size, train, seed
+        self.flip, self.random_crop = train and flip, train and crop
+        self.with_images, self.max_length = with_images, max_length
+        self.ids: Sequence[str] | None = getattr(data, "image_ids", None)
+        self.cache: dict[int, Tensor] | None = {} if cache_images else None
+        self._k = captions_per_image or (1 if train else None)
+
+    def __getitem__(self, job: Job) -> Made:
+        epoch, numbers = job
+        parts, problems = [], []
+        for number in numbers:
+            try:
+                parts.append(self._part(number, epoch))
+            except _UnusableError as error:
+                problems.append(error.problem)
+        return (self._join(parts) if parts else None), problems
+
+    @property
+    def k(self) -> int:
+        """Captions an image; in evaluation those of the first image, at most 5."""
+        if self._k is None:
+            try:
+                self._k = min(_MOST, len(self._item(0).captions))
+            except _UnusableError:
+                self._k = 1
+        return self._k
+
+    def _part(self, number: int, epoch: int) -> _Part:
+        item = self._item(number)
+        rng = generator(self.seed, epoch, item.image_id)
+        chosen = choose(item.captions, self.k, rng if self.train else None)
+        pixels = self._pixels(number, item, rng)
+        cached = {key: _fetch(store, key, item) for key, store in self.stores.items()}
+        return _Part(item.image_id, item.captions, chosen, pixels, cached)
+
+    def _item(self, number: int) -> Item:
+        if isinstance(self.data, CaptionData):
+            example = self.data.examples[number]
+            return Item(example.image_id, example.captions, example.path, str(example.path))
+        name = str(self.ids[number]) if self.ids is not None else str(number)
+        try:
+            pair = self.data[number]
+        except _READ_ERRORS as error:
+            raise _UnusableError("corrupt image", f"item {name}", str(error)) from error
+        return _checked(pair, name)
+
+    def _pixels(self, number: int, item: Item, rng: torch.Generator) -> Tensor:
+        if not self.with_images:
+            return torch.empty(3, 0, 0, dtype=torch.uint8)
+        image = None if self.cache is None else self.cache.get(number)
+        if image is None:
+            image = self._decoded(item)
+            if self.cache is not None:
+                image = self.cache[number] = self._to_keep(image)
+        if self.random_crop:
+            return random_square(image, self.image_size, rng, flip=self.flip)
+        square = centre_square(image, self.image_size)
+        flipped = self.flip and torch.rand(1, generator=rng).item() < 0.5
+        return square.flip(2) if flipped else square
+
+    def _decoded(self, item: Item) -> Tensor:
+        try:
+            assert item.image is not None
+            return read_image(item.image)
+        except DataError as error:
+            raise _UnusableError("corrupt image", item.place, str(error)) from error
+
+    def _to_keep(self, image: Tensor) -> Tensor:
+        if not self.random_crop:
+            return centre_square(image, self.image_size)
+        return centre_square(image, min(round(self.image_size * _ROOM), *image.shape[1:]))
+
+    def _join(self, parts: list[_Part]) -> Batch:
+        from capdistill.tokenizer import pad_batch
+
+        captions = tuple(caption for part in parts for caption in part.chosen)
+        rows = [self.tokenizer.encode(caption)[: self.max_length] for caption in captions]
+        ids, mask = pad_batch(rows, self.tokenizer.pad_id)  # (B, T)
+        return Batch(
+            images=torch.stack([part.pixels for part in parts]),  # (I, 3, S, S)
+            input_ids=ids,
+            mask=mask,
+            captions=captions,
+            image_ids=tuple(part.image_id for part in parts),
+            references=None if self.train else tuple(part.captions for part in parts),
+            cached={key: torch.stack([p.cached[key] for p in parts]) for key in self.stores},
+        )
+
+
+class _Part(NamedTuple):
+    image_id: str
+    captions: tuple[str, ...]
+    chosen: list[str]
+    pixels: Tensor
+    cached: dict[str, Tensor]
+
+
+class _UnusableError(Exception):
+    def __init__(self, kind: str, where: str, reason: str) -> None:
+        super().__init__(reason)
+        detail = reason.removeprefix(f"{where}: ").removesuffix(".")
+        self.problem = Problem(kind, where, "", detail)
+
+
+def _checked(pair: Any, name: str) -> Item:
+    where = f"item {name}"
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise DataError(f"{where} is {type(pair).__name__}; expected a pair (image, captions).")
+    image, captions = pair
+    texts = tuple(_texts(captions, where))
+    if not texts:
+        raise _UnusableError("empty caption", where, "no caption with text")
+    return Item(name, texts, image, where)
+
+
+def _texts(captions: Any, where: str) -> Iterator[str]:
+    several = (captions,) if isinstance(captions, str) else captions
+    if not isinstance(several, Sequence) or not all(isinstance(text, str) for text in several):
+        raise DataError(
+            f"{where}: captions are {type(captions).__name__}; expected a string or a list of "
+            "strings. A data set that yields (images, ids) is not one of captions."
+        )
+    return (text for text in several if text.strip())
+
+
+def _fetch(store: Any, key: str, item: Item) -> Tensor:
+    try:
+        tokens: Tensor = store[item.image_id]  # (N, D0)
+    except KeyError as error:
+        raise _UnusableError(
+            "no cached features", item.place, f"{item.image_id} in {key}"
+        ) from error
+    return tokens

@@ -1,0 +1,186 @@
+"""Flickr8k in the three layouts in which people have it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from capdistill.data.records import CaptionData, Example, Splits, finder, gather, require_some
+from capdistill.data.report import Policy, Problem, Report
+from capdistill.data.rows import Row, lines, read_text
+from capdistill.errors import DataError
+
+PHANTOM = "2258277193_586949ec62.jpg.1"  # the official file captions this image; nobody has it
+LISTS = {
+    "train": "Flickr_8k.trainImages.txt",
+    "val": "Flickr_8k.devImages.txt",
+    "test": "Flickr_8k.testImages.txt",
+}
+_TOKENS = ("Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
+_IMAGES = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images")
+_KARPATHY = ("dataset_flickr8k.json", "dataset.json")
+_KAGGLE = ("captions.txt", "captions.csv")
+
+
+class Flickr8k(Splits):
+    """Flickr8k: about 8,000 photos with five captions each.
+
+    The layout is recognised: the official one (`Flicker8k_Dataset/`, `Flickr8k.token.txt` and the
+    split lists), a Karpathy JSON beside the images, or Kaggle's (`Images/` and `captions.txt`),
+    which has no splits, so that it is cut 6 : 1 : 1 by the seed; the summary says so.
+
+    Example:
+        >>> data = Flickr8k("flickr8k")            # doctest: +SKIP
+        >>> print(data)                            # doctest: +SKIP
+        Flickr8k (official split)
+          train: 6000 images, 30000 captions
+          val: 1000 images, 5000 captions
+          test: 1000 images, 5000 captions
+          1 problem: 1 phantom row
+
+    Args:
+        root: The folder that holds the images' folder and the caption file.
+        errors: "skip" leaves out what can not be used and reports it; "raise" raises it.
+        encoding: How the caption file is encoded.
+        seed: For a layout without splits.
+
+    Raises:
+        DataError: nothing of the three layouts is there, or a file can not be read.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        errors: Policy = "skip",
+        encoding: str = "utf-8",
+        seed: int = 0,
+    ) -> None:
+        folder, report = Path(root), Report(errors)
+        made = _read(folder, encoding, seed, report)
+        super().__init__(
+            made.parts, name="Flickr8k", note=made.note, absent=made.absent, report=report
+        )
+
+
+def _read(root: Path, encoding: str, seed: int, report: Report) -> Splits:
+    images = _first(root, _IMAGES, Path.is_dir) or root
+    find = finder(images, images / images.name, root)  # unpacked archives often nest it
+    tokens = _first(root, _TOKENS, Path.is_file)
+    lists = {
+        name: _first(root, (file, f"Flickr8k_text/{file}"), Path.is_file)
+        for name, file in LISTS.items()
+    }
+    if tokens and any(lists.values()):
+        return _official(_tokens(tokens, encoding, find, report), lists, report)
+    if karpathy := _first(root, _KARPATHY, Path.is_file):
+        from capdistill.data.karpathy import read_karpathy
+
+        return read_karpathy(karpathy, images, restval=True, report=report)
+    if tokens:
+        return _by_chance(_tokens(tokens, encoding, find, report), images, seed, report)
+    if kaggle := _first(root, _KAGGLE, Path.is_file):
+        from capdistill.data.folder import separated_rows
+
+        rows = separated_rows(kaggle, read_text(kaggle, encoding), report)
+        return _by_chance(
+            gather(_no_phantom(rows, kaggle, report), str(kaggle), find, report),
+            images,
+            seed,
+            report,
+        )
+    raise DataError(
+        f"Flickr8k: {root} {'holds none of' if root.is_dir() else 'is no folder; expected'} "
+        f"{_TOKENS[0]}, {_KARPATHY[0]} or {_KAGGLE[0]}. Give the folder that holds the caption "
+        f"file and the images' folder ({', '.join(_IMAGES)})."
+    )
+
+
+def _first(root: Path, names: tuple[str, ...], test: Callable[[Path], bool]) -> Path | None:
+    return next((root / name for name in names if test(root / name)), None)
+
+
+def _tokens(
+    path: Path, encoding: str, find: Callable[[str], Path | None], report: Report
+) -> dict[str, Example]:
+    rows = token_rows(read_text(path, encoding), str(path), find, report)
+    return gather(_no_phantom(rows, path, report), str(path), find, report)
+
+
+def token_rows(
+    text: str, file: str, find: Callable[[str], Path | None], report: Report
+) -> Iterator[Row]:
+    """Rows `name.jpg#i<TAB>caption`; the name may hold `#`, the caption may hold tabs.
+
+    Example:
+        >>> text = "my #1 dog.jpg#0\\tA dog\\trunning ."
+        >>> list(token_rows(text, "tokens", lambda name: None, Report()))
+        [Row(image='my #1 dog.jpg', caption='A dog\\trunning .', place='row 1')]
+    """
+    seen: dict[str, str] = {}
+    for number, line in lines(text):
+        place = f"row {number}"
+        key, tab, caption = line.partition("\t")
+        numbered = re.fullmatch(r"(.+)#[0-9]+", key, re.DOTALL)
+        name = numbered[1] if numbered else key
+        if not tab or not (numbered or find(key)):
+            kind = "header row" if number == 1 else "malformed row"
+            report.add(Problem(kind, file, place, f"{line[:60]!r} is no name.jpg#i<TAB>caption"))
+            continue
+        if numbered and key in seen:
+            report.add(Problem("duplicate id", file, place, key))
+        if not numbered or seen.get(key) != caption:
+            yield Row(name, caption, place)
+        seen.setdefault(key, caption)
+
+
+def _no_phantom(rows: Iterator[Row], file: Path, report: Report) -> Iterator[Row]:
+    for row in rows:
+        if row.image == PHANTOM:
+            report.add(Problem("phantom row", str(file), row.place, f"{PHANTOM}, no such image"))
+        else:
+            yield row
+
+
+def _official(
+    examples: dict[str, Example], lists: dict[str, Path | None], report: Report
+) -> Splits:
+    parts, absent, taken = {}, {}, dict[str, str]()
+    for name, path in lists.items():
+        if path is None:
+            absent[name] = f"{LISTS[name]} was not found"
+            continue
+        chosen = list(_listed(path, name, examples, taken, report))
+        require_some(chosen, f"Flickr8k/{name}", report, "Are the images where they should be?")
+        parts[name] = CaptionData(chosen, name=f"Flickr8k/{name}", report=report)
+    rest = len(examples) - len(taken)
+    note = "official split" + (f"; {rest} images with captions are in no list" if rest else "")
+    return Splits(parts, note=note, absent=absent, report=report)
+
+
+def _listed(
+    path: Path, split: str, examples: dict[str, Example], taken: dict[str, str], report: Report
+) -> Iterator[Example]:
+    for number, line in lines(read_text(path)):
+        name, place = line.strip(), f"row {number}"
+        if name in taken:
+            where = f"{name}, already in {taken[name]}"
+            report.add(Problem("duplicate id", str(path), place, where))
+        elif name not in examples:
+            report.add(Problem("image without caption or file", str(path), place, name))
+        else:
+            taken[name] = split
+            yield examples[name]
+
+
+def _by_chance(examples: dict[str, Example], images: Path, seed: int, report: Report) -> Splits:
+    chosen = list(examples.values())
+    require_some(chosen, "Flickr8k", report, f"Images were looked for in {images}.")
+    data = CaptionData(chosen, name="Flickr8k", report=report)
+    if len(data) < 3:
+        note = "too few images to split: all in train"
+        return Splits({"train": data}, note=note, report=report)
+    made = data.split(val=1 / 8, test=1 / 8, seed=seed)
+    made.note = f"no split lists: split by chance 6 : 1 : 1 with seed {seed}"
+    return made

@@ -1,0 +1,234 @@
+"""The one place where a picture, in whatever form it comes, becomes RGB pixels."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from capdistill.errors import DataError
+
+ImageSource: TypeAlias = (
+    "str | Path | bytes | bytearray | IO[bytes] | Image.Image | npt.NDArray[Any] | Tensor"
+)
+
+MAX_BYTES = 2**28  # of an image file
+MAX_PIXELS = 2**27  # of a decoded image
+_PROGRAMS = ("EPS", "WMF", "EMF")  # Pillow would hand them to another program
+_ORIENTATION = 0x0112
+_BITS_PER_SAMPLE = 258
+_T = Image.Transpose
+_UPRIGHT = {
+    2: _T.FLIP_LEFT_RIGHT,
+    3: _T.ROTATE_180,
+    4: _T.FLIP_TOP_BOTTOM,
+    5: _T.TRANSPOSE,
+    6: _T.ROTATE_270,
+    7: _T.TRANSVERSE,
+    8: _T.ROTATE_90,
+}
+
+
+def read_image(source: ImageSource) -> Tensor:
+    """Any picture as uint8 RGB pixels (3, H, W), upright.
+
+    Orientation tags are honoured, transparency is laid over white, 16-bit and float pictures are
+    scaled by their depth and never stretched. The same picture gives the same pixels from a path,
+    bytes, an open file or a picture opened with Pillow, and what was given is not changed.
+
+    Example:
+        >>> read_image(np.full((2, 4), 65535, np.uint16))[:, 0, 0].tolist()
+        [255, 255, 255]
+
+    Args:
+        source: A path, encoded bytes, a binary file, a `PIL.Image.Image`, or an array or tensor
+            (HW, HWC or CHW with 1, 3 or 4 channels; uint8, bool, uint16, or float in [0, 1]).
+
+    Raises:
+        DataError: it is missing, no image, truncated, too large, or its values have no clear
+            meaning; the message names the file and the reason.
+    """
+    if isinstance(source, Tensor):
+        return _from_array(source.detach().cpu().numpy(), "tensor", channels_first=True)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, "array", channels_first=False)
+    if isinstance(source, Image.Image):
+        return _guarded(source, _name_of(source))
+    name, data = _read_bytes(source)
+    if not data:
+        raise DataError(f"{name}: the file is empty; expected an image.")
+    return _decode(data, name)
+
+
+def _decode(data: bytes, name: str) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on size and tags: errors are ours below
+        try:
+            image = Image.open(io.BytesIO(data))
+        except Exception as error:
+            raise DataError(f"{name}: {_reason(error, data)}.") from error
+        if image.format in _PROGRAMS:
+            raise DataError(f"{name}: {image.format} is a drawing, not a photo; save it as PNG.")
+        if image.format == "PNG":
+            _check_sums(data, name)
+        return _guarded(image, name)
+
+
+def _check_sums(data: bytes, name: str) -> None:
+    """Pillow decodes a PNG with a flipped bit without a word unless asked to verify it."""
+    try:
+        Image.open(io.BytesIO(data)).verify()
+    except Exception as error:
+        raise DataError(f"{name}: corrupt PNG ({error}).") from error
+
+
+def _guarded(image: Image.Image, name: str) -> Tensor:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are read. Make it smaller."
+        )
+    if not width * height:
+        raise DataError(f"{name}: the image is {width} x {height} and has no pixels.")
+    try:
+        image.load()
+        rgb = _to_rgb(image, name)
+        turn = _UPRIGHT.get(_orientation(image))
+        return _planes(np.array(rgb if turn is None else rgb.transpose(turn)))
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{name}: can not be decoded ({error or type(error).__name__}).") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged tag block says nothing about the pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_depth(image, name)).convert("RGB")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode[:-1] + "A")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _depth(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        return _from_unit(values, name)
+    tags = getattr(image, "tag_v2", {})
+    bits = int(tags.get(_BITS_PER_SAMPLE, (16,))[0])
+    top = 2 ** (bits if 8 < bits < 16 else 16) - 1
+    if values.min() < 0 or values.max() > top:
+        raise DataError(
+            f"{name}: {image.mode} pixels from {values.min()} to {values.max()}; only depths up to "
+            "16 bits are read. Save it with 8 or 16 bits."
+        )
+    return _from_depth(values, top)
+
+
+def _from_depth(values: npt.NDArray[Any], top: int) -> npt.NDArray[np.uint8]:
+    return ((values.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
+
+
+def _from_unit(values: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
+    if not (values.min() >= 0 and values.max() <= 1):  # so that a NaN is refused too
+        raise DataError(
+            f"{name}: float pixels from {values.min():.4g} to {values.max():.4g}; expected [0, 1]. "
+            "Undo any normalisation, or give uint8."
+        )
+    return np.rint(values.astype(np.float64) * 255).astype(np.uint8)
+
+
+def _from_array(values: npt.NDArray[Any], name: str, *, channels_first: bool) -> Tensor:
+    name = f"{name} {tuple(values.shape)} {values.dtype}"
+    values = _channels_last(values, name, channels_first)
+    if values.size == 0:
+        raise DataError(f"{name}: the image has no pixels.")
+    if values.dtype == np.bool_:
+        pixels = values.astype(np.uint8) * np.uint8(255)
+    elif values.dtype == np.uint16:
+        pixels = _from_depth(values, 65535)
+    elif values.dtype.kind == "f":
+        pixels = _from_unit(values, name)
+    elif values.dtype == np.uint8:
+        pixels = values
+    else:
+        raise DataError(f"{name}: expected uint8, uint16, bool, or float in [0, 1]; convert it.")
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[pixels.shape[2]]
+    flat = pixels[:, :, 0] if mode == "L" else pixels
+    return _planes(np.array(_to_rgb(Image.fromarray(np.ascontiguousarray(flat)), name)))
+
+
+def _channels_last(values: npt.NDArray[Any], name: str, first: bool) -> npt.NDArray[Any]:
+    if values.ndim == 2:
+        return values[:, :, None]
+    axes = (0, 2) if first else (2, 0)
+    for axis in axes:
+        if values.ndim == 3 and values.shape[axis] in (1, 3, 4):
+            return np.moveaxis(values, axis, 2)
+    raise DataError(f"{name}: expected (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4.")
+
+
+def _planes(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+
+def _read_bytes(source: str | Path | bytes | bytearray | IO[bytes]) -> tuple[str, bytes]:
+    if isinstance(source, (bytes, bytearray)):
+        return "image bytes", _bounded(bytes(source), "image bytes")
+    if isinstance(source, (str, Path)):
+        try:
+            with open(source, "rb") as file:
+                return str(source), _bounded(file.read(MAX_BYTES + 1), str(source))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{source}: the image can not be read ({reason}).") from error
+    if not hasattr(source, "read"):
+        raise DataError(
+            f"An image was given as {type(source).__name__}; expected a path, bytes, a binary "
+            "file, a Pillow image, an array or a tensor."
+        )
+    return _read_file(source)
+
+
+def _read_file(file: IO[bytes]) -> tuple[str, bytes]:
+    name = str(getattr(file, "name", "image file"))
+    try:
+        data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: the image can not be read ({error}).") from error
+    if not isinstance(data, bytes):
+        raise DataError(f"{name}: the file is open as text; open it with mode 'rb'.")
+    return name, _bounded(data, name)
+
+
+def _bounded(data: bytes, name: str) -> bytes:
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{name}: more than {MAX_BYTES:,} bytes; an image file may have no more.")
+    return data
+
+
+def _name_of(image: Image.Image) -> str:
+    return str(getattr(image, "filename", "") or f"{type(image).__name__} in memory")
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"no image that Pillow knows (it begins with {data[:12]!r})"
+    return f"can not be opened as an image ({error or type(error).__name__})"

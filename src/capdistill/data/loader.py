@@ -1,0 +1,195 @@
+"""Batches for training and evaluation: which images, which captions, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from capdistill.data.assemble import Assembler, Job, Made, SupportsEncode
+from capdistill.data.chance import generator
+from capdistill.data.report import Policy, Report
+from capdistill.errors import ConfigError, DataError
+from capdistill.outputs import Batch
+
+
+class Loader:
+    """Batches of images with k captions each. An epoch is every image once.
+
+    Order, choice of captions and crops depend on (seed, epoch, image) alone, so that epoch n is
+    the same with any number of workers and in any process (law 7). An image that can not be read
+    is left out and named in `skipped`; its batch is smaller, and a batch of nothing else is left
+    out.
+
+    Example:
+        >>> from capdistill.data import sample
+        >>> from capdistill.tokenizer import WordTokenizer
+        >>> data = sample()
+        >>> tokenizer = WordTokenizer.train(data.train.captions, min_count=2)
+        >>> loader = Loader(data.val, tokenizer, image_size=32, batch_size=3)
+        >>> [batch.num_images for batch in loader], loader.num_images
+        ([3, 3, 2], 8)
+
+    Args:
+        data: A `CaptionData`, or any data set or sequence that yields (image, captions), where the
+            image is anything that `read_image` takes and the captions are a string or several.
+        tokenizer: What turns a caption into ids (`encode`, `pad_id`).
+        image_size: Rows and columns of the images.
+        batch_size: Images a batch.
+        train: Shuffle, choose captions and crop by chance; else in order, the centre, references.
+        captions_per_image: k. In training default 1, chosen without repetition while there are
+            enough; in evaluation the first k, default those of the first image, at most 5.
+        seed: Another seed is another order.
+        workers: Processes that read ahead; 0 reads in this one.
+        flip: In training, mirror every other image.
+        crop: In training, crop by chance; else the centre.
+        cache_images: Keep the images in memory, at the size needed: in every worker its own, so
+            best with workers=0. Random crops are then taken from the centred square.
+        errors: "skip" or "raise", for an image that can not be read.
+        stores: Encoder fingerprint -> trunk tokens by image id; batches carry them in `cached`.
+        with_images: False gives images of (I, 3, 0, 0) and opens no file of a `CaptionData`.
+        max_length: Cut ids to this many tokens; default as the tokenizer gives them.
+        start_method: How workers start: "fork", "spawn", "forkserver"; default Python's own.
+
+    Raises:
+        DataError: there is no image, or none that can be read.
+        ConfigError: a number that can not work.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        tokenizer: SupportsEncode,
+        *,
+        image_size: int,
+        batch_size: int = 16,
+        train: bool = False,
+        captions_per_image: int | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        flip: bool = False,
+        crop: bool = True,
+        cache_images: bool = False,
+        errors: Policy = "skip",
+        stores: Mapping[str, Any] | None = None,
+        with_images: bool = True,
+        max_length: int | None = None,
+        start_method: str | None = None,
+    ) -> None:
+        _at_least(1, image_size=image_size, batch_size=batch_size)
+        _at_least(1, captions_per_image=captions_per_image, max_length=max_length)
+        _at_least(0, workers=workers)
+        self.num_images = _length(data)
+        self.batch_size, self.train, self.seed, self.workers = batch_size, train, seed, workers
+        self.errors: Policy = Report(errors).errors
+        self.skipped = Report()
+        self._start_method = start_method
+        self._pool: DataLoader[Made] | None = None
+        self._busy = False
+        self.assembler = Assembler(
+            data,
+            tokenizer,
+            image_size=image_size,
+            train=train,
+            captions_per_image=captions_per_image,
+            seed=seed,
+            flip=flip,
+            crop=crop,
+            cache_images=cache_images,
+            stores=dict(stores or {}),
+            with_images=with_images,
+            max_length=max_length,
+        )
+
+    def __len__(self) -> int:
+        """Batches an epoch, where every image can be read."""
+        return -(-self.num_images // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch n.
+
+        Args:
+            n: Which epoch; in training each has its own order, captions and crops.
+            start: Leave out the batches before this one, without reading them.
+
+        Raises:
+            DataError: no image at all can be read, or one can not and `errors` is "raise".
+        """
+        jobs = self._plan(n)[start:]
+        seen = 0
+        for batch, problems in self._made(jobs):
+            for problem in problems:
+                self.skipped.add(problem)
+            if problems and self.errors == "raise":
+                raise DataError(f"{problems[0]}. Mend it, or pass errors='skip' to leave it out.")
+            if batch is not None:
+                seen += 1
+                yield batch
+        if jobs and not seen and start == 0:
+            raise DataError(f"None of the {self.num_images} images can be used.\n{self.skipped}")
+
+    def _plan(self, epoch: int) -> list[Job]:
+        order: list[int] = list(range(self.num_images))
+        if self.train:
+            rng = generator(self.seed, "order", epoch)
+            order = torch.randperm(self.num_images, generator=rng).tolist()
+        size = self.batch_size
+        return [(epoch, tuple(order[i : i + size])) for i in range(0, len(order), size)]
+
+    def _made(self, jobs: list[Job]) -> Iterator[Made]:
+        if self.workers == 0:
+            yield from map(self.assembler.__getitem__, jobs)
+            return
+        if self._busy:  # another epoch is under way in the pool
+            yield from self._new_pool(jobs)
+            return
+        if self._pool is None:
+            self._pool = self._new_pool(list[Job]())
+        self._busy = True
+        try:
+            self._pool.sampler[:] = jobs  # type: ignore[index]
+            yield from self._pool
+        finally:
+            self._busy = False
+
+    def _new_pool(self, jobs: list[Job]) -> DataLoader[Made]:
+        """Workers that stay for all epochs; each job names its epoch."""
+        return DataLoader(
+            self.assembler,
+            batch_size=None,
+            sampler=jobs,
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            persistent_workers=True,
+            multiprocessing_context=self._start_method,
+            generator=torch.Generator(),  # the global one stays as it is, as without workers
+        )
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+def _length(data: Any) -> int:
+    try:
+        length = len(data)
+        data.__getitem__  # noqa: B018
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"Loader: data is {type(data).__name__}; expected a CaptionData, or a data set or "
+            "sequence with a length whose items are (image, captions)."
+        ) from error
+    if length == 0:
+        raise DataError("Loader: the data set holds no image.")
+    return length
+
+
+def _at_least(least: int, **numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise ConfigError(f"Loader: {name}={number} was given; it must be at least {least}.")

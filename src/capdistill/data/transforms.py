@@ -1,0 +1,57 @@
+"""From pixels at their own size to the square a loader gives. Chance comes in as a generator."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+MIN_AREA = 0.75  # of the largest square, in a training crop: captions speak of the whole picture
+MAX_RATIO = 1.1
+
+
+def centre_square(image: Tensor, size: int) -> Tensor:
+    """The largest centred square at `size` pixels, antialiased. (3, H, W) -> (3, size, size).
+
+    The square is cut before it is resized, so that a very long picture costs no more than others.
+
+    Example:
+        >>> centre_square(torch.zeros(3, 40, 90, dtype=torch.uint8), 16).shape
+        torch.Size([3, 16, 16])
+    """
+    height, width = image.shape[1:]
+    side = min(height, width)
+    return _cut(image, (height - side) // 2, (width - side) // 2, side, side, size)
+
+
+def random_square(image: Tensor, size: int, rng: torch.Generator, *, flip: bool = False) -> Tensor:
+    """A mild random crop at `size` pixels: at least 3/4 of the largest square, slightly stretched.
+
+    Example:
+        >>> picture = torch.zeros(3, 40, 90, dtype=torch.uint8)
+        >>> random_square(picture, 16, torch.Generator().manual_seed(0)).shape
+        torch.Size([3, 16, 16])
+
+    Args:
+        image: (3, H, W) uint8.
+        size: Rows and columns of the result.
+        rng: Where all chance comes from.
+        flip: Also mirror every other picture. Off by default: captions say left and right.
+    """
+    height, width = image.shape[1:]
+    area, ratio, down, right, mirror = torch.rand(5, generator=rng).tolist()
+    side = min(height, width) * math.sqrt(MIN_AREA + (1 - MIN_AREA) * area)
+    stretch = MAX_RATIO ** (ratio - 0.5)
+    rows = min(height, max(1, round(side / stretch)))
+    columns = min(width, max(1, round(side * stretch)))
+    top, left = int(down * (height - rows + 1)), int(right * (width - columns + 1))
+    square = _cut(image, top, left, rows, columns, size)
+    return square.flip(2) if flip and mirror < 0.5 else square
+
+
+def _cut(image: Tensor, top: int, left: int, rows: int, columns: int, size: int) -> Tensor:
+    piece = image[:, top : top + rows, left : left + columns]
+    resized: Tensor = F.resize(piece, [size, size], antialias=True)
+    return resized.contiguous()

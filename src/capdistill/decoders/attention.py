@@ -1,0 +1,83 @@
+"""Attention of words over visual tokens, with the captions of an image folded into one query axis.
+
+The features are projected once an image and never copied: k captions of T words become k * T
+queries, so that (I, k * T, D) meets (I, N, D).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(R, T, W) to (R, heads, T, W / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(R, heads, T, d) to (R, T, heads * d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, need: bool, dropout: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention; the weights only where somebody looks at them.
+
+    Args:
+        query: (R, heads, T, d).
+        keys: (R, heads, N, d).
+        values: (R, heads, N, d).
+        need: Whether to return the weights; otherwise a fused kernel runs.
+        dropout: On the weights, where there are none to show.
+
+    Returns:
+        (R, heads, T, d) contexts, and (R, T, N) weights, mean over heads, or None.
+    """
+    if not need:
+        return F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout), None
+    scores = query.float() @ keys.float().transpose(-1, -2) / query.shape[-1] ** 0.5
+    weights = scores.softmax(-1)  # (R, heads, T, N), float32
+    dropped = F.dropout(weights, dropout) if dropout else weights
+    return dropped.to(values.dtype) @ values, weights.mean(1)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention whose queries are folded by image.
+
+    Args:
+        width: Width of the queries.
+        dim: D, width of the features.
+        heads: Attention heads.
+        inner: Width of queries and keys together over all heads; `width` unless given.
+        dropout: On the attention weights.
+    """
+
+    def __init__(
+        self, width: int, dim: int, heads: int, inner: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        inner = width if inner is None else inner
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(width, inner)
+        self.key_value = nn.Linear(dim, 2 * inner)
+
+    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(I, N, D) features to keys and values (I, heads, N, d), once an image."""
+        keys, values = self.key_value(features).chunk(2, dim=-1)
+        return split_heads(keys, self.heads), split_heads(values, self.heads)
+
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, need: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, W) words, rows grouped by image, to (B, T, inner) and (B, T, N) or None."""
+        rows, length = x.shape[:2]
+        images = keys.shape[0]
+        folded = self.query(x).reshape(images, -1, keys.shape[1] * keys.shape[3])  # (I, k*T, inner)
+        query = split_heads(folded, self.heads)  # (I, h, k*T, d)
+        dropout = self.dropout if self.training else 0.0
+        context, weights = attend(query, keys, values, need, dropout)
+        if weights is not None:
+            weights = weights.reshape(rows, length, -1)  # (B, T, N)
+        return merge_heads(context).reshape(rows, length, -1), weights

@@ -1,0 +1,194 @@
+"""An LSTM decoder with spatial attention, in a recurrent and in a parallel form."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capdistill.decoders.attention import CrossAttention
+from capdistill.decoders.base import Decoder, State
+from capdistill.errors import ConfigError
+from capdistill.outputs import DecoderOutput
+
+Memory = tuple[Tensor, Tensor]  # keys and values of the features, (I, heads, N, d) each
+
+
+class LSTMDecoder(Decoder):
+    """LSTM layers that look at the image's tokens.
+
+    `attention="recurrent"`: the last layer's previous state asks, and what it sees is part of the
+    next word's input, so that words are read one after the other. `attention="parallel"`: the
+    first layer reads all words with the image's mean, its states ask, and the layers above read
+    its states and what they saw, so that a whole caption is one call a layer.
+
+    Example:
+        >>> decoder = LSTMDecoder(dim=8, embed=6, hidden=12, layers=2, heads=2)
+        >>> decoder.build(vocabulary=11)
+        >>> ids, features = torch.zeros(4, 5, dtype=torch.int64), torch.randn(2, 9, 8)
+        >>> out = decoder(ids, features, need=frozenset({"attention", "hidden"}))
+        >>> out.logits.shape, out.attention.shape, [h.shape[-1] for h in out.hidden]
+        (torch.Size([4, 5, 11]), torch.Size([4, 5, 9]), [12, 12, 6])
+
+    Args:
+        dim: D, width of the features.
+        embed: Width of word embeddings (and, where tied, of the vector before the vocabulary).
+        hidden: H, width of the LSTM's states.
+        layers: LSTM layers.
+        heads: Attention heads; must divide `dim`.
+        dropout: On embeddings, between layers and before the vocabulary.
+        attention: "recurrent" or "parallel", see above.
+        tied: Whether the embedding matrix also scores the words.
+
+    Raises:
+        ConfigError: `dim` is no multiple of `heads`, or an unknown form of attention.
+
+    Source:
+        Recurrent form: Xu et al. (2015), section 3.1.2, with the dot-product attention of
+        Vaswani et al. (2017). Parallel form: after Anderson et al. (2018), section 3.2, without
+        the feedback of the upper layer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        embed: int = 256,
+        hidden: int = 512,
+        layers: int = 2,
+        heads: int = 4,
+        dropout: float = 0.3,
+        attention: Literal["recurrent", "parallel"] = "parallel",
+        tied: bool = True,
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ConfigError(f"LSTMDecoder: dim {dim} must be a multiple of heads {heads}.")
+        if attention not in ("recurrent", "parallel"):
+            raise ConfigError(
+                f"LSTMDecoder: attention='{attention}' is unknown. Use 'recurrent' or 'parallel'."
+            )
+        self.dim, self.embed, self.tied = dim, embed, tied
+        self.recurrent = attention == "recurrent"
+        self.hidden_dims = (*(hidden,) * layers, embed if tied else hidden)
+        self.attention = CrossAttention(hidden, dim, heads, inner=dim)
+        above = hidden if self.recurrent else hidden + dim
+        inputs = [embed + dim, *[above if i == 0 else hidden for i in range(layers - 1)]]
+        self.cells = nn.ModuleList(nn.LSTM(size, hidden, batch_first=True) for size in inputs)
+        self.initial = nn.Linear(dim, 2 * layers * hidden)
+        self.output = nn.Linear(hidden + dim, self.hidden_dims[-1])
+        self.drop = nn.Dropout(dropout)
+
+    def build_vocabulary(self, vocabulary: int) -> None:
+        """The word embedding and, unless tied, a matrix of its own to score the words."""
+        self.embedding = nn.Embedding(vocabulary, self.embed)
+        nn.init.normal_(self.embedding.weight, std=self.embed**-0.5)
+        if not self.tied:
+            self.vocabulary_output = nn.Linear(self.hidden_dims[-1], vocabulary, bias=False)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(
+        self, input_ids: Tensor, features: Tensor, need: frozenset[str] = frozenset()
+    ) -> DecoderOutput:
+        """(B, T) ids and (I, N, D) features to logits (B, T, V) and what is needed."""
+        state = self.start(features).expand(input_ids.shape[0] // features.shape[0])
+        words = self.drop(self.embedding(input_ids) * self.embed**0.5)  # (B, T, E)
+        run = self.run_recurrent if self.recurrent else self.run_parallel
+        hidden, weights, _ = run(words, state, "attention" in need)
+        return DecoderOutput(
+            logits=self.score(hidden[-1]),
+            hidden=tuple(hidden) if "hidden" in need else None,
+            attention=weights,
+        )
+
+    def start(self, features: Tensor) -> State:
+        """Keys and values of the features, and states made from their mean."""
+        keys, values = self.attention.project(features)
+        mean = features.mean(1)  # (I, D)
+        states = torch.tanh(self.initial(mean)).unflatten(-1, (2, len(self.cells), -1))
+        h, c = states.unbind(1)  # (I, layers, H)
+        return State({"keys": keys, "values": values, "mean": mean}, {"h": h, "c": c})
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """(R,) words to logits (R, V)."""
+        words = self.embedding(tokens)[:, None] * self.embed**0.5  # (R, 1, E)
+        run = self.run_recurrent if self.recurrent else self.run_parallel
+        hidden, _, row = run(words, state, False)
+        after = State(state.image, row, state.beams, state.position + 1)
+        return self.score(hidden[-1])[:, 0], after
+
+    def run_parallel(
+        self, words: Tensor, state: State, need: bool
+    ) -> tuple[list[Tensor], Tensor | None, dict[str, Tensor]]:
+        """All words through a layer at a time: the first reads, its states ask, the rest follow."""
+        mean = state.image["mean"].repeat_interleave(state.beams, 0)[:, None]  # (B, 1, D)
+        x = torch.cat([words, mean.expand(-1, words.shape[1], -1).to(words.dtype)], -1)
+        layers: list[Tensor] = []
+        ends: list[tuple[Tensor, Tensor]] = []
+        for i, cell in enumerate(self.cells):
+            x, end = run_cell(cell, x, state, i)
+            layers.append(x)
+            ends.append(end)
+            if i == 0:
+                context, weights = self.look(x, state, need)
+                x = torch.cat([x, context], -1)  # (B, T, H + D)
+            x = self.drop(x)
+        return [*layers, self.merge(layers[-1], context)], weights, stack_states(ends)
+
+    def run_recurrent(
+        self, words: Tensor, state: State, need: bool
+    ) -> tuple[list[Tensor], Tensor | None, dict[str, Tensor]]:
+        """One word after the other: the last state asks, and what it sees is read with the word."""
+        seen: list[tuple[Tensor, ...]] = []
+        looked: list[Tensor] = []
+        for word in words.split(1, dim=1):
+            context, weights = self.look(state.row["h"][:, -1:], state, need)
+            layers, row = self.run_word(torch.cat([word, context.to(word.dtype)], -1), state)
+            state = State(state.image, row, state.beams)
+            seen.append((*layers, context))
+            looked += [] if weights is None else [weights]
+        *hidden, context = (torch.cat(part, 1) for part in zip(*seen, strict=True))
+        attention = torch.cat(looked, 1) if looked else None
+        return [*hidden, self.merge(hidden[-1], context)], attention, state.row
+
+    def run_word(self, x: Tensor, state: State) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """One word (B, 1, E + D) through all layers."""
+        layers: list[Tensor] = []
+        ends: list[tuple[Tensor, Tensor]] = []
+        for i, cell in enumerate(self.cells):
+            x, end = run_cell(cell, x, state, i)
+            layers.append(x)
+            ends.append(end)
+            x = self.drop(x)
+        return layers, stack_states(ends)
+
+    def look(self, x: Tensor, state: State, need: bool) -> tuple[Tensor, Tensor | None]:
+        """(B, T, H) states to what they see, (B, T, D), and where they look, (B, T, N)."""
+        context, weights = self.attention(x, state.image["keys"], state.image["values"], need)
+        return context, weights
+
+    def merge(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """State and context to the vector that the vocabulary projection sees."""
+        return self.output(self.drop(torch.cat([hidden, context.to(hidden.dtype)], -1)))
+
+    def score(self, x: Tensor) -> Tensor:
+        """(B, T, E or H) to logits (B, T, V)."""
+        weight = self.embedding.weight if self.tied else self.vocabulary_output.weight
+        return F.linear(self.drop(x), weight) + self.bias
+
+
+def run_cell(
+    cell: nn.LSTM, x: Tensor, state: State, layer: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(B, T, .) through one layer from its state; the outputs (B, T, H) and the state after."""
+    before = tuple(state.row[key][:, layer].contiguous()[None] for key in ("h", "c"))
+    out, (h, c) = cell(x, before)
+    return out, (h[0], c[0])
+
+
+def stack_states(ends: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """States of all layers, each (B, H), as rows (B, layers, H)."""
+    h, c = zip(*ends, strict=True)
+    return {"h": torch.stack(h, 1), "c": torch.stack(c, 1)}

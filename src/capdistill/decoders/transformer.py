@@ -1,0 +1,169 @@
+"""A causal, pre-norm Transformer decoder with tied embeddings and folded cross-attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capdistill.decoders.attention import CrossAttention, merge_heads, split_heads
+from capdistill.decoders.base import Decoder, State
+from capdistill.errors import ConfigError
+from capdistill.outputs import DecoderOutput
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each after its own norm.
+
+    Args:
+        width: W, width of the residual stream.
+        dim: D, width of the features.
+        heads: Attention heads.
+        ffn: Inner width of the feed-forward part.
+        dropout: On each residual branch.
+    """
+
+    def __init__(self, width: int, dim: int, heads: int, ffn: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.self_norm, self.cross_norm, self.ffn_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.self_output = nn.Linear(width, width)
+        self.cross = CrossAttention(width, dim, heads)
+        self.cross_output = nn.Linear(width, width)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, ffn), nn.GELU(), nn.Dropout(dropout), nn.Linear(ffn, width)
+        )
+        self.drop = nn.Dropout(dropout)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, W) words to query, key and value of the self-attention, (B, h, T, d)."""
+        parts = self.query_key_value(self.self_norm(x)).chunk(3, dim=-1)
+        return tuple(split_heads(part, self.heads) for part in parts)
+
+    def finish(
+        self, x: Tensor, context: Tensor, memory: tuple[Tensor, Tensor], need: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add the self-attention's context, look at the image, feed forward."""
+        x = x + self.drop(self.self_output(merge_heads(context)))  # (B, T, W)
+        seen, weights = self.cross(self.cross_norm(x), *memory, need=need)
+        x = x + self.drop(self.cross_output(seen))
+        return x + self.drop(self.ffn(self.ffn_norm(x))), weights
+
+
+class TransformerDecoder(Decoder):
+    """Words by masked self-attention, the image by cross-attention in every layer.
+
+    Example:
+        >>> decoder = TransformerDecoder(dim=8, width=16, layers=2, heads=2, ffn=32)
+        >>> decoder.build(vocabulary=11)
+        >>> ids, features = torch.zeros(4, 5, dtype=torch.int64), torch.randn(2, 9, 8)
+        >>> decoder(ids, features).logits.shape     # 2 images with 2 captions of 5 words each
+        torch.Size([4, 5, 11])
+
+    Args:
+        dim: D, width of the features.
+        width: W, width of embeddings and layers.
+        layers: Number of blocks.
+        heads: Attention heads; must divide `width`.
+        ffn: Inner width of the feed-forward part.
+        dropout: On embeddings, residual branches and the vector before the vocabulary.
+
+    Raises:
+        ConfigError: `width` is no multiple of `heads`, or is odd.
+
+    Source:
+        Vaswani et al. (2017); pre-norm as in Xiong et al. (2020), equation of figure 1 (b);
+        tied embeddings as in Press and Wolf (2017).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        width: int = 512,
+        layers: int = 3,
+        heads: int = 8,
+        ffn: int = 2048,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if width % heads or width % 2:
+            raise ConfigError(
+                f"TransformerDecoder: width {width} must be even and a multiple of heads {heads}."
+            )
+        self.dim, self.width = dim, width
+        self.hidden_dims = (width,) * (layers + 1)
+        self.blocks = nn.ModuleList(Block(width, dim, heads, ffn, dropout) for _ in range(layers))
+        self.final_norm = nn.LayerNorm(width)
+        self.drop = nn.Dropout(dropout)
+
+    def build_vocabulary(self, vocabulary: int) -> None:
+        """One matrix embeds the words and scores them."""
+        self.embedding = nn.Embedding(vocabulary, self.width)
+        nn.init.normal_(self.embedding.weight, std=self.width**-0.5)
+
+    def forward(
+        self, input_ids: Tensor, features: Tensor, need: frozenset[str] = frozenset()
+    ) -> DecoderOutput:
+        """(B, T) ids and (I, N, D) features to logits (B, T, V) and what is needed."""
+        x = self.embed(input_ids, 0)  # (B, T, W)
+        hidden, weights = [], None
+        for i, block in enumerate(self.blocks):
+            memory = block.cross.project(features)
+            look = "attention" in need and i + 1 == len(self.blocks)
+            query, key, value = block.project(x)
+            context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            x, weights = block.finish(x, context, memory, look)
+            hidden.append(x)
+        hidden.append(self.final_norm(x))
+        return DecoderOutput(
+            logits=self.score(hidden[-1]),
+            hidden=tuple(hidden) if "hidden" in need else None,
+            attention=weights,
+        )
+
+    def start(self, features: Tensor) -> State:
+        """Project the features for every layer; no word has been read yet."""
+        image = {}
+        for i, block in enumerate(self.blocks):
+            image[f"key{i}"], image[f"value{i}"] = block.cross.project(features)
+        return State(image=image, row={})
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """(R,) words to logits (R, V); keys and values of earlier words come from the state."""
+        x = self.embed(tokens[:, None], state.position)  # (R, 1, W)
+        row = {}
+        for i, block in enumerate(self.blocks):
+            query, *new = block.project(x)
+            for name, value in zip((f"past_key{i}", f"past_value{i}"), new, strict=True):
+                row[name] = torch.cat([state.row[name], value], 2) if state.position else value
+            context = F.scaled_dot_product_attention(
+                query, row[f"past_key{i}"], row[f"past_value{i}"]
+            )
+            memory = (state.image[f"key{i}"], state.image[f"value{i}"])
+            x, _ = block.finish(x, context, memory, need=False)
+        after = State(state.image, row, state.beams, state.position + 1)
+        return self.score(self.final_norm(x))[:, 0], after
+
+    def embed(self, ids: Tensor, position: int) -> Tensor:
+        """Scaled word embeddings plus sinusoidal positions from `position` on, (B, T, W)."""
+        places = sinusoids(position, ids.shape[1], self.width).to(ids.device)
+        return self.drop(self.embedding(ids) * math.sqrt(self.width) + places)
+
+    def score(self, x: Tensor) -> Tensor:
+        """(B, T, W) to logits (B, T, V) by the embedding matrix."""
+        return F.linear(self.drop(x), self.embedding.weight)
+
+
+def sinusoids(first: int, count: int, width: int) -> Tensor:
+    """Position vectors (count, width): sines beside cosines, for any length.
+
+    Source:
+        Vaswani et al. (2017), section 3.5.
+    """
+    place = torch.arange(first, first + count, dtype=torch.float32)[:, None]
+    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
+    return torch.stack([torch.sin(place * rate), torch.cos(place * rate)], -1).flatten(1)

@@ -1,0 +1,176 @@
+"""Distillation of what the encoder sees: one vector an image, or one a place."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from capdistill.errors import ConfigError, IncompatibleModels, suggest
+from capdistill.losses.base import DistillationLoss
+from capdistill.losses.divergence import full, normalised_distance
+from capdistill.losses.projector import Projector, given, not_built, same_pair
+from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+MATCHES = ("attention", "auto", "grid", "pooled")
+
+
+class FeatureKD(DistillationLoss):
+    """Match the student's visual features to the teacher's, projected and layer-normalised.
+
+    Example:
+        >>> spec = dict(tokens=5, prefix_tokens=1, grid=(2, 2), hidden_dims=(), vocabulary=("a",))
+        >>> loss = FeatureKD(match="pooled")
+        >>> loss.build(ModelSpec(feature_dim=8, has_attention=True, **spec),
+        ...            ModelSpec(feature_dim=16, has_attention=True, **spec))
+        >>> loss.projector, sorted(loss.needs), loss.per
+        (Projector(in_features=8, out_features=16, bias=True), ['features'], 'image')
+
+    Args:
+        match: What is compared, the mean over the teacher's width of the squared difference.
+            "pooled": the mean over all tokens (CLS included), one vector an image.
+            "attention": tokens weighted by each model's own decoder attention, averaged over the
+            valid tokens of all captions of the image, one vector an image; the weights carry no
+            gradient, and an image without a valid token adds nothing.
+            "auto": the sum of both where both models attend, else "pooled" alone, said once.
+            "grid": prefix tokens dropped, both grids averaged down to the smaller height and
+            width; one vector a cell, the mean over the cells.
+
+    Raises:
+        ConfigError: `match` is none of these, or the loss is built for a second pair of models.
+        IncompatibleModels: (in `build`) a model gives no features, attention or grid where
+            they are needed.
+
+    Source:
+        Romero et al. (2015), FitNets, for the projected regression; Ba, Kiros, Hinton (2016) for
+        the normalisation, which makes widths and scales comparable.
+    """
+
+    per = "image"
+
+    def __init__(self, match: str = "auto") -> None:
+        super().__init__()
+        if match not in MATCHES:
+            raise ConfigError(f"FeatureKD: match={match!r} is unknown. {suggest(match, MATCHES)}")
+        self.match = match
+        self.projector: Projector | None = None
+        self.specs: dict[str, ModelSpec] = {}
+        self._compare(("pooled", "attention") if match == "auto" else (match,))
+
+    def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
+        """Decide what is compared, and make the projection once.
+
+        Raises:
+            ConfigError: the loss was built for other widths.
+            IncompatibleModels: a model lacks what `match` needs.
+        """
+        specs = {"student": student, "teacher": teacher}
+        widths = (_feature_dim(student, "student"), _feature_dim(teacher, "teacher"))
+        self._compare(self._possible(specs))
+        built = self.projector and (self.projector.in_features, self.projector.out_features)
+        if not same_pair("FeatureKD", built, widths):
+            self.projector = Projector(*widths)
+        self.specs = specs
+
+    def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
+        """Sum over images of the mean over the width, added up over what is compared."""
+        if self.projector is None:
+            raise not_built("FeatureKD")
+        outputs = {"student": student, "teacher": teacher}
+        distances = []
+        for view in self.views:
+            mine, theirs = (self._see(view, out, role, batch) for role, out in outputs.items())
+            distance = normalised_distance(self.projector(mine), theirs).mean(1)  # (I,)
+            if view == "attention":
+                distance = distance.masked_fill(~_has_tokens(batch), 0)
+            distances.append(distance.sum())
+        return torch.stack(distances).sum()
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"match={self.match!r}"
+
+    def _compare(self, views: tuple[str, ...]) -> None:
+        self.views = views
+        extra = {"attention"} if "attention" in views else set()
+        self.needs = frozenset({"features", *extra})
+
+    def _possible(self, specs: dict[str, ModelSpec]) -> tuple[str, ...]:
+        """What `match` means for these models."""
+        blind = [role for role, spec in specs.items() if not spec.has_attention]
+        if self.match == "grid":
+            for role, spec in specs.items():
+                _require_grid(spec, role, spec.tokens)
+        if self.match == "attention" and blind:
+            raise IncompatibleModels(
+                f"FeatureKD: the {blind[0]} '{specs[blind[0]].name}' shows no attention over "
+                "visual tokens but attention matching was asked for.\n"
+                'Use FeatureKD(match="pooled"), or a decoder with attention.'
+            )
+        if self.match != "auto":
+            return (self.match,)
+        if not blind:
+            return ("pooled", "attention")
+        if self.projector is None:  # said once
+            names = " and ".join(f"the {role} '{specs[role].name}'" for role in blind)
+            logger.warning('FeatureKD(match="auto"): no attention in %s; pooled alone.', names)
+        return ("pooled",)
+
+    def _see(self, view: str, output: CaptionerOutput, role: str, batch: Batch) -> Tensor:
+        """(I, cells, D) what is compared of one model's features, in full precision."""
+        features = full(given("FeatureKD", "features", role, output.features))  # (I, N, D)
+        if view == "pooled":
+            return features.mean(1, keepdim=True)
+        if view == "attention":
+            attention = given("FeatureKD", "attention", role, output.attention)  # (B, T, N)
+            return (_caption_weights(attention, batch) * features).sum(1, keepdim=True)
+        sizes = [spec.grid or (1, 1) for spec in self.specs.values()]
+        smaller = (min(h for h, _ in sizes), min(w for _, w in sizes))
+        return _cells(features, self.specs[role], role, smaller)
+
+
+def _caption_weights(attention: Tensor, batch: Batch) -> Tensor:
+    """(I, N, 1) attention averaged over the valid tokens of all captions of an image, detached."""
+    mask = batch.target_mask
+    seen = full(attention.detach()).masked_fill(~mask[..., None], 0)  # (B, T, N)
+    total = seen.reshape(batch.num_images, -1, seen.shape[-1]).sum(1)  # (I, N)
+    count = mask.reshape(batch.num_images, -1).sum(1)  # (I,)
+    return (total / count.clamp(min=1)[:, None])[..., None]
+
+
+def _has_tokens(batch: Batch) -> Tensor:
+    """(I,) whether any caption of the image has a valid token."""
+    return batch.target_mask.reshape(batch.num_images, -1).any(1)
+
+
+def _cells(features: Tensor, spec: ModelSpec, role: str, size: tuple[int, int]) -> Tensor:
+    """(I, N, D) tokens to (I, h * w, D) cells of a grid averaged down to `size`."""
+    height, width = _require_grid(spec, role, features.shape[1])
+    places = features[:, spec.prefix_tokens :].transpose(1, 2)  # (I, D, H * W)
+    places = places.reshape(*places.shape[:2], height, width)
+    pooled = F.adaptive_avg_pool2d(places, size)  # (I, D, h, w)
+    return pooled.flatten(2).transpose(1, 2)
+
+
+def _require_grid(spec: ModelSpec, role: str, tokens: int | None) -> tuple[int, int]:
+    if spec.grid and tokens == spec.prefix_tokens + spec.grid[0] * spec.grid[1]:
+        return spec.grid
+    found = f"({tokens} tokens x {spec.feature_dim})"
+    claim = f"a grid of {spec.grid} after {spec.prefix_tokens} tokens" if spec.grid else "no grid"
+    raise IncompatibleModels(
+        f"FeatureKD: the {role} '{spec.name}' gives {claim} {found} but grid matching was asked "
+        'for.\nUse FeatureKD(match="pooled"), or an encoder with a grid.'
+    )
+
+
+def _feature_dim(spec: ModelSpec, role: str) -> int:
+    if spec.feature_dim is None:
+        raise IncompatibleModels(
+            f"FeatureKD: the {role} '{spec.name}' shows no features, which this loss compares.\n"
+            "Return them in CaptionerOutput.features, (I, N, D), or leave this loss out."
+        )
+    return spec.feature_dim

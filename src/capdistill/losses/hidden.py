@@ -1,0 +1,181 @@
+"""Distillation of the decoder's hidden states, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from capdistill.errors import ConfigError, IncompatibleModels
+from capdistill.losses.base import DistillationLoss
+from capdistill.losses.divergence import cosine_distance, squared_distance, valid_rows
+from capdistill.losses.projector import Projector, given, not_built, same_pair
+from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
+
+Pairs = list[tuple[int, int]]
+
+
+class HiddenKD(DistillationLoss):
+    """Match the student's decoder states to the teacher's: squared difference plus 1 - cosine.
+
+    Example:
+        >>> spec = dict(feature_dim=None, tokens=None, prefix_tokens=0, grid=None,
+        ...             vocabulary=("a",), has_attention=False)
+        >>> loss = HiddenKD(layers="uniform")
+        >>> loss.build(ModelSpec(hidden_dims=(8, 8), **spec),
+        ...            ModelSpec(hidden_dims=(16, 16, 16, 16), **spec))
+        >>> loss.pairs  # of n layers and the vector before the vocabulary
+        [(0, 2), (1, 3)]
+
+    Args:
+        layers: Which entries of the student's `hidden` are compared with which of the teacher's;
+            the term is the mean over the pairs. "last": the vectors before the vocabulary
+            projection. "uniform": these, and each layer of the student with the teacher's layer
+            at the same relative depth. Or {student: teacher}, indices that may be negative.
+        project: Pass the student's states through a linear layer to the teacher's width, one a
+            pair. Worth it where widths agree too: an LSTM's output is bounded and a layer norm's
+            is not.
+
+    Raises:
+        ConfigError: `layers` is none of these, or the loss is built for a second pair of models.
+        IncompatibleModels: (in `build`) a layer does not exist, or widths differ and
+            `project` is False.
+
+    Source:
+        Sanh et al. (2019), DistilBERT, for the cosine; Jiao et al. (2020), TinyBERT, section 3,
+        for the projected regression and the uniform mapping.
+    """
+
+    needs = frozenset({"hidden"})
+    per = "token"
+
+    def __init__(
+        self, layers: str | Mapping[int, int] | Mapping[str, int] = "last", project: bool = True
+    ) -> None:
+        super().__init__()
+        self.layers = layers if isinstance(layers, str) else _indices(layers)
+        if isinstance(layers, str) and layers not in ("last", "uniform"):
+            raise ConfigError(_wrong_layers(layers))
+        self.project = project
+        self.pairs: Pairs = []
+        self.widths: Pairs = []
+        self.projectors = nn.ModuleList()
+
+    def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
+        """Pair the layers and make a projection for each pair, once.
+
+        Raises:
+            ConfigError: the loss was built for other widths.
+            IncompatibleModels: a layer does not exist, or widths differ and `project` is False.
+        """
+        pairs = self._pair(student, teacher)
+        widths = [
+            (student.hidden_dims[mine], teacher.hidden_dims[theirs]) for mine, theirs in pairs
+        ]
+        if same_pair("HiddenKD", self.widths or None, widths):
+            return
+        if not self.project:
+            _require_equal(pairs, widths, student, teacher)
+        self.pairs, self.widths = pairs, widths
+        self.projectors.extend(
+            Projector(*pair) if self.project else nn.Identity() for pair in widths
+        )
+
+    def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
+        """Sum over valid tokens of both distances, averaged over the pairs of layers."""
+        if not self.pairs:
+            raise not_built("HiddenKD")
+        mine = given("HiddenKD", "hidden", "student", student.hidden)
+        theirs = given("HiddenKD", "hidden", "teacher", teacher.hidden)
+        terms = []
+        for (layer, target), projector in zip(self.pairs, self.projectors, strict=True):
+            rows = projector(valid_rows(mine[layer], batch.target_mask))  # (n, H of the teacher)
+            wanted = valid_rows(theirs[target], batch.target_mask)
+            terms.append((squared_distance(rows, wanted) + cosine_distance(rows, wanted)).sum())
+        return torch.stack(terms).mean()
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"layers={self.layers!r}, project={self.project}"
+
+    def _pair(self, student: ModelSpec, teacher: ModelSpec) -> Pairs:
+        mine, theirs = _depth(student, "student"), _depth(teacher, "teacher")
+        if isinstance(self.layers, str):
+            last = [(mine - 1, theirs - 1)]
+            return last if self.layers == "last" else uniform_pairs(mine, theirs)
+        return [
+            (_place(s, student, "student"), _place(t, teacher, "teacher"))
+            for s, t in self.layers.items()
+        ]
+
+
+def uniform_pairs(student: int, teacher: int) -> Pairs:
+    """Pair entries of `hidden` at the same relative depth; the last entry goes with the last.
+
+    Layer i of n goes with layer i * m / n of m, rounded to the nearest, at least the first.
+
+    Example:
+        >>> uniform_pairs(3, 7)  # 2 layers against 6, then the vectors before the vocabulary
+        [(0, 2), (1, 5), (2, 6)]
+        >>> uniform_pairs(4, 2)
+        [(0, 0), (1, 0), (2, 0), (3, 1)]
+
+    Args:
+        student: Number of entries, layers + 1.
+        teacher: Number of entries, layers + 1.
+
+    Source:
+        Jiao et al. (2020), TinyBERT, section 3.1.
+    """
+    layers, targets = student - 1, teacher - 1
+    if targets == 0:
+        return [(layers, 0)]
+    at = [max(1, (2 * i * targets + layers) // (2 * layers)) for i in range(1, layers + 1)]
+    return [*((i, target - 1) for i, target in enumerate(at)), (layers, targets)]
+
+
+def _indices(layers: object) -> dict[int, int]:
+    """An explicit mapping with int keys: JSON has only string keys."""
+    if not isinstance(layers, Mapping) or not layers:
+        raise ConfigError(_wrong_layers(layers))
+    try:
+        return {int(mine): int(theirs) for mine, theirs in layers.items()}
+    except (TypeError, ValueError):
+        raise ConfigError(_wrong_layers(layers)) from None
+
+
+def _wrong_layers(layers: object) -> str:
+    return (
+        f"HiddenKD: layers={layers!r} is not understood. "
+        'Use "last", "uniform", or {student layer: teacher layer} such as {0: 2, -1: -1}.'
+    )
+
+
+def _depth(spec: ModelSpec, role: str) -> int:
+    if not spec.hidden_dims:
+        raise IncompatibleModels(
+            f"HiddenKD: the {role} '{spec.name}' shows no hidden states, which it compares.\n"
+            "Return them in CaptionerOutput.hidden, (B, T - 1, H) each, or leave this loss out."
+        )
+    return len(spec.hidden_dims)
+
+
+def _place(index: int, spec: ModelSpec, role: str) -> int:
+    size = len(spec.hidden_dims)
+    if not -size <= index < size:
+        raise IncompatibleModels(
+            f"HiddenKD: the {role} '{spec.name}' has no layer {index}; its {size} entries (layers, "
+            f"then the vector before the vocabulary) are 0 to {size - 1}, or -{size} to -1."
+        )
+    return index % size
+
+
+def _require_equal(pairs: Pairs, widths: Pairs, student: ModelSpec, teacher: ModelSpec) -> None:
+    for (layer, target), (mine, theirs) in zip(pairs, widths, strict=True):
+        if mine != theirs:
+            raise IncompatibleModels(
+                f"HiddenKD: layer {layer} of '{student.name}' has width {mine} but layer {target} "
+                f"of '{teacher.name}' has {theirs}, and project=False compares them as they are.\n"
+                "Use HiddenKD(project=True), or pair layers of one width."
+            )

@@ -1,0 +1,203 @@
+"""Any existing captioner as a teacher: a module, and a function that says what it computed.
+
+What the function returns is checked against the batch each time, so that a wrong layout is an
+error that names shapes, never a silently wrong target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capdistill.errors import ConfigError
+from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
+from capdistill.teachers.layout import check_layout, check_vocabulary
+from capdistill.tokenizer import Tokenizer
+
+Adapt = Callable[[Any, Batch], CaptionerOutput]
+
+
+class ForeignTeacher(nn.Module):
+    """A captioner of someone else's with the surface of ours; made by `wrap`, which explains it.
+
+    Attributes:
+        module: The model as it was given.
+        tokenizer: Its tokenizer.
+        name: How messages call it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        adapt: Adapt,
+        tokenizer: Tokenizer,
+        *,
+        name: str = "teacher",
+        spec: ModelSpec | None = None,
+    ) -> None:
+        super().__init__()
+        if spec is not None:
+            check_vocabulary(name, spec, tokenizer.vocabulary)
+        self.module = module
+        self.adapt = adapt
+        self.tokenizer = tokenizer
+        self.name = name
+        self._spec = spec
+
+    def forward(self, batch: Batch, need: frozenset[str] = frozenset()) -> CaptionerOutput:
+        """What `adapt` returns for the batch, once its shapes are checked.
+
+        Args:
+            batch: B = I * k captions, on the module's device.
+            need: What the caller will use, of "features", "hidden" and "attention".
+
+        Raises:
+            IncompatibleModels: `adapt` returned other shapes, or None for something needed.
+        """
+        output = self.adapt(self.module, batch)
+        check_layout(self.name, output, batch, need, len(self.tokenizer.vocabulary), self._spec)
+        return output
+
+    def spec(self, batch: Batch | None = None) -> ModelSpec:
+        """What the losses must know of it: declared, or probed on the first batch given.
+
+        A probe runs the module once in eval mode without gradients, restores each submodule's mode
+        and the random state, and is remembered.
+
+        Args:
+            batch: A real batch on the module's device; not used once the spec is known.
+
+        Raises:
+            ConfigError: the spec is neither declared nor probed yet and there is no batch.
+            IncompatibleModels: what `adapt` returns for the batch does not fit it.
+        """
+        if self._spec is None:
+            if batch is None:
+                raise ConfigError(
+                    f"{self.name}: its spec is not known yet.\n"
+                    "Call spec(batch) with a real batch, or declare it in wrap(..., spec=...)."
+                )
+            self._spec = self._probe(batch)
+        return self._spec
+
+    def _probe(self, batch: Batch) -> ModelSpec:
+        with _undisturbed(self, batch.input_ids.device):
+            output = self(batch)
+        features = output.features
+        return ModelSpec(
+            feature_dim=None if features is None else features.shape[2],
+            tokens=None if features is None else features.shape[1],
+            prefix_tokens=0,
+            grid=None,
+            hidden_dims=tuple(layer.shape[2] for layer in output.hidden or ()),
+            vocabulary=self.tokenizer.vocabulary,
+            has_attention=output.attention is not None,
+            name=self.name,
+        )
+
+
+def wrap(
+    module: nn.Module,
+    adapt: Adapt,
+    tokenizer: Tokenizer,
+    *,
+    name: str = "teacher",
+    spec: ModelSpec | None = None,
+) -> ForeignTeacher:
+    """Any existing captioner as a teacher.
+
+    Example:
+        >>> class Theirs(nn.Module):  # words first: logits (T, B, V)
+        ...     def forward(self, pixels, words):
+        ...         return F.one_hot(words, 9).float() + pixels.mean()
+        >>> def adapt(module, batch):
+        ...     pixels = normalised(batch, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), size=8)
+        ...     logits = module(pixels, batch.inputs.T).transpose(0, 1)
+        ...     return CaptionerOutput(logits, None, None, None, batch.target_mask)
+        >>> from capdistill.tokenizer import WordTokenizer
+        >>> tokenizer = WordTokenizer(["a", "dog", "cat", "runs", "sits"])
+        >>> teacher = wrap(Theirs(), adapt, tokenizer, name="theirs")
+        >>> batch = Batch(
+        ...     images=torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
+        ...     input_ids=torch.tensor([[1, 4, 5, 2]]), mask=torch.ones(1, 4, dtype=torch.bool),
+        ...     captions=("a dog",), image_ids=("a.jpg",),
+        ... )
+        >>> teacher(batch).logits.shape, len(teacher.spec(batch).vocabulary)
+        (torch.Size([1, 3, 9]), 9)
+
+    Args:
+        module: The model. It becomes a submodule, so that device, mode and freezing reach it.
+        adapt: `adapt(module, batch)` runs it on `batch.inputs` (B, T - 1) and returns a
+            `CaptionerOutput` aligned with `batch.targets`; what it has not is None. The k captions
+            of an image stand together: row b belongs to image b // k.
+        tokenizer: The model's, whose ids the batches hold and whose vocabulary the logits follow.
+        name: How messages call it.
+        spec: What the losses must know of it, with the grid and the prefix tokens, which no probe
+            can see. Without it, it is probed on the first real batch.
+
+    Raises:
+        IncompatibleModels: the declared spec and the tokenizer have different vocabularies, or
+            (when called) `adapt` returns other shapes than the batch needs.
+    """
+    return ForeignTeacher(module, adapt, tokenizer, name=name, spec=spec)
+
+
+def normalised(
+    batch: Batch, mean: Sequence[float], std: Sequence[float], size: int | None = None
+) -> Tensor:
+    """The images of a batch as the other model expects them: resized, scaled, normalised.
+
+    Example:
+        >>> batch = Batch(
+        ...     images=torch.full((1, 3, 4, 4), 255, dtype=torch.uint8),
+        ...     input_ids=torch.tensor([[1, 2]]), mask=torch.ones(1, 2, dtype=torch.bool),
+        ...     captions=("",), image_ids=("a.jpg",),
+        ... )
+        >>> normalised(batch, mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0), size=2)[0, :, 0, 0]
+        tensor([2.0000, 1.0000, 0.5000])
+
+    Args:
+        batch: Images (I, 3, H, W) uint8.
+        mean: One value a channel, for pixels in [0, 1].
+        std: One value a channel.
+        size: Side in pixels that the model wants; None keeps the loader's.
+
+    Returns:
+        (I, 3, size, size) float32.
+
+    Raises:
+        ConfigError: mean or std have not one value a channel, or std is not positive.
+
+    Source:
+        Bicubic with antialiasing, as `Encoder.normalise`.
+    """
+    channels = batch.images.shape[1]
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise ConfigError(
+            f"normalised: mean {tuple(mean)} and std {tuple(std)} for images of {channels} "
+            "channels. Give one value a channel for pixels in [0, 1], with std > 0."
+        )
+    pixels = batch.images.float()
+    if size is not None and batch.images.shape[-2:] != (size, size):
+        pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp_(0, 255)
+    middle = pixels.new_tensor(mean).view(1, -1, 1, 1) * 255
+    return (pixels - middle) / (pixels.new_tensor(std).view(1, -1, 1, 1) * 255)  # (I, 3, S, S)
+
+
+@contextmanager
+def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode, no gradients and a forked random state; modes are restored one by one."""
+    training = [part for part in module.modules() if part.training]
+    devices = [device] if device.type == "cuda" else []
+    module.eval()
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,0 +1,209 @@
+"""Captions to token ids and back.
+
+`WordTokenizer` is our own; any object with the members of `Tokenizer` does as well, so that a
+foreign teacher keeps its vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from capdistill.errors import CheckpointError, ConfigError, DataError
+from capdistill.files import write_text
+
+SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
+_FORMAT = "capdistill.word_tokenizer/1"
+_SEPARATORS = re.compile(r"[\s.,!?;:\"`“”„«»()\[\]{}<>…–—―/\\|*_=+~^#]+")
+_CLITICS = frozenset({"'s", "'re", "'ll", "'ve", "'d", "'m", "'t", "'n"})
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What capdistill asks of a tokenizer. Ids may coincide: padding is known by position."""
+
+    pad_id: int
+    start_id: int
+    end_id: int
+
+    @property
+    def vocabulary(self) -> Sequence[str]:
+        """The entries in the order of their ids."""
+
+    def encode(self, caption: str) -> list[int]:
+        """Ids from the start token to the end token; a truncated caption has no end token."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words before the first end token (a leading start token is skipped)."""
+
+
+def split_words(caption: str) -> list[str]:
+    """Lower-cased words without punctuation; apostrophes, hyphens and digits inside them stay.
+
+    Example:
+        >>> split_words("A man's T-shirt , size 42 ... 'cool' !")
+        ['a', "man's", 't-shirt', 'size', '42', 'cool']
+    """
+    text = unicodedata.normalize("NFC", caption).lower().replace("\u2019", "'")
+    pieces = (piece.strip("-") for piece in _SEPARATORS.split(text))
+    words = (p if p in _CLITICS else p.strip("'-") for p in pieces)
+    return [word for word in words if word]
+
+
+class WordTokenizer:
+    """One id a word, from the words that are frequent enough in the training captions.
+
+    Example:
+        >>> tokenizer = WordTokenizer.train(["A dog runs.", "A dog sleeps."], min_count=2)
+        >>> tokenizer.vocabulary
+        ('<pad>', '<start>', '<end>', '<unk>', 'a', 'dog')
+        >>> tokenizer.encode("A dog runs."), tokenizer.decode([1, 4, 5, 2, 0])
+        ([1, 4, 5, 3, 2], 'a dog')
+
+    Args:
+        words: The words, without the four special tokens, in the order of their ids.
+        max_length: Words kept of a caption. A longer one is cut and gets no end token, so that a
+            model never learns to stop there; `count_truncated` says how many were.
+
+    Raises:
+        ConfigError: a word twice, a special token among the words, max_length < 1.
+    """
+
+    pad_id, start_id, end_id, unk_id = range(4)
+
+    def __init__(self, words: Iterable[str], *, max_length: int = 40) -> None:
+        self._vocabulary = (*SPECIAL, *words)
+        self._ids = {word: index for index, word in enumerate(self._vocabulary)}
+        self.max_length = max_length
+        if len(self._ids) != len(self._vocabulary):
+            twice = [w for w, n in Counter(self._vocabulary).items() if n > 1]
+            raise ConfigError(f"WordTokenizer: entries must be distinct; given twice: {twice[:5]}.")
+        if max_length < 1:
+            raise ConfigError(f"WordTokenizer: max_length must be at least 1, got {max_length}.")
+
+    @classmethod
+    def train(
+        cls,
+        captions: Iterable[str],
+        *,
+        min_count: int = 5,
+        max_size: int | None = None,
+        max_length: int = 40,
+    ) -> WordTokenizer:
+        """Count the words of the training captions and keep the frequent ones.
+
+        Args:
+            captions: Raw captions of the training split.
+            min_count: A word seen less often becomes the unknown token.
+            max_size: Largest vocabulary, the special tokens included; the rarest words go first.
+            max_length: Words kept of a caption.
+
+        Raises:
+            DataError: no word is frequent enough.
+        """
+        counts = Counter(word for caption in captions for word in split_words(caption))
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        words = [word for word, count in ranked if count >= min_count]
+        if not words:
+            raise DataError(
+                f"WordTokenizer.train: none of the {len(counts)} distinct words occurs "
+                f"{min_count} times. Give more captions or a smaller min_count."
+            )
+        if max_size is not None:
+            words = words[: max(max_size - len(SPECIAL), 0)]
+        return cls(words, max_length=max_length)
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The entries in the order of their ids, the special tokens first."""
+        return self._vocabulary
+
+    def __len__(self) -> int:
+        return len(self._vocabulary)
+
+    def __repr__(self) -> str:
+        return f"WordTokenizer({len(self)} words, max_length={self.max_length})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WordTokenizer):
+            return NotImplemented
+        mine, theirs = (self.vocabulary, self.max_length), (other.vocabulary, other.max_length)
+        return mine == theirs
+
+    def __hash__(self) -> int:
+        return hash((self._vocabulary, self.max_length))
+
+    def encode(self, caption: str) -> list[int]:
+        """Ids of a caption: start, words, end; without end where it was cut."""
+        words = split_words(caption)
+        ids = [self._ids.get(word, self.unk_id) for word in words[: self.max_length]]
+        end = [] if len(words) > self.max_length else [self.end_id]
+        return [self.start_id, *ids, *end]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Words up to the first end token; padding and start never appear."""
+        words = []
+        for index in ids:
+            if index == self.end_id:
+                break
+            if index not in (self.pad_id, self.start_id):
+                words.append(self._vocabulary[index])
+        return " ".join(words)
+
+    def count_truncated(self, captions: Iterable[str]) -> int:
+        """How many captions are longer than `max_length` words."""
+        return sum(len(split_words(caption)) > self.max_length for caption in captions)
+
+    def count_unknown(self, captions: Iterable[str]) -> tuple[int, int]:
+        """How many words of the captions are unknown, and of how many."""
+        words = [word for caption in captions for word in split_words(caption)]
+        return sum(word not in self._ids for word in words), len(words)
+
+    def save(self, path: str | Path) -> None:
+        """Write the vocabulary as JSON."""
+        content = {
+            "format": _FORMAT,
+            "max_length": self.max_length,
+            "words": self._vocabulary[len(SPECIAL) :],
+        }
+        write_text(path, json.dumps(content, ensure_ascii=False, indent=0))
+
+    @classmethod
+    def load(cls, path: str | Path) -> WordTokenizer:
+        """Read a vocabulary that `save` wrote.
+
+        Raises:
+            CheckpointError: the file is not one of ours.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise KeyError(content["format"])
+            return cls(content["words"], max_length=content["max_length"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is no vocabulary of a WordTokenizer ({type(error).__name__}: {error}). "
+                f"Expected a JSON file with format '{_FORMAT}', as WordTokenizer.save writes it."
+            ) from error
+
+
+def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Sequences of ids to (B, T) ids and (B, T) mask; what is real is known by position.
+
+    Example:
+        >>> ids, mask = pad_batch([[0, 1, 0], [0, 0]], pad_id=0)
+        >>> ids.tolist(), mask.tolist()
+        ([[0, 1, 0], [0, 0, 0]], [[True, True, True], [True, True, False]])
+    """
+    longest = max(len(sequence) for sequence in sequences)
+    rows = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return torch.tensor(rows, dtype=torch.int64), torch.arange(longest) < lengths[:, None]

@@ -1,0 +1,196 @@
+"""What happens beside the steps: history, the choice of the best epoch, checkpoints, progress.
+
+A callback is any object with some of `on_fit_start(trainer)`, `on_step(trainer, row)`,
+`on_epoch(trainer, row)`, `on_fit_end(trainer)`. Those that have `state_dict` and
+`load_state_dict` are carried over by a resumed run.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from capdistill.errors import UnknownName, suggest
+from capdistill.training.history import Row
+
+if TYPE_CHECKING:
+    from capdistill.training.trainer import Trainer
+
+LOSS = "loss"
+ALIASES = {"cider": "cider_d", "meteor": "meteor_nltk", "val_loss": LOSS}
+
+
+class Monitor:
+    """Decide which epoch is the best, and when there has been no progress for too long.
+
+    A NaN is no progress and never wins; an equal value is no progress either.
+
+    Example:
+        >>> monitor = Monitor("bleu_4", patience=2)
+        >>> [monitor.update(value) for value in (0.2, float("nan"), 0.2)], monitor.exhausted
+        ([True, False, False], True)
+
+    Args:
+        name: What is watched.
+        higher: Whether more is better.
+        patience: Epochs in a row without progress that end the run, or None.
+    """
+
+    def __init__(self, name: str, *, higher: bool = True, patience: int | None = None) -> None:
+        self.name, self.higher, self.patience = name, higher, patience
+        self.best: float | None = None
+        self.best_epoch: int | None = None
+        self.epochs = 0
+        self.waited = 0
+
+    def update(self, value: float) -> bool:
+        """Take the value of the next epoch; whether it is the best so far."""
+        improved = not math.isnan(value) and (
+            self.best is None or (value > self.best if self.higher else value < self.best)
+        )
+        if improved:
+            self.best, self.best_epoch = value, self.epochs
+        self.waited = 0 if improved else self.waited + 1
+        self.epochs += 1
+        return improved
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience has run out."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        keys = ("best", "best_epoch", "epochs", "waited")
+        return {key: getattr(self, key) for key in keys}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        vars(self).update(state)
+
+
+class BestEpoch:
+    """Read the monitored value from each epoch's row, mark progress, stop when patience ends."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+
+    def on_epoch(self, trainer: Trainer, row: Row) -> None:
+        """Mark the row as improved or not."""
+        value = monitored_value(row, self.monitor.name)
+        if math.isnan(value):
+            warnings.warn(
+                f"Epoch {row['epoch']}: {self.monitor.name} is NaN, which counts as no progress.",
+                stacklevel=2,
+            )
+        row["improved"] = self.monitor.update(value)
+        row["best"] = {"epoch": self.monitor.best_epoch, self.monitor.name: self.monitor.best}
+        trainer.stopping |= self.monitor.exhausted
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Say so where no epoch could be called the best."""
+        if self.monitor.epochs and self.monitor.best is None:
+            warnings.warn(
+                f"No epoch had a number for {self.monitor.name} (all were NaN): the last weights "
+                "were kept.",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The monitor's state."""
+        return self.monitor.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.monitor.load_state_dict(state)
+
+
+def monitored_value(row: Row, name: str) -> float:
+    """The value of an epoch's row that a name stands for."""
+    return float(row["val"]["loss"] if name == LOSS else row["scores"][name])
+
+
+def resolve_monitor(name: str, directions: dict[str, bool]) -> tuple[str, bool]:
+    """A monitored name to its key and whether higher is better.
+
+    Example:
+        >>> resolve_monitor("cider", {"cider_d": True})
+        ('cider_d', True)
+
+    Raises:
+        UnknownName: nothing of that name is measured; the message lists what is.
+    """
+    known = {LOSS: False, **directions}
+    key = ALIASES.get(name, name)
+    if key not in known:
+        shown = sorted({*known, *(a for a, k in ALIASES.items() if k in known)})
+        raise UnknownName(f"monitor: nothing called '{name}' is measured. {suggest(name, shown)}")
+    return key, known[key]
+
+
+class Recorder:
+    """Write every `log_every`-th step and every epoch to the history."""
+
+    def on_step(self, trainer: Trainer, row: Row) -> None:
+        """Keep the row of a step, now and then."""
+        if row["step"] % trainer.config.log_every == 0 or row["step"] == 1:
+            trainer.history.append(row)
+
+    def on_epoch(self, trainer: Trainer, row: Row) -> None:
+        """Keep the row of an epoch."""
+        trainer.history.append(row)
+
+
+class Progress:
+    """A bar with the terms and the time left on a terminal; a line an epoch elsewhere."""
+
+    def __init__(self, show: bool | None) -> None:
+        self.bar_wanted = sys.stderr.isatty() if show is None else show
+        self.lines_wanted = show is not False
+        self.bar: Any = None
+
+    def on_step(self, trainer: Trainer, row: Row) -> None:
+        """Move the bar."""
+        if not self.bar_wanted:
+            return
+        if self.bar is None:
+            from tqdm import tqdm
+
+            total = trainer.config.epochs * trainer.steps_per_epoch
+            self.bar = tqdm(total=total, initial=row["step"] - 1, unit="step", dynamic_ncols=True)
+        terms = {name: f"{term['raw']:.3f}" for name, term in row["terms"].items()}
+        self.bar.set_postfix(epoch=row["epoch"], loss=f"{row['loss']:.3f}", **terms, refresh=False)
+        self.bar.update(1)
+
+    def on_epoch(self, trainer: Trainer, row: Row) -> None:
+        """Say how the epoch ended."""
+        if not self.lines_wanted:
+            return
+        line = describe_epoch(row)
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def describe_epoch(row: Row) -> str:
+    """One line about an epoch.
+
+    Example:
+        >>> describe_epoch({"epoch": 0, "seconds": 3.0, "train": {"loss": 2.5}, "val": {},
+        ...                 "scores": {"cider_d": 0.31}, "improved": True})
+        'epoch 0: train loss 2.5000, cider_d 0.3100 (best so far), 3.0 s'
+    """
+    parts = [f"train loss {row['train']['loss']:.4f}"]
+    parts += [f"val loss {row['val']['loss']:.4f}"] if row["val"] else []
+    parts += [f"{name} {value:.4f}" for name, value in row["scores"].items()]
+    best = " (best so far)" if row.get("improved") else ""
+    return f"epoch {row['epoch']}: {', '.join(parts)}{best}, {row['seconds']:.1f} s"

@@ -1,0 +1,120 @@
+"""Every option of a training run, checked when given and written beside the run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from capdistill.errors import ConfigError, suggest
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class TrainConfig(BaseModel):
+    """Options of `Trainer`; each may be given to the constructor or to `fit`.
+
+    Example:
+        >>> TrainConfig(epochs=3).batch_size
+        16
+
+    Args:
+        epochs: Each is every training image once.
+        batch_size: Images a step (times `captions_per_image` captions, times `accumulate`).
+        captions_per_image: Captions of an image in one batch; the image is encoded once for all.
+        learning_rate: Peak rate of AdamW.
+        encoder_rate: The encoder trunk's rate as a share of `learning_rate`.
+        weight_decay: Not on norms, biases and embeddings.
+        schedule: "cosine_restarts", "warmup_cosine" or "constant"; stepped every optimizer step.
+        restart_epochs: Length of the first cosine period.
+        restart_factor: How much longer each following period is.
+        warmup: Share of all steps that "warmup_cosine" climbs.
+        precision: "auto", "bf16", "fp16" (CUDA) or "fp32".
+        accumulate: Batches a step; a short last group counts for what it holds.
+        clip: Largest gradient norm, or None.
+        label_smoothing: Of the cross-entropy term, never of the teacher's targets.
+        patience: Epochs without progress before training stops, or None.
+        monitor: Score that decides what is best: "cider", "bleu_4", ..., or "loss".
+        seed: Of shuffling, choice of captions, augmentation and dropout.
+        workers: Processes that read images.
+        device: "auto", "cpu", "cuda", ...
+        augment: Random crops of training images; None is yes unless features are cached.
+        flip: Mirror half of the training images; captions say left and right, so off.
+        cache_images: Keep decoded images in memory.
+        cache_features: Encode each image once where the trunk is frozen.
+        cache_dir: Where cached features lie; a folder of the user's cache unless given.
+        errors: "skip" names unreadable images and goes on; "raise" stops.
+        eval_batch_size: Images a batch in validation.
+        log_every: Steps between two rows of the history.
+        progress: Progress bar; None is only on a terminal.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(16, ge=1)
+    captions_per_image: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    encoder_rate: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    schedule: Literal["cosine_restarts", "warmup_cosine", "constant"] = "cosine_restarts"
+    restart_epochs: int = Field(10, ge=1)
+    restart_factor: int = Field(2, ge=1)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    accumulate: int = Field(1, ge=1)
+    clip: float | None = Field(1.0, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    patience: int | None = Field(7, ge=1)
+    monitor: str = "cider"
+    seed: int = 0
+    workers: int = Field(0, ge=0)
+    device: str = "auto"
+    augment: bool | None = None
+    flip: bool = False
+    cache_images: bool = False
+    cache_features: bool = False
+    cache_dir: str | None = None
+    errors: Literal["skip", "raise"] = "skip"
+    eval_batch_size: int = Field(64, ge=1)
+    log_every: int = Field(10, ge=1)
+    progress: bool | None = None
+
+
+class DistillConfig(TrainConfig):
+    """Options of `Distiller`: those of `Trainer` with a higher rate.
+
+    Example:
+        >>> DistillConfig().learning_rate
+        0.0002
+    """
+
+    learning_rate: float = Field(2e-4, gt=0)
+
+
+def parse(cls: type[C], values: dict[str, Any], what: str) -> C:
+    """Options to a checked configuration.
+
+    Example:
+        >>> parse(TrainConfig, {"epoch": 3}, "fit")
+        Traceback (most recent call last):
+        ...
+        capdistill.errors.ConfigError: fit: there is no option 'epoch' (given: 3). \
+Did you mean 'epochs'? ...
+
+    Raises:
+        ConfigError: an unknown option, with the nearest one, or a value that can not be.
+    """
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        lines = [_explain(cls, problem) for problem in error.errors()]
+        raise ConfigError(f"{what}: " + "\n".join(lines)) from error
+
+
+def _explain(cls: type[BaseModel], problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = suggest(name, cls.model_fields)
+        return f"there is no option '{name}' (given: {problem['input']!r}). {known}"
+    return f"option '{name}' was given {problem['input']!r}: {problem['msg']}."

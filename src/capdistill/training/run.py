@@ -1,0 +1,141 @@
+"""What a run needs around its steps: sources of batches, cached features, its description."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capdistill.captioner import Captioner
+from capdistill.errors import ConfigError
+from capdistill.files import write_text
+from capdistill.registry import stamp_of
+from capdistill.training.config import TrainConfig
+from capdistill.training.features import TrunkStore, cache_trunk, data_key, default_cache_dir
+from capdistill.training.source import FixedBatches, Source, make_source
+
+if TYPE_CHECKING:
+    from capdistill.training.trainer import Trainer
+
+LIBRARIES = ("capdistill", "torch", "torchvision", "timm", "numpy", "pydantic", "nltk")
+
+
+def prepare_sources(trainer: Trainer, train: Any, val: Any) -> tuple[Source, Source | None]:
+    """Sources of training and validation batches, with cached features where asked for."""
+    crops = wants_crops(trainer.config)
+    options = {"workers": trainer.config.workers, "seed": trainer.config.seed}
+    options |= {"errors": trainer.config.errors, "cache_images": trainer.config.cache_images}
+    training = _source(
+        trainer,
+        train,
+        **options,
+        train=True,
+        batch_size=trainer.config.batch_size,
+        captions_per_image=trainer.config.captions_per_image,
+        crop=crops,
+        flip=trainer.config.flip,
+    )
+    if val is None:
+        return training, None
+    size = trainer.config.eval_batch_size
+    return training, _source(trainer, val, **options, train=False, batch_size=size)
+
+
+def wants_crops(config: TrainConfig) -> bool:
+    """Whether training images are cropped at random.
+
+    Raises:
+        ConfigError: together with cached features, which know one view of an image only.
+    """
+    if config.cache_features and (config.augment or config.flip):
+        raise ConfigError(
+            "cache_features=True keeps one encoding an image, so it can not go with random "
+            f"augmentation (augment={config.augment}, flip={config.flip}). Set augment=False and "
+            "flip=False, or cache_features=False."
+        )
+    return not config.cache_features if config.augment is None else config.augment
+
+
+def image_size(models: list[Any]) -> int:
+    """The larger image size of the models: each downsizes for itself."""
+    encoders = [model.encoder for model in models if isinstance(model, Captioner)]
+    return max([encoder.image_size for encoder in encoders] or [224])
+
+
+def _source(trainer: Trainer, data: Any, **options: Any) -> Source:
+    tokenizer, size = trainer.captioner.tokenizer, image_size(trainer.models)
+    if not trainer.config.cache_features:
+        return make_source(data, tokenizer, image_size=size, **options)
+    plain = {**options, "train": False, "batch_size": trainer.config.eval_batch_size}
+    plain |= {"cache_images": False, "crop": False, "captions_per_image": 1}
+    plain_source = make_source(data, tokenizer, image_size=size, **plain)
+    if isinstance(plain_source, FixedBatches):
+        raise ConfigError("cache_features=True needs a data set; these are ready-made batches.")
+    stores = _stores(trainer, plain_source, data_key(data, size))
+    cached = len(stores) == len(trainer.models)
+    return make_source(
+        data, tokenizer, image_size=size, stores=stores, with_images=not cached, **options
+    )
+
+
+def _stores(trainer: Trainer, source: Source, key: str) -> dict[str, TrunkStore]:
+    directory = Path(trainer.config.cache_dir or default_cache_dir())
+    frozen = [m for m in trainer.models if isinstance(m, Captioner) and m.encoder.trunk_frozen]
+    if not frozen:
+        raise ConfigError(
+            "cache_features=True but no model has a frozen trunk. Create the encoder with "
+            "trainable='none', or set cache_features=False."
+        )
+    return {
+        model.encoder.fingerprint(): cache_trunk(
+            model.encoder.to(trainer.device), source, key, directory, trainer.precision
+        )
+        for model in frozen
+    }
+
+
+def describe_run(trainer: Trainer, out: Path) -> None:
+    """Write run.json: resolved options, models, weights of the terms, versions and seed."""
+    content = {
+        "format": "capdistill.run/1",
+        "trainer": type(trainer).__name__,
+        "config": trainer.config.model_dump(),
+        "device": str(trainer.device),
+        "precision": trainer.precision,
+        "weights": {name: _plain(value) for name, value in trainer.objective.weights.items()},
+        "losses": {name: _part(loss) for name, loss in trainer.objective.losses.items()},
+        "models": [_model(model) for model in trainer.models],
+        "versions": versions(),
+    }
+    write_text(out / "run.json", json.dumps(content, indent=2, default=str))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _model(model: Any) -> dict[str, Any]:
+    if not isinstance(model, Captioner):
+        return {"name": getattr(model, "name", type(model).__name__)}
+    parts = {"encoder": _part(model.encoder), "decoder": _part(model.decoder)}
+    return {"name": model.name, "parameters": model.num_parameters(), **parts}
+
+
+def _part(part: Any) -> dict[str, Any]:
+    stamp = stamp_of(part)
+    if stamp is None:
+        return {"class": f"{type(part).__module__}:{type(part).__qualname__}", "shown": repr(part)}
+    return {"name": stamp.name, "kwargs": stamp.kwargs}
+
+
+def _plain(weight: Any) -> Any:
+    return repr(weight) if callable(weight) else weight

@@ -1,0 +1,87 @@
+"""Where and how precisely a model runs: devices, autocast, seeds."""
+
+from __future__ import annotations
+
+import random
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+from capdistill.errors import ConfigError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """CUDA, then MPS, then CPU for "auto"; otherwise what was asked for.
+
+    Example:
+        >>> pick_device("cpu")
+        device(type='cpu')
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device='{name}' is no device. Use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device='{name}' was asked for but torch sees no CUDA device. Use device='auto', or "
+            "install a CUDA build of torch and its driver."
+        )
+    return device
+
+
+def pick_precision(device: torch.device, precision: str = "auto") -> str:
+    """ "bf16", "fp16" or "fp32": what "auto" means on this hardware, by capability.
+
+    Example:
+        >>> pick_precision(torch.device("cpu"), "fp32")
+        'fp32'
+
+    Raises:
+        ConfigError: fp16 away from CUDA, where there is no loss scaling.
+    """
+    if precision == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            f"precision='fp16' needs CUDA (loss scaling), but the device is {device}. "
+            "Use precision='bf16' or 'auto'."
+        )
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager[object]:
+    """Products in half precision inside the block, or nothing for fp32.
+
+    Example:
+        >>> with autocast(torch.device("cpu"), "bf16"):
+        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+        torch.bfloat16
+    """
+    dtype = _DTYPES.get(pick_precision(device, precision))
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

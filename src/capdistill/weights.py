@@ -1,0 +1,192 @@
+"""Reading weights from files and laying them over a module, exactly or not at all.
+
+Encoders enter with backbone files, `Captioner.load` with saved captioners.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from capdistill.errors import CheckpointError
+
+_WRAPPERS = frozenset({"module", "_orig_mod", "model"})
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
+_SHOWN = 5
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file or of a `torch.save`d state dict, on the CPU.
+
+    The content decides which it is, not the file's name. A state dict is read with
+    `weights_only=True`, so that a file can not run code; where it is wrapped as training scripts
+    do (`{"state_dict": ...}`, `{"model": ...}`), the wrapped one is taken.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"state_dict": {"weight": torch.ones(2)}}, f"{folder}/w.pt")
+        ...     read_state_dict(f"{folder}/w.pt")
+        {'weight': tensor([1., 1.])}
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: there is no such file, it is truncated, holds more than tensors, or no
+            tensors at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"No weights file at '{path}'. Give the path of a safetensors file or of a state dict "
+            "saved by torch.save, or weights=False for random weights."
+        )
+    try:
+        content = _read_torch(path) if _is_torch(path) else load_file(path)
+    except Exception as error:  # the readers raise a dozen kinds, all mean the same
+        raise CheckpointError(
+            f"'{path}' ({path.stat().st_size:,} bytes) can not be read as weights: it is "
+            f"truncated, or neither safetensors nor a plain state dict ({_first_line(error)}). "
+            "Fetch it again, or save it with safetensors.torch.save_file(model.state_dict(), path)."
+        ) from error
+    return _tensors_of(content, path)
+
+
+def strip_prefixes(state: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
+    """Remove what wrappers add to names: `module.`, `_orig_mod.`, `model.`, in any nesting.
+
+    Only a name that is not expected is touched, and only if without wrappers it is expected; any
+    other stays as it is, for `load_exactly` to report.
+
+    Example:
+        >>> state = {"module._orig_mod.fc.weight": torch.ones(1), "other": torch.ones(1)}
+        >>> list(strip_prefixes(state, ["fc.weight"]))
+        ['fc.weight', 'other']
+
+    Args:
+        state: Names and tensors as read.
+        expected: Names that the module has.
+
+    Raises:
+        CheckpointError: two names become one.
+    """
+    known, source = frozenset(expected), dict[str, str]()
+    for name in state:
+        bare = _bare_name(name, known)
+        if bare in source:
+            raise CheckpointError(
+                f"'{source[bare]}' and '{name}' both mean '{bare}': the file holds the weights "
+                "twice. Keep one of them."
+            )
+        source[bare] = name
+    return {bare: state[name] for bare, name in source.items()}
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Copy every tensor of `state` into `module`, or change nothing and say what does not fit.
+
+    Halves are converted to the module's precision.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> load_exactly(layer, {"weight": torch.ones(1, 1), "bias": torch.zeros(1)}, "layer.pt")
+        >>> float(layer(torch.tensor([3.0])).detach())
+        3.0
+
+    Args:
+        module: What receives the weights.
+        state: Names and tensors, wrappers' prefixes removed.
+        what: How the message calls them, such as "the weights in 'a.pt' for resnet50".
+
+    Raises:
+        CheckpointError: a name is missing or unexpected, or a shape or kind differs.
+    """
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+    shared = [name for name in wanted if name in state]
+    differing = [_difference(name, state[name], wanted[name]) for name in shared]
+    differing = [line for line in differing if line]
+    lines = [
+        *_listing("missing", [f"{name} {tuple(wanted[name].shape)}" for name in missing]),
+        *_listing("unexpected", [f"{name} {tuple(state[name].shape)}" for name in unexpected]),
+        *_listing("of another shape or kind", differing),
+    ]
+    if lines:
+        raise CheckpointError(
+            f"{what} do not fit, and nothing was loaded.\n  " + "\n  ".join(lines) + "\n"
+            "Give weights of exactly this model, or weights=False for random ones."
+        )
+    module.load_state_dict(dict(state))
+
+
+def _is_torch(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(2)
+    return start == b"PK" or start[:1] == b"\x80"  # zip archive, or a bare pickle
+
+
+def _read_torch(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
+    for key in _CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(
+            f"'{path}' holds {_kind(content)}, not names with tensors. "
+            "Save model.state_dict() instead."
+        )
+    strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"'{path}' holds other things than tensors: {', '.join(strange[:_SHOWN])}. "
+            "Save model.state_dict() alone, or under the key 'state_dict'."
+        )
+    return {str(key): value for key, value in content.items()}
+
+
+def _kind(content: Any) -> str:
+    return f"an empty {type(content).__name__}" if content == {} else type(content).__name__
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{type(error).__name__}: {text[0][:160]}"
+
+
+def _bare_name(name: str, known: frozenset[str]) -> str:
+    if name in known:
+        return name
+    parts = name.split(".")
+    leading = list(parts)
+    while len(leading) > 1 and leading[0] in _WRAPPERS:
+        leading = leading[1:]
+        if ".".join(leading) in known:
+            return ".".join(leading)
+    everywhere = ".".join(part for part in parts if part not in _WRAPPERS)
+    return everywhere if everywhere in known else name
+
+
+def _difference(name: str, given: Tensor, wanted: Tensor) -> str:
+    if given.shape != wanted.shape:
+        return f"{name}: the file has {tuple(given.shape)}, the model {tuple(wanted.shape)}"
+    if given.is_floating_point() != wanted.is_floating_point():
+        return f"{name}: the file has {given.dtype}, the model {wanted.dtype}"
+    return ""
+
+
+def _listing(kind: str, items: list[str]) -> list[str]:
+    if not items:
+        return []
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return [f"{len(items)} {kind}: {'; '.join(items[:_SHOWN])}{more}"]

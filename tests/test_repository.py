@@ -1,0 +1,30 @@
+"""What stands in the repository belongs to everybody's machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = re.compile(rb"(?<![\w.])/(?:work|root|home/\w+|Users/\w+)/\w")
+
+
+def test_no_tracked_file_holds_a_path_of_one_machine() -> None:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name.decode() for name in listed.stdout.split(b"\0") if name]
+    assert len(files) > 10
+    assert [str(f) for f in files if f.is_file() and OURS.search(f.read_bytes())] == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [(("", "work", "main"), True), (("", "home", "me", "x"), True), (("net", "work", "x"), False)],
+)
+def test_the_search_for_machine_paths_finds_them(parts: tuple[str, ...], found: bool) -> None:
+    assert bool(OURS.search("/".join(parts).encode())) is found
