@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 PLUGIN = Path(__file__).parents[1] / "examples" / "plugin"
 
@@ -215,6 +217,34 @@ def test_the_example_loss_equals_a_hand_written_one(site: Path) -> None:
     )
     assert result[0] == pytest.approx(result[1], rel=1e-5)
     assert result[2:] == [3.0, True, True, True]
+
+
+def readme_class(name: str) -> Any:
+    """The class of that name from the code blocks of the plugin's README."""
+    blocks = re.findall(r"```python\n(.*?)```", (PLUGIN / "README.md").read_text(), re.DOTALL)
+    block = next(block for block in blocks if f"class {name}(" in block)
+    found: dict[str, Any] = {"__name__": "readme"}
+    exec(block, found)
+    return found[name]
+
+
+def test_the_encoder_of_the_readme_honours_the_contract() -> None:
+    encoder = readme_class("Patches")(dim=8)
+    trunk = encoder.trunk(torch.zeros(2, 3, 100, 80, dtype=torch.uint8))
+    assert trunk.shape == (2, encoder.tokens, encoder.token_dim)
+    assert encoder.head(trunk).shape == (2, encoder.tokens, encoder.dim)
+    assert encoder.grid[0] * encoder.grid[1] == encoder.tokens
+
+
+def test_the_decoder_of_the_readme_gives_one_answer_at_once_and_by_steps() -> None:
+    decoder = readme_class("Bag")(dim=8)
+    decoder.build(vocabulary=11)
+    features, ids = torch.randn(2, 5, 8), torch.randint(11, (4, 3))
+    at_once = decoder(ids, features).logits
+    state = decoder.start(features).expand(2)
+    for position in range(3):
+        logits, state = decoder.step(ids[:, position], state)
+        torch.testing.assert_close(logits, at_once[:, position])
 
 
 def fake(root: Path, name: str, entry: str) -> None:

@@ -161,6 +161,15 @@ def test_a_type_error_inside_the_constructor_is_left_alone(shapes: Registry[Shap
         shapes.create("picky")
 
 
+def test_a_class_that_hides_its_signature_is_still_created(shapes: Registry[Shape]) -> None:
+    @shapes.register("shy")
+    class Shy(Shape):
+        __signature__ = "unknown"
+
+    assert shapes.create("shy", side=3.0).side == 3.0
+    assert "shy(...)" in str(shapes.describe("shy"))
+
+
 def test_describe_says_origin_signature_and_docstring(shapes: Registry[Shape]) -> None:
     assert str(shapes.describe("square")) == (
         "shape 'square' (built-in)\nsquare(side: float = 1.0, *, name: str = '')\nFour equal sides."
@@ -293,10 +302,24 @@ def test_unreadable_metadata_is_one_warning_and_hurts_nobody_else(
     assert len(seen) == 1
 
 
-def test_of_one_distribution_twice_on_the_path_the_first_counts(
+def test_a_distribution_without_metadata_still_gives_its_names(
     shapes: Registry[Shape], install, tmp_path: Path
 ) -> None:
+    install("bare", "star", GOOD)
+    (tmp_path / "bare-1.2.3.dist-info" / "METADATA").unlink()
+    assert shapes.get("star").__name__ == "Plugged"
+    assert "without a name" in shapes.describe("star").origin
+
+
+@pytest.mark.parametrize("beside_an_unreadable_one", [False, True])
+@pytest.mark.filterwarnings("ignore:The entry points of garbled")
+def test_of_one_distribution_twice_on_the_path_the_first_counts(
+    shapes: Registry[Shape], install, tmp_path: Path, beside_an_unreadable_one: bool
+) -> None:
     install("twice", "star", GOOD)
+    if beside_an_unreadable_one:
+        install("garbled", "gone", "")
+        (tmp_path / "garbled-1.2.3.dist-info" / "entry_points.txt").write_bytes(b"\xff")
     info = tmp_path / "later" / "twice-0.1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: twice\nVersion: 0.1\n")

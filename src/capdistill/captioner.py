@@ -96,7 +96,8 @@ class Captioner(nn.Module):
             tokens = batch.cached.get(self.encoder.fingerprint())
             if tokens is not None:
                 return self.encoder.head(tokens.to(next(self.decoder.parameters()).dtype))
-        return self.encoder(batch.images)
+        features: Tensor = self.encoder(batch.images)
+        return features
 
     def generate(self, batch: Batch | Tensor, max_length: int | None = None) -> list[Hypothesis]:
         """One caption an image, greedily, in evaluation mode; training flags are restored.

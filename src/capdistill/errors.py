@@ -45,6 +45,10 @@ class DataError(CapdistillError, ValueError):
     """An image, a caption file or a data set that can not be used; names file and line."""
 
 
+class NotFiniteLoss(CapdistillError, FloatingPointError):
+    """A loss that became NaN or infinite in training; names the step and the term."""
+
+
 class MissingExtra(CapdistillError, ImportError):
     """An optional dependency that is not installed; the message names the extra."""
 

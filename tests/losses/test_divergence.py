@@ -1,4 +1,4 @@
-"""Law 2: divergences in float32 log-space, masked first; oracles are torch.nn.functional, float64."""
+"""Law 2: divergences in float32 log-space, masked first. Oracles: float64, torch.nn.functional."""
 
 import pytest
 import torch
@@ -34,10 +34,8 @@ def grad_of(function, value, *rest):
 
 def kl_oracle(student, teacher, mask, temperature):
     student, teacher = student.double()[mask], teacher.double()[mask]
-    return F.kl_div(
-        F.log_softmax(student / temperature, -1), F.softmax(teacher / temperature, -1),
-        reduction="sum",
-    )  # fmt: skip
+    target = F.softmax(teacher / temperature, -1)
+    return F.kl_div(F.log_softmax(student / temperature, -1), target, reduction="sum")
 
 
 @property_test
@@ -162,13 +160,18 @@ def test_no_valid_token_gives_zero_and_zero_gradients(dtype):
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 4), width=st.integers(2, 9))
 def test_distances_of_vectors_equal_torch(seed, rows, width):
     student, teacher = draw(seed, rows, width), draw(seed + 1, rows, width)
+
+    def mse(x, y):
+        return F.mse_loss(x, y, reduction="none").mean(1).sum()
+
+    def normalise(x):
+        return F.layer_norm(x, [width])
+
     oracles = {
-        squared_distance: lambda x: F.mse_loss(x, teacher, reduction="none").mean(1).sum(),
-        normalised_distance: lambda x: F.mse_loss(
-            F.layer_norm(x, [width]), F.layer_norm(teacher, [width]), reduction="none"
-        ).mean(1).sum(),
+        squared_distance: lambda x: mse(x, teacher),
+        normalised_distance: lambda x: mse(normalise(x), normalise(teacher)),
         cosine_distance: lambda x: (1 - F.cosine_similarity(x, teacher)).sum(),
-    }  # fmt: skip
+    }
     for function, oracle in oracles.items():
         assert function(student, teacher).shape == (rows,)
         found = grad_of(lambda x, f=function: f(x, teacher).sum(), student)

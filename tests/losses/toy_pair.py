@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 
 WORDS = tuple("abcdefghi")
-STUDENT = ModelSpec(6, 5, 1, (2, 2), (7, 8), WORDS, has_attention=True, name="small")
-TEACHER = ModelSpec(4, 9, 0, (3, 3), (5, 4, 6), WORDS, has_attention=True, name="large")
-FIELDS = ("logits", "hidden", "features", "attention")
+STUDENT = ModelSpec(6, 9, 1, (2, 4), (7, 8), WORDS, has_attention=True, name="small")
+TEACHER = ModelSpec(4, 12, 0, (4, 3), (5, 4, 6), WORDS, has_attention=True, name="large")
 
 
 def make_batch(lengths, captions_per_image=2):

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from capdistill.data.records import CaptionData, Example, Splits, finder, gather, require_some
-from capdistill.data.report import Policy, Problem, Report
+from capdistill.data.gather import finder, gather, require_some
+from capdistill.data.records import CaptionData, Example, Splits
+from capdistill.data.report import Policy, Problem, Report, many
 from capdistill.data.rows import Row, lines, read_text
 from capdistill.errors import DataError
 
@@ -155,7 +156,7 @@ def _official(
         require_some(chosen, f"Flickr8k/{name}", report, "Are the images where they should be?")
         parts[name] = CaptionData(chosen, name=f"Flickr8k/{name}", report=report)
     rest = len(examples) - len(taken)
-    note = "official split" + (f"; {rest} images with captions are in no list" if rest else "")
+    note = "official split" + (f"; {many(rest, 'image')} more in no list" if rest else "")
     return Splits(parts, note=note, absent=absent, report=report)
 
 

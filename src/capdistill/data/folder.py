@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from capdistill.data.records import CaptionData, finder, gather, require_some
+from capdistill.data.gather import finder, gather, require_some
+from capdistill.data.records import CaptionData
 from capdistill.data.report import Policy, Problem, Report
 from capdistill.data.rows import Row, lines, read_text, split_fields
 from capdistill.errors import DataError
@@ -41,7 +42,6 @@ class Folder(CaptionData):
         >>> data = Folder(root)
         >>> data.captions
         ['A dog , running']
-        >>> parts = Folder(root).split(val=0.1)                    # doctest: +SKIP
 
     Args:
         root: The folder; names in the file are relative to it, to `root/images` or `root/Images`.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
-from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import numpy as np
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from capdistill.errors import DataError
 
-ImageSource: TypeAlias = (
-    "str | Path | bytes | bytearray | IO[bytes] | Image.Image | npt.NDArray[Any] | Tensor"
-)
+Encoded: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | IO[bytes]"
+ImageSource: TypeAlias = "Encoded | Image.Image | npt.NDArray[Any] | Tensor"
 
 MAX_BYTES = 2**28  # of an image file
 MAX_PIXELS = 2**27  # of a decoded image
@@ -56,7 +55,9 @@ def read_image(source: ImageSource) -> Tensor:
             meaning; the message names the file and the reason.
     """
     if isinstance(source, Tensor):
-        return _from_array(source.detach().cpu().numpy(), "tensor", channels_first=True)
+        values = source.detach().cpu()
+        values = values.float() if values.is_floating_point() else values  # NumPy has no bfloat16
+        return _from_array(values.numpy(), "tensor", channels_first=True)
     if isinstance(source, np.ndarray):
         return _from_array(source, "array", channels_first=False)
     if isinstance(source, Image.Image):
@@ -189,10 +190,12 @@ def _planes(pixels: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
-def _read_bytes(source: str | Path | bytes | bytearray | IO[bytes]) -> tuple[str, bytes]:
+def _read_bytes(
+    source: Encoded,
+) -> tuple[str, bytes]:
     if isinstance(source, (bytes, bytearray)):
         return "image bytes", _bounded(bytes(source), "image bytes")
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, os.PathLike)):
         try:
             with open(source, "rb") as file:
                 return str(source), _bounded(file.read(MAX_BYTES + 1), str(source))

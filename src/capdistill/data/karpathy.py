@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from capdistill.data.entries import entries, read_lists
-from capdistill.data.records import CaptionData, Example, Splits, finder, gather, require_some
+from capdistill.data.gather import finder, gather, require_some
+from capdistill.data.records import CaptionData, Example, Splits
 from capdistill.data.report import Policy, Problem, Report
 from capdistill.data.rows import Row
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -165,6 +166,7 @@ class Loader:
             sampler=jobs,
             num_workers=self.workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_ctrl_c_to_the_main_process,
             persistent_workers=True,
             multiprocessing_context=self._start_method,
             generator=torch.Generator(),  # the global one stays as it is, as without workers
@@ -173,6 +175,10 @@ class Loader:
 
 def _as_it_is(made: Any) -> Any:
     return made
+
+
+def _leave_ctrl_c_to_the_main_process(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # so that it can finish its step
 
 
 def _length(data: Any) -> int:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from capdistill.data.chance import hashed
-from capdistill.data.report import Problem, Report
-from capdistill.data.rows import Row, clean
+from capdistill.data.report import Problem, Report, many
 from capdistill.errors import DataError
 
 
@@ -133,9 +131,8 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
         return found
 
     def __str__(self) -> str:
-        captions = sum(len(example.captions) for example in self.examples)
         problems = f", {self.report.summary()}" if self.report.problems else ""
-        return f"{self.name}: {len(self)} images, {captions} captions{problems}"
+        return f"{self.name}: {many(len(self), 'image')}, {_captions(self)}{problems}"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self}>"
@@ -217,7 +214,7 @@ class Splits:
         """Images and captions of each split, absent splits, and problems."""
         lines = [f"{self.name}" + (f" ({self.note})" if self.note else "")]
         for name, part in self.parts.items():
-            lines.append(f"  {name}: {_many(len(part), 'image')}, {_captions(part)}")
+            lines.append(f"  {name}: {many(len(part), 'image')}, {_captions(part)}")
         lines += [f"  {name}: absent, {why}" for name, why in self.absent.items()]
         if self.report.problems:
             lines.append(f"  {self.report.summary()}")
@@ -228,47 +225,6 @@ class Splits:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.summary()}>"
-
-
-def gather(
-    rows: Iterable[Row], file: str, find: Callable[[str], Path | None], report: Report
-) -> dict[str, Example]:
-    """Rows to examples by image, in the order of the file; what can not be used is reported."""
-    paths: dict[str, Path | None] = {}
-    captions: dict[str, list[str]] = {}
-    for image, text, place in rows:
-        if image not in paths:
-            paths[image] = find(image)
-            if paths[image] is None:
-                report.add(Problem("missing image", file, place, image))
-        if paths[image] is None:
-            continue
-        caption = clean(text)
-        if not caption:
-            report.add(Problem("empty caption", file, place, image))
-            continue
-        captions.setdefault(image, []).append(caption)
-    found = {image: path for image, path in paths.items() if path is not None}
-    for image in found:
-        if image not in captions:
-            report.add(Problem("image without caption", file, "", image))
-    return {image: Example(image, found[image], tuple(texts)) for image, texts in captions.items()}
-
-
-def finder(*roots: Path) -> Callable[[str], Path | None]:
-    """A function from a name in a caption file to the image file of that very name, or None."""
-
-    def find(name: str) -> Path | None:
-        inside = [root / name for root in roots if _stays_inside(root, name)]
-        return next((path for path in inside if path.is_file()), None)
-
-    return find
-
-
-def _stays_inside(root: Path, name: str) -> bool:
-    if not name or "\0" in name or ".." in Path(name).parts:
-        return False
-    return not Path(name).is_absolute() or Path(name).is_relative_to(root)
 
 
 def _refuse_unusable(data: CaptionData) -> None:
@@ -284,15 +240,5 @@ def _share(share: float, n: int) -> int:
     return max(1, round(share * n)) if share > 0 else 0
 
 
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
 def _captions(part: CaptionData) -> str:
-    return _many(sum(len(example.captions) for example in part.examples), "caption")
-
-
-def require_some(examples: Sequence[Any], name: str, report: Report, fix: str) -> None:
-    """Refuse a data set of which nothing can be used, with the reasons and the fix."""
-    if not examples:
-        raise DataError(f"{name}: no image with a caption can be used. {fix}\n{report}")
+    return many(sum(len(example.captions) for example in part.examples), "caption")

@@ -93,10 +93,20 @@ class Report:
         if not self.problems:
             return "no problems"
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
-        return f"{len(self)} problem{'s' if len(self) > 1 else ''}: {kinds}"
+        return f"{many(len(self), 'problem')}: {kinds}"
 
     def __str__(self) -> str:
         lines = [self.summary(), *(f"  {problem}" for problem in self.problems[:_SHOWN])]
         if len(self) > _SHOWN:
             lines.append(f"  ... and {len(self) - _SHOWN} more (see .problems)")
         return "\n".join(lines)
+
+
+def many(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    Example:
+        >>> many(1, "image"), many(2, "image")
+        ('1 image', '2 images')
+    """
+    return f"{count} {noun}" + ("" if count == 1 else "s")

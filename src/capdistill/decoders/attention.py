@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(R, T, W) to (R, heads, T, W / heads)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class State:
         """Only the given images, (J,) indices or (I,) bool, with all their rows."""
         kept = {key: value[images] for key, value in self.image.items()}
         rows = {
-            key: value.unflatten(0, (-1, self.beams))[images].flatten(0, 1)
+            key: value.view(-1, self.beams, *value.shape[1:])[images].flatten(0, 1)
             for key, value in self.row.items()
         }
         return replace(self, image=kept, row=rows)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ class LSTMDecoder(Decoder):
         """Keys and values of the features, and states made from their mean."""
         keys, values = self.attention.project(features)
         mean = features.mean(1)  # (I, D)
-        states = torch.tanh(self.initial(mean)).unflatten(-1, (2, len(self.cells), -1))
+        states = torch.tanh(self.initial(mean)).view(len(mean), 2, len(self.cells), -1)
         h, c = states.unbind(1)  # (I, layers, H)
         return State({"keys": keys, "values": values, "mean": mean}, {"h": h, "c": c})
 
@@ -125,16 +126,15 @@ class LSTMDecoder(Decoder):
         """All words through a layer at a time: the first reads, its states ask, the rest follow."""
         mean = state.image["mean"].repeat_interleave(state.beams, 0)[:, None]  # (B, 1, D)
         x = torch.cat([words, mean.expand(-1, words.shape[1], -1).to(words.dtype)], -1)
-        layers: list[Tensor] = []
-        ends: list[tuple[Tensor, Tensor]] = []
-        for i, cell in enumerate(self.cells):
-            x, end = run_cell(cell, x, state, i)
+        first, *above = self._cells()
+        x, end = run_cell(first, x, state, 0)
+        context, weights = self.look(x, state, need)
+        layers, ends = [x], [end]
+        x = torch.cat([x, context.to(x.dtype)], -1)  # (B, T, H + D)
+        for i, cell in enumerate(above, start=1):
+            x, end = run_cell(cell, self.drop(x), state, i)
             layers.append(x)
             ends.append(end)
-            if i == 0:
-                context, weights = self.look(x, state, need)
-                x = torch.cat([x, context], -1)  # (B, T, H + D)
-            x = self.drop(x)
         return [*layers, self.merge(layers[-1], context)], weights, stack_states(ends)
 
     def run_recurrent(
@@ -143,7 +143,7 @@ class LSTMDecoder(Decoder):
         """One word after the other: the last state asks, and what it sees is read with the word."""
         seen: list[tuple[Tensor, ...]] = []
         looked: list[Tensor] = []
-        for word in words.split(1, dim=1):
+        for word in torch.split(words, 1, dim=1):
             context, weights = self.look(state.row["h"][:, -1:], state, need)
             layers, row = self.run_word(torch.cat([word, context.to(word.dtype)], -1), state)
             state = State(state.image, row, state.beams)
@@ -157,12 +157,14 @@ class LSTMDecoder(Decoder):
         """One word (B, 1, E + D) through all layers."""
         layers: list[Tensor] = []
         ends: list[tuple[Tensor, Tensor]] = []
-        for i, cell in enumerate(self.cells):
-            x, end = run_cell(cell, x, state, i)
+        for i, cell in enumerate(self._cells()):
+            x, end = run_cell(cell, self.drop(x) if i else x, state, i)
             layers.append(x)
             ends.append(end)
-            x = self.drop(x)
         return layers, stack_states(ends)
+
+    def _cells(self) -> Iterator[nn.LSTM]:
+        return cast("Iterator[nn.LSTM]", iter(self.cells))
 
     def look(self, x: Tensor, state: State, need: bool) -> tuple[Tensor, Tensor | None]:
         """(B, T, H) states to what they see, (B, T, D), and where they look, (B, T, N)."""
@@ -171,12 +173,13 @@ class LSTMDecoder(Decoder):
 
     def merge(self, hidden: Tensor, context: Tensor) -> Tensor:
         """State and context to the vector that the vocabulary projection sees."""
-        return self.output(self.drop(torch.cat([hidden, context.to(hidden.dtype)], -1)))
+        merged: Tensor = self.output(self.drop(torch.cat([hidden, context.to(hidden.dtype)], -1)))
+        return merged
 
     def score(self, x: Tensor) -> Tensor:
         """(B, T, E or H) to logits (B, T, V)."""
         weight = self.embedding.weight if self.tied else self.vocabulary_output.weight
-        return F.linear(self.drop(x), weight) + self.bias
+        return F.linear(self.drop(x), weight, self.bias)
 
 
 def run_cell(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +113,7 @@ class TransformerDecoder(Decoder):
         """(B, T) ids and (I, N, D) features to logits (B, T, V) and what is needed."""
         x = self.embed(input_ids, 0)  # (B, T, W)
         hidden, weights = [], None
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._blocks()):
             memory = block.cross.project(features)
             look = "attention" in need and i + 1 == len(self.blocks)
             query, key, value = block.project(x)
@@ -128,7 +130,7 @@ class TransformerDecoder(Decoder):
     def start(self, features: Tensor) -> State:
         """Project the features for every layer; no word has been read yet."""
         image = {}
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._blocks()):
             image[f"key{i}"], image[f"value{i}"] = block.cross.project(features)
         return State(image=image, row={})
 
@@ -136,7 +138,7 @@ class TransformerDecoder(Decoder):
         """(R,) words to logits (R, V); keys and values of earlier words come from the state."""
         x = self.embed(tokens[:, None], state.position)  # (R, 1, W)
         row = {}
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._blocks()):
             query, *new = block.project(x)
             for name, value in zip((f"past_key{i}", f"past_value{i}"), new, strict=True):
                 row[name] = torch.cat([state.row[name], value], 2) if state.position else value
@@ -148,10 +150,14 @@ class TransformerDecoder(Decoder):
         after = State(state.image, row, state.beams, state.position + 1)
         return self.score(self.final_norm(x))[:, 0], after
 
+    def _blocks(self) -> Iterator[Block]:
+        return cast("Iterator[Block]", iter(self.blocks))
+
     def embed(self, ids: Tensor, position: int) -> Tensor:
         """Scaled word embeddings plus sinusoidal positions from `position` on, (B, T, W)."""
         places = sinusoids(position, ids.shape[1], self.width).to(ids.device)
-        return self.drop(self.embedding(ids) * math.sqrt(self.width) + places)
+        x: Tensor = self.drop(self.embedding(ids) * math.sqrt(self.width) + places)
+        return x
 
     def score(self, x: Tensor) -> Tensor:
         """(B, T, W) to logits (B, T, V) by the embedding matrix."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from capdistill.metrics.ngrams import ORDER, Ngram, Result, Tokens, count_ngrams
+from capdistill.metrics.ngrams import ORDER, Ngram, Result, Tokens, count_ngrams, words
 
 _SMALL, _TINY = 1e-9, 1e-15  # the COCO tool's constants: they show in the tenth digit
 
@@ -48,13 +48,14 @@ class Bleu:
     """
 
     def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
-        self._lengths = [[len(tokens) for tokens in image] for image in references]
-        self._most = [_most(image) for image in references]
+        split = [[words(tokens) for tokens in image] for image in references]
+        self._lengths = [[len(tokens) for tokens in image] for image in split]
+        self._most = [_most(image) for image in split]
 
     def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
         """Corpus and per-image scores of one tokenised caption an image, in the same order."""
         matches = [
-            _match(tokens, most, lengths)
+            _match(words(tokens), most, lengths)
             for tokens, most, lengths in zip(hypotheses, self._most, self._lengths, strict=True)
         ]
         corpus = _total(matches).scores()

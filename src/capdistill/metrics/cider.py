@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from capdistill.metrics.ngrams import ORDER, Ngram, Result, Tokens, count_ngrams
+from capdistill.metrics.ngrams import ORDER, Ngram, Result, Tokens, count_ngrams, words
 
 _SIGMA = 6.0  # the COCO tool's tolerance of a difference in length
 
@@ -47,7 +47,7 @@ class CiderD:
         frequencies: Mapping[Ngram, float] | None = None,
         documents: int | None = None,
     ) -> None:
-        counted = [[count_ngrams(tokens) for tokens in image] for image in references]
+        counted = [[count_ngrams(words(tokens)) for tokens in image] for image in references]
         self.frequencies = _frequencies(counted) if frequencies is None else frequencies
         self.documents = len(references) if documents is None else documents
         self._rarest = math.log(max(self.documents, 1))
@@ -56,7 +56,7 @@ class CiderD:
     def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
         """Corpus and per-image scores of one tokenised caption an image, in the same order."""
         scores = [
-            self._score(self._weigh(count_ngrams(tokens)), references)
+            self._score(self._weigh(count_ngrams(words(tokens))), references)
             for tokens, references in zip(hypotheses, self._references, strict=True)
         ]
         return {"cider_d": (sum(scores) / max(len(scores), 1), scores)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from capdistill.metrics.ngrams import Result, Tokens
+from capdistill.metrics.ngrams import Result, Tokens, words
 
 HOW_TO_GET_WORDNET = (
     "meteor_nltk is not computed: NLTK finds no WordNet (file corpora/wordnet.zip) on this "
@@ -31,7 +31,7 @@ class MeteorNltk:
     """
 
     def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
-        self._references = references
+        self._references = [[list(words(tokens)) for tokens in image] for image in references]
 
     def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
         """Corpus and per-image scores of one tokenised caption an image, in the same order."""
@@ -39,7 +39,7 @@ class MeteorNltk:
 
         pairs = zip(hypotheses, self._references, strict=True)
         scores = [
-            float(meteor_score(references, list(tokens))) if tokens else 0.0
+            float(meteor_score(references, list(words(tokens)))) if tokens else 0.0
             for tokens, references in pairs
         ]
         return {"meteor_nltk": (sum(scores) / max(len(scores), 1), scores)}

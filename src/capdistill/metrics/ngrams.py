@@ -11,6 +11,18 @@ Ngram = tuple[str, ...]
 Result = tuple[float, list[float]]  # corpus score, one score an image
 
 
+def words(tokens: Tokens) -> Tokens:
+    """The tokens without white space: "3 1/2" is one token of the Treebank but two words.
+
+    Example:
+        >>> words(["3\\u00a01/2", "cups"])
+        ['3', '1/2', 'cups']
+    """
+    if any("\u00a0" in token for token in tokens):
+        return " ".join(tokens).split()
+    return tokens
+
+
 def count_ngrams(tokens: Tokens, order: int = ORDER) -> Counter[Ngram]:
     """Occurrences of every n-gram of 1 to `order` tokens.
 

@@ -77,6 +77,10 @@ class BestEpoch:
     def __init__(self, monitor: Monitor) -> None:
         self.monitor = monitor
 
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """A run that had stopped before it was resumed stays stopped."""
+        trainer.stopping |= self.monitor.exhausted
+
     def on_epoch(self, trainer: Trainer, row: Row) -> None:
         """Mark the row as improved or not."""
         value = monitored_value(row, self.monitor.name)

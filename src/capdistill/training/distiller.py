@@ -164,7 +164,8 @@ def _make_loss(name: str, loss: DistillationLoss | str | Mapping[str, Any]) -> D
     if isinstance(loss, str):
         return loss_registry.create(loss)
     if isinstance(loss, Mapping) and "name" in loss:
-        return loss_registry.create(**loss)
+        arguments = {key: value for key, value in loss.items() if key != "name"}
+        return loss_registry.create(loss["name"], **arguments)
     raise ConfigError(
         f"losses: '{name}' was given {loss!r}. Give a DistillationLoss, a registered name "
         f"({', '.join(loss_registry.names())}), or a dict with 'name' and its arguments."

@@ -87,7 +87,7 @@ def _encode_all(encoder: Encoder, source: Source, path: Path, precision: str) ->
                 rows[len(ids) : len(ids) + len(tokens)] = tokens.half().cpu().numpy()
                 ids += batch.image_ids
         if rows is not None:
-            rows.flush()
+            rows.flush()  # type: ignore[attr-defined]
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ class Objective(nn.Module):
     @property
     def need(self) -> frozenset[str]:
         """What the losses need of both models beside logits and features."""
-        return frozenset().union(*(loss.needs for loss in self.losses.values()))
+        return frozenset[str]().union(*(loss.needs for _, loss in self._losses()))
 
     def forward(self, batch: Batch, teacher: CaptionerOutput | None = None) -> dict[str, Tensor]:
         """The sum of every term over the batch, unweighted, float32 scalars."""
@@ -56,13 +57,16 @@ class Objective(nn.Module):
             sums["ce"] = cross_entropy(
                 student.logits, batch.targets, batch.target_mask, self.label_smoothing
             )
-        for name, loss in self.losses.items():
+        for name, loss in self._losses():
             sums[name] = loss(student, teacher, batch)
         return sums
 
+    def _losses(self) -> Iterator[tuple[str, DistillationLoss]]:
+        return cast("Iterator[tuple[str, DistillationLoss]]", iter(self.losses.items()))
+
     def counts(self, batch: Batch) -> dict[str, float]:
         """What each term's sum is divided by."""
-        counts = {name: float(loss.count(batch)) for name, loss in self.losses.items()}
+        counts = {name: float(loss.count(batch)) for name, loss in self._losses()}
         return {"ce": float(batch.target_mask.sum()), **counts}
 
     def weight(self, name: str, progress: float) -> float:

@@ -36,7 +36,9 @@ def parameter_groups(
             key = ("encoder" if id(parameter) in trunk else "model", id(parameter) not in plain)
             groups.setdefault(key, []).append(parameter)
     if not groups:
-        raise ConfigError("Nothing to train: every parameter is frozen. Set trainable= or unfreeze.")
+        raise ConfigError(
+            "Nothing to train: every parameter is frozen. Set trainable= or unfreeze."
+        )
     rate = {"encoder": config.learning_rate * config.encoder_rate, "model": config.learning_rate}
     return [
         {

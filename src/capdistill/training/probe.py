@@ -30,9 +30,7 @@ def probe_batch(captioner: Captioner, models: list[nn.Module]) -> Batch:
     )
 
 
-def require_output(
-    model: Any, output: CaptionerOutput, batch: Batch, need: frozenset[str]
-) -> None:
+def require_output(model: Any, output: CaptionerOutput, batch: Batch, need: frozenset[str]) -> None:
     """Compare the shapes a model gives with those it promises.
 
     Raises:

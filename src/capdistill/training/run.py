@@ -25,7 +25,7 @@ LIBRARIES = ("capdistill", "torch", "torchvision", "timm", "numpy", "pydantic", 
 def prepare_sources(trainer: Trainer, train: Any, val: Any) -> tuple[Source, Source | None]:
     """Sources of training and validation batches, with cached features where asked for."""
     crops = wants_crops(trainer.config)
-    options = {"workers": trainer.config.workers, "seed": trainer.config.seed}
+    options: dict[str, Any] = {"workers": trainer.config.workers, "seed": trainer.config.seed}
     options |= {"errors": trainer.config.errors, "cache_images": trainer.config.cache_images}
     training = _source(
         trainer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol
 
 from torch.utils.data import Dataset
@@ -46,7 +46,7 @@ class FixedBatches:
                 "empty. Give a list, or an object whose __iter__ starts anew."
             )
         self.batches = batches
-        self.length = len(batches) if hasattr(batches, "__len__") else sum(1 for _ in batches)
+        self.length = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
         if not self.length:
             raise DataError("There is no batch in the data. Give at least one.")
 
@@ -83,10 +83,8 @@ def make_source(
     """
     from capdistill.data import Loader
 
-    if isinstance(data, Dataset) or hasattr(data, "__getitem__") and not _holds_batches(data):
-        if not len(data):  # type: ignore[arg-type]
-            raise DataError("The data set is empty: it has no image with a caption.")
-        return Loader(  # type: ignore[no-any-return, unused-ignore]
+    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not _holds_batches(data)):
+        return Loader(
             data,
             tokenizer,
             image_size=image_size,

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from capdistill.captioner import Captioner, evaluating
-from capdistill.errors import CapdistillError, ConfigError, DataError
+from capdistill.errors import ConfigError, DataError, NotFiniteLoss
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput, LossTerm
 from capdistill.training import callbacks as cb
@@ -33,9 +33,8 @@ from capdistill.training.runtime import autocast, pick_device, pick_precision, s
 from capdistill.training.source import Source
 from capdistill.training.tally import Tally
 
-
-class NotFinite(CapdistillError, FloatingPointError):
-    """A loss that became NaN or infinite; names the step and the term."""
+if TYPE_CHECKING:
+    from capdistill.training.check import CheckReport
 
 
 class Trainer:
@@ -80,9 +79,7 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------
 
-    def terms(
-        self, batch: Batch, counts: Mapping[str, float] | None = None
-    ) -> dict[str, LossTerm]:
+    def terms(self, batch: Batch, counts: Mapping[str, float] | None = None) -> dict[str, LossTerm]:
         """The terms of a batch: forward only, with gradients, for a loop of one's own.
 
         Args:
@@ -111,7 +108,7 @@ class Trainer:
             A row with loss, terms (raw and weighted), learning rates, gradient norm and speed.
 
         Raises:
-            NotFinite: a term is NaN or infinite; nothing was updated.
+            NotFiniteLoss: a term is NaN or infinite; nothing was updated.
         """
         began = time.perf_counter()
         optimizer = self._optimizer()
@@ -149,7 +146,7 @@ class Trainer:
         if bool(torch.isfinite(loss)):
             return
         bad = [name for name, term in terms.items() if not bool(torch.isfinite(term.sum))]
-        raise NotFinite(
+        raise NotFiniteLoss(
             f"Step {self.step_count + 1} (epoch {self.epoch}): the loss is {float(loss)}; not "
             f"finite: {', '.join(bad) or 'the weighted sum'}. The weights were not changed by "
             "this step and the last checkpoint is intact. Try a smaller learning_rate, clip=, or "
@@ -205,18 +202,16 @@ class Trainer:
             ConfigError: options or data that can not work, an `out` that can not be written.
             DataError: no usable image.
             CheckpointError: nothing to resume.
-            NotFinite: a loss became NaN; the last good checkpoint stays.
+            NotFiniteLoss: a loss became NaN; the last good checkpoint stays.
         """
         self._begin(train, val, None if out is None else Path(out), resume, callbacks, options)
         with self._session():
-            for self.epoch in range(self.epoch, self.config.epochs):
+            while self.epoch < self.config.epochs and not self.stopping:
                 for group in self._groups():
                     self._emit("on_step", self._counted(self.step(*group)))
                     if self.history.interrupted:
                         return self._leave()
                 self._finish_epoch()
-                if self.stopping:
-                    break
             self._emit("on_fit_end")
         return self.history
 
@@ -326,7 +321,6 @@ class Trainer:
         self._train_tally, self._train_counts = Tally(), {}
         self._epoch_began, self._epoch_images = time.perf_counter(), 0
         self._emit("on_epoch", row)
-        self.epoch -= 1
 
     @property
     def scores_measured(self) -> tuple[str, ...]:
@@ -372,6 +366,17 @@ class Trainer:
             warnings.simplefilter("ignore")
             scores = self._scorer(captions)
         return {name: float(scores[name]) for name in self.scores_measured}
+
+    def check(self, train: Any = None, val: Any = None) -> CheckReport:
+        """Try one step without changing anything, and say what does not fit and how to mend it.
+
+        Args:
+            train: Data as for `fit`; a synthetic batch is used unless given.
+            val: The same.
+        """
+        from capdistill.training.check import check_training
+
+        return check_training(self, train, val)
 
     # -- state ------------------------------------------------------------------------------
 
@@ -442,8 +447,10 @@ class Trainer:
     def _leave(self) -> History:
         """Ctrl-C: save where we are and say so."""
         self.checkpoints.save(self)
-        where = f"The state is in {self.out}; go on with resume=True." if self.out else (
-            "Nothing was saved: no out= was given."
+        where = (
+            f"The state is in {self.out}; go on with resume=True."
+            if self.out
+            else ("Nothing was saved: no out= was given.")
         )
         warnings.warn(f"Interrupted after step {self.step_count}. {where}", stacklevel=3)
         self._emit("on_fit_end")

@@ -47,22 +47,24 @@ class ContrastiveKD(DistillationLoss):
 
     def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
         """Create the projection from the student's width to the teacher's."""
-        for model in (student, teacher):
-            if model.feature_dim is None:
-                raise IncompatibleModels(
-                    f"ContrastiveKD: '{model.name}' shows no features, and they are compared. "
-                    "Leave the loss out, or let the adapter return features."
-                )
-        assert student.feature_dim is not None
-        assert teacher.feature_dim is not None
-        self.project = nn.Linear(student.feature_dim, teacher.feature_dim)
+        self.project = nn.Linear(_width(student), _width(teacher))
 
     def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
         """Sum over images of -log p(own image)."""
-        assert student.features is not None
+        assert student.features is not None  # asked for in `needs`
         assert teacher.features is not None
-        ours = F.normalize(self.project(student.features.mean(1)).float(), dim=-1)  # (I, D)
-        theirs = F.normalize(teacher.features.mean(1).detach().float(), dim=-1)  # (I, D)
-        similar = ours @ theirs.T / self.tau  # (I, I)
+        with torch.autocast(student.features.device.type, enabled=False):  # losses stay in float32
+            ours = self.project(student.features.mean(1).float())
+            theirs = teacher.features.mean(1).detach().float()
+            similar = F.normalize(ours, dim=-1) @ F.normalize(theirs, dim=-1).T / self.tau  # (I, I)
         own = torch.arange(len(similar), device=similar.device)
         return F.cross_entropy(similar, own, reduction="sum")
+
+
+def _width(model: ModelSpec) -> int:
+    if model.feature_dim is None:
+        raise IncompatibleModels(
+            f"ContrastiveKD: '{model.name}' shows no features, and they are compared. "
+            "Leave the loss out, or let the adapter return features."
+        )
+    return model.feature_dim

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_pictures import broken_files, noise
+from PIL import Image, ImageFile
+
+from capdistill.data import CaptionData, Example, read_image
+from capdistill.data import images as images_module
+from capdistill.errors import DataError
+
+T = Image.Transpose
+UNDO = {
+    1: None,
+    2: T.FLIP_LEFT_RIGHT,
+    3: T.ROTATE_180,
+    4: T.FLIP_TOP_BOTTOM,
+    5: T.TRANSPOSE,
+    6: T.ROTATE_90,
+    7: T.TRANSVERSE,
+    8: T.ROTATE_270,
+}
+ORIENTED = [*(f"o{tag}.{kind}" for kind in ("jpg", "png", "webp", "tif") for tag in UNDO)]
+
+
+def quadrants() -> Image.Image:
+    base = Image.new("RGB", (48, 32), "red")
+    boxes = (
+        ("lime", (24, 0, 48, 16)),
+        ("blue", (0, 16, 24, 32)),
+        ("yellow", (24, 16, 48, 32)),
+    )
+    for colour, box in boxes:
+        base.paste(colour, box)
+    return base
+
+
+def store_oriented(path: Path) -> Path:
+    """The quadrants, stored so that a viewer shows them upright."""
+    tag = int(path.stem[1:])
+    turn = UNDO[tag]
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    stored = quadrants() if turn is None else quadrants().transpose(turn)
+    extra = {
+        ".jpg": {"quality": 95, "subsampling": 0},
+        ".webp": {"lossless": True},
+    }.get(path.suffix, {})
+    stored.save(path, exif=exif, **extra)
+    return path
+
+
+def hwc(pixels: torch.Tensor) -> np.ndarray:
+    return pixels.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("name", ORIENTED)
+def test_every_orientation_tag_gives_the_upright_picture(tmp_path: Path, name: str) -> None:
+    pixels = hwc(read_image(store_oriented(tmp_path / name)))
+
+    assert pixels.shape == (32, 48, 3)
+    off = np.abs(pixels.astype(int) - np.asarray(quadrants()).astype(int)).max()
+    assert off <= (4 if name.endswith("jpg") else 0)
+
+
+@pytest.mark.parametrize("name", ["o6.jpg", "o5.png", "o7.webp", "o8.tif"])
+def test_the_same_pixels_from_every_form_of_one_file(tmp_path: Path, name: str) -> None:
+    path = store_oriented(tmp_path / name)
+    wanted = read_image(path)
+
+    data = CaptionData([Example(name, path, ("four colours",))])
+    with open(path, "rb") as file, Image.open(path) as opened:
+        others = [
+            data[0][0],
+            read_image(str(path)),
+            read_image(path.read_bytes()),
+            read_image(io.BytesIO(path.read_bytes())),
+            read_image(file),
+            read_image(opened),
+        ]
+
+    assert all(torch.equal(other, wanted) for other in others)
+
+
+def test_the_users_picture_is_not_changed(tmp_path: Path) -> None:
+    with Image.open(store_oriented(tmp_path / "o6.jpg")) as opened:
+        before = (opened.size, opened.mode, dict(opened.info), opened.tobytes())
+        read_image(opened)
+        assert (opened.size, opened.mode, dict(opened.info), opened.tobytes()) == before
+        assert opened.getexif()[0x0112] == 6
+
+
+def test_a_damaged_exif_block_does_not_lose_the_picture(tmp_path: Path) -> None:
+    quadrants().save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0\xff\xff junk")
+    assert read_image(tmp_path / "a.png").shape == (3, 32, 48)
+
+
+RAMP = np.tile((np.arange(256, dtype=np.uint16) * 257)[None], (64, 1))
+
+
+@pytest.mark.parametrize("name", ["ramp.png", "ramp.tif", "ramp_be.tif", "float.tif", "array"])
+def test_a_deep_ramp_keeps_its_levels(tmp_path: Path, name: str) -> None:
+    picture = Image.fromarray(RAMP)
+    if name == "ramp_be.tif":
+        picture = Image.fromarray(RAMP.astype(">u2"))
+        assert picture.mode == "I;16B"  # `convert("I;16B")` would clip at 255 on its own
+    if name == "float.tif":
+        picture = Image.fromarray((RAMP / 65535).astype("float32"))
+    if name == "array":
+        pixels = read_image(RAMP)
+    else:
+        picture.save(tmp_path / name)
+        pixels = read_image(tmp_path / name)
+
+    assert pixels.shape == (3, 64, 256)
+    assert torch.equal(pixels[0], pixels[1])
+    assert torch.equal(pixels[0], pixels[2])
+    assert (pixels[0].int() - torch.arange(256)).abs().max() <= 1
+    assert pixels[0].unique().numel() >= 250
+
+
+def test_a_dark_16_bit_picture_stays_dark(tmp_path: Path) -> None:
+    Image.fromarray(np.full((32, 32), 5000, np.uint16)).save(tmp_path / "dark.png")
+    assert set(read_image(tmp_path / "dark.png").unique().tolist()) <= {19, 20}
+
+
+def test_float_pixels_beyond_one_are_refused_by_name(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 200, np.float32)).save(tmp_path / "hdr.tif")
+    with pytest.raises(DataError, match=r"hdr\.tif.*expected \[0, 1\]"):
+        read_image(tmp_path / "hdr.tif")
+
+
+def test_32_bit_integers_without_a_known_depth_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 2**20, np.int32)).save(tmp_path / "deep.tif")
+    with pytest.raises(DataError, match=r"deep\.tif.*16 bits"):
+        read_image(tmp_path / "deep.tif")
+
+
+def palette_with_hole() -> Image.Image:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putpixel((0, 0), 0)
+    image.info["transparency"] = 0
+    return image
+
+
+MODES = {
+    "grey": (Image.new("L", (4, 4), 90), (90, 90, 90)),
+    "bilevel": (Image.new("1", (4, 4), 1), (255, 255, 255)),
+    "palette": (Image.new("RGB", (4, 4), "blue").quantize(4), (0, 0, 255)),
+    "transparent palette": (palette_with_hole(), (255, 255, 255)),
+    "clear": (Image.new("RGBA", (4, 4), (9, 9, 9, 0)), (255, 255, 255)),
+    "half red": (Image.new("RGBA", (4, 4), (255, 0, 0, 128)), (255, 127, 127)),
+    "clear grey": (Image.new("LA", (4, 4), (9, 0)), (255, 255, 255)),
+    "cmyk": (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
+    "ycbcr": (Image.new("RGB", (4, 4), "white").convert("YCbCr"), (255, 255, 255)),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_becomes_rgb_over_white(name: str) -> None:
+    image, wanted = MODES[name]
+    assert read_image(image)[:, 0, 0].tolist() == pytest.approx(wanted, abs=1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_transparent_colour_of_a_png_is_white(tmp_path: Path, mode: str) -> None:
+    key = 7 if mode == "L" else (7, 7, 7)
+    Image.new(mode, (4, 4), key).save(tmp_path / "key.png", transparency=key)
+    assert read_image(tmp_path / "key.png").min() == 255
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.full((5, 7), 90, np.uint8),
+        np.full((5, 7, 1), 90, np.uint8),
+        np.full((5, 7, 3), 90, np.uint8),
+        np.full((3, 5, 7), 90, np.uint8),
+        np.full((5, 7), 90 * 257, np.uint16),
+        np.full((5, 7, 3), 90 / 255),
+        np.full((5, 7, 3), 90 / 255, np.float32),
+        torch.full((3, 5, 7), 90, dtype=torch.uint8),
+        torch.full((1, 5, 7), 90 / 255),
+        torch.full((3, 5, 7), 90 / 255, requires_grad=True),
+    ],
+    ids=lambda array: f"{tuple(array.shape)}{array.dtype}",
+)
+def test_arrays_and_tensors_become_the_same_pixels(array: object) -> None:
+    pixels = read_image(array)  # type: ignore[arg-type]
+    assert pixels.shape == (3, 5, 7)
+    assert pixels.dtype == torch.uint8
+    assert (pixels == 90).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (torch.full((3, 4, 4), -2.1), r"-2\.1.*expected \[0, 1\]"),
+        (np.full((4, 4), np.nan), r"expected \[0, 1\]"),
+        (np.zeros((4, 4), np.int64), "expected uint8"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"\(H, W, C\)"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (b"", "empty"),
+        (io.StringIO("text"), "'rb'"),
+        (42, "given as int"),
+        ("missing.jpg", r"missing\.jpg.*No such file"),
+        ("a\0b.jpg", "can not be read"),
+    ],
+    ids=str,
+)
+def test_what_is_no_image_is_refused_with_the_reason(source: object, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        read_image(source)  # type: ignore[arg-type]
+
+
+def test_broken_files_are_named_with_a_reason(tmp_path: Path) -> None:
+    flag = ImageFile.LOAD_TRUNCATED_IMAGES
+    for path in broken_files(tmp_path):
+        with pytest.raises(DataError, match=path.name):
+            read_image(path)
+    assert flag == ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(DataError, match=r"bomb\.png"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_an_image_beyond_the_pixel_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 64 * 64 - 1)
+    with pytest.raises(DataError, match="64 x 64 pixels; at most 4,095"):
+        read_image(noise())
+
+
+def test_a_file_beyond_the_byte_limit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise().save(tmp_path / "large.png")
+    monkeypatch.setattr(images_module, "MAX_BYTES", 1000)
+    with pytest.raises(DataError, match=r"large\.png.*1,000 bytes"):
+        read_image(tmp_path / "large.png")
+
+
+def test_a_file_that_another_program_would_draw_is_refused(tmp_path: Path) -> None:
+    noise().save(tmp_path / "drawing.eps")
+    with pytest.raises(DataError, match=r"drawing\.eps: EPS is a drawing"):
+        read_image(tmp_path / "drawing.eps")

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_pictures import broken_files, noise, picture
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from capdistill.data import CaptionData, Example, Loader
+from capdistill.data.chance import choose, generator
+from capdistill.errors import ConfigError, DataError
+from capdistill.outputs import Batch
+from capdistill.tokenizer import WordTokenizer
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        for a, b in (
+            (getattr(one, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(Batch)
+        )
+    )
+
+
+def several(tmp_path: Path, n: int = 7, captions: int = 3) -> CaptionData:
+    for i in range(n):
+        noise(20 + i).save(tmp_path / f"{i}.png")
+    return CaptionData(
+        Example(f"{i}.png", tmp_path / f"{i}.png", tuple(f"w{c} w{i}" for c in range(captions)))
+        for i in range(n)
+    )
+
+
+@pytest.fixture
+def half_broken(tmp_path: Path, colours: CaptionData) -> CaptionData:
+    """Six good and five bad images; two batches of two hold nothing but bad ones."""
+    bad = [Example(path.name, path, (f"a {path.name}",)) for path in broken_files(tmp_path)]
+    good = list(colours.examples)
+    return CaptionData([good[0], bad[0], *bad[1:5], *good[1:]])
+
+
+BAD = {"half.jpg", "empty.jpg", "page.jpg", "stub.png", "flip.png"}
+RGB = {
+    "red": (255, 0, 0),
+    "lime": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "cyan": (0, 255, 255),
+    "magenta": (255, 0, 255),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("train", [True, False])
+def test_broken_images_are_left_out_and_named(
+    half_broken: CaptionData, tokenizer: WordTokenizer, workers: int, train: bool
+) -> None:
+    loader = Loader(
+        half_broken, tokenizer, image_size=16, batch_size=2, train=train, workers=workers
+    )
+    batches = list(loader)
+
+    seen = {
+        caption.split()[1]: tuple(image[:, 5, 5].tolist())
+        for batch in batches
+        for caption, image in zip(batch.captions, batch.images, strict=True)
+    }
+    assert seen == RGB
+    assert sum(batch.num_images for batch in batches) == 6
+    assert {Path(problem.file).name for problem in loader.skipped} == BAD
+    assert all(problem.detail for problem in loader.skipped)
+    assert loader.skipped.counts == {"corrupt image": 5}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_strict_reading_names_the_path(
+    half_broken: CaptionData, tokenizer: WordTokenizer, workers: int
+) -> None:
+    loader = Loader(half_broken, tokenizer, image_size=16, errors="raise", workers=workers)
+    with pytest.raises(DataError, match=r"half\.jpg"):
+        list(loader)
+
+
+def test_nothing_but_broken_images_is_one_clear_error(
+    tmp_path: Path, tokenizer: WordTokenizer
+) -> None:
+    bad = [Example(path.name, path, ("a picture",)) for path in broken_files(tmp_path)]
+    loader = Loader(CaptionData(bad), tokenizer, image_size=16, batch_size=2)
+    with pytest.raises(DataError, match=r"(?s)None of the 5 images can be used.*5 corrupt image"):
+        next(loader.epoch(0))
+
+
+@pytest.mark.parametrize("start_method", [None, pytest.param("spawn", marks=pytest.mark.slow)])
+def test_epochs_are_the_same_with_and_without_workers(
+    tmp_path: Path, tokenizer: WordTokenizer, start_method: str | None
+) -> None:
+    data = several(tmp_path)
+    options: dict[str, Any] = {"image_size": 16, "batch_size": 3, "train": True, "flip": True}
+    alone = Loader(data, tokenizer, **options)
+    helped = Loader(data, tokenizer, workers=2, start_method=start_method, **options)
+    state = torch.get_rng_state()
+
+    for epoch in (1, 0):
+        pairs = zip(alone.epoch(epoch), helped.epoch(epoch), strict=True)
+        assert all(same(one, other) for one, other in pairs)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_abandoned_epoch_does_not_leak_into_the_next(
+    tmp_path: Path, tokenizer: WordTokenizer
+) -> None:
+    data = several(tmp_path)
+    loader = Loader(data, tokenizer, image_size=16, batch_size=1, train=True, workers=1)
+    for _ in loader.epoch(0):
+        break
+    ids = [batch.image_ids for batch in loader.epoch(1)]
+    alone = Loader(data, tokenizer, image_size=16, batch_size=1, train=True)
+    assert ids == [batch.image_ids for batch in alone.epoch(1)]
+
+
+def test_two_epochs_at_once_do_not_mix(tmp_path: Path, tokenizer: WordTokenizer) -> None:
+    data = several(tmp_path, n=3)
+    loader = Loader(data, tokenizer, image_size=16, batch_size=1, train=True, workers=1)
+    both = list(zip(loader.epoch(0), loader.epoch(3), strict=True))
+    for n, epoch in enumerate((0, 3)):
+        ids = [batch.image_ids for batch in loader.epoch(epoch)]
+        assert [pair[n].image_ids for pair in both] == ids
+
+
+def test_an_epoch_is_every_image_once_in_an_order_of_its_own(
+    tmp_path: Path, tokenizer: WordTokenizer
+) -> None:
+    data = several(tmp_path)
+    loader = Loader(data, tokenizer, image_size=16, batch_size=3, train=True)
+    orders = [[i for batch in loader.epoch(n) for i in batch.image_ids] for n in range(3)]
+    assert all(sorted(order) == sorted(data.image_ids) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert len(loader) == 3
+
+
+def test_chance_depends_on_the_image_not_on_its_company(
+    tmp_path: Path, tokenizer: WordTokenizer
+) -> None:
+    data = several(tmp_path)
+    whole = Loader(data, tokenizer, image_size=16, train=True).epoch(2)
+    single = Loader(data.subset([4]), tokenizer, image_size=16, train=True).epoch(2)
+    batch, alone = next(whole), next(single)
+    place = batch.image_ids.index("4.png")
+    assert torch.equal(batch.images[place], alone.images[0])
+    assert batch.captions[place] == alone.captions[0]
+
+
+def test_crops_and_captions_change_with_the_epoch(tmp_path: Path, tokenizer: WordTokenizer) -> None:
+    loader = Loader(several(tmp_path, n=1), tokenizer, image_size=16, train=True)
+    batches = [next(loader.epoch(n)) for n in range(12)]
+    assert len({batch.captions for batch in batches}) == 3
+    assert len({batch.images.numpy().tobytes() for batch in batches}) >= 10
+
+
+def test_an_epoch_can_be_entered_in_the_middle(tmp_path: Path, tokenizer: WordTokenizer) -> None:
+    loader = Loader(several(tmp_path), tokenizer, image_size=16, batch_size=2, train=True)
+    rest = list(loader.epoch(5))[2:]
+    again = list(loader.epoch(5, start=2))
+    assert all(same(one, other) for one, other in zip(rest, again, strict=True))
+    assert list(loader.epoch(5, start=4)) == []
+
+
+def test_evaluation_is_in_order_with_references(tmp_path: Path, tokenizer: WordTokenizer) -> None:
+    data = several(tmp_path)
+    (batch,) = Loader(data, tokenizer, image_size=16)
+    assert batch.image_ids == data.image_ids
+    assert batch.references == tuple(data.references.values())
+    assert batch.captions == tuple(data.captions)
+
+
+def test_training_has_no_references(tmp_path: Path, tokenizer: WordTokenizer) -> None:
+    (batch,) = Loader(several(tmp_path), tokenizer, image_size=16, train=True)
+    assert batch.references is None
+    assert batch.captions_per_image == 1
+
+
+def test_padding_is_marked_by_position(colours: CaptionData) -> None:
+    class Foreign:
+        pad_id = 0
+
+        def encode(self, caption: str) -> list[int]:
+            return [0, *range(1, len(caption.split()) + (caption == "a red picture")), 0]
+
+    batch = next(iter(Loader(colours, Foreign(), image_size=8)))
+    assert batch.mask.sum(1).tolist() == [5, 4, 4, 4, 4, 4]
+
+
+def test_ids_are_cut_to_the_length_asked_for(
+    colours: CaptionData, tokenizer: WordTokenizer
+) -> None:
+    batch = next(iter(Loader(colours, tokenizer, image_size=8, max_length=3)))
+    assert batch.input_ids.shape == (6, 3)
+    assert tokenizer.end_id not in batch.input_ids
+
+
+@given(
+    st.lists(st.text(), min_size=1, max_size=7, unique=True),
+    st.integers(1, 20),
+    st.integers(0, 99),
+)
+def test_captions_repeat_only_when_all_are_used(texts: list[str], k: int, seed: int) -> None:
+    chosen = choose(texts, k, generator(seed))
+    counts = Counter(chosen)
+    assert len(chosen) == k
+    assert max(counts.values()) - min(counts.get(text, 0) for text in texts) <= 1
+
+
+def test_cached_images_are_the_same_without_random_crops(
+    tmp_path: Path, tokenizer: WordTokenizer
+) -> None:
+    data = several(tmp_path)
+    for options in ({"train": False}, {"train": True, "crop": False, "flip": True}):
+        plain = Loader(data, tokenizer, image_size=16, **options)
+        kept = Loader(data, tokenizer, image_size=16, cache_images=True, **options)
+        list(kept.epoch(0))
+        assert same(next(plain.epoch(1)), next(kept.epoch(1)))
+
+
+def test_cached_images_are_read_once(tmp_path: Path, tokenizer: WordTokenizer) -> None:
+    data = several(tmp_path)
+    loader = Loader(data, tokenizer, image_size=16, train=True, cache_images=True)
+    first = next(loader.epoch(0))
+    for example in data.examples:
+        example.path.unlink()
+    assert same(next(loader.epoch(0)), first)
+
+
+def test_stores_ride_along_and_images_stay_unread(
+    half_broken: CaptionData, tokenizer: WordTokenizer
+) -> None:
+    good = [name for name in half_broken.image_ids if name not in BAD]
+    store = {name: torch.full((2, 3), float(n)) for n, name in enumerate(good)}
+    loader = Loader(half_broken, tokenizer, image_size=16, stores={"f": store}, with_images=False)
+    (batch,) = loader
+    assert batch.images.shape == (6, 3, 0, 0)
+    assert batch.cached["f"][:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert loader.skipped.counts == {"no cached features": 5}
+
+
+class Pairs(torch.utils.data.Dataset[Any]):
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(self.items[index], Exception):
+            raise self.items[index]
+        return self.items[index]
+
+
+def test_any_data_set_of_pairs_will_do(tmp_path: Path, tokenizer: WordTokenizer) -> None:
+    path = picture(tmp_path / "a.png")
+    data = Pairs((path, "a red picture"), (noise(), ["a", "", "a picture"]), OSError("lost"))
+    loader = Loader(data, tokenizer, image_size=16, captions_per_image=2)
+    (batch,) = loader
+    assert batch.image_ids == ("0", "1")
+    assert batch.captions == ("a red picture", "a red picture", "a", "a picture")
+    assert str(loader.skipped).endswith("item 2: corrupt image (lost)")
+
+
+def test_a_list_of_pairs_and_torch_subsets_will_do(
+    colours: CaptionData, tokenizer: WordTokenizer
+) -> None:
+    subset = torch.utils.data.Subset(colours, [3, 1])
+    for data in (subset, [subset[0], subset[1]]):
+        (batch,) = Loader(data, tokenizer, image_size=16)
+        assert batch.captions == ("a yellow picture", "a lime picture")
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ((noise(), torch.tensor([1, 2])), "item 0: captions are Tensor"),
+        ({"image": noise()}, "item 0 is dict; expected a pair"),
+        ((noise(), "  "), "no caption with text"),
+        ((torch.full((3, 9, 9), -1.5), "a"), r"float pixels from -1\.5"),
+    ],
+    ids=["ids", "dict", "blank", "normalised"],
+)
+def test_items_that_are_no_captioned_images_are_refused(
+    item: Any, said: str, tokenizer: WordTokenizer
+) -> None:
+    with pytest.raises(DataError, match=said):
+        list(Loader(Pairs(item), tokenizer, image_size=16))
+
+
+def test_a_mistake_in_the_users_data_set_is_not_hidden(tokenizer: WordTokenizer) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(Loader(Pairs(ZeroDivisionError()), tokenizer, image_size=16))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 0}, {"captions_per_image": 0}, {"workers": -1}, {"image_size": 0}],
+    ids=lambda options: next(iter(options)),
+)
+def test_numbers_that_can_not_work_are_refused(
+    colours: CaptionData, tokenizer: WordTokenizer, options: dict[str, int]
+) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Loader(colours, tokenizer, **{"image_size": 16, **options})  # type: ignore[arg-type]
+
+
+def test_no_data_is_refused_at_once(tokenizer: WordTokenizer) -> None:
+    with pytest.raises(DataError, match="no image"):
+        Loader([], tokenizer, image_size=16)
+    with pytest.raises(ConfigError, match="data is int"):
+        Loader(3, tokenizer, image_size=16)
