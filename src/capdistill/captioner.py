@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
-import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from capdistill import decoders, encoders
+from capdistill import saved
 from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
-from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
-from capdistill.files import write_atomically, write_text
+from capdistill.errors import ConfigError, DataError, IncompatibleModels
 from capdistill.generation import Hypothesis, greedy
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
-from capdistill.registry import stamp_of
-from capdistill.tokenizer import Tokenizer, WordTokenizer
-from capdistill.weights import load_exactly, read_state_dict
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-_FORMAT = "capdistill.captioner/1"
-_HUB_SWITCHES = ("weights", "pretrained")  # arguments that would fetch what the file holds
+from capdistill.tokenizer import Tokenizer
+from capdistill.weights import load_exactly, read_state_dict, strip_prefixes
 
 
 class Captioner(nn.Module):
@@ -91,11 +82,20 @@ class Captioner(nn.Module):
         return CaptionerOutput(out.logits, out.hidden, features, out.attention, batch.target_mask)
 
     def encode(self, batch: Batch) -> Tensor:
-        """(I, N, D) features of a batch, from cached trunk tokens where it carries ours."""
+        """(I, N, D) features of a batch, from cached trunk tokens where it carries ours.
+
+        Raises:
+            DataError: it carries neither pixels nor our tokens.
+        """
         if batch.cached and self.encoder.trunk_frozen:
             tokens = batch.cached.get(self.encoder.fingerprint())
             if tokens is not None:
                 return self.encoder.head(tokens.to(next(self.decoder.parameters()).dtype))
+        if not batch.images.numel():
+            raise DataError(
+                f"{self.name}: the batch has no pixels, and no tokens of this encoder as it is now "
+                "(its trunk is trained, or was changed since). Load it without cached features."
+            )
         features: Tensor = self.encoder(batch.images)
         return features
 
@@ -105,7 +105,12 @@ class Captioner(nn.Module):
         Args:
             batch: A batch, or (I, 3, H, W) uint8 images.
             max_length: Tokens at most; the tokenizer's limit and the end token unless given.
+
+        Raises:
+            ConfigError: max_length < 1.
         """
+        if max_length is None:
+            max_length = getattr(self.tokenizer, "max_length", 40) + 1
         with evaluating(self), torch.no_grad():
             features = self.encode(batch) if isinstance(batch, Batch) else self.encoder(batch)
             hypotheses = greedy(
@@ -113,7 +118,7 @@ class Captioner(nn.Module):
                 features,
                 start_id=self.tokenizer.start_id,
                 end_id=self.tokenizer.end_id,
-                max_length=max_length or getattr(self.tokenizer, "max_length", 40) + 1,
+                max_length=max_length,
                 banned=self._never_said(),
             )
         return [replace(h, text=self.tokenizer.decode(h.tokens)) for h in hypotheses]
@@ -131,9 +136,18 @@ class Captioner(nn.Module):
         Example:
             `student.caption("dog.jpg")` gives "a brown dog runs through the grass".
 
+        Args:
+            images: One image gives a text; an iterable of any length, or a (I, 3, H, W) array or
+                tensor, gives a list of texts in its order.
+            max_length: As for `generate`.
+            batch_size: Images that are in memory, and in the model, at once.
+
         Raises:
             DataError: an image that can not be read, by name.
+            ConfigError: batch_size or max_length < 1.
         """
+        if batch_size < 1:
+            raise ConfigError(f"caption: batch_size must be at least 1, got {batch_size}.")
         many = _is_many(images)
         texts: list[str] = []
         for chunk in _chunks(images if many else [images], batch_size):
@@ -169,30 +183,27 @@ class Captioner(nn.Module):
             name=self.name,
         )
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, *, allow_unregistered: bool = False) -> None:
         """Write model.safetensors, captioner.json and the tokenizer; the directory loads alone.
+
+        Arguments of the parts are kept as JSON: paths as strings, tuples and arrays as lists. A
+        tokenizer that is not a `WordTokenizer` is not written: give it to `load`.
+
+        Args:
+            directory: Made where there is none.
+            allow_unregistered: Save although a part was not made by a registry; `load` must then
+                be given that part.
 
         Raises:
             ConfigError: a part was not made by a registry, or the directory can not be written.
         """
-        from safetensors.torch import save_file
-
-        directory = Path(directory)
-        content = {
-            "format": _FORMAT,
+        parts: dict[str, nn.Module] = {"encoder": self.encoder, "decoder": self.decoder}
+        description = {
             "name": self.name,
-            "encoder": _describe(self.encoder, "encoder"),
-            "decoder": _describe(self.decoder, "decoder"),
+            **{k: saved.describe_part(p, k, allow_unregistered) for k, p in parts.items()},
+            "tokenizer": saved.describe_tokenizer(self.tokenizer),
         }
-        state = {
-            key: value.detach().cpu().contiguous().clone()
-            for key, value in self.state_dict().items()
-        }
-        write_atomically(directory / "model.safetensors", lambda path: save_file(state, path))
-        save = getattr(self.tokenizer, "save", None)
-        if save is not None:
-            save(directory / "tokenizer.json")
-        write_text(directory / "captioner.json", json.dumps(content, indent=2))
+        saved.write(Path(directory), self, self.tokenizer, description)
 
     @classmethod
     def load(
@@ -206,24 +217,29 @@ class Captioner(nn.Module):
     ) -> Captioner:
         """Read what `save` wrote. Touches no hub, no teacher and no pickle.
 
+        What wrappers add to names (`module.`, `_orig_mod.`, `model.`) is removed; everything else
+        must fit exactly.
+
         Args:
             directory: As given to `save`.
-            encoder, decoder, tokenizer: Parts that no registry could make again.
+            encoder, decoder: Parts that no registry could make again.
+            tokenizer: The one it was trained with, where that is no `WordTokenizer`.
             device: Where the model goes.
 
         Raises:
             CheckpointError: a file is missing, truncated, or does not fit the parts.
         """
         directory = Path(directory)
-        content = _read_description(directory / "captioner.json")
+        content = saved.read_description(directory)
         captioner = cls(
-            encoder or _recreate(encoders, content["encoder"]),
-            decoder or _recreate(decoders, content["decoder"]),
-            tokenizer or WordTokenizer.load(directory / "tokenizer.json"),
+            saved.make_part(content, "encoder") if encoder is None else encoder,
+            saved.make_part(content, "decoder") if decoder is None else decoder,
+            saved.find_tokenizer(directory, content, tokenizer),
             name=content["name"],
         )
-        path = directory / "model.safetensors"
-        load_exactly(captioner, read_state_dict(path), str(path))
+        path = directory / saved.WEIGHTS
+        state = strip_prefixes(read_state_dict(path), captioner.state_dict())
+        load_exactly(captioner, state, f"The weights in '{path}'")
         return captioner.to(device).eval()
 
 
@@ -240,57 +256,13 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _describe(part: nn.Module, kind: str) -> dict[str, Any]:
-    stamp = stamp_of(part)
-    if stamp is None:
-        raise ConfigError(
-            f"Captioner.save: the {kind} {type(part).__name__} was not made by a registry, so a "
-            f"file could not make it again. Register its class (capdistill.{kind}s.register) and "
-            f"create it by name, or save its state dict yourself and give the part to "
-            f"Captioner.load(directory, {kind}=...)."
-        )
-    return {"name": stamp.name, "kwargs": _as_json(stamp.kwargs, kind)}
-
-
-def _as_json(kwargs: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    plain = {key: str(v) if isinstance(v, Path) else v for key, v in kwargs.items()}
-    try:
-        return dict(json.loads(json.dumps(plain)))
-    except TypeError as error:
-        raise ConfigError(
-            f"Captioner.save: the arguments of the {kind} do not fit in JSON ({error}). Use "
-            "numbers, strings, lists and dicts as arguments of registered parts."
-        ) from error
-
-
-def _recreate(registry: Any, description: Mapping[str, Any]) -> Any:
-    """Make a part again with random weights: a file lies ready for all of them."""
-    kwargs = dict(description["kwargs"])
-    parameters = inspect.signature(registry.get(description["name"])).parameters
-    kwargs.update({key: False for key in _HUB_SWITCHES if key in parameters})
-    return registry.create(description["name"], **kwargs)
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("format") != _FORMAT:
-            raise ValueError(f"format {content.get('format')!r}")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} does not describe a captioner ({error}). Expected a directory written by "
-            f"Captioner.save, with format '{_FORMAT}'."
-        ) from error
-    return content
-
-
 def _is_many(images: Any) -> bool:
     """Whether this is an iterable of images rather than one image."""
     if isinstance(images, Tensor):
         return images.ndim == 4
     if hasattr(images, "__array__"):
         return getattr(images, "ndim", 3) == 4
-    single = isinstance(images, (str, bytes, bytearray, Path)) or hasattr(images, "read")
+    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(images, "read")
     return not single and isinstance(images, Iterable)
 
 

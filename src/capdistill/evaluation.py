@@ -1,15 +1,16 @@
-"""Caption a data set, score the captions, measure the model: `evaluate`; `compare` does it twice."""
+"""Caption a data set, score the captions, measure the model."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from capdistill.captioning import TIMED, Pass, moved, open_source
 from capdistill.errors import CapdistillError, ConfigError, DataError
 from capdistill.gallery import Gallery
 from capdistill.measure import (
@@ -26,7 +27,6 @@ from capdistill.outputs import Batch
 from capdistill.training.runtime import autocast, pick_device, pick_precision
 
 SCHEMA = "capdistill.evaluation/1"
-TIMED = 20  # images
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Evaluation:
     memory: Memory | None = None
     notes: tuple[str, ...] = ()
     gallery: Gallery = field(default_factory=Gallery, repr=False, compare=False)
+    timed: tuple[Batch, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def covered(self) -> tuple[str, ...]:
@@ -156,17 +157,19 @@ def evaluate(
         DataError: no image, or batches without references.
         ConfigError: a captioner that can not generate, or data of another kind.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"evaluate: limit={limit} was given; use None or a number of images.")
     where = pick_device(device)
     precise = pick_precision(where, precision)
-    run = _Run(captioner, _source(captioner, data, batch_size, workers), limit, progress)
-    with _moved(captioner, where):
+    run = Pass(captioner, open_source(captioner, data, batch_size, workers), limit, progress)
+    with moved([captioner], where):
         with autocast(where, precise):
             run.caption(where)
         costs = _costs(captioner, data, run.timed, where, precise) if measure else {}
     scores = CaptionScorer(run.references, metrics=metrics)(run.captions)
     notes = (*scores.notes, *costs.pop("notes", ()))
     return Evaluation(
-        name=name or getattr(captioner, "name", "captioner"),
+        name=name or str(getattr(captioner, "name", "captioner")),
         scores=scores,
         captions=run.captions,
         references=run.references,
@@ -177,84 +180,61 @@ def evaluate(
         precision=precise,
         notes=notes,
         gallery=run.gallery,
+        timed=tuple(run.timed),
         **costs,
     )
 
 
-class _Run:
-    """One pass of a model over the data, and what it leaves behind."""
-
-    def __init__(self, captioner: Any, source: Any, limit: int | None, progress: bool) -> None:
-        self.captioner, self.source, self.limit, self.progress = captioner, source, limit, progress
-        self.captions: dict[str, str] = {}
-        self.references: dict[str, tuple[str, ...]] = {}
-        self.unfinished: list[str] = []
-        self.timed: list[Batch] = []
-        self.gallery = Gallery()
-
-    def caption(self, device: torch.device) -> None:
-        for batch in self._batches():
-            hypotheses = self.captioner.generate(batch.to(device))
-            for i, hypothesis in enumerate(hypotheses):
-                self._note(batch, i, hypothesis)
-        if not self.captions:
-            raise DataError("There is no image to evaluate: the data, or the limit, are empty.")
-
-    def skipped(self) -> Iterable[Any]:
-        report = getattr(self.source, "skipped", ())
-        return getattr(report, "problems", report)
-
-    def _batches(self) -> Iterator[Batch]:
-        from tqdm import tqdm
-
-        left = self.limit
-        epoch = self.source.epoch(0) if hasattr(self.source, "epoch") else iter(self.source)
-        for batch in tqdm(epoch, desc="captioning", unit="batch", disable=not self.progress):
-            if left is not None and left <= 0:
-                return
-            yield batch if left is None or left >= batch.num_images else part(batch, 0, left)
-            left = None if left is None else left - batch.num_images
-
-    def _note(self, batch: Batch, i: int, hypothesis: Any) -> None:
-        image = batch.image_ids[i]
-        if batch.references is None:
-            raise DataError(_NO_REFERENCES)
-        if image in self.captions:
-            raise DataError(f"The image id '{image}' comes twice in the data; ids must differ.")
-        self.captions[image] = hypothesis.text
-        self.references[image] = batch.references[i]
-        if not hypothesis.finished:
-            self.unfinished.append(image)
-        if batch.images.numel():
-            self.gallery.offer(image, batch.images[i])
-            if len(self.timed) < TIMED:
-                self.timed.append(replace(part(batch, i, i + 1), cached={}))
+def _costs(
+    captioner: Any, data: Any, timed: Sequence[Batch], device: torch.device, precision: str
+) -> dict[str, Any]:
+    """The measured fields of `Evaluation`; what can not be measured becomes a note."""
+    found: dict[str, Any] = {"notes": ()}
+    if timed:
+        found["latency_ms"] = time_captions([captioner], [timed], device, precision)[0]
+    else:
+        found["notes"] += ("Time was not measured: the batches hold no pixels.",)
+    found["preprocessing_ms"] = _preprocessing(captioner, data)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            captioner.save(folder)
+            found["disk_bytes"] = disk_bytes(folder)
+            if device.type == "cpu":
+                found["memory"] = cpu_memory(folder, precision=precision)
+        except (CapdistillError, AttributeError) as error:
+            found["notes"] += (f"Size on disk and memory are not complete: {error}",)
+    if device.type == "cuda" and timed:
+        with autocast(device, precision):
+            found["memory"] = cuda_memory(captioner, timed, device)
+    return found
 
 
-_NO_REFERENCES = (
-    "The batches have no references. Captions are scored against the raw reference texts, because "
-    "ids are cut and know too few words. Give Batch(references=...), one tuple of texts an image, "
-    "or a capdistill data set, whose evaluation batches have them."
-)
+def _preprocessing(captioner: Any, data: Any) -> Latency | None:
+    """Time an image from file to pixels, where the data name files."""
+    from capdistill.data.images import read_image
+    from capdistill.data.transforms import centre_square
+
+    size = int(captioner.encoder.image_size)
+    paths = [example.path for example in getattr(data, "examples", ())[:TIMED]]
+    readable = [path for path in paths if _readable(path)]
+    if not readable:
+        return None
+    return time_each(lambda path: centre_square(read_image(path), size), readable)
 
 
-def part(batch: Batch, first: int, last: int) -> Batch:
-    """Images `first` to `last` (not included) of a batch.
+def _readable(path: Path) -> bool:
+    from capdistill.data.images import read_image
 
-    Example:
-        >>> ids = torch.ones(2, 3, dtype=torch.long)
-        >>> batch = Batch(torch.zeros(2, 3, 1, 1), ids, ids > 0, ("a", "b"), ("1", "2"))
-        >>> part(batch, 1, 2).captions
-        ('b',)
-    """
-    k = batch.captions_per_image
-    rows = slice(first * k, last * k)
-    return Batch(
-        images=batch.images[first:last],
-        input_ids=batch.input_ids[rows],
-        mask=batch.mask[rows],
-        captions=batch.captions[rows],
-        image_ids=batch.image_ids[first:last],
-        references=batch.references and batch.references[first:last],
-        cached={key: tokens[first:last] for key, tokens in batch.cached.items()},
-    )
+    try:
+        read_image(path)
+    except DataError:
+        return False
+    return True
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("compare", "Comparison"):
+        from capdistill import comparison
+
+        return getattr(comparison, name)
+    raise AttributeError(f"module 'capdistill.evaluation' has no attribute '{name}'")

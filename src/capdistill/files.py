@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,42 +13,56 @@ from capdistill.errors import ConfigError
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one move.
 
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "new", "a.txt")
+        ...     write_atomically(file, lambda temporary: temporary.write_text("whole"))
+        ...     file.read_text(), len(list(file.parent.iterdir()))
+        ('whole', 1)
+
+    Args:
+        path: The file; its directory is made where there is none.
+        write: Given the temporary path, writes all content to it.
+
     Raises:
         ConfigError: the directory can not be written (read-only, full, or a file); what stood
-            at `path` stays as it was.
+            at `path` stays as it was, as it does whatever else `write` raises.
     """
     path = Path(path)
-    temporary: Path | None = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        temporary.touch(exist_ok=False)  # with the permissions of any new file
+        try:
+            write(temporary)
+            _sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
             f"Can not write {path}: {error.strerror or error}. Give a directory that exists or "
             "can be made, is writable and has space; files written earlier were left as they are."
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically, line ends as they are.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_text(f"{folder}/a.txt", "one\\n")
+        ...     Path(folder, "a.txt").read_bytes()
+        b'one\\n'
+
+    Raises:
+        ConfigError: as `write_atomically`.
+    """
     write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
 
 
 def _sync(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -22,7 +22,10 @@ from capdistill.files import write_text
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 _FORMAT = "capdistill.word_tokenizer/1"
-_SEPARATORS = re.compile(r"[\s.,!?;:\"`“”„«»()\[\]{}<>…–—―/\\|*_=+~^#]+")
+_SEPARATORS = re.compile(
+    r"(?:[\s\u200b\ufeff.,!?;:\"`“”„«»()\[\]{}<>…–—―/\\|*_=+~^#¿¡।،؛؟。，、！？；：（）「」『』《》]|--)+"
+)
+_STRAIGHT = str.maketrans({**dict.fromkeys("‘’‛ʼ＇", "'"), **dict.fromkeys("‐‑", "-")})
 _CLITICS = frozenset({"'s", "'re", "'ll", "'ve", "'d", "'m", "'t", "'n"})
 
 
@@ -52,7 +55,7 @@ def split_words(caption: str) -> list[str]:
         >>> split_words("A man's T-shirt , size 42 ... 'cool' !")
         ['a', "man's", 't-shirt', 'size', '42', 'cool']
     """
-    text = unicodedata.normalize("NFC", caption).lower().replace("\u2019", "'")
+    text = unicodedata.normalize("NFC", caption).lower().translate(_STRAIGHT)
     pieces = (piece.strip("-") for piece in _SEPARATORS.split(text))
     words = (p if p in _CLITICS else p.strip("'-") for p in pieces)
     return [word for word in words if word]
@@ -74,20 +77,20 @@ class WordTokenizer:
             model never learns to stop there; `count_truncated` says how many were.
 
     Raises:
-        ConfigError: a word twice, a special token among the words, max_length < 1.
+        ConfigError: a word twice, a special token among the words, something that is no word,
+            max_length < 1.
     """
 
     pad_id, start_id, end_id, unk_id = range(4)
 
     def __init__(self, words: Iterable[str], *, max_length: int = 40) -> None:
-        self._vocabulary = (*SPECIAL, *words)
+        _check_limit("max_length", max_length, 1)
+        self._vocabulary = (*SPECIAL, *_checked(words))
         self._ids = {word: index for index, word in enumerate(self._vocabulary)}
         self.max_length = max_length
         if len(self._ids) != len(self._vocabulary):
             twice = [w for w, n in Counter(self._vocabulary).items() if n > 1]
             raise ConfigError(f"WordTokenizer: entries must be distinct; given twice: {twice[:5]}.")
-        if max_length < 1:
-            raise ConfigError(f"WordTokenizer: max_length must be at least 1, got {max_length}.")
 
     @classmethod
     def train(
@@ -108,7 +111,10 @@ class WordTokenizer:
 
         Raises:
             DataError: no word is frequent enough.
+            ConfigError: max_size leaves no room for a word, max_length < 1.
         """
+        if max_size is not None:
+            _check_limit("max_size", max_size, len(SPECIAL) + 1)
         counts = Counter(word for caption in captions for word in split_words(caption))
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         words = [word for word, count in ranked if count >= min_count]
@@ -117,9 +123,8 @@ class WordTokenizer:
                 f"WordTokenizer.train: none of the {len(counts)} distinct words occurs "
                 f"{min_count} times. Give more captions or a smaller min_count."
             )
-        if max_size is not None:
-            words = words[: max(max_size - len(SPECIAL), 0)]
-        return cls(words, max_length=max_length)
+        kept = words if max_size is None else words[: max_size - len(SPECIAL)]
+        return cls(kept, max_length=max_length)
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -203,7 +208,26 @@ def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
         >>> ids.tolist(), mask.tolist()
         ([[0, 1, 0], [0, 0, 0]], [[True, True, True], [True, True, False]])
     """
-    longest = max(len(sequence) for sequence in sequences)
-    rows = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
     lengths = torch.tensor([len(sequence) for sequence in sequences])
+    longest = int(lengths.max())
+    rows = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
     return torch.tensor(rows, dtype=torch.int64), torch.arange(longest) < lengths[:, None]
+
+
+def _checked(words: Iterable[str]) -> Iterable[str]:
+    if isinstance(words, str):
+        raise ConfigError(
+            f"WordTokenizer: words are {words[:40]!r}, one string; give a list of words, or train "
+            "on captions with WordTokenizer.train."
+        )
+    for word in words:
+        if not isinstance(word, str):
+            raise ConfigError(f"WordTokenizer: {word!r} is no word; give strings.")
+        yield word
+
+
+def _check_limit(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(
+            f"WordTokenizer: {name} must be a whole number of at least {least}, got {value!r}."
+        )

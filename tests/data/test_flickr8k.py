@@ -136,6 +136,15 @@ def test_an_absent_split_is_an_error_only_when_asked_for(tmp_path: Path) -> None
         data.test  # noqa: B018
 
 
+def test_a_listed_split_without_its_images_hurts_only_when_asked_for(tmp_path: Path) -> None:
+    data = Flickr8k(official(tmp_path, train=["1001.jpg"], test=["x.jpg", "y.jpg"]))
+    assert len(data.train) == 1
+    with pytest.raises(DataError, match=r"no image of Flickr_8k\.testImages\.txt is there"):
+        data.test  # noqa: B018
+    with pytest.raises(DataError, match=r"(?s)Flickr8k: no image with a caption.*x\.jpg"):
+        Flickr8k(official(tmp_path / "b", test=["x.jpg"]))
+
+
 def test_an_image_in_two_lists_or_in_none_of_the_files_is_reported(tmp_path: Path) -> None:
     data = Flickr8k(official(tmp_path, train=["1001.jpg"], val=["1002.jpg", "1001.jpg", "x.jpg"]))
     assert data.val.image_ids == ("1002.jpg",)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -132,6 +135,17 @@ def test_two_epochs_at_once_do_not_mix(tmp_path: Path, tokenizer: WordTokenizer)
     for n, epoch in enumerate((0, 3)):
         ids = [batch.image_ids for batch in loader.epoch(epoch)]
         assert [pair[n].image_ids for pair in both] == ids
+
+
+def test_ctrl_c_leaves_the_workers_to_finish_the_step(
+    tmp_path: Path, tokenizer: WordTokenizer
+) -> None:
+    loader = Loader(several(tmp_path), tokenizer, image_size=16, batch_size=1, workers=1)
+    batches = loader.epoch(0)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid or 0, signal.SIGINT)
+    assert len(list(batches)) == 6
 
 
 def test_an_epoch_is_every_image_once_in_an_order_of_its_own(

@@ -63,6 +63,18 @@ def test_uniform_pairs_layers_of_the_same_depth_and_the_last_with_the_last(stude
     assert uniform_pairs(student, teacher) == pairs
 
 
+def test_a_deeper_teacher_of_the_same_widths_is_paired_anew_with_the_same_projectors():
+    student, shallow = (
+        replace(STUDENT, hidden_dims=(8,) * 2),
+        replace(TEACHER, hidden_dims=(8,) * 2),
+    )
+    loss = built(student, shallow, layers="uniform")
+    before = list(loss.parameters())
+    loss.build(student, replace(TEACHER, hidden_dims=(8,) * 5))
+    assert loss.pairs == [(0, 3), (1, 4)]
+    assert all(a is b for a, b in zip(before, loss.parameters(), strict=True))
+
+
 def test_equal_widths_are_projected_too():
     same = replace(STUDENT, name="twin")
     assert sum(p.numel() for p in built(teacher=same).parameters()) == 8 * 8 + 8

@@ -74,7 +74,7 @@ def _read(root: Path, encoding: str, seed: int, report: Report) -> Splits:
         for name, file in LISTS.items()
     }
     if tokens and any(lists.values()):
-        return _official(_tokens(tokens, encoding, find, report), lists, report)
+        return _official(_tokens(tokens, encoding, find, report), lists, encoding, report)
     if karpathy := _first(root, _KARPATHY, Path.is_file):
         from capdistill.data.karpathy import read_karpathy
 
@@ -145,25 +145,34 @@ def _no_phantom(rows: Iterator[Row], file: Path, report: Report) -> Iterator[Row
 
 
 def _official(
-    examples: dict[str, Example], lists: dict[str, Path | None], report: Report
+    examples: dict[str, Example], lists: dict[str, Path | None], encoding: str, report: Report
 ) -> Splits:
     parts, absent, taken = {}, {}, dict[str, str]()
     for name, path in lists.items():
         if path is None:
             absent[name] = f"{LISTS[name]} was not found"
             continue
-        chosen = list(_listed(path, name, examples, taken, report))
-        require_some(chosen, f"Flickr8k/{name}", report, "Are the images where they should be?")
-        parts[name] = CaptionData(chosen, name=f"Flickr8k/{name}", report=report)
+        listed = lines(read_text(path, encoding))
+        chosen = list(_listed(path, listed, name, examples, taken, report))
+        if chosen:
+            parts[name] = CaptionData(chosen, name=f"Flickr8k/{name}", report=report)
+        else:
+            absent[name] = f"no image of {LISTS[name]} is there with captions"
+    require_some(list(taken), "Flickr8k", report, "Are the images where they should be?")
     rest = len(examples) - len(taken)
     note = "official split" + (f"; {many(rest, 'image')} more in no list" if rest else "")
     return Splits(parts, note=note, absent=absent, report=report)
 
 
 def _listed(
-    path: Path, split: str, examples: dict[str, Example], taken: dict[str, str], report: Report
+    path: Path,
+    listed: Iterator[tuple[int, str]],
+    split: str,
+    examples: dict[str, Example],
+    taken: dict[str, str],
+    report: Report,
 ) -> Iterator[Example]:
-    for number, line in lines(read_text(path)):
+    for number, line in listed:
         name, place = line.strip(), f"row {number}"
         if name in taken:
             where = f"{name}, already in {taken[name]}"

@@ -46,7 +46,7 @@ def finder(*roots: Path) -> Callable[[str], Path | None]:
     return find
 
 
-def require_some(examples: Sequence[Example], name: str, report: Report, fix: str) -> None:
+def require_some(examples: Sequence[object], name: str, report: Report, fix: str) -> None:
     """Refuse a data set of which nothing can be used, with the reasons and the fix."""
     if not examples:
         raise DataError(f"{name}: no image with a caption can be used. {fix}\n{report}")

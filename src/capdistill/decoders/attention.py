@@ -6,6 +6,7 @@ queries, so that (I, k * T, D) meets (I, N, D).
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,8 +38,9 @@ def attend(
     """
     if not need:
         return F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout), None
-    scores = query.float() @ keys.float().transpose(-1, -2) / query.shape[-1] ** 0.5
-    weights = scores.softmax(-1)  # (R, heads, T, N), float32
+    exact = torch.promote_types(query.dtype, torch.float32)  # halves are too coarse for a softmax
+    scores = query.to(exact) @ keys.to(exact).transpose(-1, -2) / query.shape[-1] ** 0.5
+    weights = scores.softmax(-1)  # (R, heads, T, N)
     dropped = F.dropout(weights, dropout) if dropout else weights
     return dropped.to(values.dtype) @ values, weights.mean(1)
 

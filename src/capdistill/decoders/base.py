@@ -18,6 +18,15 @@ from capdistill.outputs import DecoderOutput
 class State:
     """What a decoder remembers between two words. Rows stay grouped by image.
 
+    Example:
+        >>> import torch
+        >>> features, cache = torch.zeros(2, 9, 8), torch.tensor([[1.0], [2.0]])
+        >>> state = State({"features": features}, {"cache": cache}).expand(2)
+        >>> state.row["cache"].tolist(), state.image["features"] is features
+        ([[1.0], [1.0], [2.0], [2.0]], True)
+        >>> state.keep(torch.tensor([1])).row["cache"].tolist()
+        [[2.0], [2.0]]
+
     Args:
         image: Tensors with one row an image (I, ...): features and their projections.
         row: Tensors with one row a hypothesis (I * beams, ...): caches, recurrent states.
@@ -43,7 +52,7 @@ class State:
         """Only the given images, (J,) indices or (I,) bool, with all their rows."""
         kept = {key: value[images] for key, value in self.image.items()}
         rows = {
-            key: value.view(-1, self.beams, *value.shape[1:])[images].flatten(0, 1)
+            key: value.reshape(-1, self.beams, *value.shape[1:])[images].flatten(0, 1)
             for key, value in self.row.items()
         }
         return replace(self, image=kept, row=rows)
@@ -68,7 +77,7 @@ class Decoder(nn.Module):
     vocabulary: int | None = None
 
     def build(self, vocabulary: int) -> None:
-        """Make what depends on V, once; the same V again does nothing.
+        """Make what depends on V, once, where the rest is; the same V again does nothing.
 
         Raises:
             ConfigError: the decoder was built for another vocabulary.
@@ -81,7 +90,10 @@ class Decoder(nn.Module):
                 f"{vocabulary}. Create a new decoder for each captioner."
             )
         self.vocabulary = vocabulary
+        rest = next(self.parameters(), None)
         self.build_vocabulary(vocabulary)
+        if rest is not None:
+            self.to(rest.device, rest.dtype)
 
     @abstractmethod
     def build_vocabulary(self, vocabulary: int) -> None:

@@ -14,8 +14,6 @@ from capdistill.decoders.base import Decoder, State
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
 
-Memory = tuple[Tensor, Tensor]  # keys and values of the features, (I, heads, N, d) each
-
 
 class LSTMDecoder(Decoder):
     """LSTM layers that look at the image's tokens.
@@ -44,7 +42,7 @@ class LSTMDecoder(Decoder):
         tied: Whether the embedding matrix also scores the words.
 
     Raises:
-        ConfigError: `dim` is no multiple of `heads`, or an unknown form of attention.
+        ConfigError: `dim` is no multiple of `heads`, an unknown form of attention, no layer.
 
     Source:
         Recurrent form: Xu et al. (2015), section 3.1.2, with the dot-product attention of
@@ -65,8 +63,10 @@ class LSTMDecoder(Decoder):
         tied: bool = True,
     ) -> None:
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ConfigError(f"LSTMDecoder: dim {dim} must be a multiple of heads {heads}.")
+        if layers < 1:
+            raise ConfigError(f"LSTMDecoder: layers must be at least 1, got {layers}.")
         if attention not in ("recurrent", "parallel"):
             raise ConfigError(
                 f"LSTMDecoder: attention='{attention}' is unknown. Use 'recurrent' or 'parallel'."
@@ -96,8 +96,7 @@ class LSTMDecoder(Decoder):
         """(B, T) ids and (I, N, D) features to logits (B, T, V) and what is needed."""
         state = self.start(features).expand(input_ids.shape[0] // features.shape[0])
         words = self.drop(self.embedding(input_ids) * self.embed**0.5)  # (B, T, E)
-        run = self.run_recurrent if self.recurrent else self.run_parallel
-        hidden, weights, _ = run(words, state, "attention" in need)
+        hidden, weights, _ = self.run(words, state, "attention" in need)
         return DecoderOutput(
             logits=self.score(hidden[-1]),
             hidden=tuple(hidden) if "hidden" in need else None,
@@ -115,10 +114,16 @@ class LSTMDecoder(Decoder):
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """(R,) words to logits (R, V)."""
         words = self.embedding(tokens)[:, None] * self.embed**0.5  # (R, 1, E)
-        run = self.run_recurrent if self.recurrent else self.run_parallel
-        hidden, _, row = run(words, state, False)
+        hidden, _, row = self.run(words, state, False)
         after = State(state.image, row, state.beams, state.position + 1)
         return self.score(hidden[-1])[:, 0], after
+
+    def run(
+        self, words: Tensor, state: State, need: bool
+    ) -> tuple[list[Tensor], Tensor | None, dict[str, Tensor]]:
+        """(B, T, E) words from a state on: hidden, attention if needed, and the rows after."""
+        form = self.run_recurrent if self.recurrent else self.run_parallel
+        return form(words, state, need)
 
     def run_parallel(
         self, words: Tensor, state: State, need: bool
@@ -168,8 +173,10 @@ class LSTMDecoder(Decoder):
 
     def look(self, x: Tensor, state: State, need: bool) -> tuple[Tensor, Tensor | None]:
         """(B, T, H) states to what they see, (B, T, D), and where they look, (B, T, N)."""
-        context, weights = self.attention(x, state.image["keys"], state.image["values"], need)
-        return context, weights
+        seen: tuple[Tensor, Tensor | None] = self.attention(
+            x, state.image["keys"], state.image["values"], need
+        )
+        return seen
 
     def merge(self, hidden: Tensor, context: Tensor) -> Tensor:
         """State and context to the vector that the vocabulary projection sees."""

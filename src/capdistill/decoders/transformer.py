@@ -74,7 +74,7 @@ class TransformerDecoder(Decoder):
         dropout: On embeddings, residual branches and the vector before the vocabulary.
 
     Raises:
-        ConfigError: `width` is no multiple of `heads`, or is odd.
+        ConfigError: `width` is no multiple of `heads`, or is odd; no layer.
 
     Source:
         Vaswani et al. (2017); pre-norm as in Xiong et al. (2020), equation of figure 1 (b);
@@ -92,10 +92,12 @@ class TransformerDecoder(Decoder):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if width % heads or width % 2:
+        if heads < 1 or width % heads or width % 2:
             raise ConfigError(
                 f"TransformerDecoder: width {width} must be even and a multiple of heads {heads}."
             )
+        if layers < 1:
+            raise ConfigError(f"TransformerDecoder: layers must be at least 1, got {layers}.")
         self.dim, self.width = dim, width
         self.hidden_dims = (width,) * (layers + 1)
         self.blocks = nn.ModuleList(Block(width, dim, heads, ffn, dropout) for _ in range(layers))
@@ -155,8 +157,9 @@ class TransformerDecoder(Decoder):
 
     def embed(self, ids: Tensor, position: int) -> Tensor:
         """Scaled word embeddings plus sinusoidal positions from `position` on, (B, T, W)."""
-        places = sinusoids(position, ids.shape[1], self.width).to(ids.device)
-        x: Tensor = self.drop(self.embedding(ids) * math.sqrt(self.width) + places)
+        places = sinusoids(position, ids.shape[1], self.width)
+        words = self.embedding(ids) * math.sqrt(self.width)
+        x: Tensor = self.drop(words + places.to(words.dtype).to(words.device))
         return x
 
     def score(self, x: Tensor) -> Tensor:
@@ -165,11 +168,16 @@ class TransformerDecoder(Decoder):
 
 
 def sinusoids(first: int, count: int, width: int) -> Tensor:
-    """Position vectors (count, width): sines beside cosines, for any length.
+    """Position vectors (count, width), float64: sines beside cosines, for any length.
+
+    Example:
+        >>> sinusoids(first=0, count=1, width=4)
+        tensor([[0., 1., 0., 1.]], dtype=torch.float64)
 
     Source:
         Vaswani et al. (2017), section 3.5.
     """
-    place = torch.arange(first, first + count, dtype=torch.float32)[:, None]
-    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
+    place = torch.arange(first, first + count, dtype=torch.float64, device="cpu")[:, None]
+    even = torch.arange(0, width, 2, dtype=torch.float64, device="cpu")
+    rate = torch.exp(even * (-math.log(10_000.0) / width))
     return torch.stack([torch.sin(place * rate), torch.cos(place * rate)], -1).flatten(1)

@@ -87,10 +87,11 @@ class BackboneEncoder(Encoder):
         """Names of the backbone's parameters, a list a stage, the stem first."""
 
     def trunk(self, images: Tensor) -> Tensor:
-        """(I, 3, H, W) uint8 images to (I, N, D0) tokens; no graph where all is frozen."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_frozen):
-            pixels = self.normalise(images)
-            return self.layout.flatten(self.run_backbone(self.backbone, pixels))
+        """(I, 3, H, W) uint8 images to (I, N, D0) tokens; frozen stages build no graph."""
+        pixels = self.normalise(images)
+        if self.layout.form != "tokens":  # convolutions run 1.3 to 2 times faster so on CPUs
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return self.layout.flatten(self.run_backbone(self.backbone, pixels))
 
     def head(self, tokens: Tensor) -> Tensor:
         """(I, N, D0) to (I, N, D): refinement and projection, always trainable."""

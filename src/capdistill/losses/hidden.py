@@ -73,14 +73,13 @@ class HiddenKD(DistillationLoss):
         widths = [
             (student.hidden_dims[mine], teacher.hidden_dims[theirs]) for mine, theirs in pairs
         ]
-        if same_pair("HiddenKD", self.widths or None, widths):
-            return
         if not self.project:
             _require_equal(pairs, widths, student, teacher)
+        if not same_pair("HiddenKD", self.widths or None, widths):
+            self.projectors.extend(
+                Projector(*pair) if self.project else nn.Identity() for pair in widths
+            )
         self.pairs, self.widths = pairs, widths
-        self.projectors.extend(
-            Projector(*pair) if self.project else nn.Identity() for pair in widths
-        )
 
     def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
         """Sum over valid tokens of both distances, averaged over the pairs of layers."""

@@ -27,7 +27,7 @@ class CiderD:
     Example:
         >>> cider = CiderD([[["a", "dog", "runs"]], [["a", "red", "car"]]])
         >>> round(cider([["a", "dog", "runs"], ["a", "red"]])["cider_d"][0], 3)
-        5.564
+        5.493
 
     Args:
         references: One list of tokenised references an image.

@@ -87,7 +87,7 @@ class BestEpoch:
         if math.isnan(value):
             warnings.warn(
                 f"Epoch {row['epoch']}: {self.monitor.name} is NaN, which counts as no progress.",
-                stacklevel=2,
+                stacklevel=3,
             )
         row["improved"] = self.monitor.update(value)
         row["best"] = {"epoch": self.monitor.best_epoch, self.monitor.name: self.monitor.best}
@@ -95,7 +95,7 @@ class BestEpoch:
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Say so where no epoch could be called the best."""
-        if self.monitor.epochs and self.monitor.best is None:
+        if self.monitor.epochs and self.monitor.best is None and not trainer.history.interrupted:
             warnings.warn(
                 f"No epoch had a number for {self.monitor.name} (all were NaN): the last weights "
                 "were kept.",
@@ -112,22 +112,31 @@ class BestEpoch:
 
 
 def monitored_value(row: Row, name: str) -> float:
-    """The value of an epoch's row that a name stands for."""
-    return float(row["val"]["loss"] if name == LOSS else row["scores"][name])
+    """The value of an epoch's row that a name stands for.
+
+    Raises:
+        UnknownName: validation gave no such score.
+    """
+    if name == LOSS:
+        return float(row["val"]["loss"])
+    if name not in row["scores"]:
+        raise UnknownName(f"monitor: validation gave no '{name}'. {suggest(name, row['scores'])}")
+    return float(row["scores"][name])
 
 
 def resolve_monitor(name: str, directions: dict[str, bool]) -> tuple[str, bool]:
     """A monitored name to its key and whether higher is better.
 
     Example:
-        >>> resolve_monitor("cider", {"cider_d": True})
+        >>> resolve_monitor("CIDEr", {"cider_d": True})
         ('cider_d', True)
 
     Raises:
         UnknownName: nothing of that name is measured; the message lists what is.
     """
     known = {LOSS: False, **directions}
-    key = ALIASES.get(name, name)
+    key = name.lower().replace("-", "_")
+    key = ALIASES.get(key, key)
     if key not in known:
         shown = sorted({*known, *(a for a, k in ALIASES.items() if k in known)})
         raise UnknownName(f"monitor: nothing called '{name}' is measured. {suggest(name, shown)}")
@@ -135,7 +144,7 @@ def resolve_monitor(name: str, directions: dict[str, bool]) -> tuple[str, bool]:
 
 
 class Recorder:
-    """Write every `log_every`-th step and every epoch to the history."""
+    """Write the first and every `log_every`-th step and every epoch to the history."""
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         """Keep the row of a step, now and then."""
@@ -145,6 +154,28 @@ class Recorder:
     def on_epoch(self, trainer: Trainer, row: Row) -> None:
         """Keep the row of an epoch."""
         trainer.history.append(row)
+
+
+class SkippedImages:
+    """Name the images that could not be used, in the epoch's row and as a warning, once each."""
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+
+    def on_epoch(self, trainer: Trainer, row: Row) -> None:
+        """Name those that were not known yet."""
+        sources = [source for source in (trainer.train_source, trainer.val_source) if source]
+        problems = [str(problem) for source in sources for problem in source.skipped]
+        row["problems"] = [problem for problem in problems if problem not in self.known]
+        self.known.update(problems)
+        if row["problems"]:
+            shown = "\n  ".join(row["problems"][:20])
+            more = len(row["problems"]) - 20
+            warnings.warn(
+                f"{len(row['problems'])} images could not be used and were left out:\n  {shown}"
+                + (f"\n  ... and {more} more (see the history)" if more > 0 else ""),
+                stacklevel=3,
+            )
 
 
 class Progress:
@@ -165,7 +196,8 @@ class Progress:
             total = trainer.config.epochs * trainer.steps_per_epoch
             self.bar = tqdm(total=total, initial=row["step"] - 1, unit="step", dynamic_ncols=True)
         terms = {name: f"{term['raw']:.3f}" for name, term in row["terms"].items()}
-        self.bar.set_postfix(epoch=row["epoch"], loss=f"{row['loss']:.3f}", **terms, refresh=False)
+        shown = {**terms, "epoch": row["epoch"], "loss": f"{row['loss']:.3f}"}
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
 
     def on_epoch(self, trainer: Trainer, row: Row) -> None:
@@ -179,7 +211,11 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Close the bar."""
+        """The run is over."""
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away, also where the run ended with an error."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -189,12 +225,17 @@ def describe_epoch(row: Row) -> str:
     """One line about an epoch.
 
     Example:
-        >>> describe_epoch({"epoch": 0, "seconds": 3.0, "train": {"loss": 2.5}, "val": {},
-        ...                 "scores": {"cider_d": 0.31}, "improved": True})
-        'epoch 0: train loss 2.5000, cider_d 0.3100 (best so far), 3.0 s'
+        >>> describe_epoch({"epoch": 0, "seconds": 3.0, "train": {"loss": 2.5}, "images": 6,
+        ...                 "skipped": 5, "val": {}, "scores": {"cider_d": 0.31}, "improved": True})
+        'epoch 0: train loss 2.5000 (6 images, 5 left out), cider_d 0.3100 (best so far), 3.0 s'
     """
-    parts = [f"train loss {row['train']['loss']:.4f}"]
-    parts += [f"val loss {row['val']['loss']:.4f}"] if row["val"] else []
+    parts = [f"train loss {row['train']['loss']:.4f}{_left_out(row)}"]
+    if row["val"]:
+        parts.append(f"val loss {row['val']['loss']:.4f}{_left_out(row['val'])}")
     parts += [f"{name} {value:.4f}" for name, value in row["scores"].items()]
     best = " (best so far)" if row.get("improved") else ""
     return f"epoch {row['epoch']}: {', '.join(parts)}{best}, {row['seconds']:.1f} s"
+
+
+def _left_out(part: Row) -> str:
+    return f" ({part['images']} images, {part['skipped']} left out)" if part["skipped"] else ""

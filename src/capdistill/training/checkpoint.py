@@ -3,43 +3,67 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from capdistill.errors import CheckpointError
+from capdistill.captioner import Captioner
+from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import write_atomically
 from capdistill.training.history import Row
+from capdistill.weights import load_exactly, read_state_dict, strip_prefixes
 
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer
 
 _FORMAT = "capdistill.training/1"
 STATE = "state.pt"
+PREVIOUS = "state.previous.pt"
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state atomically; the one before stays beside it as `.previous`."""
+    """Write a training state atomically; the one before stays beside it as `.previous`.
+
+    Raises:
+        ConfigError: it can not be written; what stood there stays.
+    """
+    fresh = path.with_suffix(".new.pt")
+    write_atomically(fresh, lambda temporary: _dump({"format": _FORMAT, **state}, temporary))
     if path.exists():
-        path.replace(path.with_suffix(".previous.pt"))
-    content = {"format": _FORMAT, **state}
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+        path.replace(path.with_name(PREVIOUS))
+    fresh.replace(path)
+
+
+def _dump(content: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"{error}".split("\n")[0]) from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a training state; the one before where the last is truncated or gone.
+    """Read a training state; the one before where the last is truncated, which is said.
 
     Raises:
         CheckpointError: no readable state, naming each file and what is wrong with it.
     """
-    problems = []
-    for candidate in (path, path.with_suffix(".previous.pt")):
+    problems: list[str] = []
+    for candidate in (path, path.with_name(PREVIOUS)):
         try:
-            return _read(candidate)
+            state = _read(candidate)
         except CheckpointError as error:
             problems.append(str(error))
+            continue
+        if problems:
+            warnings.warn(
+                f"{problems[0]}; going on from {candidate}, after step {state['step']}.",
+                stacklevel=2,
+            )
+        return state
     raise CheckpointError(
         "There is no training state to resume: " + "; ".join(problems) + ". "
         "Give the directory of a run (out=), or start anew with resume=False."
@@ -49,17 +73,39 @@ def load_state(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is truncated or no training state")
     try:
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(f"{path} is truncated or no training state")
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} can not be read ({error})") from error
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{path} can not be read ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no training state of capdistill")
     return state
+
+
+def forget_states(out: Path) -> None:
+    """A run that starts anew must not be resumed from an earlier one's state."""
+    for name in (STATE, PREVIOUS):
+        (out / name).unlink(missing_ok=True)
+
+
+def rehearse_saving(captioner: Captioner, out: Path) -> None:
+    """Save once to a place of no account: what can not be saved is said before training.
+
+    Raises:
+        ConfigError: `out` can not be written, or a part could not be made again from a file.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=out) as folder:
+            captioner.save(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"Can not write to {out}: {error.strerror or error}. Give an out= that exists or can "
+            "be made, is writable and has space."
+        ) from error
 
 
 class Checkpoints:
@@ -67,13 +113,14 @@ class Checkpoints:
 
     def __init__(self, out: Path | None) -> None:
         self.out = out
-        self.best: dict[str, torch.Tensor] | None = None
+        self.best: dict[str, torch.Tensor] | None = None  # kept here only without a directory
 
     def on_epoch(self, trainer: Trainer, row: Row) -> None:
         """Keep the student if it improved, then the state to go on from."""
         if row.get("improved"):
-            self.best = _copy_weights(trainer.captioner)
-            if self.out is not None:
+            if self.out is None:
+                self.best = _copy_weights(trainer.captioner)
+            else:
                 trainer.captioner.save(self.out / "best")
         self.save(trainer)
 
@@ -83,24 +130,26 @@ class Checkpoints:
             save_state(self.out / STATE, trainer.state_dict())
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Write the last student; then the captioner takes the best weights."""
+        """Write the last student; then the captioner takes the best weights.
+
+        Where no epoch was the best, the last weights are the best there are.
+        """
         if trainer.history.interrupted:
             return
         if self.out is not None:
             trainer.captioner.save(self.out / "final")
-        if self.best is None and self.out is not None and trainer.history.best is not None:
-            self.best = _saved_weights(self.out / "best")
-        if self.best is not None:
+            if trainer.history.best is None:
+                trainer.captioner.save(self.out / "best")
+            else:
+                _load_weights(trainer.captioner, self.out / "best" / "model.safetensors")
+        elif self.best is not None:
             trainer.captioner.load_state_dict(self.best)
-        elif self.out is not None:
-            trainer.captioner.save(self.out / "best")
 
 
 def _copy_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
 
 
-def _saved_weights(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(directory / "model.safetensors")
+def _load_weights(captioner: Captioner, path: Path) -> None:
+    state = strip_prefixes(read_state_dict(path), captioner.state_dict())
+    load_exactly(captioner, state, f"The weights in '{path}'")

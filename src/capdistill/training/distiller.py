@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from capdistill import losses as loss_registry
 from capdistill.captioner import Captioner
-from capdistill.errors import ConfigError, IncompatibleModels
+from capdistill.errors import ConfigError
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput
 from capdistill.training.config import DistillConfig
 from capdistill.training.objective import Weight
-from capdistill.training.probe import probe_batch, require_output
-from capdistill.training.runtime import autocast
+from capdistill.training.probe import (
+    ask,
+    asking,
+    probe_batch,
+    require_one_vocabulary,
+    require_scalars,
+)
+from capdistill.training.runtime import seeded
 from capdistill.training.trainer import Trainer
 
 REFERENCE_WEIGHTS = {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1}
@@ -32,8 +37,8 @@ class Distiller(Trainer):
         >>> tokenizer = cd.WordTokenizer.train(data.train.captions, min_count=2)
         >>> teacher = cd.Captioner.create("debug_teacher", tokenizer=tokenizer)
         >>> student = cd.Captioner.create("debug_student", tokenizer=tokenizer)
-        >>> distiller = cd.Distiller(teacher, student, losses={"token": cd.TokenKD(temperature=2)},
-        ...                          weights={"ce": 0.5, "token": 0.5}, device="cpu", progress=False)
+        >>> distiller = cd.Distiller(teacher, student, losses={"token": "token"},
+        ...                          weights={"ce": 0.5, "token": 0.5}, progress=False)
         >>> history = distiller.fit(data.train.subset(8), epochs=1, batch_size=8)
         >>> sorted(history.epochs[0]["train"]["terms"])
         ['ce', 'token']
@@ -65,12 +70,15 @@ class Distiller(Trainer):
     ) -> None:
         super().__init__(student, **options)
         self.teacher = teacher
+        require_teacher(teacher)
         require_apart(teacher, student)
         built = make_losses(losses)
         self.objective = self._make_objective(built, complete_weights(weights, built))
+        self.objective.at_rest = shared_modules(teacher, student)
         self._built = False
-        if isinstance(teacher, Captioner):
+        if _spec_is_known(teacher):
             self._build_losses(None)
+        self._try_models()
 
     @property
     def student(self) -> Captioner:
@@ -86,7 +94,7 @@ class Distiller(Trainer):
         """What the teacher says of a batch: evaluation mode, no gradients, no dropout."""
         if not self.objective.losses:
             return None
-        with asking(self.teacher), torch.no_grad():
+        with asking(self.teacher):
             output: CaptionerOutput = self.teacher(batch, need=self.objective.need)
         return output
 
@@ -95,45 +103,50 @@ class Distiller(Trainer):
         self.teacher.to(self.device)
 
     def _prepare(self, batch: Batch | None) -> None:
+        """Build the losses where the teacher's specification had to wait for a real batch."""
         super()._prepare(batch)
-        if not self._built:
-            self._build_losses(batch)
-            self.objective.to(self.device)
+        if self._built or batch is None:
+            return
+        batch = batch.to(self.device)
+        self._build_losses(batch)
+        self.objective.to(self.device)
+        self._try_losses(batch)
 
-    def step(self, *micro_batches: Batch) -> dict[str, Any]:
-        """One optimizer step over all the given batches, as if they were one."""
-        if not self._built:
-            self._build_losses(micro_batches[0])
-        return super().step(*micro_batches)
+    def _optimizer(self) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            require_apart(self.teacher, self.captioner)  # freezing may have changed
+        return super()._optimizer()
 
     def _build_losses(self, batch: Batch | None) -> None:
-        """Let every loss see both specifications, then run both models on one tiny batch."""
+        """Let every loss see both specifications and make its projectors from the run's seed."""
         teacher: Any = self.teacher
         student_spec, teacher_spec = self.captioner.spec(), teacher.spec(batch)
-        for loss in self.objective.losses.values():
-            assert isinstance(loss, DistillationLoss)
-            loss.build(student_spec, teacher_spec)
+        with seeded(self.config.seed):
+            for loss in self._losses.values():
+                loss.build(student_spec, teacher_spec)
+        if self.objective.need - {"features"}:
+            require_one_vocabulary(student_spec, teacher_spec)
         self._built = True
-        if batch is None:
-            self._try_both()
 
-    def _try_both(self) -> None:
-        """One tiny batch through both models; no random state, flag or buffer changes."""
-        need = self.objective.need
-        for model in (self.captioner, self.teacher):
-            device = next(model.parameters()).device
-            batch = probe_batch(self.captioner, self.models).to(device)
-            with torch.random.fork_rng(), asking(model), torch.no_grad(), autocast(device, "fp32"):
-                require_output(model, model(batch, need=need), batch, need)
+    def _try_models(self) -> None:
+        """One tiny batch through the models that are ours; no random state, flag or buffer changes.
 
+        A foreign teacher is tried on the first real batch: it may not like a made-up one.
+        """
+        batch = probe_batch(self.captioner, self.models)
+        if isinstance(self.teacher, Captioner):
+            self._try_losses(batch)
+        else:
+            ask(self.captioner, batch, self.objective.need)
 
-@contextmanager
-def asking(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, whatever the caller did; every flag comes back after it."""
-    from capdistill.captioner import evaluating
+    def _try_losses(self, batch: Batch) -> None:
+        """A batch through both models and every loss."""
+        student, teacher = (ask(model, batch, self.objective.need) for model in self.models)
+        require_scalars(self._losses, student, teacher, batch)
 
-    with evaluating(model):
-        yield
+    @property
+    def _losses(self) -> dict[str, DistillationLoss]:
+        return cast("dict[str, DistillationLoss]", dict(self.objective.losses.items()))
 
 
 def make_losses(
@@ -154,10 +167,10 @@ def make_losses(
 
 
 def _make_loss(name: str, loss: DistillationLoss | str | Mapping[str, Any]) -> DistillationLoss:
-    if name == "ce" or not name.isidentifier():
+    if name == "ce" or not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ConfigError(
-            f"losses: '{name}' can not name a term. Use a word such as 'token'; 'ce' is the "
-            "cross-entropy, which every trainer has."
+            f"losses: '{name}' can not name a term. Use a word of your own such as 'token'; 'ce' "
+            "is the cross-entropy, which every trainer has."
         )
     if isinstance(loss, DistillationLoss):
         return loss
@@ -185,6 +198,27 @@ def complete_weights(
     return {**defaults, **(weights or {})}
 
 
+def require_teacher(teacher: Any) -> None:
+    """A teacher is a module that can be asked for its specification.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(teacher, nn.Module) or not hasattr(teacher, "spec"):
+        raise ConfigError(
+            f"The teacher is {type(teacher).__name__}. Give a capdistill.Captioner, or "
+            "capdistill.teachers.wrap(model, adapt, tokenizer) for any other captioner."
+        )
+
+
+def _spec_is_known(teacher: Any) -> bool:
+    try:
+        teacher.spec()
+    except ConfigError:  # to be probed on a real batch
+        return False
+    return True
+
+
 def require_apart(teacher: nn.Module, student: nn.Module) -> None:
     """Teacher and student may share frozen modules, but nothing that is trained.
 
@@ -201,4 +235,13 @@ def require_apart(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-__all__ = ["Distiller", "IncompatibleModels"]
+def shared_modules(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:
+    """Modules that are part of both.
+
+    Example:
+        >>> eye = nn.Linear(1, 1)
+        >>> shared_modules(nn.Sequential(eye, nn.ReLU()), nn.Sequential(eye, nn.ReLU())) == [eye]
+        True
+    """
+    theirs = set(teacher.modules())
+    return [module for module in student.modules() if module in theirs]

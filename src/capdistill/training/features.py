@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ from torch import Tensor
 
 from capdistill.captioner import evaluating
 from capdistill.encoders.base import Encoder
-from capdistill.files import write_text
+from capdistill.errors import ConfigError
+from capdistill.files import write_atomically, write_text
 from capdistill.training.runtime import autocast
 from capdistill.training.source import Source
+
+_FORMAT = "capdistill.features/1"
 
 
 class TrunkStore:
     """Trunk tokens by image id.
 
     Args:
-        tokens: (images, N, D0) float16.
+        tokens: (images, N, D0) float16; a memory map is opened anew in every worker.
         image_ids: In the order of the rows.
     """
 
@@ -40,6 +43,17 @@ class TrunkStore:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A memory map goes to another process as its file's name, not as its content."""
+        if not isinstance(self.tokens, np.memmap):
+            return vars(self)
+        return {"rows": self.rows, "file": self.tokens.filename, "shape": self.tokens.shape}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "file" in state:
+            state["tokens"] = _open(state.pop("file"), state.pop("shape"))
+        vars(self).update(state)
 
 
 def default_cache_dir() -> Path:
@@ -59,46 +73,81 @@ def cache_trunk(
         data_key: Stands for the images and their size; with the trunk's fingerprint it is the key.
         directory: Where the memory maps lie.
         precision: Of the forward passes.
+
+    Raises:
+        ConfigError: the directory can not be written, or tokens do not fit in float16.
     """
     key = hashlib.sha256(f"{encoder.fingerprint()} {data_key} {precision}".encode()).hexdigest()
-    path = directory / f"{key[:32]}.npy"
-    index = path.with_suffix(".json")
-    if not (path.exists() and index.exists()):
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(index, json.dumps(_encode_all(encoder, source, path, precision)))
-    ids = json.loads(index.read_text(encoding="utf-8"))
-    return TrunkStore(np.load(path, mmap_mode="r")[: len(ids)], ids)
+    path = directory / f"{key[:32]}.f16"
+    return _stored(path) or _store(encoder, source, path, precision)
 
 
-def _encode_all(encoder: Encoder, source: Source, path: Path, precision: str) -> list[str]:
-    """Write the tokens of all readable images to `path`; their ids in order."""
-    ids: list[str] = []
-    rows: np.ndarray[Any, Any] | None = None
-    temporary = path.with_suffix(f".{os.getpid()}.partial")
-    device = next(encoder.parameters()).device
+def _stored(path: Path) -> TrunkStore | None:
+    """What an earlier run wrote, if it is all there."""
     try:
-        with evaluating(encoder), torch.no_grad():
-            for batch in source.epoch(0):
-                with autocast(device, precision):
-                    tokens = encoder.trunk(batch.images.to(device))  # (I, N, D0)
-                if rows is None:
-                    shape = (len(source) * len(tokens), *tokens.shape[1:])
-                    rows = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-                rows[len(ids) : len(ids) + len(tokens)] = tokens.half().cpu().numpy()
-                ids += batch.image_ids
-        if rows is not None:
-            rows.flush()  # type: ignore[attr-defined]
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return ids
+        index = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        ids, shape = index["image_ids"], (len(index["image_ids"]), *index["shape"])
+        whole = index["format"] == _FORMAT and path.stat().st_size == 2 * int(np.prod(shape))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return TrunkStore(_open(path, shape), ids) if whole else None
 
 
-def data_key(data: Any, image_size: int) -> str:
-    """What stands for the images of a data set: ids, files with size and time, pixel size."""
+def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    return np.memmap(path, np.float16, "r", shape=shape)
+
+
+def _store(encoder: Encoder, source: Source, path: Path, precision: str) -> TrunkStore:
+    """Write the tokens, then the index: without it they count for nothing."""
+    index: dict[str, Any] = {"format": _FORMAT, "image_ids": [], "shape": []}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            for ids, tokens in _encoded(encoder, source, precision):
+                index["image_ids"] += ids
+                index["shape"] = tokens.shape[1:]
+                file.write(tokens.tobytes())
+
+    path.with_suffix(".json").unlink(missing_ok=True)
+    write_atomically(path, write)
+    write_text(path.with_suffix(".json"), json.dumps(index))
+    return TrunkStore(_open(path, (len(index["image_ids"]), *index["shape"])), index["image_ids"])
+
+
+def _encoded(
+    encoder: Encoder, source: Source, precision: str
+) -> Iterator[tuple[tuple[str, ...], np.ndarray[Any, Any]]]:
+    """Ids and (I, N, D0) float16 tokens of every readable image."""
+    device = next(encoder.parameters()).device
+    for batch in source.epoch(0):
+        with evaluating(encoder), torch.no_grad(), autocast(device, precision):
+            tokens = encoder.trunk(batch.images.to(device)).half()
+        finite = tokens.isfinite().flatten(1).all(1)
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            names = [batch.image_ids[i] for i in bad]
+            raise ConfigError(
+                f"cache_features=True keeps tokens as float16, but those of {', '.join(names[:5])} "
+                "are NaN or larger than 65504. Set cache_features=False for this encoder."
+            )
+        yield batch.image_ids, tokens.cpu().numpy()
+
+
+def data_key(data: Any, source: Source, image_size: int) -> str:
+    """What stands for the images of a data set, at a size in pixels.
+
+    Files are known by name, size and time; images of any other data set are read and hashed.
+    """
     digest = hashlib.sha256(str(image_size).encode())
-    for example in getattr(data, "examples", ()):
-        status = Path(example.path).stat() if Path(example.path).exists() else None
+    examples = getattr(data, "examples", None)
+    if examples is None:
+        for batch in source.epoch(0):
+            digest.update(f"{batch.image_ids}".encode())
+            digest.update(batch.images.contiguous().numpy().data)
+        return digest.hexdigest()
+    for example in examples:
+        path = Path(example.path)
+        status = path.stat() if path.exists() else None
         stamp = (status.st_size, status.st_mtime_ns) if status else None
-        digest.update(f"{example.image_id} {example.path} {stamp}\n".encode())
+        digest.update(f"{example.image_id} {path.absolute()} {stamp}\n".encode())
     return digest.hexdigest()

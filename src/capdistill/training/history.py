@@ -6,7 +6,10 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+
+from capdistill.errors import ConfigError
+from capdistill.files import write_text
 
 Row = dict[str, Any]
 
@@ -15,9 +18,12 @@ class History:
     """Rows in memory and, where a path is given, as JSON Lines on disk.
 
     A row holds `kind` ("step" or "epoch"), `step`, `epoch` and what was measured. Step rows:
-    `loss`, `terms` (each raw and weighted), `learning_rates`, `gradient_norm`, `seconds`,
-    `images_per_second`. Epoch rows: `train` and `val` (each `loss` and `terms`), `scores`,
-    `best`, `seconds`.
+    `loss`, `terms` (each raw and weighted), `learning_rates` (those the step took),
+    `gradient_norm` (before clipping), `seconds`, `images`, `images_per_second`. Epoch rows:
+    `train` (`loss` and `terms`), `val` (the same, with the number of `images` it covers and of
+    those `skipped`; empty without validation data), `scores`, `improved` and `best` (with
+    validation data), `images`, `skipped`, `problems` (images that could not be used, named in the
+    epoch that met them first), `images_per_second`, `seconds`. On disk NaN is null.
 
     Example:
         >>> history = History()
@@ -35,15 +41,26 @@ class History:
         self.rows: list[Row] = []
         self.interrupted = False
         if self.path is not None:
-            self.rows = _read_until(self.path, keep_until)
-            self._rewrite()
+            self.rows = [] if keep_until is None else _read_until(self.path, keep_until)
+            write_text(self.path, "".join(_line(row) for row in self.rows))
 
     def append(self, row: Row) -> None:
-        """Add a row, on disk too."""
+        """Add a row, on disk too.
+
+        Raises:
+            ConfigError: the file can not be written.
+        """
         self.rows.append(row)
-        if self.path is not None:
+        if self.path is None:
+            return
+        try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(_line(row))
+        except OSError as error:
+            raise ConfigError(
+                f"Can not write {self.path}: {error.strerror or error}. The checkpoints written "
+                "so far are as they were; make room, then go on with resume=True."
+            ) from error
 
     @property
     def steps(self) -> list[Row]:
@@ -74,35 +91,28 @@ class History:
         history.rows = _read_until(Path(path), math.inf)
         return history
 
-    def _rewrite(self) -> None:
-        from capdistill.files import write_text
-
-        assert self.path is not None
-        write_text(self.path, "".join(_line(row) for row in self.rows))
-
 
 def _line(row: Row) -> str:
-    return json.dumps(_finite(row), ensure_ascii=False) + "\n"
+    return json.dumps(_finite(row), ensure_ascii=False, default=str) + "\n"
 
 
 def _finite(value: Any) -> Any:
     """JSON knows no NaN: it is written as null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _read_until(path: Path, step: float | None) -> list[Row]:
-    if step is None or not path.exists():
-        return []
+def _read_until(path: Path, step: float) -> list[Row]:
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    for line in lines:
         try:
-            row = cast(Row, json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue  # the last line of a killed run
-        if row["step"] <= step:
+        if isinstance(row, dict) and row.get("step", math.inf) <= step:
             rows.append(row)
     return rows

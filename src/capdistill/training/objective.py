@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import cast
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -27,7 +28,11 @@ class Objective(nn.Module):
         losses: Built distillation losses by term name.
         weights: Of every term, "ce" among them: a number, a pair (first, last) that is
             interpolated linearly over the run, or a function of the run's progress in [0, 1].
+            A term whose weight is 0 throughout is left out.
         label_smoothing: Of the cross-entropy term.
+
+    Attributes:
+        at_rest: Modules of the student that stay in evaluation mode: those shared with a teacher.
     """
 
     def __init__(
@@ -38,11 +43,11 @@ class Objective(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        self.weights = {name: weight for name, weight in weights.items() if weight != 0}
-        check_weights(self.weights, losses)
+        self.weights = check_weights(weights, losses)
         self.student = student
         self.losses = nn.ModuleDict({k: loss for k, loss in losses.items() if k in self.weights})
         self.label_smoothing = label_smoothing
+        self.at_rest: Sequence[nn.Module] = ()
 
     @property
     def need(self) -> frozenset[str]:
@@ -61,37 +66,72 @@ class Objective(nn.Module):
             sums[name] = loss(student, teacher, batch)
         return sums
 
-    def _losses(self) -> Iterator[tuple[str, DistillationLoss]]:
-        return cast("Iterator[tuple[str, DistillationLoss]]", iter(self.losses.items()))
+    def train(self, mode: bool = True) -> Objective:
+        """As `nn.Module.train`; what is shared with a teacher stays in evaluation mode."""
+        super().train(mode)
+        for module in self.at_rest:
+            module.eval()
+        return self
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """What each term's sum is divided by."""
-        counts = {name: float(loss.count(batch)) for name, loss in self._losses()}
-        return {"ce": float(batch.target_mask.sum()), **counts}
+        tokens = {"ce": float(batch.target_mask.sum())} if "ce" in self.weights else {}
+        return {**tokens, **{name: float(loss.count(batch)) for name, loss in self._losses()}}
 
     def weight(self, name: str, progress: float) -> float:
-        """A term's weight when `progress` (0 to 1) of the run is done."""
+        """A term's weight when `progress` (0 to 1) of the run is done.
+
+        Raises:
+            ConfigError: a function gave what is no weight.
+        """
         weight = self.weights[name]
-        if callable(weight):
-            return float(weight(progress))
         if isinstance(weight, tuple):
             first, last = weight
             return first + (last - first) * progress
-        return float(weight)
+        value = float(weight(progress) if callable(weight) else weight)
+        if not 0 <= value < math.inf:
+            raise ConfigError(
+                f"weights: '{name}' gave {value} at {progress:.0%} of the run; "
+                "give finite numbers >= 0."
+            )
+        return value
+
+    def _losses(self) -> Iterator[tuple[str, DistillationLoss]]:
+        return cast("Iterator[tuple[str, DistillationLoss]]", iter(self.losses.items()))
 
 
-def check_weights(weights: Mapping[str, Weight], losses: Mapping[str, object]) -> None:
-    """Every weight has its term, every term its weight, and none is negative.
+def check_weights(weights: Mapping[str, Any], losses: Mapping[str, object]) -> dict[str, Weight]:
+    """The weights of the terms to build: each has its term, none is negative, 0 is left out.
+
+    Example:
+        >>> check_weights({"ce": 1, "token": [0.7, 0.1], "hidden": 0.0}, {"token": 1, "hidden": 2})
+        {'ce': 1.0, 'token': (0.7, 0.1)}
 
     Raises:
         ConfigError: otherwise, with the names there are.
     """
     known = ["ce", *losses]
-    for name, weight in weights.items():
+    for name in weights:
         if name not in known:
             raise ConfigError(f"weights: there is no term '{name}'. {suggest(name, known)}")
-        values = () if callable(weight) else weight if isinstance(weight, tuple) else (weight,)
-        if any(not 0 <= value < float("inf") for value in values):
-            raise ConfigError(f"weights: '{name}' is {weight}; give finite numbers >= 0.")
-    if not weights:
+    checked = {name: _check_weight(name, weight) for name, weight in weights.items()}
+    built = {name: weight for name, weight in checked.items() if weight not in (0.0, (0.0, 0.0))}
+    if not built:
         raise ConfigError("weights: every term is 0, so there is nothing to train.")
+    return built
+
+
+def _check_weight(name: str, weight: Any) -> Weight:
+    if callable(weight):
+        return cast(Weight, weight)
+    pair = isinstance(weight, (tuple, list))
+    try:
+        values = tuple(float(value) for value in (weight if pair else (weight,)))
+    except (TypeError, ValueError):
+        values = ()
+    if len(values) != (2 if pair else 1) or not all(0 <= v < math.inf for v in values):
+        raise ConfigError(
+            f"weights: '{name}' is {weight!r}; give a finite number >= 0, a pair (first, last) of "
+            "them, or a function of the run's progress."
+        )
+    return (values[0], values[1]) if pair else values[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError
 from capdistill.training.config import TrainConfig
 
-Scheduler = lr_scheduler.LRScheduler
+Scheduler = lr_scheduler.LambdaLR
 
 
 def parameter_groups(
@@ -37,7 +39,8 @@ def parameter_groups(
             groups.setdefault(key, []).append(parameter)
     if not groups:
         raise ConfigError(
-            "Nothing to train: every parameter is frozen. Set trainable= or unfreeze."
+            "Nothing to train: every parameter is frozen. Create the encoder with trainable='all' "
+            "or a number of stages, or unfreeze parameters with requires_grad_(True)."
         )
     rate = {"encoder": config.learning_rate * config.encoder_rate, "model": config.learning_rate}
     return [
@@ -52,35 +55,83 @@ def parameter_groups(
 
 
 def _without_decay(module: nn.Module) -> set[int]:
-    """Ids of biases, norms and embeddings: vectors, and what embeds words."""
-    embeddings: Iterable[nn.Module] = (m for m in module.modules() if isinstance(m, nn.Embedding))
-    plain = {id(p) for m in embeddings for p in m.parameters(recurse=False)}
-    return plain | {id(p) for p in module.parameters() if p.ndim < 2}
+    """Ids of biases, norms and embeddings: vectors, what embeds words, and what models name.
+
+    timm's models name their position embeddings and class tokens in `no_weight_decay()`.
+    """
+    plain = {id(p) for p in module.parameters() if p.ndim < 2}
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            plain.update(id(p) for p in part.parameters(recurse=False))
+        named: Any = getattr(part, "no_weight_decay", None)
+        if callable(named):
+            parameters = dict(part.named_parameters())
+            plain.update(id(parameters[name]) for name in named() if name in parameters)
+    return plain
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int, done: int = 0
 ) -> Scheduler:
     """The configured schedule, to be stepped after every optimizer step.
 
-    With the defaults (10 epochs, then 20) thirty epochs end at a minimum.
+    With the defaults (10 epochs, then 20) thirty epochs end at a minimum. The rate is a function
+    of the step alone, so that a run resumed with other options follows the new ones.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> schedule = make_schedule(optimizer, TrainConfig(restart_epochs=2), steps_per_epoch=2)
+        >>> rates = []
+        >>> for _ in range(5):
+        ...     rates.append(round(optimizer.param_groups[0]["lr"], 4))
+        ...     optimizer.step()
+        ...     schedule.step()
+        >>> rates
+        [0.1, 0.0854, 0.05, 0.0146, 0.1]
+
+    Args:
+        optimizer: What is scheduled; each group starts from its own rate.
+        config: Kind and lengths.
+        steps_per_epoch: Optimizer steps.
+        done: Steps that lie behind a resumed run.
 
     Source:
         Loshchilov and Hutter (2017), SGDR, equation 5.
     """
-    total = max(config.epochs * steps_per_epoch, 1)
-    if config.schedule == "cosine_restarts":
-        return lr_scheduler.CosineAnnealingWarmRestarts(
-            optimizer, max(config.restart_epochs * steps_per_epoch, 1), config.restart_factor
-        )
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return lr_scheduler.LambdaLR(optimizer, share_of_rate(config, steps_per_epoch), done - 1)
+
+
+def share_of_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """Optimizer steps done -> the share of the learning rate that the next one takes.
+
+    Example:
+        >>> share = share_of_rate(TrainConfig(schedule="warmup_cosine", epochs=10, warmup=0.2), 1)
+        >>> [round(share(step), 3) for step in (0, 1, 2, 6, 10)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
     if config.schedule == "constant":
-        return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    climb = max(round(config.warmup * total), 1)
-    return lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            lr_scheduler.LinearLR(optimizer, 1.0 / climb, total_iters=climb - 1 or 1),
-            lr_scheduler.CosineAnnealingLR(optimizer, max(total - climb, 1)),
-        ],
-        milestones=[climb],
-    )
+        return lambda step: 1.0
+    if config.schedule == "warmup_cosine":
+        total = config.epochs * steps_per_epoch
+        climb = max(round(config.warmup * total), 1)
+        return lambda step: _warmup_cosine(step, climb, max(total - climb, 1))
+    first = config.restart_epochs * steps_per_epoch
+    return lambda step: _cosine_restarts(step, first, config.restart_factor)
+
+
+def _warmup_cosine(step: int, climb: int, fall: int) -> float:
+    return (step + 1) / climb if step < climb else _cosine(min((step - climb) / fall, 1.0))
+
+
+def _cosine_restarts(step: int, period: int, factor: int) -> float:
+    if factor == 1:
+        return _cosine(step % period / period)
+    while step >= period:
+        step, period = step - period, period * factor
+    return _cosine(step / period)
+
+
+def _cosine(share: float) -> float:
+    return (1 + math.cos(math.pi * share)) / 2

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capdistill.captioner import Captioner
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, DataError
 from capdistill.files import write_text
 from capdistill.registry import stamp_of
 from capdistill.training.config import TrainConfig
 from capdistill.training.features import TrunkStore, cache_trunk, data_key, default_cache_dir
 from capdistill.training.source import FixedBatches, Source, make_source
+from capdistill.training.validation import require_references
 
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer
@@ -43,6 +44,22 @@ def prepare_sources(trainer: Trainer, train: Any, val: Any) -> tuple[Source, Sou
     return training, _source(trainer, val, **options, train=False, batch_size=size)
 
 
+def require_usable(trainer: Trainer) -> None:
+    """Read a batch of each source: what can not be used is said before the first step.
+
+    Raises:
+        DataError: no image can be used.
+        ConfigError: validation batches without references.
+    """
+    assert trainer.train_source is not None
+    if trainer.val_source is not None:
+        batch = next(trainer.val_source.epoch(0), None)
+        if batch is None:
+            raise DataError("No usable validation image: the data are empty.")
+        require_references(batch)
+    trainer._prepare(next(trainer.train_source.epoch(0), None))
+
+
 def wants_crops(config: TrainConfig) -> bool:
     """Whether training images are cropped at random.
 
@@ -69,31 +86,39 @@ def _source(trainer: Trainer, data: Any, **options: Any) -> Source:
     if not trainer.config.cache_features:
         return make_source(data, tokenizer, image_size=size, **options)
     plain = {**options, "train": False, "batch_size": trainer.config.eval_batch_size}
-    plain |= {"cache_images": False, "crop": False, "captions_per_image": 1}
-    plain_source = make_source(data, tokenizer, image_size=size, **plain)
-    if isinstance(plain_source, FixedBatches):
+    plain |= {"cache_images": False, "crop": False, "flip": False, "captions_per_image": 1}
+    source = make_source(data, tokenizer, image_size=size, **plain)
+    if isinstance(source, FixedBatches):
         raise ConfigError("cache_features=True needs a data set; these are ready-made batches.")
-    stores = _stores(trainer, plain_source, data_key(data, size))
-    cached = len(stores) == len(trainer.models)
+    frozen = [model for model in trainer.models if _has_frozen_trunk(model)]
     return make_source(
-        data, tokenizer, image_size=size, stores=stores, with_images=not cached, **options
+        data,
+        tokenizer,
+        image_size=size,
+        stores=_stores(trainer, frozen, source, data_key(data, source, size)),
+        with_images=len(frozen) < len(trainer.models),
+        **options,
     )
 
 
-def _stores(trainer: Trainer, source: Source, key: str) -> dict[str, TrunkStore]:
+def _has_frozen_trunk(model: Any) -> bool:
+    return isinstance(model, Captioner) and model.encoder.trunk_frozen
+
+
+def _stores(trainer: Trainer, models: list[Any], source: Source, key: str) -> dict[str, TrunkStore]:
     directory = Path(trainer.config.cache_dir or default_cache_dir())
-    frozen = [m for m in trainer.models if isinstance(m, Captioner) and m.encoder.trunk_frozen]
-    if not frozen:
+    if not models:
         raise ConfigError(
             "cache_features=True but no model has a frozen trunk. Create the encoder with "
             "trainable='none', or set cache_features=False."
         )
-    return {
-        model.encoder.fingerprint(): cache_trunk(
-            model.encoder.to(trainer.device), source, key, directory, trainer.precision
-        )
-        for model in frozen
-    }
+    stores: dict[str, TrunkStore] = {}
+    for model in models:
+        encoder = model.encoder.to(trainer.device)
+        if encoder.fingerprint() not in stores:
+            store = cache_trunk(encoder, source, key, directory, trainer.precision)
+            stores[encoder.fingerprint()] = store
+    return stores
 
 
 def describe_run(trainer: Trainer, out: Path) -> None:

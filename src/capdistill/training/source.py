@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import islice
 from typing import Any, Protocol
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
@@ -22,8 +23,8 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Batches an epoch, at most."""
 
-    def epoch(self, n: int) -> Iterator[Batch]:
-        """The batches of epoch n."""
+    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch n; those before number `start` are not read."""
 
 
 class FixedBatches:
@@ -53,9 +54,20 @@ class FixedBatches:
     def __len__(self) -> int:
         return self.length
 
-    def epoch(self, n: int) -> Iterator[Batch]:
-        """The batches, in their order."""
-        return iter(self.batches)
+    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
+        """The batches, in their order.
+
+        Raises:
+            ConfigError: one of them is no `Batch`.
+        """
+        for batch in islice(self.batches, start, None):
+            if not isinstance(batch, Batch):
+                raise ConfigError(
+                    f"The data yield {type(batch).__name__}, but training data without a length "
+                    "and items must yield capdistill.Batch. Give those, or a data set of "
+                    "(image, captions)."
+                )
+            yield batch
 
 
 def make_source(
@@ -83,7 +95,7 @@ def make_source(
     """
     from capdistill.data import Loader
 
-    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not _holds_batches(data)):
+    if _has_items(data):
         return Loader(
             data,
             tokenizer,
@@ -98,6 +110,13 @@ def make_source(
         f"{type(data).__name__} is no data. Give a capdistill data set, a torch Dataset that "
         "yields (image, captions), or an iterable of capdistill.Batch."
     )
+
+
+def _has_items(data: Any) -> bool:
+    """Whether these are (image, captions) by number, rather than ready-made batches."""
+    if isinstance(data, Dataset):
+        return not isinstance(data, IterableDataset)
+    return hasattr(data, "__getitem__") and not _holds_batches(data)
 
 
 def _holds_batches(data: Any) -> bool:

@@ -1,0 +1,197 @@
+"""The `data` section of a run file: which data set, where, and how to read it."""
+
+from __future__ import annotations
+
+import argparse
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from capdistill.errors import ConfigError, UnknownName, suggest
+from capdistill.training.config import parse
+
+if TYPE_CHECKING:
+    from capdistill.data import Splits
+
+FullPath = Annotated[str, AfterValidator(lambda text: str(Path(text).expanduser().absolute()))]
+Policy = Literal["skip", "raise"]
+
+
+class DataSection(BaseModel):
+    """What every format has.
+
+    Args:
+        format: Of the files.
+        limit: Only the first so many images of each split, for a trial.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: str
+    limit: int | None = Field(default=None, ge=1)
+
+    @abstractmethod
+    def read(self) -> Splits:
+        """The data set as its files have it."""
+
+    def load(self) -> Splits:
+        """The data set, cut to `limit`."""
+        return self.read() if self.limit is None else _cut(self.read(), self.limit)
+
+
+class SampleData(DataSection):
+    """The 47 photos that come with the package."""
+
+    format: Literal["sample"] = "sample"
+
+    def read(self) -> Splits:
+        """See `capdistill.data.sample`."""
+        from capdistill.data import sample
+
+        return sample()
+
+
+class Flickr8kData(DataSection):
+    """A folder in one of Flickr8k's layouts; see `capdistill.data.Flickr8k`."""
+
+    format: Literal["flickr8k"] = "flickr8k"
+    path: FullPath
+    encoding: str = "utf-8"
+    seed: int = 0
+    errors: Policy = "skip"
+
+    def read(self) -> Splits:
+        """The three splits."""
+        from capdistill.data import Flickr8k
+
+        return Flickr8k(self.path, **self.model_dump(include={"encoding", "seed", "errors"}))
+
+
+class KarpathyData(DataSection):
+    """A Karpathy JSON file and its images; see `capdistill.data.Karpathy`."""
+
+    format: Literal["karpathy"] = "karpathy"
+    path: FullPath
+    images: FullPath
+    restval: bool = True
+    errors: Policy = "skip"
+
+    def read(self) -> Splits:
+        """The splits that the file names."""
+        from capdistill.data import Karpathy
+
+        return Karpathy(self.path, self.images, restval=self.restval, errors=self.errors)
+
+
+class CocoData(DataSection):
+    """COCO caption files, one a split; without `val_path` a share is cut off by chance."""
+
+    format: Literal["coco"] = "coco"
+    path: FullPath
+    images: FullPath
+    val_path: FullPath | None = None
+    val_images: FullPath | None = None
+    val_share: float = Field(default=0.1, gt=0, lt=1)
+    seed: int = 0
+    errors: Policy = "skip"
+
+    def read(self) -> Splits:
+        """train and val."""
+        from capdistill.data import CocoCaptions, Splits
+
+        train = CocoCaptions(self.path, self.images, errors=self.errors)
+        if self.val_path is None:
+            return train.split(val=self.val_share, seed=self.seed)
+        val = CocoCaptions(self.val_path, self.val_images or self.images, errors=self.errors)
+        return Splits({"train": train, "val": val}, name="COCO captions")
+
+
+class FolderData(DataSection):
+    """A folder of images with a CSV or JSON Lines file; a share is cut off by chance."""
+
+    format: Literal["folder"] = "folder"
+    path: FullPath
+    captions: str | None = None
+    encoding: str = "utf-8"
+    val_share: float = Field(default=0.1, gt=0, lt=1)
+    seed: int = 0
+    errors: Policy = "skip"
+
+    def read(self) -> Splits:
+        """train and val."""
+        from capdistill.data import Folder
+
+        data = Folder(self.path, self.captions, encoding=self.encoding, errors=self.errors)
+        return data.split(val=self.val_share, seed=self.seed)
+
+
+FORMATS: dict[str, type[DataSection]] = {
+    "flickr8k": Flickr8kData,
+    "karpathy": KarpathyData,
+    "coco": CocoData,
+    "folder": FolderData,
+    "sample": SampleData,
+}
+
+
+def parse_data(values: Any) -> DataSection:
+    """A `data` section to a checked one; `path: "sample"` stands for the bundled sample.
+
+    Example:
+        >>> parse_data({"format": "flickr8k", "path": "/data/flickr8k"}).seed
+        0
+        >>> parse_data({"path": "sample", "limit": 4})
+        SampleData(format='sample', limit=4)
+
+    Raises:
+        ConfigError: no data named, an unknown format or option, an option that is missing.
+    """
+    if not isinstance(values, Mapping) or not values:
+        raise ConfigError(
+            f"data: {values!r} names no data set. Give --data DIR and --format, or a section "
+            '"data": {"format": ..., "path": ...} in a run file; --data sample is the bundled one.'
+        )
+    values = dict(values)
+    if values.get("path") == "sample" and values.get("format", "sample") == "sample":
+        del values["path"]
+        values["format"] = "sample"
+    name = values.setdefault("format", "flickr8k")
+    if name not in FORMATS:
+        raise UnknownName(f"data: there is no format '{name}'. {suggest(str(name), FORMATS)}")
+    section = FORMATS[name]
+    for key, field in section.model_fields.items():
+        if field.is_required() and key not in values:
+            raise ConfigError(
+                f"data: format {name} needs '{key}', which was not given. Give "
+                f"--{'data' if key == 'path' else key} PATH, or --set data.{key}=PATH."
+            )
+    return parse(section, values, f"data (format {name})")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """--data and its kin."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="PATH", help='folder or caption file, or "sample"')
+    group.add_argument("--format", choices=list(FORMATS), help="of the data (default: flickr8k)")
+    group.add_argument("--images", metavar="DIR", help="the images' folder (coco, karpathy)")
+    group.add_argument("--limit", type=int, metavar="N", help="only N images of each split")
+
+
+def data_values(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of the `data` section."""
+    given = {
+        "path": options.data,
+        "format": options.format,
+        "images": options.images,
+        "limit": options.limit,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _cut(data: Splits, limit: int) -> Splits:
+    from capdistill.data import Splits
+
+    parts = {name: data.get(name).subset(limit) for name in data}
+    return Splits(parts, name=data.name, note=data.note, absent=data.absent, report=data.report)

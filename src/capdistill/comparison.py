@@ -1,0 +1,332 @@
+"""Teacher and student side by side, with what the recipe promises beside each figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capdistill.captioning import moved
+from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
+from capdistill.evaluation import Evaluation, evaluate
+from capdistill.files import write_text
+from capdistill.measure import Latency, time_captions
+
+SCHEMA = "capdistill.comparison/1"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with what each model says of it.
+
+    Args:
+        image_id: The image.
+        picture: A small JPEG as a `data:` address.
+        references: What people say.
+        captions: Model -> its caption.
+    """
+
+    image_id: str
+    picture: str
+    references: tuple[str, ...]
+    captions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of every model, the student's relation to the teacher's, and what was promised.
+
+    Args:
+        key: Its name in the JSON file.
+        label: Its name for readers.
+        unit: "score", "share", "count", "bytes" or "ms".
+        values: Model -> figure, or None where there is none.
+        relation: Student against teacher, in words; "" where it can not be formed.
+        expected: What the reference recipe promises, in words; "" where nothing.
+        reached: Whether the student keeps the promise; None where there is none to keep.
+    """
+
+    key: str
+    label: str
+    unit: str
+    values: Mapping[str, float | None]
+    relation: str
+    expected: str
+    reached: bool | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found: figures, promises, samples. `print` it, or `save` it as a report.
+
+    Args:
+        models: "teacher", "student" and, where given, "baseline" -> its evaluation as plain dicts
+            (the form of `Evaluation.to_json`).
+        rows: The table.
+        samples: Images spread evenly over the data, not chosen by quality.
+    """
+
+    models: Mapping[str, Mapping[str, Any]]
+    rows: tuple[Row, ...]
+    samples: tuple[Sample, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain dicts and lists; "schema" names the form."""
+        return {
+            "schema": SCHEMA,
+            "rows": [asdict(row) for row in self.rows],
+            "samples": [asdict(sample) for sample in self.samples],
+            "models": {role: dict(found) for role, found in self.models.items()},
+        }
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `report.json` and `report.html` (one file, nothing fetched); gives the latter.
+
+        Raises:
+            ConfigError: the directory can not be written.
+        """
+        from capdistill.report import page
+
+        directory = Path(directory)
+        text = json.dumps(_finite(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
+        write_text(directory / "report.json", text)
+        write_text(directory / "report.html", page(self))
+        return directory / "report.html"
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Comparison:
+        """Read the `report.json` that `save` wrote.
+
+        Raises:
+            CheckpointError: no such file, or one of another form.
+        """
+        path = Path(directory) / "report.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"schema {content['schema']!r}")
+            samples = [{**s, "references": tuple(s["references"])} for s in content["samples"]]
+            return cls(
+                models=content["models"],
+                rows=tuple(Row(**row) for row in content["rows"]),
+                samples=tuple(Sample(**sample) for sample in samples),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is no report ({error}). Expected the directory that Comparison.save "
+                f"wrote, with schema '{SCHEMA}'."
+            ) from error
+
+    def __str__(self) -> str:
+        from capdistill.report import text_table
+
+        return text_table(self)
+
+
+def compare(
+    teacher: Any, student: Any, data: Any, baseline: Any = None, **options: Any
+) -> Comparison:
+    """Evaluate teacher and student on the same images and set them side by side.
+
+    Example:
+        >>> import capdistill as cd
+        >>> data = cd.data.sample()
+        >>> tokenizer = cd.WordTokenizer.train(data.train.captions, min_count=2)
+        >>> teacher = cd.Captioner.create("debug_teacher", tokenizer=tokenizer)
+        >>> student = cd.Captioner.create("debug_student", tokenizer=tokenizer)
+        >>> found = compare(teacher, student, data.val, metrics=["bleu"], measure=False)
+        >>> [row.key for row in found.rows][:2]
+        ['bleu_1', 'bleu_2']
+
+    Args:
+        teacher: The model that taught.
+        student: The model that was distilled from it.
+        data: As in `evaluate`, but not a one-shot iterator: every model reads it.
+        baseline: The same student trained by cross-entropy alone, as a third column.
+        options: Of `evaluate`.
+
+    Raises:
+        IncompatibleModels: the models could not be scored on the same images.
+    """
+    models = {"teacher": teacher, "student": student}
+    if baseline is not None:
+        models["baseline"] = baseline
+    found = {role: evaluate(model, _again(data), **options) for role, model in models.items()}
+    _same_images(found)
+    found = _timed_in_turn(models, found)
+    return Comparison(
+        models={role: each.to_json() for role, each in found.items()},
+        rows=tuple(figures(found)),
+        samples=tuple(_samples(found)),
+    )
+
+
+@dataclass(frozen=True)
+class _Promise:
+    """How a figure of the student stands to the teacher's, and what the recipe promises."""
+
+    words: Callable[[float, float], str]  # (teacher, student)
+    expected: str = ""
+    kept: Callable[[float, float], bool] | None = None
+
+
+def _percent(teacher: float, student: float) -> str:
+    return f"{100 * student / teacher:.1f} % of the teacher's"
+
+
+def _times(less: str, more: str) -> Callable[[float, float], str]:
+    def words(teacher: float, student: float) -> str:
+        if student <= teacher:
+            return f"{teacher / student:.2f} times {less}"
+        return f"{student / teacher:.2f} times {more}"
+
+    return words
+
+
+def _at_least(share: float) -> Callable[[float, float], bool]:
+    return lambda teacher, student: student >= share * teacher
+
+
+def _at_most(share: float) -> Callable[[float, float], bool]:
+    return lambda teacher, student: student <= share * teacher
+
+
+_SCORE = _Promise(_percent)
+_PROMISES = {
+    "bleu_1": _Promise(_percent, "85-95 % of the teacher's", _at_least(0.85)),
+    "bleu_2": _Promise(_percent, "80-90 % of the teacher's", _at_least(0.80)),
+    "meteor_nltk": _Promise(_percent, "85-95 % of the teacher's", _at_least(0.85)),
+    "parameters": _Promise(_times("smaller", "larger"), "3 times smaller", _at_most(1 / 3)),
+    "disk_bytes": _Promise(_times("smaller", "larger")),
+    "latency_ms": _Promise(_times("faster", "slower"), "2-3 times faster", _at_most(1 / 2)),
+    "peak_memory_bytes": _Promise(_percent, "half the teacher's", _at_most(1 / 2)),
+}
+_LEAST = 1e-3  # below it a score is the smoothing of a metric that found nothing
+_LABELS = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr-D",
+    "meteor_nltk": "METEOR (NLTK)",
+}
+
+
+def _median(latency: Latency | None) -> float | None:
+    return latency.median if latency else None
+
+
+_COSTS: tuple[tuple[str, str, str, Callable[[Evaluation], float | None]], ...] = (
+    ("success_rate", "Captions that end by themselves", "share", lambda e: e.success_rate),
+    ("parameters", "Parameters", "count", lambda e: e.parameters),
+    ("disk_bytes", "Size on disk", "bytes", lambda e: e.disk_bytes),
+    ("latency_ms", "Time an image, median", "ms", lambda e: _median(e.latency_ms)),
+    (
+        "latency_p95_ms",
+        "Time an image, 95 %",
+        "ms",
+        lambda e: e.latency_ms.p95 if e.latency_ms else None,
+    ),
+    (
+        "preprocessing_ms",
+        "Reading an image, median",
+        "ms",
+        lambda e: _median(e.preprocessing_ms),
+    ),
+    ("peak_memory_bytes", "Peak memory", "bytes", lambda e: e.peak_memory_bytes),
+)
+
+
+def figures(found: Mapping[str, Evaluation]) -> list[Row]:
+    """The rows of a table of evaluations; relations where there is a teacher and a student."""
+    scores = list(dict.fromkeys(name for each in found.values() for name in each.scores))
+    if any(note.startswith("meteor_nltk") for each in found.values() for note in each.notes):
+        scores.append("meteor_nltk")  # not left out in silence
+    rows = [
+        _row(
+            name,
+            _LABELS.get(name, name),
+            "score",
+            {r: e.scores.get(name) for r, e in found.items()},
+        )
+        for name in scores
+    ]
+    for key, label, unit, read in _COSTS:
+        rows.append(_row(key, label, unit, {role: read(each) for role, each in found.items()}))
+    return rows
+
+
+def _row(key: str, label: str, unit: str, values: Mapping[str, float | None]) -> Row:
+    teacher, student = values.get("teacher"), values.get("student")
+    promise = _PROMISES.get(key, _SCORE if unit == "score" else _Promise(lambda t, s: ""))
+    if teacher is None or student is None or not math.isfinite(teacher * student):
+        return Row(key, label, unit, values, "", promise.expected, None)
+    if unit == "score" and teacher < _LEAST:
+        return Row(key, label, unit, values, "the teacher scores 0", promise.expected, None)
+    relation = promise.words(teacher, student) if unit == "score" or (teacher and student) else ""
+    reached = promise.kept(teacher, student) if promise.kept else None
+    return Row(key, label, unit, values, relation, promise.expected, reached)
+
+
+def _timed_in_turn(
+    models: Mapping[str, Any], found: Mapping[str, Evaluation]
+) -> dict[str, Evaluation]:
+    """Times taken anew image by image in turn: a busy machine slows all models alike."""
+    if any(each.latency_ms is None for each in found.values()):
+        return dict(found)
+    teacher = found["teacher"]
+    device = torch.device(teacher.device)
+    with moved(list(models.values()), device):
+        batches = [each.timed for each in found.values()]
+        times = time_captions(list(models.values()), batches, device, teacher.precision)
+    pairs = zip(found.items(), times, strict=True)
+    return {role: replace(each, latency_ms=time) for (role, each), time in pairs}
+
+
+def _samples(found: Mapping[str, Evaluation]) -> list[Sample]:
+    student = found["student"]
+    return [
+        Sample(
+            image_id=image,
+            picture=picture,
+            references=tuple(student.references[image]),
+            captions={role: each.captions[image] for role, each in found.items()},
+        )
+        for image, picture in student.gallery.pictures().items()
+    ]
+
+
+def _again(data: Any) -> Any:
+    if isinstance(data, Iterator):
+        raise ConfigError(
+            "compare: the data are a one-shot iterator, which the second model would find empty. "
+            "Give a data set, a list of batches, or an object whose __iter__ starts anew."
+        )
+    return data
+
+
+def _same_images(found: Mapping[str, Evaluation]) -> None:
+    teacher = set(found["teacher"].captions)
+    for role, each in found.items():
+        other = teacher.symmetric_difference(each.captions)
+        if other:
+            raise IncompatibleModels(
+                f"compare: teacher and {role} captioned different images, so their scores can not "
+                f"be compared; the first that only one has: {min(other)}. Use data that give the "
+                "same images each time."
+            )
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for a figure that JSON can not hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,205 @@
+"""The directory of a saved captioner: its weights, how to make its parts again, its tokenizer.
+
+`Captioner.save` and `Captioner.load` enter here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from capdistill import decoders, encoders
+from capdistill.errors import CheckpointError, ConfigError
+from capdistill.files import write_atomically, write_text
+from capdistill.registry import stamp_of
+from capdistill.tokenizer import Tokenizer, WordTokenizer
+
+WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "captioner.json", "tokenizer.json"
+_FORMAT = "capdistill.captioner/1"
+_REGISTRIES: dict[str, Any] = {"encoder": encoders, "decoder": decoders}
+_HUB_SWITCHES = ("weights", "pretrained")  # arguments that would fetch what the file holds
+_COMPILED = "_orig_mod."  # what torch.compile adds to names
+
+Description = dict[str, Any]
+
+
+def describe_part(part: nn.Module, kind: str, allow_unregistered: bool = False) -> Any:
+    """Name and arguments that make a part again; None where none can and that is allowed.
+
+    Example:
+        >>> decoder = decoders.create("lstm", dim=8, hidden=12)
+        >>> describe_part(decoder, "decoder")
+        {'name': 'lstm', 'kwargs': {'dim': 8, 'hidden': 12}}
+
+    Raises:
+        ConfigError: no registry made it, or its arguments do not fit in JSON.
+    """
+    stamp = stamp_of(part)
+    if stamp is not None:
+        return {"name": stamp.name, "kwargs": _as_json(stamp.kwargs, kind)}
+    if allow_unregistered:
+        return None
+    raise ConfigError(
+        f"Captioner.save: the {kind} {type(part).__name__} was not made by a registry, so a file "
+        f"could not make it again. Register its class (capdistill.{kind}s.register) and create it "
+        f"by name, or save with allow_unregistered=True and give the part to "
+        f"Captioner.load(directory, {kind}=...)."
+    )
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
+    """Its class, and a hash of its vocabulary's content and order.
+
+    Example:
+        >>> describe_tokenizer(WordTokenizer(["dog"]))["class"]
+        'capdistill.tokenizer.WordTokenizer'
+    """
+    kind = type(tokenizer)
+    content = json.dumps([*tokenizer.vocabulary]).encode()
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "vocabulary": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def write(
+    directory: Path, model: nn.Module, tokenizer: Tokenizer, description: Description
+) -> None:
+    """Weights, tokenizer and description, each written atomically.
+
+    Raises:
+        ConfigError: the directory can not be written.
+    """
+    state = {
+        key.replace(_COMPILED, ""): value.detach().to("cpu", copy=True).contiguous()
+        for key, value in model.state_dict().items()
+    }
+    content = {"format": _FORMAT, **description}
+    data = to_safetensors(state)
+    write_atomically(directory / WEIGHTS, lambda path: path.write_bytes(data))
+    if _is_ours(tokenizer):
+        tokenizer.save(directory / TOKENIZER)
+    write_text(directory / DESCRIPTION, json.dumps(content, indent=2))
+
+
+def read_description(directory: Path) -> Description:
+    """What `write` was given as description.
+
+    Raises:
+        CheckpointError: the directory holds no captioner, or one of another format.
+    """
+    path = directory / DESCRIPTION
+    try:
+        content: Description = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("format") != _FORMAT:
+            raise ValueError(f"format {content.get('format')!r}")
+        _check_content(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not describe a captioner ({type(error).__name__}: {error}). Expected a "
+            f"directory written by Captioner.save, with format '{_FORMAT}'."
+        ) from error
+    return content
+
+
+def make_part(content: Description, kind: str) -> Any:
+    """Make a part again with random weights: a file lies ready for all of them.
+
+    Raises:
+        CheckpointError: nobody here can make it; the message says how to give it.
+    """
+    described, fix = content[kind], f"give the part to Captioner.load(directory, {kind}=...)"
+    if described is None:
+        raise CheckpointError(
+            f"This captioner was saved with an unregistered {kind}, which no file can make again: "
+            f"{fix}."
+        )
+    name, registry = described["name"], _REGISTRIES[kind]
+    try:
+        return registry.create(name, **_without_hub(registry.get(name), described["kwargs"]))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"The {kind} '{name}' of this captioner can not be made here: {error} "
+            f"Install the package that it came from, or {fix}."
+        ) from error
+
+
+def find_tokenizer(
+    directory: Path, content: Description, tokenizer: Tokenizer | None = None
+) -> Tokenizer:
+    """The tokenizer that was saved, or the given one if it has the same vocabulary.
+
+    Raises:
+        CheckpointError: it is not in the directory, or its vocabulary is another one.
+    """
+    saved = content.get("tokenizer") or {}
+    if tokenizer is None:
+        kind = saved.get("class", _OURS)
+        if kind != _OURS:
+            raise CheckpointError(
+                f"The captioner in {directory} was saved with a tokenizer of the class {kind}, "
+                "which capdistill does not write. Give it: Captioner.load(directory, tokenizer=...)"
+            )
+        tokenizer = WordTokenizer.load(directory / TOKENIZER)
+    given = describe_tokenizer(tokenizer)["vocabulary"]
+    if saved.get("vocabulary", given) != given:
+        raise CheckpointError(
+            f"The vocabulary of the {type(tokenizer).__name__} ({len(tokenizer.vocabulary)} "
+            f"entries) is not the one that the captioner in {directory} was saved with: words or "
+            "their order differ. Give the tokenizer that it was trained with."
+        )
+    return tokenizer
+
+
+_OURS = f"{WordTokenizer.__module__}.{WordTokenizer.__qualname__}"
+
+
+def _is_ours(tokenizer: Tokenizer) -> TypeGuard[WordTokenizer]:
+    return type(tokenizer) is WordTokenizer  # a subclass may encode in another way
+
+
+def _check_content(content: Description) -> None:
+    if not isinstance(content["name"], str):
+        raise TypeError("its name is no text")
+    for kind in _REGISTRIES:
+        described = content[kind]
+        if described is not None and not (
+            isinstance(described["name"], str) and isinstance(described["kwargs"], dict)
+        ):
+            raise TypeError(f"its {kind} has no name and arguments")
+
+
+def _without_hub(cls: type, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with those that would fetch or read weights set to False."""
+    parameters = inspect.signature(cls).parameters
+    defaults = {key: each.default for key, each in parameters.items()}
+    wanted = {**defaults, **kwargs}
+    off = {key: False for key in _HUB_SWITCHES if isinstance(wanted.get(key), (bool, str))}
+    return {**kwargs, **off}
+
+
+def _as_json(kwargs: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(json.dumps(dict(kwargs), default=_plain)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"Captioner.save: the arguments of the {kind} do not fit in JSON ({error}). Use "
+            "numbers, strings, paths, lists and dicts as arguments of registered parts."
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """Paths as strings, NumPy's numbers and arrays as numbers and lists."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} {value!r}")

@@ -1,0 +1,143 @@
+"""A trainer's state as plain data, and a trainer that goes on from it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from capdistill.errors import CheckpointError, ConfigError
+from capdistill.training.optim import make_schedule
+from capdistill.weights import load_exactly, strip_prefixes
+
+if TYPE_CHECKING:
+    from capdistill.training.trainer import Trainer
+
+# Options that may change between two parts of a run without changing what is trained.
+_HARMLESS = frozenset(
+    {"workers", "device", "cache_images", "cache_dir", "eval_batch_size", "log_every", "progress"}
+)
+
+
+def snapshot(trainer: Trainer) -> dict[str, Any]:
+    """All that a resumed run needs beside the data."""
+    assert trainer.optimizer is not None
+    return {
+        "objective": trainer.objective.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedule": {"done": trainer.schedule.last_epoch},
+        "scaler": trainer.scaler.state_dict(),
+        "random": random_state(),
+        "epoch": trainer.epoch,
+        "step": trainer.step_count,
+        "so_far": trainer.so_far.state_dict(),
+        "skipped": len(trainer.train_source.skipped) if trainer.train_source is not None else 0,
+        "config": trainer.config.model_dump(),
+        "callbacks": dict(_callback_states(trainer)),
+    }
+
+
+def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Let a trainer, its optimizer made, go on from a saved state.
+
+    Raises:
+        CheckpointError: the state is of other models or losses; nothing was changed.
+    """
+    assert trainer.optimizer is not None
+    _require_same_groups(trainer.optimizer, state["optimizer"])
+    weights = strip_prefixes(state["objective"], trainer.objective.state_dict())
+    load_exactly(trainer.objective, weights, "The models and losses of the training state")
+    _say_what_changed(trainer.config.model_dump(), state["config"])
+    _restore_optimizer(trainer, state)
+    trainer.scaler.load_state_dict(state["scaler"])
+    restore_random(state["random"])
+    trainer.epoch, trainer.step_count = state["epoch"], state["step"]
+    trainer.so_far.load_state_dict(state["so_far"])
+    for key, callback in _stateful(trainer):
+        if key in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][key])
+
+
+def _restore_optimizer(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Moments from the state, rates and decay from the configuration, which may have changed."""
+    optimizer = trainer.optimizer
+    assert optimizer is not None
+    keys = ("initial_lr", "weight_decay")
+    wanted = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, fresh in zip(optimizer.param_groups, wanted, strict=True):
+        group.update(fresh)
+    done = state["schedule"]["done"]
+    trainer.schedule = make_schedule(optimizer, trainer.config, trainer.steps_per_epoch, done)
+
+
+def _require_same_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    mine = [(group.get("name"), len(group["params"])) for group in optimizer.param_groups]
+    theirs = [(group.get("name"), len(group["params"])) for group in saved["param_groups"]]
+    if mine != theirs:
+        raise CheckpointError(
+            f"The training state has an optimizer over groups {theirs}, but {mine} are trained "
+            "now. Give the same models, losses and trainable parts, or start anew with "
+            "resume=False."
+        )
+
+
+def _say_what_changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    changed = [
+        f"{key} {before[key]!r} -> {value!r}"
+        for key, value in now.items()
+        if key in before and before[key] != value and key not in _HARMLESS
+    ]
+    if changed:
+        warnings.warn(
+            f"The resumed run goes on with other options: {', '.join(changed)}. Learning rates and "
+            "scheduled weights follow the new ones from here on.",
+            stacklevel=2,
+        )
+
+
+def _stateful(trainer: Trainer) -> Iterator[tuple[str, Any]]:
+    """Callbacks with a state, by class and, of one class, by order."""
+    seen: Counter[str] = Counter()
+    for callback in trainer.callbacks:
+        if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
+            name = type(callback).__qualname__
+            yield f"{name}.{seen[name]}", callback
+            seen[name] += 1
+
+
+def _callback_states(trainer: Trainer) -> Iterator[tuple[str, Any]]:
+    for key, callback in _stateful(trainer):
+        state = callback.state_dict()
+        if not _is_plain(state):
+            raise ConfigError(
+                f"The state_dict() of the callback {type(callback).__name__} holds more than "
+                "numbers, strings, tensors, lists and dicts, so that it could not be read again. "
+                f"Given: {state!r:.200}"
+            )
+        yield key, state
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    if type(value) in (list, tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str, Tensor)
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's generators, here and on CUDA devices."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random(state: Mapping[str, Any]) -> None:
+    """Go on drawing where `random_state` was taken."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from capdistill import presets
+from capdistill.cli import main
+
+
+def test_models_prints_the_true_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--vocabulary", "100", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["presets"] == [asdict(size) for size in presets.table(100)]
+    losses = {part["name"]: part["origin"] for part in content["losses"]}
+    assert losses["token"] == "built-in"
+
+
+def test_a_broken_plugin_is_shown_and_hurts_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = tmp_path / "badplug-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: badplug\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[capdistill.losses]\nbad = badplug.losses:Bad\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(presets, "table", lambda vocabulary: [])
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [line] = [line for line in lines if line.startswith("  bad ")]
+    assert "badplug 1.0" in line
+    assert "can not be used" in line
+    assert any(line.startswith("  token ") for line in lines)
+
+
+def test_a_vocabulary_without_words_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["models", "--vocabulary", "4"])
+    assert done.value.code == 2
+    assert "no word" in capsys.readouterr().err

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from capdistill.cli import main
+
+DATA = ["--data", "sample", "--limit", "3", "--device", "cpu", "--no-measure"]
+
+
+def test_evaluate_prints_the_scores_as_json_and_nothing_else_on_stdout(
+    student: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(student / "best"), *DATA, "--json"]) == 0
+    shown = capsys.readouterr()
+    content = json.loads(shown.out)
+    assert content["images"] == 3
+    assert 0 <= content["scores"]["bleu_1"] <= 1
+    assert "sample" in shown.err
+
+
+def test_compare_writes_the_report_and_prints_the_table(
+    teacher: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    pair = [str(teacher / "best"), str(student / "best"), "--baseline", str(student / "final")]
+    assert main(["compare", *pair, *DATA, "--out", str(out)]) == 0
+    content = json.loads((out / "report.json").read_text())
+    assert list(content["models"]) == ["teacher", "student", "baseline"]
+    assert "<html" in (out / "report.html").read_text()
+    shown = capsys.readouterr()
+    assert "BLEU-1" in shown.out
+    assert str(out / "report.html") in shown.err
+
+
+def test_an_output_that_can_not_be_written_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["compare", "absent", "absent", *DATA, "--out", str(tmp_path / "file")]) == 1
+    assert "Can not write" in capsys.readouterr().err
+
+
+def test_a_split_that_is_not_there_is_named(
+    student: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(student / "best"), *DATA, "--split", "test"]) == 1
+    assert "no split 'test'" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_commands import TINY, distill, final_weights, refused
+
+from capdistill import Captioner, Trainer
+from capdistill.cli import main
+from capdistill.training import History
+
+
+def test_train_says_what_came_out_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--preset", "debug_student", *TINY, "--out", str(tmp_path), "--json"]
+    assert main(command) == 0
+    content = json.loads(capsys.readouterr().out)
+    captioner = Captioner.load(content["captioner"])
+    assert captioner.num_parameters() == content["parameters"]
+    assert content["epochs"] == 1
+    assert json.loads(Path(content["config"]).read_text())["command"] == "train"
+
+
+def test_the_student_has_the_teachers_words(teacher: Path, student: Path) -> None:
+    ours, theirs = (Captioner.load(run / "best").tokenizer for run in (student, teacher))
+    assert ours == theirs
+
+
+def test_the_resolved_run_file_gives_the_same_weights_again(student: Path, tmp_path: Path) -> None:
+    command = ["distill", "--config", str(student / "config.json"), "--out", str(tmp_path)]
+    assert main(command) == 0
+    first, again = final_weights(student), final_weights(tmp_path)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    configs = [json.loads((run / "config.json").read_text()) for run in (student, tmp_path)]
+    assert [configs[0] | {"out": None}] == [configs[1] | {"out": None}]
+
+
+def test_another_seed_gives_other_weights(student: Path, tmp_path: Path) -> None:
+    command = ["distill", "--config", str(student / "config.json"), "--out", str(tmp_path)]
+    assert main([*command, "--seed", "1"]) == 0
+    first, other = final_weights(student), final_weights(tmp_path)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_settings_reach_parts_losses_and_weights(teacher: Path, tmp_path: Path) -> None:
+    parts = {
+        "encoder": {"name": "timm", "kwargs": {"name": "test_efficientnet", "dim": 16}},
+        "decoder": {"name": "lstm", "kwargs": {"hidden": 32, "layers": 1}},
+        "weights": False,
+    }
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"student": parts, "teacher": str(teacher / "best")}))
+    settings = ["losses.token.kwargs.temperature=2", "weights.ce=[1, 0.5]", "train.patience=3"]
+    command = ["distill", "--config", str(path), *TINY, "--out", str(tmp_path / "run")]
+    assert main([*command, *(word for each in settings for word in ("--set", each))]) == 0
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert written["losses"] == {"token": {"name": "token", "kwargs": {"temperature": 2}}}
+    assert written["weights"] == {"ce": [1, 0.5], "token": 0.7}
+    assert written["config"]["patience"] == 3
+    assert Captioner.load(tmp_path / "run" / "best").decoder.dim == 16
+
+
+@pytest.mark.filterwarnings("default:The resumed run goes on with other options")
+def test_resume_goes_on_with_the_run_file_of_the_directory(teacher: Path, tmp_path: Path) -> None:
+    assert main(distill(teacher, tmp_path, "--set", "train.schedule=constant")) == 0
+    assert main(["distill", "--resume", "--out", str(tmp_path), "--epochs", "2"]) == 0
+    epochs = History.load(tmp_path / "history.jsonl").epochs
+    assert [row["epoch"] for row in epochs] == [0, 1]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["train"]["schedule"], config["train"]["epochs"]) == ("constant", 2)
+
+
+def test_resume_without_a_run_is_refused(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(distill(teacher, tmp_path, "--resume"), capsys)
+    assert "no training state to resume" in message
+
+
+def test_a_student_starts_from_saved_weights(student: Path, tmp_path: Path) -> None:
+    command = ["distill", "--config", str(student / "config.json"), "--out", str(tmp_path)]
+    start = ["--set", f"student.start={student / 'final'}", "--set", "train.learning_rate=1e-12"]
+    assert main([*command, *start, "--seed", "1"]) == 0
+    first, started = final_weights(student), final_weights(tmp_path)
+    learnt = [key for key in first if key.startswith("decoder")]
+    assert all(torch.allclose(first[key], started[key], atol=1e-6) for key in learnt)
+
+
+@pytest.mark.filterwarnings("default")
+def test_ctrl_c_saves_says_how_to_go_on_and_is_exit_code_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Trainer.step
+
+    def interrupted(self: Trainer, *batches: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *batches)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    command = ["train", "--preset", "debug_student", *TINY, "--out", str(tmp_path)]
+    assert main(command) == 130
+    assert f"--resume --out {tmp_path}" in capsys.readouterr().out
+    assert (tmp_path / "state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--student", "debug_studnet"], "Did you mean 'debug_student'"),
+        (["--set", "train.epoch=3"], "Did you mean 'epochs'"),
+        (["--set", "losses.x.name=tokne"], "no loss 'tokne'. Did you mean 'token'"),
+        (["--set", "weights.tokens=1"], "no term 'tokens'. Did you mean 'token'"),
+        (["--set", "train.monitor=cidre"], "nothing called 'cidre' is measured"),
+        (["--set", "student.encoder.name=timm"], "can not both be given"),
+        (["--set", 'student.preset=""'], "expected a preset, or an encoder and a decoder"),
+        (["--set", "student.encoder.kwargs.nam=1"], "can not be created with"),
+        (["--set", "tokenizer.min_count=1"], "vocabular"),
+        (["--set", "tokenizer.min_count=999"], "999 times"),
+        (["--device", "gpu"], "Use 'auto', 'cpu'"),
+    ],
+)
+def test_what_can_not_be_trained_is_named_with_the_fix(
+    teacher: Path,
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert message in refused(distill(teacher, tmp_path, *words), capsys)
+    assert not (tmp_path / "best").exists()
+
+
+def test_weights_that_do_not_fit_are_refused(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"head.weight": torch.ones(2)}, tmp_path / "other.pt")
+    weights = ["--weights", str(tmp_path / "other.pt")]
+    message = refused(distill(teacher, tmp_path / "run", *weights), capsys)
+    assert "other.pt" in message
+
+
+def test_a_teacher_that_is_no_captioner_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(distill(tmp_path, tmp_path / "run"), capsys)
+    assert "does not describe a captioner" in message
+
+
+def test_an_empty_data_set_is_refused(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "captions.csv").write_text("image,caption\n")
+    data = ["--data", str(tmp_path), "--format", "folder"]
+    message = refused(distill(teacher, tmp_path / "run", *data), capsys)
+    assert str(tmp_path / "captions.csv") in message
+
+
+def test_an_output_that_is_a_file_is_refused(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    message = refused(distill(teacher, tmp_path / "file"), capsys)
+    assert "Can not write" in message
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_output_is_refused(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.chmod(0o555)
+    message = refused(distill(teacher, tmp_path / "run"), capsys)
+    tmp_path.chmod(0o755)
+    assert "Can not write" in message
+
+
+def test_a_run_without_output_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(["train", "--preset", "debug_student", *TINY], capsys)
+    assert "Give --out DIR" in message
+
+
+def test_check_reports_and_its_exit_code_is_its_verdict(
+    teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = ["--teacher", str(teacher / "best"), "--student", "debug_student", *TINY]
+    code = main(["check", *pair, "--json"])
+    content = json.loads(capsys.readouterr().out)
+    assert code == (0 if content["ok"] else 1)
+    assert {row["status"] for row in content["rows"]} <= {"ok", "note", "fail"}

@@ -1,0 +1,144 @@
+"""Case 15: pretrained weights that can not be had are an error within seconds; caches suffice."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import timm
+from safetensors.torch import save_file
+
+from capdistill.encoders.pretrained import reachable
+from capdistill.encoders.timm import TimmEncoder
+from capdistill.errors import CheckpointError
+
+NO_NETWORK = """
+import os, socket
+tried = []
+def refuse(*a, **k):
+    tried.append(a)
+    raise OSError("network is off")
+socket.socket.connect = refuse; socket.create_connection = refuse; socket.getaddrinfo = refuse
+from capdistill import encoders
+"""
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Knows no method, so that every request is answered with 501."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def run_without_network(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    nowhere = {"HOME": "/nonexistent", "XDG_CACHE_HOME": "/proc/none", "TORCH_HOME": "/proc/none"}
+    return subprocess.run(
+        [sys.executable, "-c", NO_NETWORK + program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **nowhere, "HF_HOME": "/proc/none", **environment},
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "cache"),
+    [
+        ("timm", "tf_efficientnet_lite0", "/proc/none/hub"),
+        ("torchvision", "resnet18", "/proc/none/hub/checkpoints"),
+    ],
+)
+def test_new_pretrained_weights_offline_fail_fast_and_say_how_to_go_on(kind, name, cache):
+    program = f"""
+import time
+encoders.get({kind!r})                       # importing the framework is not counted
+start = time.monotonic()
+try:
+    encoders.create({kind!r}, name={name!r})
+except RuntimeError as error:
+    print(f"{{time.monotonic() - start:.1f}} {{type(error).__name__}} {{error}}")
+"""
+    run = run_without_network(program)
+
+    seconds, _, message = run.stdout.partition(" ")
+    assert run.returncode == 0, run.stderr
+    assert float(seconds) < 10
+    assert message.startswith(f"CheckpointError The pretrained weights of '{name}'")
+    assert cache in message
+    assert 'weights="path/to/file"' in message
+    assert "weights=False" in message
+
+
+def test_random_weights_and_local_files_try_no_connection(tmp_path):
+    save_file(timm.create_model("test_efficientnet").state_dict(), tmp_path / "w.safetensors")
+    program = f"""
+encoders.create("timm", name="test_efficientnet", weights=False)
+encoders.create("timm", name="test_efficientnet", weights={str(tmp_path / "w.safetensors")!r})
+encoders.create("torchvision", name="resnet18", weights=False)
+print(len(tried))
+"""
+    run = run_without_network(program)
+
+    assert run.stdout.strip() == "0", run.stderr
+
+
+def test_weights_in_the_hubs_cache_try_no_connection(tmp_path):
+    state = timm.create_model("test_efficientnet").state_dict()
+    repository = tmp_path / "hub" / "models--timm--test_efficientnet.r160_in1k"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    save_file(state, snapshot / "model.safetensors")
+    program = """
+encoder = encoders.create("timm", name="test_efficientnet")
+print(len(tried), float(encoder.backbone.conv_stem.weight.detach().double().sum()))
+"""
+    run = run_without_network(program, HF_HOME=str(tmp_path))
+
+    assert run.stdout.split()[:1] == ["0"], run.stderr
+    assert float(run.stdout.split()[1]) == float(state["conv_stem.weight"].double().sum())
+
+
+def test_a_model_without_pretrained_weights_says_so():
+    with pytest.raises(CheckpointError, match=r"no pretrained weights for 'cspresnet50d'"):
+        TimmEncoder("cspresnet50d")
+
+
+def test_a_hub_that_answers_but_does_not_serve_is_the_same_error(monkeypatch):
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError("404 Not Found")
+
+    monkeypatch.setattr("capdistill.encoders.timm.reachable", lambda url: True)
+    monkeypatch.setattr("capdistill.encoders.timm.try_to_load_from_cache", lambda *a: None)
+    monkeypatch.setattr("timm.create_model", refuse)
+
+    with pytest.raises(CheckpointError, match=r"'test_vit'[\s\S]*404 Not Found"):
+        TimmEncoder("test_vit")
+
+
+def test_a_server_that_never_answers_is_given_up():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        answered = reachable(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.5)
+
+    assert not answered
+    assert time.monotonic() - start < 5
+
+
+def test_a_server_that_refuses_is_an_answer():
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    thread = threading.Thread(target=server.handle_request, daemon=True)
+    thread.start()
+
+    answered = reachable(f"http://127.0.0.1:{server.server_port}", seconds=5)
+
+    thread.join()
+    server.server_close()
+    assert answered

@@ -1,0 +1,156 @@
+import html.parser
+import json
+
+import pytest
+from tiny_captioner import TinyCaptioner, batch_of
+
+from capdistill.comparison import Comparison, compare
+from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
+
+OPTIONS = {"metrics": ("bleu",), "measure": False, "device": "cpu"}
+BATCHES = [batch_of([0, 1, 3])]
+SHORT = ("a dog", "a red bus", "", "two children")
+
+
+@pytest.fixture
+def found() -> Comparison:
+    teacher, student = TinyCaptioner("big"), TinyCaptioner("small", SHORT)
+    return compare(teacher, student, BATCHES, baseline=TinyCaptioner("plain"), **OPTIONS)
+
+
+def test_the_students_score_is_a_share_of_the_teachers(found: Comparison) -> None:
+    row = next(row for row in found.rows if row.key == "bleu_1")
+    share = 100 * row.values["student"] / row.values["teacher"]
+    assert row.relation == f"{share:.1f} % of the teacher's"
+    assert row.expected == "85-95 % of the teacher's"
+    assert row.reached is (share >= 85)
+
+
+def test_a_promise_that_is_not_kept_is_said(found: Comparison) -> None:
+    row = next(row for row in found.rows if row.key == "parameters")
+    assert (row.expected, row.reached) == ("3 times smaller", False)
+    assert "not reached" in str(found)
+
+
+def test_a_teacher_that_scores_nothing_gives_no_ratio() -> None:
+    silent = TinyCaptioner("silent", ("x", "x", "x", "x"))
+    row = compare(silent, TinyCaptioner(), BATCHES, **OPTIONS).rows[0]
+    assert (row.relation, row.reached) == ("the teacher scores 0", None)
+
+
+def test_what_was_not_measured_is_neither_reached_nor_missed(found: Comparison) -> None:
+    row = next(row for row in found.rows if row.key == "latency_ms")
+    assert row.reached is None
+    assert row.relation == ""
+
+
+def test_times_are_taken_in_turn_so_that_a_busy_machine_is_fair() -> None:
+    order = []
+
+    class Named(TinyCaptioner):
+        def generate(self, batch):
+            order.append(self.name)
+            return super().generate(batch)
+
+    options = {"metrics": ("bleu",), "device": "cpu"}
+    compare(Named("t"), Named("s"), BATCHES, **options)
+    assert order[-6:] == ["t", "s"] * 3
+
+
+def test_the_report_can_be_read_back(found: Comparison, tmp_path) -> None:
+    found.save(tmp_path)
+    again = Comparison.load(tmp_path)
+    assert json.dumps(again.to_json()) == json.dumps(found.to_json())
+    assert str(again) == str(found)
+
+
+def test_json_has_its_schema_and_no_nan(found: Comparison, tmp_path) -> None:
+    found.save(tmp_path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    content = json.loads((tmp_path / "report.json").read_text("utf-8"), parse_constant=refuse)
+    assert content["schema"] == "capdistill.comparison/1"
+    assert set(content) == {"schema", "rows", "samples", "models"}
+    assert set(content["models"]) == {"teacher", "student", "baseline"}
+
+
+class _Page(html.parser.HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_one_file_that_fetches_nothing(found: Comparison, tmp_path) -> None:
+    text = found.save(tmp_path).read_text("utf-8")
+    page = _Page(text)
+    assert page.open == []
+    addresses = [v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "href")]
+    assert len(addresses) == 3
+    assert all(address.startswith("data:image/jpeg;base64,") for address in addresses)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_the_table_has_headers_for_screen_readers(found: Comparison, tmp_path) -> None:
+    tags = _Page(found.save(tmp_path).read_text("utf-8")).tags
+    heads = [attrs["scope"] for tag, attrs in tags if tag == "th"]
+    assert heads.count("row") == len(found.rows)
+    assert heads.count("col") == 7
+    assert all(attrs["alt"] for tag, attrs in tags if tag == "img")
+
+
+def test_a_caption_can_not_put_markup_into_the_page(tmp_path) -> None:
+    evil = "<script>alert(1)</script>\" onerror='x' {style}"
+    model = TinyCaptioner(evil, (evil,) * 4)
+    text = compare(model, model, BATCHES, **OPTIONS).save(tmp_path).read_text("utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "{style}" in text
+
+
+def test_an_empty_caption_is_shown_as_such(tmp_path) -> None:
+    model = TinyCaptioner()
+    text = compare(model, model, [batch_of([2, 0])], **OPTIONS).save(tmp_path).read_text("utf-8")
+    assert "(empty)" in text
+
+
+def test_a_foreign_report_is_refused_by_name(tmp_path) -> None:
+    (tmp_path / "report.json").write_text('{"schema": "other/1"}')
+    with pytest.raises(CheckpointError, match="other/1"):
+        Comparison.load(tmp_path)
+
+
+def test_a_one_shot_iterator_is_refused() -> None:
+    with pytest.raises(ConfigError, match="one-shot iterator"):
+        compare(TinyCaptioner(), TinyCaptioner(), iter(BATCHES), **OPTIONS)
+
+
+def test_models_that_saw_different_images_are_not_compared() -> None:
+    class Turning:
+        rounds = 0
+
+        def __iter__(self):
+            self.rounds += 1
+            return iter([batch_of([0], first=self.rounds)])
+
+    with pytest.raises(IncompatibleModels, match="different images"):
+        compare(TinyCaptioner(), TinyCaptioner(), Turning(), **OPTIONS)
+
+
+def test_an_unwritable_directory_is_an_error_that_names_it(found: Comparison, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file"):
+        found.save(tmp_path / "file")

@@ -1,0 +1,140 @@
+import pickle
+import socket
+
+import pytest
+
+from capdistill.errors import ConfigError, DataError, UnknownName
+from capdistill.metrics import DIRECTIONS, CaptionScorer, CiderD, Metric
+
+REFERENCES = {"a": ["a dog runs", "the dog is running"], "b": ["a red car", "one car"]}
+CAPTIONS = {"a": "a dog runs", "b": "a blue car"}
+
+
+def test_strings_tokens_dicts_and_lists_give_equal_scores() -> None:
+    metrics = ("bleu", "rouge_l", "cider_d")
+    words = {i: [text.split() for text in each] for i, each in REFERENCES.items()}
+    by_id = CaptionScorer(REFERENCES, metrics=metrics)(CAPTIONS)
+    tokens = CaptionScorer(words, metrics=metrics)({i: t.split() for i, t in CAPTIONS.items()})
+    listed = CaptionScorer(list(REFERENCES.values()), metrics=metrics)(list(CAPTIONS.values()))
+    assert dict(by_id) == dict(tokens) == dict(listed)
+
+
+def test_the_order_of_a_dict_changes_nothing() -> None:
+    scorer = CaptionScorer(REFERENCES, metrics=["cider_d"])
+    turned = dict(reversed(CAPTIONS.items()))
+    assert scorer(turned).per_image == scorer(CAPTIONS).per_image
+
+
+def test_a_scorer_can_be_used_again_and_pickled() -> None:
+    scorer = CaptionScorer(REFERENCES, metrics=("bleu", "rouge_l", "cider_d"))
+    first = dict(scorer(CAPTIONS))
+    scorer({"a": "", "b": "car"})
+    assert dict(scorer(CAPTIONS)) == first
+    assert dict(pickle.loads(pickle.dumps(scorer))(CAPTIONS)) == first
+
+
+@pytest.mark.parametrize(
+    ("captions", "named"),
+    [({"a": "x"}, "'b'"), ({**CAPTIONS, "z": "x"}, "'z'"), (["x", "y"], "'a', 'b'")],
+)
+def test_ids_that_do_not_match_are_listed(captions: object, named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        CaptionScorer(REFERENCES, metrics=["bleu"])(captions)
+
+
+def test_only_the_first_of_many_ids_are_listed() -> None:
+    many = {str(i): ["x"] for i in range(100)}
+    with pytest.raises(DataError, match=r"'4', \.\.\. \(100\)"):
+        CaptionScorer(many, metrics=["bleu"])({})
+
+
+@pytest.mark.parametrize(
+    ("references", "says"),
+    [
+        ({}, "No references"),
+        ({"a": []}, "1 images have no reference"),
+        ({"a": "a dog"}, "expected a list"),
+        ({"a": [3]}, "expected a string"),
+    ],
+)
+def test_references_of_the_wrong_kind_are_refused(references: object, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        CaptionScorer(references)
+
+
+def test_a_whole_caption_among_tokens_is_refused() -> None:
+    with pytest.raises(DataError, match="has a space"):
+        CaptionScorer(REFERENCES, metrics=["bleu"])({"a": ["a dog runs"], "b": ["a"]})
+
+
+def test_an_unknown_metric_names_those_there_are() -> None:
+    with pytest.raises(UnknownName, match=r"Did you mean 'cider_d'.*bleu"):
+        CaptionScorer(REFERENCES, metrics=["cider"])
+
+
+def test_a_score_can_be_asked_for_by_its_own_name() -> None:
+    assert list(CaptionScorer(REFERENCES, metrics=["bleu_4"])(CAPTIONS)) == ["bleu_4"]
+
+
+def test_an_absent_score_names_those_there_are() -> None:
+    scores = CaptionScorer(REFERENCES, metrics=["bleu"])(CAPTIONS)
+    assert scores.get("cider_d") is None
+    with pytest.raises(UnknownName, match="bleu_1"):
+        scores["cider_d"]
+
+
+def test_one_image_says_what_cider_needs() -> None:
+    alone = CaptionScorer({"a": REFERENCES["a"]}, metrics=["cider_d"])({"a": "a dog runs"})
+    assert "several images" in alone.notes[0]
+    assert CaptionScorer(REFERENCES, metrics=["cider_d"])(CAPTIONS).notes == ()
+
+
+def test_given_document_frequencies_make_one_image_meaningful() -> None:
+    frequencies = {("a",): 90, ("dog",): 10}
+    cider = CiderD([[["a", "dog"]]], frequencies=frequencies, documents=100)
+    assert cider([["a", "dog"]])["cider_d"][0] > 1
+
+
+def test_without_wordnet_a_note_says_how_to_get_it_and_nothing_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import nltk
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(nltk.data, "path", [])
+    scores = CaptionScorer(REFERENCES)(CAPTIONS)
+    assert "meteor_nltk" not in scores
+    assert set(scores) == set(DIRECTIONS) - {"meteor_nltk"}
+    assert "nltk.downloader wordnet" in scores.notes[0]
+
+
+def _length(references: dict, hypotheses: dict) -> dict:
+    counts = {image: float(len(text.split())) for image, text in hypotheses.items()}
+    return {"length": (sum(counts.values()) / len(counts), counts)}
+
+
+def test_a_metric_of_the_users_own_gets_raw_text_and_has_a_direction() -> None:
+    scorer = CaptionScorer(REFERENCES, metrics=["rouge_l", Metric(_length, {"length": "lower"})])
+    scores = scorer(CAPTIONS)
+    assert scorer.directions == {"rouge_l": "higher", "length": "lower"}
+    assert scores["length"] == 3.0
+    assert scores.per_image["length"] == {"a": 3.0, "b": 3.0}
+
+
+def test_a_metric_without_a_direction_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'higher' or 'lower'"):
+        Metric(_length, {"length": "up"})
+    with pytest.raises(DataError, match="direction"):
+        CaptionScorer(REFERENCES, metrics=[Metric(_length, {"other": "lower"})])(CAPTIONS)
+
+
+def test_a_metric_that_leaves_out_an_image_is_refused() -> None:
+    def partial(references: dict, hypotheses: dict) -> dict:
+        return {"half": (1.0, [1.0])}
+
+    scorer = CaptionScorer(REFERENCES, metrics=[Metric(partial, {"half": "higher"})])
+    with pytest.raises(DataError, match="scores of 1 images"):
+        scorer(CAPTIONS)

@@ -1,0 +1,165 @@
+"""Case 11: which epoch is the best, when a run stops, and that a NaN is no progress."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capdistill import Captioner, Trainer
+from capdistill.errors import UnknownName
+from capdistill.metrics import Metric
+from capdistill.training.callbacks import Monitor
+
+NAN = math.nan
+TABLE = [
+    ("CIDEr", [0.10, 0.35, NAN, 0.30, 0.36, 0.20, 0.20, 0.20, 0.50], 4, 7),
+    ("loss", [2.0, 1.5, NAN, 1.4, 1.6, 1.6, 1.6, 1.0], 3, 6),
+    ("CIDEr", [NAN, 0.10, 0.05, 0.04, 0.03], 1, 4),
+    ("CIDEr", [NAN, NAN, NAN, NAN], None, 2),
+    ("BLEU-4", [0.2, 0.2, 0.2, 0.2], 0, 3),
+]
+KEYS = {"CIDEr": "cider_d", "BLEU-4": "bleu_4", "loss": "loss"}
+TRAIN, VAL = [tiny.make_batch([3, 1])], [tiny.make_batch([2, 2], first=5)]
+MUTED = pytest.mark.filterwarnings("ignore:Epoch|No epoch:UserWarning")
+
+
+class Scripted(Trainer):
+    """A trainer whose validation gives a series; it keeps the weights of every epoch."""
+
+    def __init__(self, captioner: Captioner, monitored: str, series: list[float]) -> None:
+        options = {**tiny.QUIET, "epochs": len(series), "patience": 3, "learning_rate": 0.01}
+        super().__init__(captioner, monitor=monitored, **options)
+        self.series = series
+        self.weights: dict[int, Any] = {}
+
+    def validate(self, source: Any) -> tuple[dict[str, Any], dict[str, float]]:
+        self.weights[self.epoch] = tiny.weights_of(self.captioner)
+        value, name = self.series[self.epoch], KEYS[self.config.monitor]
+        val = {"loss": 1.0, "terms": {}, "images": 2, "skipped": 0}
+        scores = dict.fromkeys(self.scores_measured, 0.5)
+        (val if name == "loss" else scores)[name] = value
+        return val, scores
+
+
+@MUTED
+@pytest.mark.parametrize(("monitored", "series", "best", "stops"), TABLE)
+def test_best_epoch_and_early_stop(
+    saveable: Callable[..., Captioner],
+    tmp_path: Path,
+    monitored: str,
+    series: list[float],
+    best: int | None,
+    stops: int,
+) -> None:
+    trainer = Scripted(saveable(), monitored, series)
+    history = trainer.fit(TRAIN, VAL, out=tmp_path)
+    assert history.epochs[-1]["epoch"] == stops
+    assert (history.best and history.best["epoch"]) == best
+    assert history.epochs[-1]["best"]["epoch"] == best
+    kept = trainer.weights[stops if best is None else best]
+    assert tiny.same_bits(trainer.captioner.state_dict(), kept)
+    assert tiny.same_bits(Captioner.load(tmp_path / "best").state_dict(), kept)
+    final = Captioner.load(tmp_path / "final").state_dict()
+    assert tiny.same_bits(final, trainer.weights[stops])
+
+
+@MUTED
+def test_without_a_directory_the_best_weights_are_kept_in_memory() -> None:
+    trainer = Scripted(tiny.make_student(), "CIDEr", [0.1, 0.3, 0.2, 0.2])
+    trainer.fit(TRAIN, VAL)
+    assert tiny.same_bits(trainer.captioner.state_dict(), trainer.weights[1])
+
+
+def test_a_nan_is_reported_and_so_is_having_no_best_epoch() -> None:
+    with pytest.warns(UserWarning) as caught:
+        Scripted(tiny.make_student(), "CIDEr", [NAN, NAN, NAN, NAN]).fit(TRAIN, VAL)
+    said = [str(warning.message) for warning in caught]
+    assert said[0] == "Epoch 0: cider_d is NaN, which counts as no progress."
+    assert said[-1].startswith("No epoch had a number for cider_d")
+    assert "last weights were kept" in said[-1]
+
+
+class StopAfter:
+    """What a user does who stops a run by hand."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_epoch(self, trainer: Trainer, row: Any) -> None:
+        trainer.stopping |= row["epoch"] == self.epoch
+
+
+@MUTED
+def test_a_resumed_run_keeps_its_best_epoch_and_its_patience(
+    saveable: Callable[..., Captioner], tmp_path: Path
+) -> None:
+    monitored, series, best, stops = TABLE[0]
+    first = Scripted(saveable(), monitored, series)
+    first.fit(TRAIN, VAL, out=tmp_path, callbacks=[StopAfter(5)])
+    assert len(first.history.epochs) == 6
+
+    again = Scripted(saveable(seed=9), monitored, series)
+    history = again.fit(TRAIN, VAL, out=tmp_path, resume=True)
+    assert [row["epoch"] for row in history.epochs] == list(range(stops + 1))
+    assert history.best is not None
+    assert history.best["epoch"] == best
+    kept = first.weights[4]
+    assert tiny.same_bits(again.captioner.state_dict(), kept)
+    assert tiny.same_bits(Captioner.load(tmp_path / "best").state_dict(), kept)
+
+
+@MUTED
+def test_a_run_that_stopped_early_stays_stopped(
+    saveable: Callable[..., Captioner], tmp_path: Path
+) -> None:
+    monitored, series, _, stops = TABLE[2]
+    Scripted(saveable(), monitored, series).fit(TRAIN, VAL, out=tmp_path)
+    again = Scripted(saveable(), monitored, [*series, 9.0, 9.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # more epochs than before: said, and tested elsewhere
+        history = again.fit(TRAIN, VAL, out=tmp_path, resume=True)
+    assert history.epochs[-1]["epoch"] == stops
+    assert again.weights == {}
+
+
+def test_an_unknown_score_fails_before_the_first_step_with_the_names() -> None:
+    trainer = Trainer(tiny.make_student(), monitor="cidre", **tiny.QUIET)
+    with pytest.raises(UnknownName, match=r"'cidre'.*Did you mean 'cider'.*bleu_4.*loss"):
+        trainer.fit(TRAIN, VAL)
+    assert trainer.step_count == 0
+
+
+def test_a_score_of_ones_own_is_watched_in_the_direction_it_declares() -> None:
+    lengths = iter([5.0, 3.0, 4.0])
+
+    def length(references: Any, hypotheses: Any) -> Any:
+        value = next(lengths)
+        return {"length": (value, dict.fromkeys(hypotheses, value))}
+
+    trainer = Trainer(tiny.make_student(), monitor="length", epochs=3, **tiny.QUIET)
+    trainer.metrics = ("bleu_1", Metric(length, {"length": "lower"}))
+    history = trainer.fit(TRAIN, VAL)
+    assert set(history.epochs[0]["scores"]) == {"bleu_1", "length"}
+    assert history.best is not None
+    assert history.best["epoch"] == 1
+
+
+@given(st.lists(st.floats(0, 10) | st.just(NAN), min_size=1, max_size=12), st.booleans())
+def test_the_best_epoch_is_the_first_extreme_of_the_numbers(
+    series: list[float], higher: bool
+) -> None:
+    monitor = Monitor("x", higher=higher)
+    for value in series:
+        monitor.update(value)
+    numbers = [value for value in series if not math.isnan(value)]
+    best = (max if higher else min)(numbers, default=None)
+    assert monitor.best == best
+    assert monitor.best_epoch == (None if best is None else series.index(best))
