@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import tail_encoder  # noqa: F401 (registers "timm_tail")
 import torch
 
 import capdistill as cd
@@ -51,9 +52,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", default=True, help="file of encoder weights (default: hub)")
     parser.add_argument("--encoder", help="timm name (lite2 for the teacher, lite0 the student)")
     parser.add_argument("--trainable", default="none", help="none, all, or n last stages")
-    parser.add_argument("--refine", default="none")
+    parser.add_argument("--tail", type=int, default=0, help="train n last stages on cached maps")
+    parser.add_argument("--encoder-options", type=json.loads, default={}, help="JSON")
     parser.add_argument("--decoder", type=json.loads, default={}, help="JSON, over the defaults")
-    parser.add_argument("--start", type=Path, help="a saved captioner whose weights to start from")
+    parser.add_argument("--start", type=Path, help="a saved captioner whose decoder to start from")
     parser.add_argument("--teacher", type=Path, help="a saved captioner to distil from")
     parser.add_argument("--losses", type=json.loads, default={"token": {"name": "token"}})
     parser.add_argument("--term-weights", type=json.loads, default={})
@@ -67,14 +69,15 @@ def parse_arguments() -> argparse.Namespace:
 def make_captioner(options: argparse.Namespace, tokenizer: cd.WordTokenizer) -> cd.Captioner:
     teacher = options.what == "teacher"
     trainable = options.trainable
-    encoder = cd.encoders.create(
-        "timm",
-        name=options.encoder or ("tf_efficientnet_lite2" if teacher else "tf_efficientnet_lite0"),
-        dim=512 if teacher else 256,
-        weights=options.weights,
-        trainable=int(trainable) if trainable.isdigit() else trainable,
-        refine=options.refine,
-    )
+    backbone = options.encoder or f"tf_efficientnet_lite{2 if teacher else 0}"
+    common = {"name": backbone, "dim": 512 if teacher else 256, "weights": options.weights}
+    if options.tail:
+        encoder = cd.encoders.create(
+            "timm_tail", **common, stages=options.tail, **options.encoder_options
+        )
+    else:
+        stages = int(trainable) if trainable.isdigit() else trainable
+        encoder = cd.encoders.create("timm", **common, trainable=stages, **options.encoder_options)
     defaults: dict[str, Any] = (
         {"name": "transformer", "dim": 512, "width": 512, "layers": 2, "ffn": 1024, "dropout": 0.3}
         if teacher
@@ -84,7 +87,9 @@ def make_captioner(options: argparse.Namespace, tokenizer: cd.WordTokenizer) -> 
     decoder = cd.decoders.create(chosen.pop("name"), **chosen)
     captioner = cd.Captioner(encoder, decoder, tokenizer, name=options.what)
     if options.start:
-        captioner.load_state_dict(cd.Captioner.load(options.start).state_dict())
+        start = cd.Captioner.load(options.start)
+        captioner.decoder.load_state_dict(start.decoder.state_dict())
+        captioner.encoder.project.load_state_dict(start.encoder.project.state_dict())
     return captioner
 
 

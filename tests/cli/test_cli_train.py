@@ -186,11 +186,13 @@ def test_a_run_without_output_is_refused(capsys: pytest.CaptureFixture[str]) -> 
     assert "Give --out DIR" in message
 
 
-def test_check_reports_and_its_exit_code_is_its_verdict(
-    teacher: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("ok", [True, False])
+def test_the_exit_code_of_check_is_its_verdict(
+    teacher: Path, ok: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("capdistill.training.check.CheckReport.ok", ok)
     pair = ["--teacher", str(teacher / "best"), "--student", "debug_student", *TINY]
-    code = main(["check", *pair, "--json"])
+    assert main(["check", *pair, "--json"]) == (0 if ok else 1)
     content = json.loads(capsys.readouterr().out)
-    assert code == (0 if content["ok"] else 1)
-    assert {row["status"] for row in content["rows"]} <= {"ok", "note", "fail"}
+    assert content["ok"] is ok
+    assert {"vocabulary", "shapes", "terms"} <= {row["topic"] for row in content["rows"]}

@@ -204,3 +204,12 @@ def test_a_model_without_one_map_is_refused_by_name():
 def test_what_is_no_batch_of_uint8_images_is_refused(tiny_cnn, images):
     with pytest.raises(DataError, match=r"uint8 of \(I, 3, H, W\) is expected"):
         tiny_cnn()(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_encoder_in_another_precision_reads_the_same_uint8_images(dtype, tiny_cnn, pictures):
+    encoder, images = tiny_cnn(dim=8).eval(), pictures(64)
+    expected = encoder(images)
+    found = encoder.to(dtype)(images)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)

@@ -138,3 +138,8 @@ def test_a_metric_that_leaves_out_an_image_is_refused() -> None:
     scorer = CaptionScorer(REFERENCES, metrics=[Metric(partial, {"half": "higher"})])
     with pytest.raises(DataError, match="scores of 1 images"):
         scorer(CAPTIONS)
+
+
+def test_scores_show_the_corpus_and_not_every_image():
+    scores = CaptionScorer({"a": ["a dog"]}, metrics=["rouge_l"])({"a": "a dog"})
+    assert repr(scores) == "Scores(rouge_l=1.0000)"

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -285,6 +286,18 @@ def test_unreadable_images_are_counted_and_named():
     assert "item 3" in row.finding
 
 
+@pytest.mark.parametrize(("errors", "status"), [("skip", "note"), ("raise", "fail")])
+def test_missing_files_are_counted_over_the_whole_data_set(tmp_path, errors, status):
+    paths = [tmp_path / f"{number}.png" for number in range(20)]
+    for path in paths[:-1]:
+        Image.new("RGB", (16, 16)).save(path)
+    data = cd.data.CaptionData(cd.data.Example(path.name, path, CAPTIONS) for path in paths)
+    report = check_training(trainer(batch_size=1, errors=errors), data)
+    assert f"1 of 20 image files are missing, first {paths[-1]}" in (
+        only(report, "images", status).finding
+    )
+
+
 def test_cut_captions_and_unknown_words_are_notes():
     long = (" ".join(["dog"] * 13), "a zebra runs")
     fix = only(check_training(trainer(), Pictures(captions=long)), "captions", "note").fix
@@ -314,7 +327,7 @@ def test_options_that_can_not_work_fail_with_the_fix(options):
 
 
 def test_memory_that_does_not_suffice_fails_with_the_fix(monkeypatch):
-    monkeypatch.setattr("capdistill.training.check._memory_of", lambda device: 1000)
+    monkeypatch.setattr("capdistill.training.check.cost._memory_of", lambda device: 1000)
     row = only(check_training(trainer()), "memory", "fail")
     assert "batch_size=2 (now 4)" in row.fix
     assert "accumulate=2" in row.fix

@@ -212,7 +212,7 @@ def test_a_loss_that_gives_no_single_number_is_refused() -> None:
 
 
 def test_what_is_no_teacher_is_refused() -> None:
-    with pytest.raises(ConfigError, match="teachers.wrap"):
+    with pytest.raises(ConfigError, match=r"teachers\.wrap"):
         Distiller(nn.Linear(1, 1), tiny.make_student())
 
 

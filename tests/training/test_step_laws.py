@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -200,6 +201,34 @@ def test_a_row_tells_the_rate_that_the_step_took() -> None:
     rates = [row["learning_rates"] for row in trainer.fit([tiny.make_batch([2])] * 2).steps]
     assert [rate["model"] for rate in rates] == pytest.approx([0.1, 0.05])
     assert [rate["encoder"] for rate in rates] == pytest.approx([0.01, 0.005])
+
+
+def test_loss_scaling_changes_nothing_with_accumulation_and_clipping() -> None:
+    parts = [tiny.make_batch([3, 1]), tiny.make_batch([2], first=2)]
+    plainly, scaled = with_sgd(plain(clip=0.1)), with_sgd(plain(clip=0.1))
+    scaled._place()
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    rows = [trainer.step(*parts) for trainer in (plainly, scaled)]
+    assert rows[1]["gradient_norm"] == pytest.approx(rows[0]["gradient_norm"], rel=1e-5)
+    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-6)
+    weights = [trainer.captioner.state_dict() for trainer in (plainly, scaled)]
+    assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_that_overflowed_changes_neither_weights_nor_schedule() -> None:
+    trainer = with_sgd(plain())
+    trainer._place()
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    trainer.objective.weights["ce"] = 1e6
+    before = tiny.weights_of(trainer.captioner)
+    row = trainer.step(tiny.make_batch([3, 1]))
+    assert not math.isfinite(row["gradient_norm"])
+    assert tiny.same_bits(before, tiny.weights_of(trainer.captioner))
+    assert (trainer.schedule.last_epoch, trainer.step_count) == (0, 1)
+    trainer.scaler.update(1.0)
+    trainer.step(tiny.make_batch([3, 1]))
+    assert not tiny.same_bits(before, tiny.weights_of(trainer.captioner))
+    assert trainer.schedule.last_epoch == 1
 
 
 def test_bf16_on_the_cpu_trains() -> None:

@@ -68,6 +68,8 @@ class Encoder(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:
         """Resize (antialiased) to `image_size` where needed, scale to [0, 1], normalise.
 
+        The result has the trunk's own precision, so that `encoder.double()` works in float64.
+
         Raises:
             DataError: the images are not (I, 3, H, W) uint8, or empty.
         """
@@ -77,10 +79,10 @@ class Encoder(nn.Module):
                 f"uint8 of (I, {len(self.mean)}, H, W) is expected: pixels 0 to 255, not yet "
                 "normalised. Use (images * 255).to(torch.uint8) for pixels in [0, 1]."
             )
-        pixels = images.float()
+        dtype = next((p.dtype for p in self.trunk_parameters()), torch.float32)
+        pixels = images.to(torch.promote_types(dtype, torch.float32))
         if images.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp_(0, 255)
-        mean = torch.tensor(self.mean, device=pixels.device).view(1, -1, 1, 1) * 255
-        std = torch.tensor(self.std, device=pixels.device).view(1, -1, 1, 1) * 255
-        return (pixels - mean) / std  # (I, 3, S, S)
+        mean, std = (pixels.new_tensor(v).view(1, -1, 1, 1) * 255 for v in (self.mean, self.std))
+        return ((pixels - mean) / std).to(dtype)  # (I, 3, S, S)

@@ -80,3 +80,7 @@ class Scores(Mapping[str, float]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.corpus
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value:.4f}" for name, value in self.corpus.items())
+        return f"Scores({shown})"

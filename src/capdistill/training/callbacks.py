@@ -165,7 +165,7 @@ class SkippedImages:
     def on_epoch(self, trainer: Trainer, row: Row) -> None:
         """Name those that were not known yet."""
         sources = [source for source in (trainer.train_source, trainer.val_source) if source]
-        problems = [str(problem) for source in sources for problem in source.skipped]
+        problems = {str(problem): None for source in sources for problem in source.skipped}
         row["problems"] = [problem for problem in problems if problem not in self.known]
         self.known.update(problems)
         if row["problems"]:

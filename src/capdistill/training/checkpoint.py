@@ -15,7 +15,7 @@ from capdistill.captioner import Captioner
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import write_atomically
 from capdistill.training.history import Row
-from capdistill.weights import load_exactly, read_state_dict, strip_prefixes
+from capdistill.weights import load_exactly, read_state_dict
 
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer
@@ -151,5 +151,7 @@ def _copy_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _load_weights(captioner: Captioner, path: Path) -> None:
-    state = strip_prefixes(read_state_dict(path), captioner.state_dict())
+    """Read what `save` wrote: without what torch.compile adds to names."""
+    names = {key.replace("_orig_mod.", ""): key for key in captioner.state_dict()}
+    state = {names.get(key, key): value for key, value in read_state_dict(path).items()}
     load_exactly(captioner, state, f"The weights in '{path}'")

@@ -108,7 +108,6 @@ def _store(encoder: Encoder, source: Source, path: Path, precision: str) -> Trun
                 index["shape"] = tokens.shape[1:]
                 file.write(tokens.tobytes())
 
-    path.with_suffix(".json").unlink(missing_ok=True)
     write_atomically(path, write)
     write_text(path.with_suffix(".json"), json.dumps(index))
     return TrunkStore(_open(path, (len(index["image_ids"]), *index["shape"])), index["image_ids"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Protocol
 
@@ -47,7 +48,7 @@ class FixedBatches:
                 "empty. Give a list, or an object whose __iter__ starts anew."
             )
         self.batches = batches
-        self.length = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
+        self.length = _count(batches)
         if not self.length:
             raise DataError("There is no batch in the data. Give at least one.")
 
@@ -68,6 +69,13 @@ class FixedBatches:
                     "(image, captions)."
                 )
             yield batch
+
+
+def _count(batches: Iterable[Batch]) -> int:
+    if isinstance(batches, Sized):
+        with suppress(TypeError):  # a DataLoader is sized, unless its data set is a stream
+            return len(batches)
+    return sum(1 for _ in batches)
 
 
 def make_source(

@@ -1,0 +1,108 @@
+"""What would go wrong in a run, found before it: `check_training`, behind `Trainer.check()`.
+
+Each check looks at one thing and yields rows; `_attempt` makes a row of what it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from capdistill.errors import CapdistillError
+from capdistill.training.check.cost import check_memory, check_time
+from capdistill.training.check.learning import check_projectors, check_terms, check_trained
+from capdistill.training.check.models import (
+    check_shapes,
+    check_sizes,
+    check_vocabularies,
+    check_weights,
+)
+from capdistill.training.check.reading import check_data, check_options
+from capdistill.training.check.report import CheckReport, CheckRow
+from capdistill.training.check.trial import Trial, less_memory, made_up_batch
+from capdistill.training.check.undisturbed import undisturbed
+
+if TYPE_CHECKING:
+    from capdistill.training.trainer import Trainer
+
+
+def check_training(trainer: Trainer, train: Any = None, val: Any = None) -> CheckReport:
+    """Look for what would go wrong in `trainer.fit(train, val)`; nothing is changed by it.
+
+    Example:
+        >>> import capdistill as cd
+        >>> tokenizer = cd.WordTokenizer(["a", "dog", "runs"])
+        >>> captioner = cd.Captioner.create("debug_student", tokenizer=tokenizer)
+        >>> report = check_training(cd.Trainer(captioner, batch_size=2))
+        >>> report.ok, report.rows[0].topic
+        (True, 'options')
+
+    Args:
+        trainer: A `Trainer` or `Distiller`.
+        train: As for `fit`; without it a made-up batch of the configured size is used.
+        val: As for `fit`.
+
+    Returns:
+        Rows with a finding, and a fix where one is due. A trouble is a row, never an exception.
+    """
+    rows: list[CheckRow] = []
+    with undisturbed(trainer):
+        if not _attempt(rows, "options", check_options, trainer, val):
+            return CheckReport(tuple(rows))
+        trial = Trial(trainer, trainer.config, made_up_batch(trainer))
+        trainer.config = trainer.config.model_copy(update={"cache_features": False, "workers": 0})
+        if train is not None:
+            _attempt(rows, "data", check_data, trial, train, val)
+        for topic, check in _CHECKS.items():
+            if not _attempt(rows, topic, check, trial):
+                break  # the next would meet the same trouble
+    return CheckReport(tuple(rows))
+
+
+def _attempt(
+    rows: list[CheckRow], topic: str, check: Callable[..., Iterable[CheckRow]], *args: Any
+) -> bool:
+    """Add the rows of a check; one for what it raises, and then False."""
+    try:
+        rows.extend(check(*args))
+    except Exception as error:  # whatever a model, a loss or a data set raises is a finding
+        rows.append(_failure(topic, error, args[0]))
+        return False
+    return True
+
+
+_USUAL = {
+    "data": "Give a data set with at least one readable image and a caption.",
+    "shapes": "Correct the model's forward, or its specification.",
+    "losses": "Leave the loss out, or give models that fit it.",
+}
+
+
+def _failure(topic: str, error: Exception, about: Any) -> CheckRow:
+    text = str(error).strip()
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return CheckRow("memory", "fail", f"Out of memory: {text}", less_memory(about.config))
+    if not isinstance(error, CapdistillError):
+        fix = "This error is not capdistill's: correct the model, loss or data it comes from."
+        if isinstance(about, Trial) and about.source is None:
+            fix += " If only the made-up batch is to blame, give check() your data."
+        return CheckRow(topic, "fail", f"{type(error).__name__}: {text}", fix)
+    finding, _, fix = " ".join(text.split()).partition(". ")
+    return CheckRow(topic, "fail", finding, fix or _USUAL.get(topic, "Correct what it names."))
+
+
+_CHECKS: dict[str, Callable[[Trial], Iterable[CheckRow]]] = {
+    "models": check_sizes,
+    "vocabulary": check_vocabularies,
+    "shapes": check_shapes,
+    "weights": check_weights,
+    "losses": check_projectors,
+    "trained": check_trained,
+    "terms": check_terms,
+    "memory": check_memory,
+    "time": check_time,
+}
+
+__all__ = ["CheckReport", "CheckRow", "check_training"]

@@ -1,0 +1,231 @@
+"""`cache_features`: the same training without the trunk, never a wrong or a half-written token."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models as tiny
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.data import Dataset
+
+from capdistill import Captioner, Distiller, Trainer
+from capdistill.data import CaptionData
+from capdistill.errors import ConfigError, DataError
+from capdistill.training.features import TrunkStore, cache_trunk
+from capdistill.training.source import FixedBatches
+
+OPTIONS: dict[str, Any] = {**tiny.QUIET, "batch_size": 2, "epochs": 2, "learning_rate": 0.01}
+
+
+def frozen(seed: int = 1, **options: Any) -> Captioner:
+    return tiny.make_student(seed, trainable=False, **options)
+
+
+def fit(captioner: Captioner, data: Any, folder: Path, **options: Any) -> Trainer:
+    trainer = Trainer(captioner, **{**OPTIONS, "cache_dir": str(folder), **options})
+    trainer.fit(data, data)
+    return trainer
+
+
+def cached(captioner: Captioner, data: Any, folder: Path, **options: Any) -> Trainer:
+    return fit(captioner, data, folder, cache_features=True, **options)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    rows = trainer.history.epochs
+    return [row["train"]["loss"] for row in rows] + [row["val"]["loss"] for row in rows]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-3), ("bf16", 2e-2)])
+def test_losses_are_those_without_the_cache(
+    colours: CaptionData, tmp_path: Path, precision: str, tolerance: float
+) -> None:
+    plain = fit(frozen(), colours, tmp_path, augment=False, precision=precision)
+    quick = cached(frozen(), colours, tmp_path, precision=precision)
+    assert losses(quick) == pytest.approx(losses(plain), rel=tolerance)
+    assert losses(quick)[0] != losses(quick)[1]
+
+
+def test_a_pair_is_distilled_from_two_caches(colours: CaptionData, tmp_path: Path) -> None:
+    rows = []
+    for options in ({"augment": False}, {"cache_features": True}):
+        pair = tiny.make_teacher(trainable=False), frozen()
+        distiller = Distiller(*pair, **{**OPTIONS, "cache_dir": str(tmp_path), **options})
+        distiller.fit(colours)
+        rows.append(losses_of_terms(distiller))
+    assert_close(rows[0], rows[1], rtol=5e-3, atol=1e-3)
+    assert len(list(tmp_path.glob("*.f16"))) == 2
+
+
+def losses_of_terms(distiller: Distiller) -> dict[str, float]:
+    terms = distiller.history.epochs[-1]["train"]["terms"]
+    return {name: term["raw"] for name, term in terms.items()}
+
+
+def test_every_image_is_encoded_once_and_never_again(colours: CaptionData, tmp_path: Path) -> None:
+    first = frozen()
+    cached(first, colours, tmp_path)
+    assert first.encoder.seen == 6  # one data set for training and validation: one cache
+    again = frozen()
+    cached(again, colours, tmp_path)
+    assert again.encoder.seen == 0
+
+
+def test_other_weights_or_other_pictures_never_use_the_cache(
+    colours: CaptionData, tmp_path: Path
+) -> None:
+    cached(frozen(), colours, tmp_path)
+    other = frozen(seed=5)
+    cached(other, colours, tmp_path)
+    assert other.encoder.seen == 6
+    path = colours.examples[0].path
+    path.write_bytes(colours.examples[1].path.read_bytes())
+    changed = frozen()
+    cached(changed, colours, tmp_path)
+    assert changed.encoder.seen == 6
+
+
+def test_cached_tokens_never_reach_a_trunk_with_other_weights(
+    colours: CaptionData, tmp_path: Path
+) -> None:
+    def retrain(trainer: Trainer, row: Any) -> None:
+        with torch.no_grad():
+            trainer.captioner.encoder.conv.weight.add_(1.0)
+
+    callback = type("Callback", (), {"on_step": staticmethod(retrain)})()
+    trainer = Trainer(frozen(), **OPTIONS, cache_features=True, cache_dir=str(tmp_path))
+    with pytest.raises(DataError, match="no tokens of this encoder as it is now"):
+        trainer.fit(colours, callbacks=[callback])
+    assert trainer.step_count == 1
+
+
+class Noise(Dataset[Any]):
+    """Pictures without files; two data sets differ in nothing but the pixels."""
+
+    def __init__(self, seed: int) -> None:
+        chance = torch.Generator().manual_seed(seed)
+        self.images = torch.randint(256, (4, 3, 8, 8), generator=chance, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        return self.images[index], "a red dog"
+
+
+def test_data_sets_without_files_are_told_apart_by_their_pixels(tmp_path: Path) -> None:
+    cached(frozen(), Noise(1), tmp_path)
+    other, same = frozen(), frozen()
+    plain = fit(frozen(), Noise(2), tmp_path, augment=False)
+    assert losses(cached(other, Noise(2), tmp_path)) == pytest.approx(losses(plain), rel=2e-3)
+    cached(same, Noise(2), tmp_path)
+    assert (other.encoder.seen, same.encoder.seen) == (4, 0)
+
+
+@pytest.mark.parametrize("options", [{"augment": True}, {"flip": True}])
+def test_random_augmentation_is_refused_with_the_reason(
+    colours: CaptionData, tmp_path: Path, options: dict[str, bool]
+) -> None:
+    with pytest.raises(ConfigError, match=r"one encoding an image.*random augmentation"):
+        cached(frozen(), colours, tmp_path, **options)
+
+
+def test_a_trunk_that_is_trained_is_refused(colours: CaptionData, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no model has a frozen trunk.*trainable='none'"):
+        cached(tiny.make_student(), colours, tmp_path)
+    with pytest.raises(ConfigError, match="needs a data set"):
+        cached(frozen(), [tiny.make_batch([2])], tmp_path)
+
+
+def test_a_pair_with_one_frozen_trunk_reads_pictures_for_the_other(
+    colours: CaptionData, tmp_path: Path
+) -> None:
+    pair = tiny.make_teacher(trainable=False), tiny.make_student()
+    options = {**OPTIONS, "cache_dir": str(tmp_path), "cache_features": True}
+    distiller = Distiller(*pair, **options)
+    seen = pair[0].encoder.seen
+    distiller.fit(colours)
+    assert pair[0].encoder.seen - seen == 6
+    assert pair[1].encoder.seen >= 12
+
+
+@pytest.mark.parametrize("first_run", [True, False])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_picture_is_left_out_and_named_with_the_cache_too(
+    colours: CaptionData, tmp_path: Path, first_run: bool, workers: int
+) -> None:
+    bad = colours.examples[0].path
+    bad.write_bytes(b"no picture")
+    if not first_run:
+        with pytest.warns(UserWarning, match=r"g0\.png"):
+            cached(frozen(), colours, tmp_path)
+    with pytest.warns(UserWarning, match=r"g0\.png"):
+        trainer = cached(frozen(), colours, tmp_path, workers=workers)
+    row = trainer.history.epochs[-1]
+    assert (row["images"], row["skipped"], row["val"]["images"]) == (5, 1, 5)
+
+
+@pytest.mark.parametrize("harm", ["cut", "no index", "half an index", "longer"])
+def test_a_cache_that_is_not_whole_is_made_anew(
+    colours: CaptionData, tmp_path: Path, harm: str
+) -> None:
+    good = cached(frozen(), colours, tmp_path)
+    [tokens], [index] = tmp_path.glob("*.f16"), tmp_path.glob("*.json")
+    if harm == "no index":
+        index.unlink()
+    elif harm == "half an index":
+        index.write_bytes(index.read_bytes()[:-9])
+    else:
+        content = tokens.read_bytes()
+        tokens.write_bytes(content[:-2] if harm == "cut" else content + b"\0\0")
+    again = frozen()
+    assert losses(cached(again, colours, tmp_path)) == losses(good)
+    assert again.encoder.seen == 6
+    assert {path.suffix for path in tmp_path.iterdir()} == {".f16", ".json", ""}  # "": pictures/
+
+
+def test_a_cache_directory_that_can_not_be_written_is_a_clear_error(
+    colours: CaptionData, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("taken")
+    with pytest.raises(ConfigError, match=r"Can not write.*file/cache"):
+        cached(frozen(), colours, tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("value", [7e4, float("nan")])
+def test_tokens_that_do_not_fit_in_float16_are_refused_by_name(
+    tmp_path: Path, value: float
+) -> None:
+    encoder = tiny.Patches(trainable=False)
+    torch.nn.init.constant_(encoder.conv.bias, value)
+    source = FixedBatches([tiny.make_batch([2, 1], first=3)])
+    with pytest.raises(ConfigError, match=r"of 3, 4 are NaN or larger than 65504"):
+        cache_trunk(encoder, source, "key", tmp_path, "fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_batch_may_be_short(tmp_path: Path) -> None:
+    source = FixedBatches([tiny.make_batch([2]), tiny.make_batch([2, 1, 1], first=1)])
+    encoder = tiny.Patches(trainable=False)
+    store = cache_trunk(encoder, source, "key", tmp_path, "fp32")
+    for batch in source.epoch(0):
+        tokens = encoder.trunk(batch.images)
+        for image_id, expected in zip(batch.image_ids, tokens, strict=True):
+            assert_close(store[image_id].float(), expected, rtol=1e-3, atol=1e-3)
+    assert len(store) == 4
+
+
+def test_a_store_goes_to_a_worker_as_a_name_not_as_its_content(tmp_path: Path) -> None:
+    source = FixedBatches([tiny.make_batch([1] * 40, first=n) for n in (0, 40)])
+    store = cache_trunk(tiny.Patches(trainable=False), source, "key", tmp_path, "fp32")
+    sent = pickle.dumps(store)
+    assert len(sent) < store.tokens.nbytes
+    assert torch.equal(pickle.loads(sent)["7"], store["7"])
+    small = TrunkStore(np.ones((1, 2, 3), np.float16), ["a"])
+    assert torch.equal(pickle.loads(pickle.dumps(small))["a"], torch.ones(2, 3).half())
