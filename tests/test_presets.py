@@ -16,7 +16,7 @@ PARAMETERS = {
     "resnet50_lstm": 33_505_784,
     "resnet50_lstm_small": 26_201_336,
     "resnet50_lstm_large": 47_608_056,
-    "lite0_lstm": 7_885_432,
+    "lite0_lstm": 7_296_696,
     "debug_teacher": 872_896,
     "debug_student": 987_188,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,13 @@ class Captioner(nn.Module):
 
     @classmethod
     def create(
-        cls, preset: str, *, tokenizer: Tokenizer, weights: bool | str | Path = True
+        cls,
+        preset: str,
+        *,
+        tokenizer: Tokenizer,
+        weights: bool | str | Path = True,
+        encoder: Mapping[str, Any] | None = None,
+        decoder: Mapping[str, Any] | None = None,
     ) -> Captioner:
         """A preset by name; `capdistill models` lists them.
 
@@ -67,13 +73,14 @@ class Captioner(nn.Module):
             preset: For instance "vit_transformer" or "lite0_lstm".
             tokenizer: Its vocabulary sizes the decoder.
             weights: Of the encoder: True (from the hub), False (random), or a local file.
+            encoder, decoder: Arguments that replace or join those of the preset.
 
         Raises:
             UnknownName: no such preset; the message lists them.
         """
         from capdistill import presets
 
-        return presets.create(preset, tokenizer, weights=weights)
+        return presets.create(preset, tokenizer, weights=weights, encoder=encoder, decoder=decoder)
 
     def forward(self, batch: Batch, need: frozenset[str] = frozenset()) -> CaptionerOutput:
         """Teacher-forced logits for a batch, aligned with `batch.targets`."""
@@ -87,8 +94,8 @@ class Captioner(nn.Module):
         Raises:
             DataError: it carries neither pixels nor our tokens.
         """
-        if batch.cached and self.encoder.trunk_frozen:
-            tokens = batch.cached.get(self.encoder.fingerprint())
+        if batch.cached and (self.encoder.trunk_frozen or not torch.is_grad_enabled()):
+            tokens = batch.cached.get(self.encoder.fingerprint() or "")
             if tokens is not None:
                 return self.encoder.head(tokens.to(next(self.decoder.parameters()).dtype))
         if not batch.images.numel():

@@ -49,16 +49,6 @@ class NotFiniteLoss(CapdistillError, FloatingPointError):
     """A loss that became NaN or infinite in training; names the step and the term."""
 
 
-class MissingExtra(CapdistillError, ImportError):
-    """An optional dependency that is not installed; the message names the extra."""
-
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the package '{package}', which is not installed. "
-            f"Install it with: pip install 'capdistill[{extra}]'"
-        )
-
-
 def suggest(name: str, available: Iterable[str]) -> str:
     """End an error about an unknown name: the nearest match, then all names there are.
 

@@ -201,11 +201,11 @@ _PRESETS = {
     "resnet50_lstm_small": _resnet(128, 256, 1, "none"),
     "resnet50_lstm_large": _resnet(384, 768, 3, "pre"),
     "lite0_lstm": Preset(
-        "small student: EfficientNet-lite0, 49 tokens projected to 256; LSTM 2 x 384, tied",
+        "small student: EfficientNet-lite0, 49 tokens projected to 256; LSTM 1 x 512, tied",
         "timm",
         {"name": "tf_efficientnet_lite0", "dim": 256},
         "lstm",
-        {"embed": 192, "hidden": 384, "layers": 2, "tied": True},
+        {"embed": 256, "hidden": 512, "layers": 1, "tied": True},
     ),
     "debug_teacher": Preset(
         "tiny and random: test_vit; Transformer 128, 1 layer",

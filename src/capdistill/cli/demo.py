@@ -61,7 +61,7 @@ def demo_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.Argume
         "--out", default="capdistill-demo", metavar="DIR", help="(default: %(default)s)"
     )
     parser.add_argument(
-        "--epochs", type=int, default=30, metavar="N", help="of each model (default: %(default)s)"
+        "--epochs", type=int, default=24, metavar="N", help="of each model (default: %(default)s)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only N photos of each split")
     parser.set_defaults(run=run)

@@ -127,7 +127,8 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
             try:
                 read_image(example.path)
             except DataError as error:
-                found.add(Problem("corrupt image", str(example.path), "", str(error)))
+                reason = str(error).removeprefix(f"{example.path}: ").removesuffix(".")
+                found.add(Problem("corrupt image", str(example.path), "", reason))
         return found
 
     def __str__(self) -> str:

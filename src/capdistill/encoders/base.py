@@ -61,9 +61,12 @@ class Encoder(nn.Module):
         """True where no parameter of the trunk is trained, so that its tokens can be cached."""
         return not any(p.requires_grad for p in self.trunk_parameters())
 
-    def fingerprint(self) -> str:
-        """Hash of the trunk's weights and preprocessing: the key of cached tokens."""
-        raise NotImplementedError(f"{type(self).__name__} can not be cached: no fingerprint().")
+    def fingerprint(self) -> str | None:
+        """Hash of what the trunk's tokens depend on: the key of cached tokens.
+
+        None, as here, where the trunk can not be cached.
+        """
+        return None
 
     def normalise(self, images: Tensor) -> Tensor:
         """Resize (antialiased) to `image_size` where needed, scale to [0, 1], normalise.

@@ -69,8 +69,8 @@ class CaptionScorer:
         self._own = [metric for metric in chosen if isinstance(metric, Metric)]
         wanted = _wanted([metric for metric in chosen if not isinstance(metric, Metric)])
         self.notes = self._notes(wanted)
-        if not wordnet_found():
-            wanted.pop("meteor_nltk", None)
+        if "meteor_nltk" in wanted and not wordnet_found():
+            del wanted["meteor_nltk"]
         tokens = [[tokens_of(caption) for caption in image] for image in self._references.values()]
         self._metrics = [(_BUILT_IN[family][0](tokens), names) for family, names in wanted.items()]
 

@@ -11,6 +11,7 @@ _PUBLIC = {
     "History": "history",
     "TrainConfig": "config",
     "Trainer": "trainer",
+    "recipe": "recipes",
 }
 __all__ = list(_PUBLIC)
 

@@ -139,8 +139,22 @@ def resolve_monitor(name: str, directions: dict[str, bool]) -> tuple[str, bool]:
     key = ALIASES.get(key, key)
     if key not in known:
         shown = sorted({*known, *(a for a, k in ALIASES.items() if k in known)})
-        raise UnknownName(f"monitor: nothing called '{name}' is measured. {suggest(name, shown)}")
+        raise UnknownName(
+            f"monitor: nothing called '{name}' is measured. {suggest(name, shown)}{_way_to(key)}"
+        )
     return key, known[key]
+
+
+def _way_to(key: str) -> str:
+    """How to have a score measured that is not measured unless asked for."""
+    from capdistill.metrics import DIRECTIONS
+    from capdistill.metrics.meteor import HOW_TO_GET_WORDNET, wordnet_found
+
+    if key not in DIRECTIONS:
+        return ""
+    missing = key == "meteor_nltk" and not wordnet_found()
+    wordnet = f" {HOW_TO_GET_WORDNET}" if missing else ""
+    return f" To measure it, set trainer.metrics = (*trainer.metrics, '{key}').{wordnet}"
 
 
 class Recorder:

@@ -90,7 +90,7 @@ def _source(trainer: Trainer, data: Any, **options: Any) -> Source:
     source = make_source(data, tokenizer, image_size=size, **plain)
     if isinstance(source, FixedBatches):
         raise ConfigError("cache_features=True needs a data set; these are ready-made batches.")
-    frozen = [model for model in trainer.models if _has_frozen_trunk(model)]
+    frozen = [model for model in trainer.models if _is_cacheable(model, trainer.captioner)]
     return make_source(
         data,
         tokenizer,
@@ -101,23 +101,26 @@ def _source(trainer: Trainer, data: Any, **options: Any) -> Source:
     )
 
 
-def _has_frozen_trunk(model: Any) -> bool:
-    return isinstance(model, Captioner) and model.encoder.trunk_frozen
+def _is_cacheable(model: Any, trained: Captioner) -> bool:
+    """Whether no step of this run changes the trunk: a teacher's never changes."""
+    if not isinstance(model, Captioner) or model.encoder.fingerprint() is None:
+        return False
+    return model is not trained or model.encoder.trunk_frozen
 
 
 def _stores(trainer: Trainer, models: list[Any], source: Source, key: str) -> dict[str, TrunkStore]:
     directory = Path(trainer.config.cache_dir or default_cache_dir())
     if not models:
         raise ConfigError(
-            "cache_features=True but no model has a frozen trunk. Create the encoder with "
-            "trainable='none', or set cache_features=False."
+            "cache_features=True but no model has a frozen trunk with a fingerprint(). Create the "
+            "encoder with trainable='none', or set cache_features=False."
         )
     stores: dict[str, TrunkStore] = {}
     for model in models:
         encoder = model.encoder.to(trainer.device)
-        if encoder.fingerprint() not in stores:
-            store = cache_trunk(encoder, source, key, directory, trainer.precision)
-            stores[encoder.fingerprint()] = store
+        trunk = encoder.fingerprint()
+        if trunk not in stores:
+            stores[trunk] = cache_trunk(encoder, source, key, directory, trainer.precision)
     return stores
 
 

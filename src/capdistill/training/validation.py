@@ -41,13 +41,8 @@ def validate(trainer: Trainer, source: Source) -> tuple[dict[str, Any], dict[str
 def with_trunk_tokens(captioner: Captioner, batch: Batch) -> Batch:
     """The batch with the trunk's tokens, so that loss and captions share one pass of the trunk."""
     encoder = captioner.encoder
-    if not encoder.trunk_frozen:
-        return batch
-    try:
-        key = encoder.fingerprint()
-    except NotImplementedError:
-        return batch
-    if key in batch.cached:
+    key = encoder.fingerprint()
+    if key is None or key in batch.cached:
         return batch
     return replace(batch, cached={**batch.cached, key: encoder.trunk(batch.images)})
 
