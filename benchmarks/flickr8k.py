@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tail_encoder  # noqa: F401 (registers "timm_tail")
 import torch
+from tail_encoder import as_timm
 
 import capdistill as cd
 
@@ -42,6 +42,8 @@ def main() -> None:
         **training_options(options),
     )
     minutes = (time.perf_counter() - began) / 60
+    if options.tail:
+        as_timm(captioner).save(options.out / "plain")
     print(json.dumps(summary(captioner, history, minutes)), flush=True)
 
 

@@ -39,10 +39,12 @@ class TailEncoder(cd.Encoder):
         super().__init__()
         whole = cd.encoders.create("timm", name=name, weights=weights)
         model = whole.backbone
+        self.name = name
         self.image_size, self.mean, self.std = whole.image_size, whole.mean, whole.std
         self.first = nn.Sequential(model.conv_stem, model.bn1, *model.blocks[:-stages])
         self.last = nn.Sequential(*model.blocks[-stages:], model.conv_head, model.bn2)
-        self.first.requires_grad_(False).eval()
+        self.first.requires_grad_(False)
+        self.last.requires_grad_(True)
         self.grid, self.tokens, self.dim = whole.grid, whole.tokens, dim
         self.token_dim = model.blocks[-stages - 1][-1].bn3.num_features
         self.project = nn.Sequential(
@@ -89,3 +91,20 @@ class TailEncoder(cd.Encoder):
                 digest.update(value.cpu().numpy().tobytes())
             self._hash = digest.hexdigest()
         return self._hash
+
+
+def as_timm(captioner: cd.Captioner) -> cd.Captioner:
+    """The same captioner with a plain `timm` encoder, which loads anywhere."""
+    tail = captioner.encoder
+    assert isinstance(tail, TailEncoder)
+    encoder = cd.encoders.create(
+        "timm", name=tail.name, dim=tail.dim, weights=False, dropout=tail.project[2].p
+    )
+    stem, norm, *stages = tail.first
+    *last, head, head_norm = tail.last
+    parts = {"conv_stem": stem, "bn1": norm, "conv_head": head, "bn2": head_norm}
+    parts |= {f"blocks.{i}": stage for i, stage in enumerate([*stages, *last])}
+    for name, part in parts.items():
+        encoder.backbone.get_submodule(name).load_state_dict(part.state_dict())
+    encoder.project.load_state_dict(tail.project.state_dict())
+    return cd.Captioner(encoder, captioner.decoder, captioner.tokenizer, name=captioner.name)

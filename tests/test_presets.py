@@ -11,13 +11,13 @@ from capdistill.errors import CheckpointError, ConfigError, UnknownName
 
 # At 3,000 words. The decoder's share follows decoders/lstm.py and decoders/transformer.py.
 PARAMETERS = {
-    "vit_transformer": 35_421_568,
-    "vit_transformer_small": 27_275_648,
+    "vit_transformer": 35_684_224,
+    "vit_transformer_small": 27_538_304,
     "resnet50_lstm": 33_505_784,
     "resnet50_lstm_small": 26_201_336,
     "resnet50_lstm_large": 47_608_056,
     "lite0_lstm": 7_296_696,
-    "debug_teacher": 872_896,
+    "debug_teacher": 889_408,
     "debug_student": 987_188,
 }
 

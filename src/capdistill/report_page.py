@@ -19,14 +19,14 @@ h3 { font-size: .85rem; margin: 0 0 .5rem; color: var(--soft); overflow-wrap: an
   border-radius: .75rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .75rem 1rem; color: var(--soft); }
-th, td { padding: .55rem 1rem; text-align: right; border-top: 1px solid var(--line);
+th, td { padding: .55rem .7rem; text-align: right; border-top: 1px solid var(--line);
   white-space: nowrap; }
 th[scope=row], th[scope=col]:first-child { text-align: left; font-weight: 600; }
-td:nth-last-child(-n+3), th:nth-last-child(-n+3) { text-align: left; }
+td:nth-last-child(-n+3), th:nth-last-child(-n+3) { text-align: left; white-space: normal; }
 thead small { display: block; font-weight: 400; color: var(--soft); }
 tbody tr:hover { background: color-mix(in srgb, var(--accent) 7%, transparent); }
 .reached, .not-reached { font-weight: 600; border: 1px solid currentColor; border-radius: 1rem;
-  padding: .1rem .6rem; font-size: .85rem; }
+  padding: .1rem .6rem; font-size: .85rem; white-space: nowrap; }
 .reached { color: var(--good); } .not-reached { color: var(--bad); }
 .samples { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .75rem;

@@ -47,7 +47,7 @@ def by_hand(decoder, ids, features):
         x = x + block.cross_output(mix(q, k, v, block.heads))
         inner = F.gelu(F.linear(block.ffn_norm(x), block.ffn[0].weight, block.ffn[0].bias))
         x = x + F.linear(inner, block.ffn[3].weight, block.ffn[3].bias)
-    return decoder.final_norm(x) @ decoder.embedding.weight.T
+    return decoder.final_norm(decoder.output(x)) @ decoder.embedding.weight.T
 
 
 def test_a_caption_follows_the_equations():

@@ -336,3 +336,7 @@ def test_files_of_a_run_are_readable_by_others(
     mask = os.umask(0)
     os.umask(mask)
     assert (tmp_path / "state.pt").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_trainer_that_has_not_stepped_yet_has_a_state():
+    assert Trainer(tiny.make_student(), **tiny.QUIET).state_dict()["step"] == 0

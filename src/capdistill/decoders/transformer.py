@@ -101,6 +101,7 @@ class TransformerDecoder(Decoder):
         self.dim, self.width = dim, width
         self.hidden_dims = (width,) * (layers + 1)
         self.blocks = nn.ModuleList(Block(width, dim, heads, ffn, dropout) for _ in range(layers))
+        self.output = nn.Linear(width, width)  # or the tied matrix would favour the word just read
         self.final_norm = nn.LayerNorm(width)
         self.drop = nn.Dropout(dropout)
 
@@ -122,7 +123,7 @@ class TransformerDecoder(Decoder):
             context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
             x, weights = block.finish(x, context, memory, look)
             hidden.append(x)
-        hidden.append(self.final_norm(x))
+        hidden.append(self.final_norm(self.output(x)))
         return DecoderOutput(
             logits=self.score(hidden[-1]),
             hidden=tuple(hidden) if "hidden" in need else None,
@@ -150,7 +151,7 @@ class TransformerDecoder(Decoder):
             memory = (state.image[f"key{i}"], state.image[f"value{i}"])
             x, _ = block.finish(x, context, memory, need=False)
         after = State(state.image, row, state.beams, state.position + 1)
-        return self.score(self.final_norm(x))[:, 0], after
+        return self.score(self.final_norm(self.output(x)))[:, 0], after
 
     def _blocks(self) -> Iterator[Block]:
         return cast("Iterator[Block]", iter(self.blocks))

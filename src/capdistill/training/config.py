@@ -117,4 +117,6 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = suggest(name, cls.model_fields)
         return f"there is no option '{name}' (given: {problem['input']!r}). {known}"
+    if problem["type"] == "missing":
+        return f"option '{name}' must be given."
     return f"option '{name}' was given {problem['input']!r}: {problem['msg']}."

@@ -131,6 +131,8 @@ class Stepper:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            if not hasattr(self, "device"):
+                self._place()
             groups = parameter_groups(self.objective, self.captioner, self.config)
             self.optimizer = self.make_optimizer(groups)
             self.schedule = make_schedule(self.optimizer, self.config, self.steps_per_epoch)
