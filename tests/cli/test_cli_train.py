@@ -67,6 +67,17 @@ def test_settings_reach_parts_losses_and_weights(teacher: Path, tmp_path: Path) 
     assert Captioner.load(tmp_path / "run" / "best").decoder.dim == 16
 
 
+def test_a_recipe_is_what_flags_and_settings_go_over(teacher: Path, tmp_path: Path) -> None:
+    command = ["distill", "--recipe", "reference", "--teacher", str(teacher / "best"), *TINY]
+    command += ["--student", "debug_student", "--out", str(tmp_path), "--set", "weights.hidden=0"]
+    assert main(command) == 0
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert written["losses"]["token"]["kwargs"] == {"temperature": 4.0}
+    assert written["weights"] == {"ce": 0.3, "token": 0.7, "feature": 0.2}
+    assert written["config"]["epochs"] == 1  # of TINY
+    assert written["config"]["schedule"] == "cosine_restarts"
+
+
 @pytest.mark.filterwarnings("default:The resumed run goes on with other options")
 def test_resume_goes_on_with_the_run_file_of_the_directory(teacher: Path, tmp_path: Path) -> None:
     assert main(distill(teacher, tmp_path, "--set", "train.schedule=constant")) == 0

@@ -16,6 +16,7 @@ from capdistill.cli.datasets import DataSection, FullPath, parse_data
 from capdistill.errors import ConfigError
 from capdistill.files import write_text
 from capdistill.training.config import DistillConfig, TrainConfig, parse
+from capdistill.training.recipes import recipe
 
 NAME = "config.json"
 S = TypeVar("S", bound=BaseModel)
@@ -134,6 +135,25 @@ def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
             "`capdistill train`, then give --teacher RUN/best."
         )
     return parse(cls, checked, "run file")
+
+
+def recipe_values(name: str) -> dict[str, Any]:
+    """A recipe as values of a run file.
+
+    Example:
+        >>> recipe_values("reference")["losses"]["token"]
+        {'name': 'token', 'kwargs': {'temperature': 4.0}}
+
+    Raises:
+        UnknownName: no such recipe.
+    """
+    options = recipe(name)
+    weights = options.pop("weights")
+    losses = {
+        term: {"name": loss.pop("name"), "kwargs": loss}
+        for term, loss in options.pop("losses").items()
+    }
+    return {"losses": losses, "weights": weights, "train": options}
 
 
 def read_values(path: str | Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from capdistill.cli.runfile import (
     override,
     parse_run,
     read_values,
+    recipe_values,
     write_resolved,
 )
 from capdistill.errors import ConfigError
@@ -125,8 +126,11 @@ def check(options: argparse.Namespace) -> int:
 def make_run(options: argparse.Namespace) -> RunConfig:
     """Run file, flags and settings to one checked configuration."""
     values: dict[str, Any] = {}
+    if getattr(options, "recipe", None) is not None:
+        values = recipe_values(options.recipe)
     if options.config is not None:
-        values = read_values(options.config)
+        for section, given in read_values(options.config).items():
+            values[section] = _joined(values.get(section), given)
     elif options.resume and options.out and (Path(options.out) / NAME).exists():
         values = read_values(Path(options.out) / NAME)
     for section, given in _from_flags(options).items():
@@ -169,6 +173,9 @@ def _joined(old: Any, new: Any) -> Any:
 def _add_pair_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", metavar="DIR", help="a saved captioner, e.g. RUN/best")
     parser.add_argument("--student", metavar="NAME", help="a preset; see `capdistill models`")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="losses, weights and options by name, e.g. reference"
+    )
     _add_run_options(parser)
 
 
