@@ -129,8 +129,10 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> N
 
 def _is_torch(path: Path) -> bool:
     with path.open("rb") as file:
-        start = file.read(2)
-    return start == b"PK" or start[:1] == b"\x80"  # zip archive, or a bare pickle
+        start = file.read(9)
+    if start[8:] == b"{":  # safetensors: eight bytes of length, which may look like anything, JSON
+        return False
+    return start[:2] == b"PK" or start[:1] == b"\x80"  # zip archive, or a bare pickle
 
 
 def _read_torch(path: Path) -> Any:

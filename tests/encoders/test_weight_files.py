@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import struct
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from capdistill import weights
 from capdistill.encoders.timm import TimmEncoder
 from capdistill.errors import CheckpointError
 from capdistill.weights import load_exactly, read_state_dict, strip_prefixes
@@ -178,3 +182,14 @@ def test_names_that_are_expected_keep_their_prefix():
         "module.weight",
         "model.bias",
     ]
+
+
+@pytest.mark.parametrize("first", [0x80, 0x50])
+def test_a_safetensors_file_is_known_whatever_its_length_begins_with(first, tmp_path):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    length = next(n for n in range(len(header), 1000) if n % 256 == first)
+    size = struct.pack("<Q", length)
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(size + header.ljust(length) + struct.pack("<f", 2.0))
+    assert read_state_dict(path) == {"w": torch.tensor([2.0])}
+    assert not weights._is_torch(path)
