@@ -161,6 +161,7 @@ def _built(preset: Preset, vocabulary: int) -> tuple[Encoder, Decoder]:
 
 
 def _size(name: str, preset: Preset, vocabulary: int) -> Size:
+    encoders.get(preset.encoder), decoders.get(preset.decoder)  # imported off the meta device
     try:
         with torch.device("meta"):
             encoder, decoder = _built(preset, vocabulary)
