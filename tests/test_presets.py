@@ -123,3 +123,9 @@ def test_an_encoder_of_a_preset_gives_what_its_row_says(sizes):
 
     row = sizes["vit_transformer"]
     assert tokens.shape == (1, row.tokens, row.dim) == (1, 197, 384)
+
+
+def test_a_preset_takes_changes_to_its_parts_through_the_captioner_too(tokenizer):
+    changes = {"encoder": {"dim": 16}, "decoder": {"hidden": 24}}
+    student = cd.Captioner.create("debug_student", tokenizer=tokenizer, **changes)
+    assert (student.encoder.dim, student.decoder.hidden_dims[0]) == (16, 24)

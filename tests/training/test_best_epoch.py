@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from capdistill import Captioner, Trainer
 from capdistill.errors import UnknownName
 from capdistill.metrics import Metric
-from capdistill.training.callbacks import Monitor
+from capdistill.training.callbacks import Monitor, resolve_monitor
 
 NAN = math.nan
 TABLE = [
@@ -161,3 +161,8 @@ def test_the_best_epoch_is_the_first_extreme_of_the_numbers(
     best = (max if higher else min)(numbers, default=None)
     assert monitor.best == best
     assert monitor.best_epoch == (None if best is None else series.index(best))
+
+
+def test_a_score_that_is_not_measured_says_how_to_have_it_measured():
+    with pytest.raises(UnknownName, match=r"'rouge_l' is measured.*metrics, 'rouge_l'\)"):
+        resolve_monitor("rouge_l", {"cider_d": True})

@@ -63,6 +63,17 @@ def test_a_pair_is_distilled_from_two_caches(colours: CaptionData, tmp_path: Pat
     assert len(list(tmp_path.glob("*.f16"))) == 2
 
 
+def test_a_teachers_trunk_is_cached_however_it_was_trained(
+    colours: CaptionData, tmp_path: Path
+) -> None:
+    teacher = tiny.make_teacher(trainable=True)
+    assert not teacher.encoder.trunk_frozen
+    distiller = Distiller(teacher, frozen(), **{**OPTIONS, "cache_dir": str(tmp_path)})
+    before = teacher.encoder.seen
+    distiller.fit(colours, cache_features=True)
+    assert teacher.encoder.seen == before + 6  # each image once, in two epochs
+
+
 def losses_of_terms(distiller: Distiller) -> dict[str, float]:
     terms = distiller.history.epochs[-1]["train"]["terms"]
     return {name: term["raw"] for name, term in terms.items()}
