@@ -28,7 +28,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     data = cd.data.Flickr8k(options.data)
-    tokenizer = cd.WordTokenizer.train(data.train.captions, min_count=5)
+    tokenizer = cd.WordTokenizer.train(data.train.captions, min_count=options.min_count)
     torch.manual_seed(options.seed)
     captioner = make_captioner(options, tokenizer)
     print(f"{captioner.num_parameters():,} parameters, {len(tokenizer)} words", flush=True)
@@ -62,6 +62,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--losses", type=json.loads, default={"token": {"name": "token"}})
     parser.add_argument("--term-weights", type=json.loads, default={})
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--min-count", type=int, default=5, help="of a word, to be in the tokenizer"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--set", type=json.loads, default={}, help="JSON, training options")

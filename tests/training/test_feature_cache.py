@@ -240,3 +240,38 @@ def test_a_store_goes_to_a_worker_as_a_name_not_as_its_content(tmp_path: Path) -
     assert torch.equal(pickle.loads(sent)["7"], store["7"])
     small = TrunkStore(np.ones((1, 2, 3), np.float16), ["a"])
     assert torch.equal(pickle.loads(pickle.dumps(small))["a"], torch.ones(2, 3).half())
+
+
+def test_views_are_encoded_once_each_and_never_again(colours: CaptionData, tmp_path: Path) -> None:
+    first = frozen()
+    fit(first, colours, tmp_path, cache_features=True, cache_views=3)
+    assert first.encoder.seen == 3 * 6  # validation shows view 0, which is there already
+    again = frozen()
+    fit(again, colours, tmp_path, cache_features=True, cache_views=2)
+    assert again.encoder.seen == 0
+
+
+def test_the_tokens_of_an_epoch_are_those_of_the_view_it_shows(tmp_path: Path) -> None:
+    student = frozen()
+    trainer = Trainer(
+        student, **OPTIONS, cache_features=True, cache_views=3, flip=True, cache_dir=str(tmp_path)
+    )
+    trainer.fit(Noise(1))
+    trunk = student.encoder.fingerprint()
+    loader = trainer.train_source
+    loader.assembler.with_images = True
+    shown: dict[str, set[bytes]] = {}
+    for epoch in range(3):
+        for batch in loader.epoch(epoch):
+            with torch.no_grad():
+                expected = student.encoder.trunk(batch.images)
+            assert_close(batch.cached[trunk].float(), expected, rtol=2e-3, atol=2e-3)
+            for image, pixels in zip(batch.image_ids, batch.images, strict=True):
+                shown.setdefault(image, set()).add(pixels.numpy().tobytes())
+    assert all(len(views) >= 2 for views in shown.values())  # two small crops may be one
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_features": True, "cache_images": True}])
+def test_views_that_nothing_caches_are_refused(colours: CaptionData, options: Any) -> None:
+    with pytest.raises(ConfigError, match="cache_views=2 are views of cached features"):
+        Trainer(frozen(), **OPTIONS, **options, cache_views=2).fit(colours)

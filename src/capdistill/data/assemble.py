@@ -16,7 +16,7 @@ from capdistill.data.chance import choose, generator
 from capdistill.data.images import ImageSource, read_image
 from capdistill.data.records import CaptionData
 from capdistill.data.report import Problem
-from capdistill.data.transforms import centre_square, random_square
+from capdistill.data.transforms import centre_square, random_square, view_of, view_square
 from capdistill.errors import DataError
 from capdistill.outputs import Batch
 
@@ -66,11 +66,14 @@ class Assembler(Dataset[Made]):
         stores: Mapping[str, Any],
         with_images: bool,
         max_length: int | None,
+        views: int,
+        view: int,
     ) -> None:
         self.data, self.tokenizer, self.stores = data, tokenizer, stores
         self.image_size, self.train, self.seed = image_size, train, seed
-        self.flip, self.random_crop = train and flip, train and crop
+        self.flip, self.random_crop = flip and (train or view > 0), train and crop
         self.with_images, self.max_length = with_images, max_length
+        self.views, self.view = views, view
         self.ids: Sequence[str] | None = getattr(data, "image_ids", None)
         self.cache: dict[int, Tensor] | None = {} if cache_images else None
         self._k = captions_per_image or (1 if train else None)
@@ -99,9 +102,14 @@ class Assembler(Dataset[Made]):
         item = self._item(number)
         rng = generator(self.seed, epoch, item.image_id)
         chosen = choose(item.captions, self.k, rng if self.train else None)
-        pixels = self._pixels(number, item, rng)
-        cached = {key: _fetch(store, key, item) for key, store in self.stores.items()}
+        view = view_of(epoch, item.image_id, self.views) if self.views > 1 else self.view
+        pixels = self._pixels(number, item, rng, view)
+        stores = {key: self._at(store, view) for key, store in self.stores.items()}
+        cached = {key: _fetch(store, key, item) for key, store in stores.items()}
         return _Part(item.image_id, item.captions, chosen, pixels, cached)
+
+    def _at(self, store: Any, view: int) -> Any:
+        return store[view] if self.views > 1 else store
 
     def _item(self, number: int) -> Item:
         if isinstance(self.data, CaptionData):
@@ -114,7 +122,7 @@ class Assembler(Dataset[Made]):
             raise _UnusableError("corrupt image", f"item {name}", str(error)) from error
         return _checked(pair, name)
 
-    def _pixels(self, number: int, item: Item, rng: torch.Generator) -> Tensor:
+    def _pixels(self, number: int, item: Item, rng: torch.Generator, view: int) -> Tensor:
         if not self.with_images:
             return torch.empty(3, 0, 0, dtype=torch.uint8)
         image = None if self.cache is None else self.cache.get(number)
@@ -122,6 +130,8 @@ class Assembler(Dataset[Made]):
             image = self._decoded(item)
             if self.cache is not None:
                 image = self.cache[number] = self._to_keep(image)
+        if view or self.views > 1:
+            return view_square(image, self.image_size, view, item.image_id, flip=self.flip)
         if self.random_crop:
             return random_square(image, self.image_size, rng, flip=self.flip)
         square = centre_square(image, self.image_size)

@@ -52,6 +52,9 @@ class Loader:
         stores: Encoder fingerprint -> trunk tokens by image id; batches carry them in `cached`.
         with_images: False gives images of (I, 3, 0, 0) and opens no file of a `CaptionData`.
         max_length: Cut ids to this many tokens; default as the tokenizer gives them.
+        views: How many views of an image the epochs take in turn: the centre, and random crops
+            that are always the same. Each of `stores` is then a sequence, one store a view.
+        view: Show this view in every epoch.
         start_method: How workers start: "fork", "spawn", "forkserver"; default Python's own.
 
     Raises:
@@ -77,11 +80,14 @@ class Loader:
         stores: Mapping[str, Any] | None = None,
         with_images: bool = True,
         max_length: int | None = None,
+        views: int = 1,
+        view: int = 0,
         start_method: str | None = None,
     ) -> None:
         _at_least(1, image_size=image_size, batch_size=batch_size)
         _at_least(1, captions_per_image=captions_per_image, max_length=max_length)
-        _at_least(0, workers=workers)
+        _at_least(0, workers=workers, view=view)
+        _at_least(1, views=views)
         self.num_images = _length(data)
         self.batch_size, self.train, self.seed, self.workers = batch_size, train, seed, workers
         self.errors: Policy = Report(errors).errors
@@ -102,6 +108,8 @@ class Loader:
             stores=dict(stores or {}),
             with_images=with_images,
             max_length=max_length,
+            views=views,
+            view=view,
         )
 
     def __len__(self) -> int:

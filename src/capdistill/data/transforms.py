@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from capdistill.data.chance import generator, hashed
+
 MIN_AREA = 0.75  # of the largest square, in a training crop: captions speak of the whole picture
 MAX_RATIO = 1.1
 
@@ -49,6 +51,30 @@ def random_square(image: Tensor, size: int, rng: torch.Generator, *, flip: bool 
     top, left = int(down * (height - rows + 1)), int(right * (width - columns + 1))
     square = _cut(image, top, left, rows, columns, size)
     return square.flip(2) if flip and mirror < 0.5 else square
+
+
+def view_square(image: Tensor, size: int, view: int, image_id: str, *, flip: bool) -> Tensor:
+    """View 0 is the centred square; any other a random crop that depends on its key alone.
+
+    Example:
+        >>> picture = torch.arange(3 * 40 * 90).view(3, 40, 90).to(torch.uint8)
+        >>> a, b = (view_square(picture, 16, view=2, image_id="dog.jpg", flip=True) for _ in "ab")
+        >>> bool((a == b).all())
+        True
+    """
+    if view == 0:
+        return centre_square(image, size)
+    return random_square(image, size, generator("view", view, image_id), flip=flip)
+
+
+def view_of(epoch: int, image_id: str, views: int) -> int:
+    """Which view of an image an epoch shows: each in turn, beginning anywhere.
+
+    Example:
+        >>> sorted(view_of(epoch, "dog.jpg", views=4) for epoch in range(4))
+        [0, 1, 2, 3]
+    """
+    return (epoch + hashed("view", image_id)) % views
 
 
 def _cut(image: Tensor, top: int, left: int, rows: int, columns: int, size: int) -> Tensor:

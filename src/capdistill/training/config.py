@@ -42,6 +42,8 @@ class TrainConfig(BaseModel):
         flip: Mirror half of the training images; captions say left and right, so off.
         cache_images: Keep decoded images in memory.
         cache_features: Encode each image once where the trunk is frozen.
+        cache_views: Views of a training image that `cache_features` encodes, the centre and random
+            crops (mirrored with `flip`); the epochs take them in turn.
         cache_dir: Where cached features lie; a folder of the user's cache unless given.
         errors: "skip" names unreadable images and goes on; "raise" stops.
         eval_batch_size: Images a batch in validation.
@@ -74,6 +76,7 @@ class TrainConfig(BaseModel):
     flip: bool = False
     cache_images: bool = False
     cache_features: bool = False
+    cache_views: int = Field(1, ge=1)
     cache_dir: str | None = None
     errors: Literal["skip", "raise"] = "skip"
     eval_batch_size: int = Field(64, ge=1)

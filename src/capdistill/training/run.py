@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,18 +62,27 @@ def require_usable(trainer: Trainer) -> None:
 
 
 def wants_crops(config: TrainConfig) -> bool:
-    """Whether training images are cropped at random.
+    """Whether training images are cropped at random, anew in every epoch.
 
     Raises:
-        ConfigError: together with cached features, which know one view of an image only.
+        ConfigError: together with cached features, which know a few views of an image only; or
+            views that nothing would cache.
     """
-    if config.cache_features and (config.augment or config.flip):
+    if config.cache_views > 1 and (config.cache_images or not config.cache_features):
+        raise ConfigError(
+            f"cache_views={config.cache_views} are views of cached features, but cache_features="
+            f"{config.cache_features} and cache_images={config.cache_images}. Set "
+            "cache_features=True and cache_images=False, or cache_views=1."
+        )
+    if config.cache_features and config.cache_views == 1 and (config.augment or config.flip):
         raise ConfigError(
             "cache_features=True keeps one encoding an image, so it can not go with random "
-            f"augmentation (augment={config.augment}, flip={config.flip}). Set augment=False and "
-            "flip=False, or cache_features=False."
+            f"augmentation (augment={config.augment}, flip={config.flip}). Set cache_views=4 to "
+            "encode four views of each, or augment=False and flip=False, or cache_features=False."
         )
-    return not config.cache_features if config.augment is None else config.augment
+    if config.cache_features:
+        return False
+    return config.augment is not False
 
 
 def image_size(models: list[Any]) -> int:
@@ -85,20 +95,32 @@ def _source(trainer: Trainer, data: Any, **options: Any) -> Source:
     tokenizer, size = trainer.captioner.tokenizer, image_size(trainer.models)
     if not trainer.config.cache_features:
         return make_source(data, tokenizer, image_size=size, **options)
-    plain = {**options, "train": False, "batch_size": trainer.config.eval_batch_size}
-    plain |= {"cache_images": False, "crop": False, "flip": False, "captions_per_image": 1}
-    source = make_source(data, tokenizer, image_size=size, **plain)
-    if isinstance(source, FixedBatches):
-        raise ConfigError("cache_features=True needs a data set; these are ready-made batches.")
     frozen = [model for model in trainer.models if _is_cacheable(model, trainer.captioner)]
+    views = trainer.config.cache_views if options["train"] else 1
     return make_source(
         data,
         tokenizer,
         image_size=size,
-        stores=_stores(trainer, frozen, source, data_key(data, source, size)),
+        stores=_stores(trainer, frozen, list(_views(trainer, data, views, size, options))),
         with_images=len(frozen) < len(trainer.models),
         **options,
+        views=views,
     )
+
+
+def _views(
+    trainer: Trainer, data: Any, views: int, size: int, options: dict[str, Any]
+) -> Iterator[tuple[Source, str]]:
+    """A source of every view of the images, each once, with what stands for it in the cache."""
+    plain = {**options, "train": False, "batch_size": trainer.config.eval_batch_size}
+    plain |= {"cache_images": False, "crop": False, "captions_per_image": 1}
+    key = ""
+    for view in range(views):
+        source = make_source(data, trainer.captioner.tokenizer, image_size=size, view=view, **plain)
+        if isinstance(source, FixedBatches):
+            raise ConfigError("cache_features=True needs a data set; these are ready-made batches.")
+        key = key or data_key(data, source, size)
+        yield source, f"{key} view {view} flip {trainer.config.flip}" if view else key
 
 
 def _is_cacheable(model: Any, trained: Captioner) -> bool:
@@ -108,19 +130,23 @@ def _is_cacheable(model: Any, trained: Captioner) -> bool:
     return model is not trained or model.encoder.trunk_frozen
 
 
-def _stores(trainer: Trainer, models: list[Any], source: Source, key: str) -> dict[str, TrunkStore]:
+def _stores(
+    trainer: Trainer, models: list[Any], views: list[tuple[Source, str]]
+) -> dict[str, TrunkStore | list[TrunkStore]]:
+    """Trunk tokens by fingerprint; one store a view where there are several."""
     directory = Path(trainer.config.cache_dir or default_cache_dir())
     if not models:
         raise ConfigError(
             "cache_features=True but no model has a frozen trunk with a fingerprint(). Create the "
             "encoder with trainable='none', or set cache_features=False."
         )
-    stores: dict[str, TrunkStore] = {}
+    stores: dict[str, TrunkStore | list[TrunkStore]] = {}
     for model in models:
         encoder = model.encoder.to(trainer.device)
         trunk = encoder.fingerprint()
         if trunk not in stores:
-            stores[trunk] = cache_trunk(encoder, source, key, directory, trainer.precision)
+            made = [cache_trunk(encoder, *view, directory, trainer.precision) for view in views]
+            stores[trunk] = made if len(made) > 1 else made[0]
     return stores
 
 
