@@ -10,13 +10,15 @@ from pathlib import Path
 
 from packaging.metadata import Metadata
 
-LARGEST_WHEEL = 1_500_000
+LARGEST_WHEEL = 3_000_000
 IN_WHEEL = [
     r"capdistill/__init__\.py",
     r"capdistill/py\.typed",
     r"capdistill/data/sample/.*\.jpg",
     r"capdistill/data/sample/.*\.json",
     r"capdistill/data/sample/.*\.(md|txt)",
+    r"capdistill/metrics/wordnet/synonyms\.txt\.gz",
+    r"capdistill/metrics/wordnet/LICENSE",
     r"capdistill-[^/]+\.dist-info/licenses/LICENSE",
     r"capdistill-[^/]+\.dist-info/entry_points\.txt",
 ]
@@ -24,7 +26,7 @@ IN_SDIST = [
     r"pyproject\.toml",
     r"README\.md",
     r"LICENSE",
-    *(f"src/{each}" for each in IN_WHEEL[:5]),
+    *(f"src/{each}" for each in IN_WHEEL[:7]),
 ]
 
 

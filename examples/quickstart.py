@@ -21,7 +21,7 @@ voice = cd.decoders.create("transformer", dim=128, width=128, layers=1, heads=4)
 teacher = cd.Captioner(eye, voice, tokenizer)
 eye = cd.encoders.create("timm", name="test_efficientnet", dim=32, weights=False, trainable="all")
 student = cd.Captioner(eye, cd.decoders.create("lstm", dim=32, hidden=128), tokenizer)
-options = {"epochs": 6, "batch_size": 8, "captions_per_image": 5, "learning_rate": 2e-3}
+options = {"epochs": 6, "batch_size": 8, "learning_rate": 2e-3}
 options |= {"cache_images": True, "schedule": "warmup_cosine", "encoder_rate": 0.3}
 cd.Trainer(teacher, **options).fit(data.train, data.val)
 losses = {"token": cd.TokenKD(temperature=2.0), "favourite": "favourite"}

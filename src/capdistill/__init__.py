@@ -20,6 +20,7 @@ _PUBLIC = {
     "Distiller": "training.distiller",
     "Encoder": "encoders.base",
     "FeatureKD": "losses.feature",
+    "GenerationConfig": "generation.config",
     "HiddenKD": "losses.hidden",
     "ModelSpec": "outputs",
     "TokenKD": "losses.token",
@@ -29,7 +30,17 @@ _PUBLIC = {
     "evaluate": "evaluation",
     "presets": "presets",
 }
-_PACKAGES = ("data", "decoders", "encoders", "errors", "losses", "metrics", "teachers", "training")
+_PACKAGES = (
+    "data",
+    "decoders",
+    "encoders",
+    "errors",
+    "losses",
+    "metrics",
+    "plots",
+    "teachers",
+    "training",
+)
 
 __version__ = "0.1.0"
 __all__ = [*_PUBLIC, *_PACKAGES, "__version__"]

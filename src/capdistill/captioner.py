@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from capdistill import saved
+from capdistill.caption_stream import caption_stream, is_many
 from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
-from capdistill.errors import ConfigError, DataError, IncompatibleModels
-from capdistill.generation import Hypothesis, greedy
+from capdistill.errors import DataError, IncompatibleModels
+from capdistill.generation.captions import captions
+from capdistill.generation.config import GenerationConfig, resolve
+from capdistill.generation.hypothesis import Hypothesis
+from capdistill.generation.plan import Plan
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 from capdistill.tokenizer import Tokenizer
 from capdistill.weights import load_exactly, read_state_dict, strip_prefixes
@@ -82,10 +84,23 @@ class Captioner(nn.Module):
 
         return presets.create(preset, tokenizer, weights=weights, encoder=encoder, decoder=decoder)
 
-    def forward(self, batch: Batch, need: frozenset[str] = frozenset()) -> CaptionerOutput:
-        """Teacher-forced logits for a batch, aligned with `batch.targets`."""
+    def forward(
+        self,
+        batch: Batch,
+        need: frozenset[str] = frozenset(),
+        read: Callable[[Batch, Tensor], Tensor] | None = None,
+    ) -> CaptionerOutput:
+        """Teacher-forced logits for a batch, aligned with `batch.targets`.
+
+        Args:
+            batch: B = I * k captions.
+            need: Of "hidden" and "attention", what is wanted beside logits and features.
+            read: `read(batch, features)` gives the (B, T - 1) ids that the decoder reads; those
+                of the batch unless given.
+        """
         features = self.encode(batch)
-        out = self.decoder(batch.inputs, features, need)
+        inputs = batch.inputs if read is None else read(batch, features)
+        out = self.decoder(inputs, features, need)
         return CaptionerOutput(out.logits, out.hidden, features, out.attention, batch.target_mask)
 
     def encode(self, batch: Batch) -> Tensor:
@@ -106,67 +121,90 @@ class Captioner(nn.Module):
         features: Tensor = self.encoder(batch.images)
         return features
 
-    def generate(self, batch: Batch | Tensor, max_length: int | None = None) -> list[Hypothesis]:
-        """One caption an image, greedily, in evaluation mode; training flags are restored.
+    def generate(
+        self,
+        batch: Batch | Tensor,
+        generation: GenerationConfig | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[Hypothesis]:
+        """One caption an image, greedily unless told otherwise; training flags are restored.
+
+        Example:
+            `captioner.generate(batch, beam_size=3, no_repeat_ngram=3)`
 
         Args:
             batch: A batch, or (I, 3, H, W) uint8 images.
-            max_length: Tokens at most; the tokenizer's limit and the end token unless given.
+            generation: How, as a whole.
+            options: Fields of `GenerationConfig`, over those of `generation`.
 
         Raises:
-            ConfigError: max_length < 1.
+            ConfigError: options that can not be.
         """
-        if max_length is None:
-            max_length = getattr(self.tokenizer, "max_length", 40) + 1
+        plan = Plan.of(resolve(generation, options), self.tokenizer)
         with evaluating(self), torch.no_grad():
             features = self.encode(batch) if isinstance(batch, Batch) else self.encoder(batch)
-            hypotheses = greedy(
-                self.decoder,
-                features,
-                start_id=self.tokenizer.start_id,
-                end_id=self.tokenizer.end_id,
-                max_length=max_length,
-                banned=self._never_said(),
-            )
-        return [replace(h, text=self.tokenizer.decode(h.tokens)) for h in hypotheses]
-
-    def _never_said(self) -> list[int]:
-        """Unknown, padding and start tokens are no words; the end token must stay possible."""
-        ids = {getattr(self.tokenizer, key, None) for key in ("unk_id", "pad_id", "start_id")}
-        return sorted(i for i in ids if i is not None and i != self.tokenizer.end_id)
+            return captions(self.decoder, features, self.tokenizer, plan, batch)
 
     def caption(
-        self, images: Any, *, max_length: int | None = None, batch_size: int = 32
-    ) -> str | list[str]:
+        self,
+        images: Any,
+        *,
+        batch_size: int = 32,
+        errors: Literal["raise", "skip"] = "raise",
+        details: bool = False,
+        progress: bool = False,
+        **generation: Any,
+    ) -> Any:
         """Caption a path, bytes, PIL image, array or tensor, or each of an iterable of them.
 
         Example:
-            `student.caption("dog.jpg")` gives "a brown dog runs through the grass".
+            `student.caption("dog.jpg")` gives "a brown dog runs through the grass", and
+            `student.caption(paths, beam_size=3, errors="skip")` a list of such.
 
         Args:
             images: One image gives a text; an iterable of any length, or a (I, 3, H, W) array or
                 tensor, gives a list of texts in its order.
-            max_length: As for `generate`.
             batch_size: Images that are in memory, and in the model, at once.
+            errors: What to do about an image that can not be read: "raise", or "skip": a warning
+                names it and its place in the list is None.
+            details: Give a `CaptionResult` (log-probabilities, n-best, attention) for each text.
+            progress: Show a bar.
+            generation: As for `generate`: `beam_size=3`, `max_length=20`, `generation=config`, ...
 
         Raises:
             DataError: an image that can not be read, by name.
-            ConfigError: batch_size or max_length < 1.
+            ConfigError: batch_size < 1, or options of `generate` that can not be.
         """
-        if batch_size < 1:
-            raise ConfigError(f"caption: batch_size must be at least 1, got {batch_size}.")
-        many = _is_many(images)
-        texts: list[str] = []
-        for chunk in _chunks(images if many else [images], batch_size):
-            pixels = torch.stack([self._pixels(image) for image in chunk])
-            texts += [h.text for h in self.generate(pixels.to(self.device), max_length)]
-        return texts if many else texts[0]
+        many = is_many(images)
+        wanted: dict[str, Any] = {"batch_size": batch_size, "errors": errors, "details": details}
+        stream = self.caption_stream(images if many else [images], **wanted, **generation)
+        if not many:
+            return next(stream)
+        return list(_bar(stream, images) if progress else stream)
 
-    def _pixels(self, image: Any) -> Tensor:
-        from capdistill.data.images import read_image
-        from capdistill.data.transforms import centre_square
+    def caption_stream(
+        self,
+        images: Iterable[Any],
+        *,
+        batch_size: int = 32,
+        errors: Literal["raise", "skip"] = "raise",
+        details: bool = False,
+        **generation: Any,
+    ) -> Iterator[Any]:
+        """As `caption` for an iterable, each caption as soon as its batch is done.
 
-        return centre_square(read_image(image), self.encoder.image_size)
+        Nothing is kept, so that the iterable may be endless (a camera, a queue).
+
+        Example:
+            `for text in student.caption_stream(frames, batch_size=1): print(text)`
+        """
+        options: dict[str, Any] = {"batch_size": batch_size, "errors": errors, "details": details}
+        return caption_stream(self, images, **options, generation=generation)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images it reads."""
+        return int(self.encoder.image_size)
 
     @property
     def device(self) -> torch.device:
@@ -263,22 +301,8 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _is_many(images: Any) -> bool:
-    """Whether this is an iterable of images rather than one image."""
-    if isinstance(images, Tensor):
-        return images.ndim == 4
-    if hasattr(images, "__array__"):
-        return getattr(images, "ndim", 3) == 4
-    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(images, "read")
-    return not single and isinstance(images, Iterable)
+def _bar(stream: Iterator[Any], images: Any) -> Iterator[Any]:
+    from tqdm import tqdm
 
-
-def _chunks(items: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+    total = len(images) if hasattr(images, "__len__") else None
+    yield from tqdm(stream, total=total, desc="captioning", unit="image")

@@ -12,6 +12,8 @@ import torch
 from capdistill.captioner import evaluating
 from capdistill.errors import ConfigError, DataError
 from capdistill.gallery import Gallery
+from capdistill.generation.config import GenerationConfig
+from capdistill.measure import generates
 from capdistill.outputs import Batch
 
 TIMED = 20  # images
@@ -20,8 +22,16 @@ TIMED = 20  # images
 class Pass:
     """One pass of a model over the data, and what it leaves behind."""
 
-    def __init__(self, captioner: Any, source: Any, limit: int | None, progress: bool) -> None:
-        self.captioner, self.source, self.limit, self.progress = captioner, source, limit, progress
+    def __init__(
+        self,
+        captioner: Any,
+        source: Any,
+        limit: int | None,
+        progress: bool,
+        generation: GenerationConfig | None = None,
+    ) -> None:
+        self.source, self.limit, self.progress = source, limit, progress
+        self.generate = generates(captioner, generation)
         self.captions: dict[str, str] = {}
         self.references: dict[str, tuple[str, ...]] = {}
         self.unfinished: list[str] = []
@@ -37,7 +47,7 @@ class Pass:
         for batch in self._batches():
             if batch.references is None:
                 raise DataError(_NO_REFERENCES)
-            hypotheses = self.captioner.generate(batch.to(device))
+            hypotheses = self.generate(batch.to(device))
             for i, (hypothesis, texts) in enumerate(zip(hypotheses, batch.references, strict=True)):
                 self._note(batch, i, hypothesis, texts)
         if not self.captions:
@@ -116,9 +126,15 @@ def open_source(captioner: Any, data: Any, batch_size: int, workers: int) -> Any
         )
     if isinstance(data, Iterator):
         return data
-    size = int(captioner.encoder.image_size)
+    size = size_of(captioner)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "errors": "skip"}
     return make_source(data, captioner.tokenizer, image_size=size, **options)
+
+
+def size_of(captioner: Any) -> int:
+    """Side in pixels of the images it reads; 224 where neither it nor its encoder says."""
+    own = getattr(captioner, "image_size", None)
+    return int(own or getattr(getattr(captioner, "encoder", None), "image_size", 224))
 
 
 @contextmanager

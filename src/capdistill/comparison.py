@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
 from capdistill.evaluation import Evaluation, evaluate
 from capdistill.files import write_text
 from capdistill.measure import Latency, time_captions
+from capdistill.metrics.significance import PairedScores, check_samples, paired
 
 SCHEMA = "capdistill.comparison/1"
 
@@ -44,11 +45,15 @@ class Row:
     Args:
         key: Its name in the JSON file.
         label: Its name for readers.
-        unit: "score", "share", "count", "bytes" or "ms".
+        unit: "score", "share", "words", "count", "bytes" or "ms".
         values: Model -> figure, or None where there is none.
         relation: Student against teacher, in words; "" where it can not be formed.
         expected: What the reference recipe promises, in words; "" where nothing.
         reached: Whether the student keeps the promise; None where there is none to keep.
+        intervals: Model -> low and high end of the interval of its figure, where samples were
+            drawn.
+        differences: "teacher" and, where given, "baseline" -> the student's figure minus that
+            model's: "difference", "interval" and "p_value", as in `metrics.PairedScore`.
     """
 
     key: str
@@ -58,6 +63,8 @@ class Row:
     relation: str
     expected: str
     reached: bool | None
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    differences: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,21 @@ class Comparison:
             (the form of `Evaluation.to_json`).
         rows: The table.
         samples: Images spread evenly over the data, not chosen by quality.
+        bootstrap: What the intervals of the rows are of: "samples", "seed", "confidence", and
+            "notes" on scores without one; None where no samples were drawn.
     """
 
     models: Mapping[str, Mapping[str, Any]]
     rows: tuple[Row, ...]
     samples: tuple[Sample, ...]
+    bootstrap: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain dicts and lists; "schema" names the form."""
         return {
             "schema": SCHEMA,
             "rows": [asdict(row) for row in self.rows],
+            "bootstrap": self.bootstrap,
             "samples": [asdict(sample) for sample in self.samples],
             "models": {role: dict(found) for role, found in self.models.items()},
         }
@@ -115,6 +126,7 @@ class Comparison:
                 models=content["models"],
                 rows=tuple(Row(**row) for row in content["rows"]),
                 samples=tuple(Sample(**sample) for sample in samples),
+                bootstrap=content.get("bootstrap"),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -129,7 +141,13 @@ class Comparison:
 
 
 def compare(
-    teacher: Any, student: Any, data: Any, baseline: Any = None, **options: Any
+    teacher: Any,
+    student: Any,
+    data: Any,
+    baseline: Any = None,
+    *,
+    bootstrap: int = 0,
+    **options: Any,
 ) -> Comparison:
     """Evaluate teacher and student on the same images and set them side by side.
 
@@ -148,22 +166,62 @@ def compare(
         student: The model that was distilled from it.
         data: As in `evaluate`, but not a one-shot iterator: every model reads it.
         baseline: The same student trained by cross-entropy alone, as a third column.
+        bootstrap: Samples of the images to draw, such as 1000: scores get 95 % intervals, and
+            the student's difference from teacher and baseline an interval and a p-value, as
+            `metrics.paired_bootstrap` defines them. 0 draws none.
         options: Of `evaluate`.
 
     Raises:
+        ConfigError: a number of samples below 0.
         IncompatibleModels: the models could not be scored on the same images.
     """
+    if bootstrap:
+        check_samples(bootstrap)
     models = {"teacher": teacher, "student": student}
     if baseline is not None:
         models["baseline"] = baseline
+    if options.get("training_captions") is not None:  # an iterator would be empty the second time
+        options["training_captions"] = list(options["training_captions"])
     found = {role: evaluate(model, _again(data), **options) for role, model in models.items()}
     _same_images(found)
     found = _timed_in_turn(models, found)
+    rows, drawn = figures(found), _against(found, bootstrap) if bootstrap else {}
     return Comparison(
         models={role: each.to_json() for role, each in found.items()},
-        rows=tuple(figures(found)),
+        rows=tuple(_with_intervals(row, drawn) for row in rows),
         samples=tuple(_samples(found)),
+        bootstrap=_settings(drawn["teacher"]) if drawn else None,
     )
+
+
+def _against(found: Mapping[str, Evaluation], samples: int) -> dict[str, PairedScores]:
+    """Teacher and, where given, baseline -> the student beside it, on the same samples."""
+    systems = {role: (each.captions, each.scores) for role, each in found.items()}
+    others = [role for role in found if role != "student"]
+    pairs = [(role, "student") for role in others]
+    results = paired(found["student"].references, systems, pairs, samples)
+    return dict(zip(others, results, strict=True))
+
+
+def _with_intervals(row: Row, drawn: Mapping[str, PairedScores]) -> Row:
+    pairs = {role: each[row.key] for role, each in drawn.items() if row.key in each}
+    intervals = {role: list(pair.a_interval) for role, pair in pairs.items()}
+    differences = {
+        role: {
+            "difference": pair.difference,
+            "interval": list(pair.interval),
+            "p_value": pair.p_value,
+        }
+        for role, pair in pairs.items()
+    }
+    if pairs:
+        intervals["student"] = list(pairs["teacher"].b_interval)
+    return replace(row, intervals=intervals, differences=differences)
+
+
+def _settings(drawn: PairedScores) -> dict[str, Any]:
+    found = drawn.to_json()
+    return {name: found[name] for name in ("samples", "seed", "confidence", "notes")}
 
 
 @dataclass(frozen=True)
@@ -215,6 +273,8 @@ _LABELS = {
     "rouge_l": "ROUGE-L",
     "cider_d": "CIDEr-D",
     "meteor_nltk": "METEOR (NLTK)",
+    "meteor_1_5": "METEOR 1.5",
+    "meteor_1_5_nopara": "METEOR 1.5, no paraphrases",
 }
 
 
@@ -243,11 +303,18 @@ _COSTS: tuple[tuple[str, str, str, Callable[[Evaluation], float | None]], ...] =
 )
 
 
+_HEALTH = (
+    ("vocabulary", "Different words", "words"),
+    ("mean_length", "Words a caption", "words"),
+    ("distinct_captions", "Distinct captions", "share"),
+    ("novel", "Captions not in the training data", "share"),
+    ("repeats", "Captions that repeat a word pair", "share"),
+)
+
+
 def figures(found: Mapping[str, Evaluation]) -> list[Row]:
     """The rows of a table of evaluations; relations where there is a teacher and a student."""
     scores = list(dict.fromkeys(name for each in found.values() for name in each.scores))
-    if any(note.startswith("meteor_nltk") for each in found.values() for note in each.notes):
-        scores.append("meteor_nltk")  # not left out in silence
     rows = [
         _row(
             name,
@@ -257,6 +324,10 @@ def figures(found: Mapping[str, Evaluation]) -> list[Row]:
         )
         for name in scores
     ]
+    for key, label, unit in _HEALTH:
+        values = {role: getattr(each.health, key, None) for role, each in found.items()}
+        if any(value is not None for value in values.values()):
+            rows.append(_row(key, label, unit, values))
     for key, label, unit, read in _COSTS:
         rows.append(_row(key, label, unit, {role: read(each) for role, each in found.items()}))
     return rows
@@ -284,7 +355,8 @@ def _timed_in_turn(
     device = torch.device(teacher.device)
     with moved(list(models.values()), device):
         batches = [each.timed for each in found.values()]
-        times = time_captions(list(models.values()), batches, device, teacher.precision)
+        how = teacher.precision, teacher.generation
+        times = time_captions(list(models.values()), batches, device, *how)
     pairs = zip(found.items(), times, strict=True)
     return {role: replace(each, latency_ms=time) for (role, each), time in pairs}
 

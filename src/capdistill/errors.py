@@ -37,6 +37,10 @@ class PluginError(CapdistillError, ImportError):
     """A plugin that can not be loaded; names its distribution and the cause."""
 
 
+class MissingExtra(CapdistillError, ImportError):
+    """A part that needs an optional dependency; names the extra that installs it."""
+
+
 class CheckpointError(CapdistillError, RuntimeError):
     """A file of weights or of training state that is truncated, foreign or does not fit."""
 

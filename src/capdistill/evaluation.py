@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from capdistill.captioning import TIMED, Pass, moved, open_source
+from capdistill.captioning import TIMED, Pass, moved, open_source, size_of
 from capdistill.errors import CapdistillError, ConfigError, DataError
 from capdistill.gallery import Gallery
+from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.measure import (
     Latency,
     Memory,
@@ -22,7 +23,7 @@ from capdistill.measure import (
     time_captions,
     time_each,
 )
-from capdistill.metrics import CaptionScorer, Metric, Scores
+from capdistill.metrics import CaptionScorer, Diversity, Metric, Scores, diversity
 from capdistill.outputs import Batch
 from capdistill.training.runtime import autocast, pick_device, pick_precision
 
@@ -48,6 +49,8 @@ class Evaluation:
         preprocessing_ms: Time an image from file to pixels, apart.
         memory: Peak memory, see `Memory`.
         notes: What a reader of the figures must know.
+        generation: How it captioned; None is the model's own default.
+        health: How varied the captions are, and how many are empty, repetitive or cut off.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     gallery: Gallery = field(default_factory=Gallery, repr=False, compare=False)
     timed: tuple[Batch, ...] = field(default=(), repr=False, compare=False)
+    generation: GenerationConfig | None = None
+    health: Diversity | None = None
 
     @property
     def covered(self) -> tuple[str, ...]:
@@ -91,6 +96,7 @@ class Evaluation:
             "name": self.name,
             "scores": dict(self.scores),
             "success_rate": self.success_rate,
+            "health": self.health and self.health.to_json(),
             "images": len(self.captions),
             "skipped": list(self.skipped),
             "unfinished": list(self.unfinished),
@@ -101,6 +107,7 @@ class Evaluation:
             "memory_bytes": self.memory and asdict(self.memory),
             "device": self.device,
             "precision": self.precision,
+            "generation": self.generation and self.generation.model_dump(mode="json"),
             "notes": list(self.notes),
             "captions": dict(self.captions),
             "references": {image: list(texts) for image, texts in self.references.items()},
@@ -126,6 +133,9 @@ def evaluate(
     measure: bool = True,
     progress: bool = False,
     name: str | None = None,
+    generation: GenerationConfig | Mapping[str, Any] | None = None,
+    training_captions: Iterable[str] | None = None,
+    **options: Any,
 ) -> Evaluation:
     """Caption every image of `data`, score the captions, measure size, time and memory.
 
@@ -152,6 +162,10 @@ def evaluate(
         measure: Also measure bytes on disk, time and memory (the last in a process of its own).
         progress: Show a bar.
         name: What tables call the model; its own name unless given.
+        generation: How to caption, a `GenerationConfig` or its options; greedy unless given.
+        training_captions: What the model was trained on; captions that are not among them are
+            novel.
+        options: Fields of `GenerationConfig`, over those of `generation`: `beam_size=3`, ...
 
     Raises:
         DataError: no image, or batches without references.
@@ -161,12 +175,15 @@ def evaluate(
         raise ConfigError(f"evaluate: limit={limit} was given; use None or a number of images.")
     where = pick_device(device)
     precise = pick_precision(where, precision)
-    run = Pass(captioner, open_source(captioner, data, batch_size, workers), limit, progress)
+    how = None if generation is None and not options else resolve(generation, options)
+    source = open_source(captioner, data, batch_size, workers)
+    run = Pass(captioner, source, limit, progress, how)
     with moved([captioner], where):
         with autocast(where, precise):
             run.caption(where)
-        costs = _costs(captioner, data, run.timed, where, precise) if measure else {}
+        costs = _costs(captioner, data, run.timed, where, precise, how) if measure else {}
     scores = CaptionScorer(run.references, metrics=metrics)(run.captions)
+    ended = {image: image not in run.unfinished for image in run.captions}
     notes = (*scores.notes, *costs.pop("notes", ()))
     return Evaluation(
         name=name or str(getattr(captioner, "name", "captioner")),
@@ -181,17 +198,24 @@ def evaluate(
         notes=notes,
         gallery=run.gallery,
         timed=tuple(run.timed),
+        generation=how,
+        health=diversity(run.captions, training_captions, ended),
         **costs,
     )
 
 
 def _costs(
-    captioner: Any, data: Any, timed: Sequence[Batch], device: torch.device, precision: str
+    captioner: Any,
+    data: Any,
+    timed: Sequence[Batch],
+    device: torch.device,
+    precision: str,
+    how: GenerationConfig | None,
 ) -> dict[str, Any]:
     """The measured fields of `Evaluation`; what can not be measured becomes a note."""
     found: dict[str, Any] = {"notes": ()}
     if timed:
-        found["latency_ms"] = time_captions([captioner], [timed], device, precision)[0]
+        found["latency_ms"] = time_captions([captioner], [timed], device, precision, how)[0]
     else:
         found["notes"] += ("Time was not measured: the batches hold no pixels.",)
     found["preprocessing_ms"] = _preprocessing(captioner, data)
@@ -200,12 +224,12 @@ def _costs(
             captioner.save(folder)
             found["disk_bytes"] = disk_bytes(folder)
             if device.type == "cpu":
-                found["memory"] = cpu_memory(folder, precision=precision)
+                found["memory"] = cpu_memory(folder, precision=precision, generation=how)
         except (CapdistillError, AttributeError) as error:
             found["notes"] += (f"Size on disk and memory are not complete: {error}",)
     if device.type == "cuda" and timed:
         with autocast(device, precision):
-            found["memory"] = cuda_memory(captioner, timed, device)
+            found["memory"] = cuda_memory(captioner, timed, device, how)
     return found
 
 
@@ -214,7 +238,7 @@ def _preprocessing(captioner: Any, data: Any) -> Latency | None:
     from capdistill.data.images import read_image
     from capdistill.data.transforms import centre_square
 
-    size = int(captioner.encoder.image_size)
+    size = size_of(captioner)
     paths = [example.path for example in getattr(data, "examples", ())[:TIMED]]
     readable = [path for path in paths if _readable(path)]
     if not readable:

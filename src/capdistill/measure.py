@@ -16,12 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from capdistill.errors import CapdistillError
+from capdistill.generation.config import GenerationConfig
 from capdistill.outputs import Batch
 from capdistill.training.runtime import autocast
 
@@ -118,11 +120,20 @@ def time_captions(
     batches: Sequence[Sequence[Batch]],
     device: torch.device,
     precision: str,
+    generation: GenerationConfig | None = None,
 ) -> list[Latency]:
     """Time `generate` of each model on its batches of one image; the pixels are on the device."""
     ready = [[batch.to(device) for batch in each] for each in batches]
     with autocast(device, precision):
-        return time_in_turn([captioner.generate for captioner in captioners], ready, device)
+        runs = [generates(captioner, generation) for captioner in captioners]
+        return time_in_turn(runs, ready, device)
+
+
+def generates(captioner: Any, generation: GenerationConfig | None) -> Callable[..., Any]:
+    """`captioner.generate` with these options; as it is where there are none."""
+    if generation is None:
+        return captioner.generate  # type: ignore[no-any-return]
+    return partial(captioner.generate, generation=generation)
 
 
 def disk_bytes(directory: str | Path) -> int:
@@ -138,29 +149,42 @@ def disk_bytes(directory: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
 
 
-def cuda_memory(captioner: Any, batches: Sequence[Batch], device: torch.device) -> Memory:
+def cuda_memory(
+    captioner: Any,
+    batches: Sequence[Batch],
+    device: torch.device,
+    generation: GenerationConfig | None = None,
+) -> Memory:
     """The CUDA allocator's peak while captioning, other models' memory taken off."""
     own = sum(t.numel() * t.element_size() for t in captioner.state_dict().values())
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     for batch in batches:
-        captioner.generate(batch.to(device))
+        generates(captioner, generation)(batch.to(device))
     return Memory(torch.cuda.max_memory_allocated(device) - before + own, 0)
 
 
-def cpu_memory(directory: str | Path, *, images: int = 4, precision: str = "fp32") -> Memory:
+def cpu_memory(
+    directory: str | Path,
+    *,
+    images: int = 4,
+    precision: str = "fp32",
+    generation: GenerationConfig | None = None,
+) -> Memory:
     """Load a saved captioner in a new process, caption some images there, read its peak.
 
     Args:
         directory: As written by `Captioner.save`.
         images: How many (random) images it captions, one after another.
         precision: As in `evaluate`.
+        generation: How it captions.
 
     Raises:
         CapdistillError: that process failed; the message is its last line.
     """
     command = [sys.executable, "-m", "capdistill.measure", str(directory)]
     command += ["--images", str(images), "--precision", precision]
+    command += [] if generation is None else ["--generation", generation.model_dump_json()]
     path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
@@ -177,13 +201,16 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("directory", help="written by Captioner.save")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--generation", type=json.loads, default={}, help="options, as JSON")
     given = parser.parse_args(None if arguments is None else list(arguments))
-    memory = _load_and_caption(given.directory, given.images, given.precision)
+    memory = _load_and_caption(given.directory, given.images, given.precision, given.generation)
     print(json.dumps(asdict(memory)))
     return 0
 
 
-def _load_and_caption(directory: str, images: int, precision: str) -> Memory:
+def _load_and_caption(
+    directory: str, images: int, precision: str, generation: dict[str, Any]
+) -> Memory:
     import timm  # noqa: F401  what any captioner imports belongs to the baseline
 
     from capdistill.captioner import Captioner
@@ -197,7 +224,7 @@ def _load_and_caption(directory: str, images: int, precision: str) -> Memory:
     with autocast(torch.device("cpu"), precision):
         for _ in range(images):
             pixels = torch.randint(256, (1, 3, size, size), generator=chance, dtype=torch.uint8)
-            captioner.generate(pixels)
+            captioner.generate(pixels, generation)
     return Memory(max(0, _highest_resident() - baseline), baseline)
 
 

@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from capdistill.metrics.significance import bracketed, changed, remark
 from capdistill.report_page import PAGE, STYLE
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def figure(value: float | None, unit: str) -> str:
         return _NONE
     if unit == "count":
         return f"{value / 1e6:.2f} M"
+    if unit == "words":
+        return f"{value:,.1f}".removesuffix(".0")
     if unit == "bytes":
         return f"{value / 1e6:.1f} MB"
     return {"share": f"{100 * value:.1f} %", "ms": f"{value:.1f} ms"}.get(unit, f"{value:.4f}")
@@ -43,19 +46,22 @@ def plain_table(found: Mapping[str, Evaluation]) -> str:
 def text_table(comparison: Comparison) -> str:
     """A comparison as a plain text table."""
     lines = _grid(comparison.rows, list(comparison.models), judged=True)
-    return "\n".join([*lines, *_remarks(comparison.models)])
+    return "\n".join([*lines, *_differences(comparison.rows), *_all_remarks(comparison)])
 
 
 def page(comparison: Comparison) -> str:
     """A comparison as one HTML page that fetches nothing."""
     models = comparison.models
     names = {role: models[role]["name"] for role in models}
+    against = _against(comparison.rows)
+    heads = [_head(role, names[role]) for role in models]
+    heads += [_head(f"student minus {role}") for role in against]
     return PAGE.format(
         style=STYLE,
         summary=html.escape(_summary(comparison)),
-        heads="".join(_head(role, names[role]) for role in models),
-        rows="".join(_table_row(row, list(models)) for row in comparison.rows),
-        remarks="".join(f"<li>{html.escape(remark)}</li>" for remark in _remarks(models)),
+        heads="".join(heads),
+        rows="".join(_table_row(row, list(models), against) for row in comparison.rows),
+        remarks="".join(f"<li>{html.escape(text)}</li>" for text in _all_remarks(comparison)),
         samples="".join(_figure(sample) for sample in comparison.samples),
     )
 
@@ -64,19 +70,56 @@ def _grid(rows: Sequence[Row], roles: Sequence[str], judged: bool) -> list[str]:
     head = ["", *roles, *(["student against teacher", "expected", ""] if judged else [])]
     table = [head]
     for row in rows:
-        cells = [row.label, *(figure(row.values.get(role), row.unit) for role in roles)]
+        cells = [row.label, *(" ".join(_cell(row, role)) for role in roles)]
         table.append(
             cells + ([row.relation, row.expected, _VERDICT[row.reached]] if judged else [])
         )
-    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-    last = len(roles)
+    return _aligned(table, len(roles))
+
+
+def _differences(rows: Sequence[Row]) -> list[str]:
+    """The student's differences as a table of their own, where samples were drawn."""
+    against = _against(rows)
+    table = [["student minus", *against]]
+    table += [[r.label, *(_difference(r, role) for role in against)] for r in rows if r.differences]
+    return ["", *_aligned(table, len(against)), ""] if against else []
+
+
+def _aligned(table: Sequence[Sequence[str]], figures: int) -> list[str]:
+    """Lines whose cells stand under each other; those of the figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if 0 < i <= last else cell.ljust(width)
+            cell.rjust(width) if 0 < i <= figures else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in table
     ]
+
+
+def _against(rows: Sequence[Row]) -> list[str]:
+    """The models from which the student's difference is known."""
+    return list(dict.fromkeys(role for row in rows for role in row.differences))
+
+
+def _cell(row: Row, role: str) -> list[str]:
+    """A model's figure and, where there is one, its interval."""
+    interval = [bracketed(row.intervals[role])] if role in row.intervals else []
+    return [figure(row.values.get(role), row.unit), *interval]
+
+
+def _difference(row: Row, role: str) -> str:
+    found = row.differences.get(role)
+    return changed(found["difference"], found["interval"], found["p_value"]) if found else ""
+
+
+def _all_remarks(comparison: Comparison) -> list[str]:
+    """The remarks on the models, and on their intervals."""
+    drawn = comparison.bootstrap
+    if not drawn:
+        return _remarks(comparison.models)
+    intervals = [remark(drawn["samples"], drawn["confidence"]), *drawn["notes"]]
+    return [*_remarks(comparison.models), *intervals]
 
 
 def _remarks(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -109,16 +152,25 @@ def _summary(comparison: Comparison) -> str:
     return f"{images} images; {kept} of {len(judged)} expectations reached."
 
 
-def _head(role: str, name: str) -> str:
-    return f'<th scope="col">{html.escape(role)}<small>{html.escape(str(name))}</small></th>'
+def _head(role: str, name: str = "") -> str:
+    return f'<th scope="col">{_with_small([role, str(name)] if name else [role])}</th>'
 
 
-def _table_row(row: Row, roles: Sequence[str]) -> str:
-    cells = "".join(f"<td>{html.escape(figure(row.values.get(r), row.unit))}</td>" for r in roles)
+def _table_row(row: Row, roles: Sequence[str], against: Sequence[str]) -> str:
+    cells = "".join(f"<td>{_with_small(_cell(row, role))}</td>" for role in roles)
+    for role in against:
+        whole, _, sure = _difference(row, role).partition(" ")
+        cells += f"<td>{_with_small([whole, sure] if sure else [whole])}</td>"
     verdict = _VERDICT[row.reached]
     mark = f'<span class="{verdict.replace(" ", "-")}">{verdict}</span>' if verdict else ""
     words = f"<td>{html.escape(row.relation)}</td><td>{html.escape(row.expected)}</td>"
     return f'<tr><th scope="row">{html.escape(row.label)}</th>{cells}{words}<td>{mark}</td></tr>\n'
+
+
+def _with_small(parts: Sequence[str]) -> str:
+    """The first as it is, the others small below it."""
+    first, *others = map(html.escape, parts)
+    return first + "".join(f"<small>{other}</small>" for other in others)
 
 
 def _figure(sample: Sample) -> str:

@@ -23,7 +23,7 @@ th, td { padding: .55rem .7rem; text-align: right; border-top: 1px solid var(--l
   white-space: nowrap; }
 th[scope=row], th[scope=col]:first-child { text-align: left; font-weight: 600; }
 td:nth-last-child(-n+3), th:nth-last-child(-n+3) { text-align: left; white-space: normal; }
-thead small { display: block; font-weight: 400; color: var(--soft); }
+th small, td small { display: block; font-weight: 400; color: var(--soft); }
 tbody tr:hover { background: color-mix(in srgb, var(--accent) 7%, transparent); }
 .reached, .not-reached { font-weight: 600; border: 1px solid currentColor; border-radius: 1rem;
   padding: .1rem .6rem; font-size: .85rem; white-space: nowrap; }

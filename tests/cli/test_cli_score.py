@@ -35,6 +35,17 @@ def test_compare_writes_the_report_and_prints_the_table(
     assert str(out / "report.html") in shown.err
 
 
+def test_compare_draws_as_many_samples_as_asked(
+    teacher: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = [str(teacher / "best"), str(student / "best")]
+    given = [*pair, *DATA, "--out", str(tmp_path), "--bootstrap", "50", "--json"]
+    assert main(["compare", *given]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["bootstrap"]["samples"] == 50
+    assert set(content["rows"][0]["differences"]) == {"teacher"}
+
+
 def test_an_output_that_can_not_be_written_is_refused_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

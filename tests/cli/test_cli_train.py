@@ -42,6 +42,12 @@ def test_the_resolved_run_file_gives_the_same_weights_again(student: Path, tmp_p
     assert [configs[0] | {"out": None}] == [configs[1] | {"out": None}]
 
 
+def test_the_run_file_holds_the_captions_an_image_that_the_data_decided(student: Path) -> None:
+    written = json.loads((student / "config.json").read_text())
+    assert written["train"]["captions_per_image"] == 5  # of the sample's photos
+    assert json.loads((student / "run.json").read_text())["config"]["captions_per_image"] == 5
+
+
 def test_another_seed_gives_other_weights(student: Path, tmp_path: Path) -> None:
     command = ["distill", "--config", str(student / "config.json"), "--out", str(tmp_path)]
     assert main([*command, "--seed", "1"]) == 0

@@ -163,8 +163,10 @@ def test_chance_depends_on_the_image_not_on_its_company(
     tmp_path: Path, tokenizer: WordTokenizer
 ) -> None:
     data = several(tmp_path)
-    whole = Loader(data, tokenizer, image_size=16, train=True).epoch(2)
-    single = Loader(data.subset([4]), tokenizer, image_size=16, train=True).epoch(2)
+    whole = Loader(data, tokenizer, image_size=16, train=True, captions_per_image=1).epoch(2)
+    single = Loader(
+        data.subset([4]), tokenizer, image_size=16, train=True, captions_per_image=1
+    ).epoch(2)
     batch, alone = next(whole), next(single)
     place = batch.image_ids.index("4.png")
     assert torch.equal(batch.images[place], alone.images[0])
@@ -172,7 +174,8 @@ def test_chance_depends_on_the_image_not_on_its_company(
 
 
 def test_crops_and_captions_change_with_the_epoch(tmp_path: Path, tokenizer: WordTokenizer) -> None:
-    loader = Loader(several(tmp_path, n=1), tokenizer, image_size=16, train=True)
+    data = several(tmp_path, n=1)
+    loader = Loader(data, tokenizer, image_size=16, train=True, captions_per_image=1)
     batches = [next(loader.epoch(n)) for n in range(12)]
     assert len({batch.captions for batch in batches}) == 3
     assert len({batch.images.numpy().tobytes() for batch in batches}) >= 10
@@ -197,7 +200,6 @@ def test_evaluation_is_in_order_with_references(tmp_path: Path, tokenizer: WordT
 def test_training_has_no_references(tmp_path: Path, tokenizer: WordTokenizer) -> None:
     (batch,) = Loader(several(tmp_path), tokenizer, image_size=16, train=True)
     assert batch.references is None
-    assert batch.captions_per_image == 1
 
 
 def test_padding_is_marked_by_position(colours: CaptionData) -> None:
@@ -334,3 +336,34 @@ def test_no_data_is_refused_at_once(tokenizer: WordTokenizer) -> None:
         Loader([], tokenizer, image_size=16)
     with pytest.raises(ConfigError, match="data is int"):
         Loader(3, tokenizer, image_size=16)
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [([1, 1, 1], 1), ([5, 5, 5], 5), ([7, 7, 7], 5), ([1, 4, 5, 7], 4), ([1, 1, 5], 1)],
+)
+def test_a_step_sees_as_many_captions_as_images_usually_have(
+    captions: list[int], expected: int
+) -> None:
+    examples = [
+        Example(str(n), Path(f"{n}.jpg"), tuple(f"caption {i}" for i in range(count)))
+        for n, count in enumerate(captions)
+    ]
+    loader = Loader(CaptionData(examples), WordTokenizer(["caption"]), image_size=8, train=True)
+    assert loader.assembler.k == expected
+
+
+def test_the_first_usable_image_decides_where_there_are_no_records(
+    tokenizer: WordTokenizer,
+) -> None:
+    class Theirs:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, i: int) -> tuple[Tensor, list[str]]:
+            if i == 0:
+                raise OSError("gone")
+            return torch.zeros(3, 8, 8, dtype=torch.uint8), ["a", "b", "c"]
+
+    (batch,) = Loader(Theirs(), tokenizer, image_size=8, train=True)
+    assert batch.captions_per_image == 3

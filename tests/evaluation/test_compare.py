@@ -6,6 +6,7 @@ from tiny_captioner import TinyCaptioner, batch_of
 
 from capdistill.comparison import Comparison, compare
 from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
+from capdistill.metrics import Metric, paired_bootstrap
 
 OPTIONS = {"metrics": ("bleu",), "measure": False, "device": "cpu"}
 BATCHES = [batch_of([0, 1, 3])]
@@ -72,7 +73,7 @@ def test_json_has_its_schema_and_no_nan(found: Comparison, tmp_path) -> None:
 
     content = json.loads((tmp_path / "report.json").read_text("utf-8"), parse_constant=refuse)
     assert content["schema"] == "capdistill.comparison/1"
-    assert set(content) == {"schema", "rows", "samples", "models"}
+    assert set(content) == {"schema", "rows", "samples", "models", "bootstrap"}
     assert set(content["models"]) == {"teacher", "student", "baseline"}
 
 
@@ -154,3 +155,110 @@ def test_an_unwritable_directory_is_an_error_that_names_it(found: Comparison, tm
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file"):
         found.save(tmp_path / "file")
+
+
+TEACHER, STUDENT = TinyCaptioner("big"), TinyCaptioner("small", SHORT)
+MANY = [batch_of([0, 1, 3, 1, 0]), batch_of([3, 3, 0, 2], first=5)]
+EVERY = {**OPTIONS, "metrics": ("bleu", "rouge_l", "cider_d")}
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Comparison:
+    """The baseline is as good as the student on every image, and the data come in batches."""
+    baseline = TinyCaptioner("plain", SHORT)
+    return compare(TEACHER, STUDENT, MANY, baseline, bootstrap=200, **EVERY)
+
+
+def test_scores_have_the_intervals_of_the_paired_bootstrap(drawn: Comparison) -> None:
+    teacher, student = drawn.models["teacher"], drawn.models["student"]
+    captions = teacher["captions"], student["captions"]
+    expected = paired_bootstrap(teacher["references"], *captions, EVERY["metrics"], samples=200)
+    rows = {row.key: row for row in drawn.rows if row.unit == "score"}
+    assert set(rows) == set(expected)
+    for key, row in rows.items():
+        each = expected[key]
+        assert row.intervals["teacher"] == list(each.a_interval)
+        assert row.intervals["student"] == list(each.b_interval)
+        assert row.differences["teacher"] == {
+            "difference": each.difference,
+            "interval": list(each.interval),
+            "p_value": each.p_value,
+        }
+
+
+def test_the_student_is_also_set_against_the_baseline(drawn: Comparison) -> None:
+    row = drawn.rows[0]
+    nothing = {"difference": 0, "interval": [0, 0], "p_value": 1}
+    assert row.differences["baseline"] == nothing
+    assert row.intervals["baseline"] == row.intervals["student"]
+
+
+def test_without_samples_there_are_no_intervals(found: Comparison) -> None:
+    assert found.bootstrap is None
+    assert not any(row.intervals or row.differences for row in found.rows)
+    assert "minus" not in str(found)
+
+
+def test_costs_have_no_interval(drawn: Comparison) -> None:
+    assert not any(row.intervals or row.differences for row in drawn.rows if row.unit != "score")
+
+
+def test_the_table_shows_intervals_and_what_they_are(drawn: Comparison) -> None:
+    table, differences, remarks = str(drawn).split("\n\n")
+    row = drawn.rows[0]
+    low, high = row.intervals["teacher"]
+    assert f"{row.values['teacher']:.4f} [{low:.4f}, {high:.4f}]" in table.splitlines()[1]
+    head, first, *others = differences.splitlines()
+    assert head.split() == ["student", "minus", "teacher", "baseline"]
+    assert f"{row.differences['teacher']['difference']:+.4f} [" in first
+    assert first.endswith("+0.0000 [0.0000, 0.0000], p = 1.000")
+    assert len(others) == 5
+    assert "95 % intervals from 200 paired bootstrap samples" in remarks
+
+
+def test_the_page_shows_intervals_under_their_figures(drawn: Comparison, tmp_path) -> None:
+    text = drawn.save(tmp_path).read_text("utf-8")
+    row = drawn.rows[0]
+    low, high = row.intervals["teacher"]
+    assert f"<td>{row.values['teacher']:.4f}<small>[{low:.4f}, {high:.4f}]</small></td>" in text
+    assert "<td>+0.0000<small>[0.0000, 0.0000], p = 1.000</small></td>" in text
+    assert "95 % intervals from 200 paired bootstrap samples" in text
+    page = _Page(text)
+    assert page.open == []
+    cells = [tag for tag, _ in page.tags if tag in ("td", "th")]
+    assert len(cells) == 9 * (1 + len(drawn.rows))
+
+
+def test_a_report_with_intervals_can_be_read_back(drawn: Comparison, tmp_path) -> None:
+    drawn.save(tmp_path)
+    again = Comparison.load(tmp_path)
+    assert json.dumps(again.to_json()) == json.dumps(drawn.to_json())
+    assert str(again) == str(drawn)
+    assert again.bootstrap == {"samples": 200, "seed": 0, "confidence": 0.95, "notes": []}
+
+
+def test_a_report_from_before_there_were_intervals_can_be_read(found: Comparison, tmp_path) -> None:
+    content = found.to_json()
+    del content["bootstrap"]
+    for row in content["rows"]:
+        del row["intervals"], row["differences"]
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    assert str(Comparison.load(tmp_path)) == str(found)
+
+
+def test_a_score_that_can_not_be_resampled_is_a_remark() -> None:
+    def most(references: dict, hypotheses: dict) -> dict:
+        each = {image: len(text) for image, text in hypotheses.items()}
+        return {"longest": (max(each.values()), each)}
+
+    metric = Metric(most, {"longest": "higher"})
+    options = {**OPTIONS, "metrics": ["rouge_l", metric]}
+    drawn = compare(TEACHER, STUDENT, MANY, bootstrap=20, **options)
+    assert not drawn.rows[1].intervals
+    assert "longest has no interval" in str(drawn)
+
+
+@pytest.mark.parametrize("samples", [-5, True, 1e3])
+def test_what_is_no_number_of_samples_is_refused_before_the_work(samples) -> None:
+    with pytest.raises(ConfigError, match=f"bootstrap of {samples} samples"):
+        compare(None, None, None, bootstrap=samples)

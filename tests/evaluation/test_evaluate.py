@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -6,8 +7,8 @@ from tiny_captioner import SAYINGS, TinyCaptioner, batch_of
 
 import capdistill as cd
 from capdistill.errors import ConfigError, DataError
-from capdistill.evaluation import evaluate
-from capdistill.metrics import CaptionScorer
+from capdistill.evaluation import compare, evaluate
+from capdistill.metrics import CaptionScorer, diversity
 
 PLAIN = {"metrics": ("bleu", "cider_d"), "measure": False, "device": "cpu"}
 
@@ -101,15 +102,6 @@ def test_time_is_taken_one_image_at_a_time_after_warm_up() -> None:
     assert captioner.batch_sizes[1:] == [1] * (3 + 4)
 
 
-def test_wordnet_that_is_absent_shows_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    import nltk
-
-    monkeypatch.setattr(nltk.data, "path", [])
-    table = str(evaluate(TinyCaptioner(), [batch_of([0, 1])], measure=False, device="cpu"))
-    assert "METEOR (NLTK)" in table
-    assert "nltk.downloader wordnet" in table
-
-
 @pytest.fixture(scope="module")
 def student() -> cd.Captioner:
     torch.manual_seed(0)
@@ -151,3 +143,28 @@ def test_an_unreadable_image_is_skipped_and_named(student: cd.Captioner, tmp_pat
     assert found.covered == (good.image_id,)
     assert len(found.skipped) == 1
     assert "broken.jpg" in found.skipped[0]
+
+
+def test_health_is_that_of_the_captions_and_stands_in_json_and_table() -> None:
+    batches = [batch_of([0, 1, 2, 3])]
+    found = evaluate(TinyCaptioner(), batches, training_captions=["A dog runs ."], **PLAIN)
+    ended = {image: image != "3.jpg" for image in found.captions}
+    assert found.health == diversity(found.captions, ["a dog runs"], ended)
+    assert (found.health.novel, found.health.empty, found.health.unfinished) == (0.5, 0.25, 0.25)
+    assert found.to_json()["health"]["vocabulary"] == 8
+    assert "Different words" in str(found)
+    assert re.search(r"Captions not in the training data +50.0 %", str(found))
+
+
+def test_without_training_captions_nothing_is_said_of_novelty() -> None:
+    found = evaluate(TinyCaptioner(), [batch_of([0])], **PLAIN)
+    assert found.health.novel is None
+    assert "training data" not in str(found)
+
+
+def test_compare_gives_every_model_the_same_training_captions() -> None:
+    seen = iter(["a dog runs"])
+    batches = [batch_of([0, 1])]
+    found = compare(TinyCaptioner(), TinyCaptioner(), batches, training_captions=seen, **PLAIN)
+    row = next(row for row in found.rows if row.key == "novel")
+    assert row.values == {"teacher": 0.5, "student": 0.5}

@@ -1,17 +1,18 @@
 """Cases 8 and 9 and the golden scores: all made with the COCO tool (pycocoevalcap 1.2)."""
 
 import json
+import math
 import os
 from pathlib import Path
 
 import pytest
 
-from capdistill.metrics import CaptionScorer
+from capdistill.metrics import CaptionScorer, DocumentFrequencies, cider_d
 
 SHARED = Path(os.environ.get("CAPDISTILL_SHARED", Path(__file__).parents[3] / "shared"))
 GOLDEN = SHARED / "golden" / "flickr8k_dev_scores.json"
-WORDNET = SHARED / "nltk_data"
 COCO = ("bleu", "rouge_l", "cider_d")
+NO_TABLE = (*COCO, "meteor_nltk", "meteor_1_5_nopara")
 REFERENCES = {
     "1": ["a brown dog runs on the grass", "a dog is running outside"],
     "2": ["two children play with a red ball", "kids playing ball in a park"],
@@ -60,6 +61,19 @@ EDGES = {
         *(0.9999999997, 0.9999999997, 1, 0),
     ),
 }
+BLANK = [
+    "",
+    " ",
+    "\t\r\n",
+    "\u200b",
+    "\ufeff",
+    "\u200d\u2060",
+    "\u00a0",
+    "\u2028",
+    "...",
+    "? ! , - --",
+    "\x00",
+]
 
 
 @pytest.mark.parametrize("case", EDGES)
@@ -69,6 +83,40 @@ def test_empty_and_punctuation_only_texts_score_as_in_the_coco_tool(case: str) -
     found = [scores[name] for name in ("bleu_1", "bleu_4", "rouge_l", "cider_d")]
     assert found == pytest.approx([bleu_1, bleu_4, rouge_l, cider_d], abs=1e-9)
     assert all(set(each) == set(references) for each in scores.per_image.values())
+
+
+@pytest.mark.parametrize("case", ["empty", "dots", "all empty"])
+def test_meteor_of_an_empty_caption_is_0(case: str) -> None:
+    references, captions, *_ = EDGES[case]
+    scores = CaptionScorer(references, metrics=["meteor_nltk", "meteor_1_5_nopara"])(captions)
+    assert [each["2"] for each in scores.per_image.values()] == [0.0, 0.0]
+
+
+def test_a_single_image_says_what_cider_needs() -> None:
+    references, captions, *_ = EDGES["one image"]
+    [note] = CaptionScorer(references, metrics=COCO)(captions).notes
+    assert "several images" in note
+    assert "document_frequencies" in note
+
+
+@pytest.mark.parametrize("blank", BLANK)
+def test_every_kind_of_blank_caption_scores_as_the_empty_one(blank: str) -> None:
+    empty = CaptionScorer(REFERENCES, metrics=NO_TABLE)({**CAPTIONS, "2": ""})
+    found = CaptionScorer(REFERENCES, metrics=NO_TABLE)({**CAPTIONS, "2": blank})
+    assert found.per_image == empty.per_image
+    assert all(each["2"] < 1e-3 for each in found.per_image.values())  # BLEU is smoothed
+
+
+@pytest.mark.parametrize("blank", BLANK)
+@pytest.mark.parametrize("images", ["1", "123"])
+def test_blank_references_and_captions_give_numbers(blank: str, images: str) -> None:
+    texts = {image: [blank, blank] for image in images}
+    for captions in (dict.fromkeys(images, blank), dict.fromkeys(images, "a dog")):
+        scores = CaptionScorer(texts, metrics=NO_TABLE)(captions)
+        assert all(score == pytest.approx(0.0, abs=1e-3) for score in scores.values())
+        each = [score for scored in scores.per_image.values() for score in scored.values()]
+        assert len(each) == len(scores) * len(images)
+        assert all(map(math.isfinite, each))
 
 
 def test_published_figures_of_nlg_eval_are_reproduced() -> None:
@@ -118,15 +166,32 @@ def _compare_all(found: dict, wanted: dict) -> None:
 
 
 @pytest.mark.shared
-def test_meteor_is_nltks_own(golden: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    import nltk
-
-    monkeypatch.setattr(nltk.data, "path", [*nltk.data.path, str(WORDNET)])
-    wanted = golden["sets"]["damaged"]
-    some = list(wanted["per_image"])[:60]
-    references = {i: [text.split() for text in golden["references"][i]] for i in some}
-    scorer = CaptionScorer(references, metrics=["meteor_nltk"])
-    scores = scorer({i: wanted["hypotheses"][i].split() for i in some})
-    expected = {i: wanted["per_image"][i]["meteor_nltk"] for i in some}
+@pytest.mark.parametrize("name", ["human", "shuffled", "damaged"])
+def test_meteor_is_nltks_own_with_all_of_wordnet(golden: dict, name: str) -> None:
+    references = {i: [text.split() for text in each] for i, each in golden["references"].items()}
+    wanted = golden["sets"][name]
+    captions = {i: text.split() for i, text in wanted["hypotheses"].items()}
+    scores = CaptionScorer(references, metrics=["meteor_nltk"])(captions)
+    expected = {image: each["meteor_nltk"] for image, each in wanted["per_image"].items()}
     assert scores.per_image["meteor_nltk"] == pytest.approx(expected, abs=1e-12)
-    assert scores.notes == ()
+    mean = wanted["corpus"]["meteor_nltk_mean"]
+    assert scores["meteor_nltk"] == pytest.approx(mean, abs=1e-12)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["human", "damaged"])
+def test_scores_by_saved_frequencies_are_the_golden_ones(
+    golden: dict, name: str, tmp_path: Path
+) -> None:
+    references = {i: [text.split() for text in each] for i, each in golden["references"].items()}
+    DocumentFrequencies.count(references).save(tmp_path / "frequencies.npz")
+    frequencies = DocumentFrequencies.load(tmp_path / "frequencies.npz")
+    wanted = golden["sets"][name]
+    some = list(references)[::10]
+    scores = cider_d(
+        {i: references[i] for i in some},
+        {i: wanted["hypotheses"][i].split() for i in some},
+        document_frequencies=frequencies,
+    )
+    expected = {i: wanted["per_image"][i]["cider_d"] for i in some}
+    assert scores.per_image["cider_d"] == pytest.approx(expected, abs=1e-9)

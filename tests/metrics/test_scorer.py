@@ -1,10 +1,25 @@
+import gzip
 import pickle
 import socket
+from pathlib import Path
 
 import pytest
 
 from capdistill.errors import ConfigError, DataError, UnknownName
-from capdistill.metrics import DIRECTIONS, CaptionScorer, CiderD, Metric
+from capdistill.metrics import (
+    DIRECTIONS,
+    CaptionScorer,
+    CiderD,
+    DocumentFrequencies,
+    Metric,
+    bleu,
+    cider_d,
+    meteor_1_5,
+    meteor_nltk,
+    rouge_l,
+)
+from capdistill.training import validation
+from capdistill.training.callbacks import resolve_monitor
 
 REFERENCES = {"a": ["a dog runs", "the dog is running"], "b": ["a red car", "one car"]}
 CAPTIONS = {"a": "a dog runs", "b": "a blue car"}
@@ -31,6 +46,86 @@ def test_a_scorer_can_be_used_again_and_pickled() -> None:
     scorer({"a": "", "b": "car"})
     assert dict(scorer(CAPTIONS)) == first
     assert dict(pickle.loads(pickle.dumps(scorer))(CAPTIONS)) == first
+
+
+def test_captions_may_come_piece_by_piece() -> None:
+    scorer = CaptionScorer(REFERENCES, metrics=("bleu", "rouge_l", "cider_d"))
+    scorer.update({"b": "a blue car"})
+    scorer.update({})
+    scorer = pickle.loads(pickle.dumps(scorer))
+    scorer.update({"a": ["a", "dog", "runs"]})
+    found = scorer.compute()
+    assert found.per_image == scorer(CAPTIONS).per_image
+    assert scorer.compute() == found
+    scorer.reset()
+    with pytest.raises(DataError, match=r"2 of 2 images have no caption yet: 'a', 'b'"):
+        scorer.compute()
+
+
+def test_pieces_of_a_list_are_given_by_place() -> None:
+    scorer = CaptionScorer(list(REFERENCES.values()), metrics=["rouge_l"])
+    scorer.update({1: "a blue car"})
+    scorer.update({0: "a dog runs"})
+    assert scorer.compute() == scorer(list(CAPTIONS.values()))
+    with pytest.raises(DataError, match=r"list was given; expected \{image: caption\}"):
+        scorer.update(["a dog runs"])
+
+
+@pytest.mark.parametrize(
+    ("captions", "says"),
+    [
+        ({"a": "once more", "b": "x"}, r"Captioned already: 'a'.*reset"),
+        ({"z": "x", "b": "x"}, r"without references: 'z'"),
+    ],
+)
+def test_a_piece_that_does_not_fit_is_refused_whole(captions: dict, says: str) -> None:
+    scorer = CaptionScorer(REFERENCES, metrics=["rouge_l"])
+    scorer.update({"a": "a dog"})
+    with pytest.raises(DataError, match=says):
+        scorer.update(captions)
+    with pytest.raises(DataError, match=r"1 of 2 images .*: 'b'\."):
+        scorer.compute()
+
+
+def test_functions_give_the_scores_of_the_scorer() -> None:
+    calls = {"bleu": bleu, "rouge_l": rouge_l, "cider_d": cider_d, "meteor_nltk": meteor_nltk}
+    for name, function in calls.items():
+        expected = CaptionScorer(REFERENCES, metrics=[name])(CAPTIONS)
+        found = function(REFERENCES, CAPTIONS)
+        assert found == expected
+        assert found.per_image == expected.per_image
+
+
+def test_meteor_without_paraphrases_goes_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capdistill.metrics.meteor15.find_paraphrases", lambda: None)
+    scores = meteor_1_5(REFERENCES, CAPTIONS)
+    assert list(scores) == ["meteor_1_5_nopara"]
+    assert "capdistill[coco]" in scores.notes[0]
+    everything = CaptionScorer(REFERENCES)
+    assert set(everything.directions) == set(DIRECTIONS) - {"meteor_1_5"}
+    assert everything.notes == ()
+
+
+def test_a_monitor_that_needs_paraphrases_names_the_score_that_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("capdistill.metrics.meteor15.find_paraphrases", lambda: None)
+    known = validation.directions(["cider_d", "meteor_1_5"])
+    assert resolve_monitor("meteor_1_5_nopara", known) == ("meteor_1_5_nopara", True)
+    with pytest.raises(UnknownName, match="monitor 'meteor_1_5_nopara'"):
+        resolve_monitor("meteor_1_5", known)
+
+
+def test_meteor_with_a_table_of_paraphrases_has_the_plain_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "paraphrase-en.gz"
+    path.write_bytes(gzip.compress(b"0.5\na red car\nsome vehicle\n"))
+    monkeypatch.setenv("CAPDISTILL_METEOR_PARAPHRASES", str(path))
+    captions = {"a": "a dog runs", "b": "some vehicle"}
+    found = CaptionScorer(REFERENCES, metrics=["meteor_1_5", "meteor_1_5_nopara"])(captions)
+    assert list(found) == ["meteor_1_5", "meteor_1_5_nopara"]
+    assert found["meteor_1_5"] > found["meteor_1_5_nopara"]
 
 
 @pytest.mark.parametrize(
@@ -90,14 +185,12 @@ def test_one_image_says_what_cider_needs() -> None:
 
 
 def test_given_document_frequencies_make_one_image_meaningful() -> None:
-    frequencies = {("a",): 90, ("dog",): 10}
-    cider = CiderD([[["a", "dog"]]], frequencies=frequencies, documents=100)
+    frequencies = DocumentFrequencies.from_counts({"a": 90, "dog": 10}, documents=100)
+    cider = CiderD([[["a", "dog"]]], document_frequencies=frequencies)
     assert cider([["a", "dog"]])["cider_d"][0] > 1
 
 
-def test_without_wordnet_a_note_says_how_to_get_it_and_nothing_is_fetched(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_every_metric_works_offline_and_without_nltk_data(monkeypatch: pytest.MonkeyPatch) -> None:
     import nltk
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -105,10 +198,10 @@ def test_without_wordnet_a_note_says_how_to_get_it_and_nothing_is_fetched(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr("capdistill.metrics.meteor15.find_paraphrases", lambda: None)
     scores = CaptionScorer(REFERENCES)(CAPTIONS)
-    assert "meteor_nltk" not in scores
-    assert set(scores) == set(DIRECTIONS) - {"meteor_nltk"}
-    assert "nltk.downloader wordnet" in scores.notes[0]
+    assert set(scores) == set(DIRECTIONS) - {"meteor_1_5"}
+    assert scores.notes == ()
 
 
 def _length(references: dict, hypotheses: dict) -> dict:

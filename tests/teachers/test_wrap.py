@@ -206,3 +206,59 @@ def test_images_are_normalised_as_the_other_model_expects(batch):
 def test_a_normalisation_that_does_not_fit_the_channels_is_refused(batch, mean, std):
     with pytest.raises(ConfigError, match="images of 3 channels"):
         normalised(batch, mean, std)
+
+
+class TheirDecoder:
+    """The oracle of greedy decoding: their own model, word after word, image after image."""
+
+    def __init__(self, teacher):
+        self.module = teacher.module.eval()
+
+    def says(self, image, length):
+        pixels = nn.functional.interpolate(
+            image[None].float(), (8, 8), mode="bicubic", antialias=True
+        )
+        words = [TOKENIZER.start_id]
+        while len(words) <= length and words[-1] != TOKENIZER.end_id:
+            logits, _, _ = self.module(
+                pixels.clamp(0, 255) / 127.5 - 1, torch.tensor(words)[:, None]
+            )
+            possible = logits[-1, 0]
+            possible[[TOKENIZER.pad_id, TOKENIZER.start_id, TOKENIZER.unk_id]] = -torch.inf
+            words.append(int(possible.argmax()))
+        return TOKENIZER.decode(words[1:])
+
+
+def test_a_foreign_captioner_captions_as_its_own_model_would(teacher, batch):
+    teacher.train()
+    texts = [hypothesis.text for hypothesis in teacher.generate(batch, max_length=6)]
+    assert all(part.training for part in teacher.modules())
+    oracle = TheirDecoder(teacher)
+    assert texts == [oracle.says(image, 6) for image in batch.images]
+
+
+def test_beams_of_a_foreign_captioner_are_scored_by_its_own_probabilities(teacher, batch):
+    found = teacher.generate(batch.images, beam_size=3, max_length=4, length_normalisation="none")
+    greedy = teacher.generate(batch.images, max_length=4)
+    assert all(b.log_prob >= g.log_prob - 1e-6 for b, g in zip(found, greedy, strict=True))
+
+
+def test_a_foreign_captioner_is_evaluated_and_compared(teacher, batch):
+    from capdistill import Captioner, compare, evaluate
+
+    batches = [replace(batch, references=(("a dog runs",), ("a cat sits",)))]
+    alone = evaluate(teacher, batches, metrics=["bleu"])
+    assert set(alone.captions) == {"1.jpg", "2.jpg"}
+    assert alone.parameters == sum(p.numel() for p in teacher.parameters())
+    assert alone.latency_ms is not None
+    assert any("Size on disk" in note for note in alone.notes)
+    student = Captioner.create("debug_student", tokenizer=TOKENIZER)
+    both = compare(teacher, student, batches, metrics=["bleu"], measure=False)
+    assert both.models["teacher"]["captions"] == dict(alone.captions)
+
+
+def test_loaders_give_the_size_that_a_foreign_captioner_asks_for():
+    from capdistill.training.run import image_size
+
+    assert image_size([wrap(TheirCaptioner(), adapt, TOKENIZER, image_size=300)]) == 300
+    assert image_size([wrap(TheirCaptioner(), adapt, TOKENIZER)]) == 224

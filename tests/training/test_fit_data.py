@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from capdistill import Trainer
+from capdistill import Captioner, Trainer
 from capdistill.data import CaptionData, Example
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
@@ -235,3 +236,19 @@ def test_other_references_of_the_same_images_are_scored_anew() -> None:
     other = tested.score({"1": ("blue",), "2": ("lime",)}, said)
     assert perfect["bleu_1"] == pytest.approx(1.0)
     assert other["bleu_1"] < 0.1
+
+
+def test_the_number_of_captions_that_the_data_decide_is_recorded(
+    tmp_path: Path, saveable: Callable[..., Captioner]
+) -> None:
+    images = [np.full((8, 8, 3), 40 * n, np.uint8) for n in range(4)]
+    two = [(image, ["a red dog", "a dog"]) for image in images]
+    three = [(image, ["a red dog", "a dog", "a cat"]) for image in images]
+    trainer = Trainer(saveable(), **{**tiny.QUIET, "batch_size": 2, "epochs": 1})
+    for data, expected in ((two, 2), (three, 3)):
+        trainer.fit(data, out=tmp_path / str(expected))
+        assert next(iter(trainer.train_source.epoch(0))).captions_per_image == expected
+        written = json.loads((tmp_path / str(expected) / "run.json").read_text())
+        assert written["config"]["captions_per_image"] == expected
+    trainer.fit(three, captions_per_image=1)
+    assert trainer.config.captions_per_image == 1

@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": ("score", "score and measure a saved captioner"),
     "compare": ("score", "set a teacher and a student side by side"),
     "caption": ("caption", "caption photos"),
+    "score": ("coco_score", "score captions in COCO's own files, as the COCO tool does"),
 }
 _CLOSING = """\
 example:

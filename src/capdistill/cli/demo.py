@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from capdistill.cli.output import DONE, INTERRUPTED, give, require_writable, say
 from capdistill.cli.runfile import DistillRun, RunConfig, TrainRun, parse_run
@@ -28,7 +28,6 @@ weights and can only learn a few phrases. Scores on {held_out} photos are noise.
 is the way: the same commands train on your data, starting from pretrained encoders."""
 _TRAINING = {
     "batch_size": 8,
-    "captions_per_image": 5,
     "learning_rate": 3e-3,
     "encoder_rate": 0.3,  # random encoders have everything to learn
     "schedule": "warmup_cosine",
@@ -96,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
             return INTERRUPTED
         models[role] = captioner
     say("\nComparing the three on the photos that were held out ...")
-    same = {key: _TRAINING[key] for key in ("device", "precision")}
+    same: dict[str, Any] = {key: _TRAINING[key] for key in ("device", "precision")}
     found = compare(models["teacher"], models["student"], data.val, models["baseline"], **same)
     page = found.save(out / "report")
     seconds = time.perf_counter() - began

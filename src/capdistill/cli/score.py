@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capdistill.cli.datasets import add_data_options, data_values, parse_data
+from capdistill.cli.decoding import add_generation_options, generation_values
 from capdistill.cli.output import DONE, give, require_writable, say
+from capdistill.files import write_text
 
 if TYPE_CHECKING:
-    from capdistill.data import CaptionData
+    from capdistill.data import Splits
 
 _EVALUATE = """\
   capdistill evaluate runs/student/best --data flickr8k --split test
@@ -25,6 +29,9 @@ def evaluate_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.Ar
     parser = add(example=_EVALUATE)
     parser.add_argument("captioner", metavar="DIR", help="a saved captioner, e.g. RUN/best")
     _add_options(parser)
+    parser.add_argument(
+        "--captions", type=Path, metavar="FILE", help="also write the captions as COCO results"
+    )
     parser.set_defaults(run=run_evaluate)
     return parser
 
@@ -38,6 +45,13 @@ def compare_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.Arg
         "--baseline", metavar="DIR", help="the same student trained by cross-entropy alone"
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="of report.json, report.html")
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw N samples of the images, e.g. 1000, for intervals and p-values",
+    )
     _add_options(parser)
     parser.set_defaults(run=run_compare)
     return parser
@@ -47,9 +61,15 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """Score and measure one captioner."""
     from capdistill.captioner import Captioner
     from capdistill.evaluation import evaluate
+    from capdistill.metrics import coco_results
 
+    if options.captions:
+        require_writable(options.captions.parent)
     captioner = Captioner.load(options.captioner)
-    found = evaluate(captioner, _data(options), **_evaluation_options(options))
+    data = _data(options)
+    found = evaluate(captioner, data.get(options.split), **_evaluation_options(options, data))
+    if options.captions:
+        write_text(options.captions, json.dumps(coco_results(found.captions)))
     give(options, found.to_json(), lambda: str(found))
     return DONE
 
@@ -62,22 +82,31 @@ def run_compare(options: argparse.Namespace) -> int:
     require_writable(options.out)
     teacher, student = Captioner.load(options.teacher), Captioner.load(options.student)
     baseline = Captioner.load(options.baseline) if options.baseline else None
-    found = compare(teacher, student, _data(options), baseline, **_evaluation_options(options))
+    data = _data(options)
+    split = data.get(options.split)
+    how = {"bootstrap": options.bootstrap, **_evaluation_options(options, data)}
+    found = compare(teacher, student, split, baseline, **how)
     page = found.save(options.out)
     give(options, found.to_json(), lambda: str(found))
     say(f"The report is in {page}")
     return DONE
 
 
-def _data(options: argparse.Namespace) -> CaptionData:
+def _data(options: argparse.Namespace) -> Splits:
     data = parse_data(data_values(options)).load()
     say(data.summary())
-    return data.get(options.split)
+    return data
 
 
-def _evaluation_options(options: argparse.Namespace) -> dict[str, Any]:
+def _evaluation_options(options: argparse.Namespace, data: Splits) -> dict[str, Any]:
     names = ("batch_size", "device", "precision", "workers", "measure")
-    return {name: getattr(options, name) for name in names}
+    given = {name: getattr(options, name) for name in names}
+    whole = "train" in data and options.limit is None  # a part can not tell what is novel
+    return {
+        **given,
+        "generation": generation_values(options) or None,
+        "training_captions": data.train.captions if whole else None,
+    }
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -94,3 +123,4 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="scores only, without time, memory and size",
     )
+    add_generation_options(parser)

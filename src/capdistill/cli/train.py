@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capdistill.cli.datasets import add_data_options, data_values
+from capdistill.cli.decoding import add_generation_options, generation_values
 from capdistill.cli.output import DONE, INTERRUPTED, PROBLEM, give, say
 from capdistill.cli.runfile import (
     NAME,
@@ -40,7 +41,7 @@ _CHECK = """\
 _TRAINING_FLAGS = {
     "epochs": (int, "each is every training image once"),
     "batch_size": (int, "images a step"),
-    "captions_per_image": (int, "captions of an image a step"),
+    "captions_per_image": (int, "captions of an image a step; else as the data have, at most 5"),
     "learning_rate": (float, "peak rate"),
     "seed": (int, "of everything drawn by chance"),
     "workers": (int, "processes that read images"),
@@ -106,9 +107,20 @@ def execute(run: RunConfig, data: Splits, *, resume: bool = False) -> tuple[Trai
 
     if run.out is None:
         raise ConfigError("out: no directory for the run was given. Give --out DIR.")
+    run = _with_captions(run, data)
     trainer = make_trainer(run, data)
     write_resolved(run)
     return trainer, trainer.fit(data.train, _validation(data), out=run.out, resume=resume)
+
+
+def _with_captions(run: RunConfig, data: Splits) -> RunConfig:
+    """Captions an image a step as the data have them, unless given: a number that is recorded."""
+    from capdistill.data.assemble import usual_captions
+
+    if run.train.captions_per_image is not None:
+        return run
+    known = {"captions_per_image": usual_captions(data.train)}
+    return run.model_copy(update={"train": run.train.model_copy(update=known)})
 
 
 def check(options: argparse.Namespace) -> int:
@@ -152,6 +164,8 @@ def _from_flags(options: argparse.Namespace) -> dict[str, Any]:
         "weights": {"hub": True, "random": False}.get(options.weights, options.weights),
     }
     training = {name: getattr(options, name) for name in _TRAINING_FLAGS}
+    decoding = {k: v for k, v in generation_values(options).items() if k not in _TRAINING_FLAGS}
+    training["generation"] = decoding or None
     given: dict[str, Any] = {
         "data": data_values(options),
         options.model: _not_none(model),
@@ -199,6 +213,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     for name, (kind, text) in _TRAINING_FLAGS.items():
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, dest=name, type=kind, metavar=kind.__name__.upper(), help=text)
+    add_generation_options(parser, without=_TRAINING_FLAGS)  # how validation captions
 
 
 def _add_out_options(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ Enter here from `Loader`; everything is picklable, so that workers can be spawne
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import median_low
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -26,6 +27,19 @@ Made: TypeAlias = "tuple[Batch | None, list[Problem]]"
 _READ_ERRORS = (DataError, OSError, SyntaxError)  # Pillow calls a broken PNG a SyntaxError
 _ROOM = 1.16  # a cached image is this much larger than the crop, so that crops are not blown up
 _MOST = 5
+
+
+def usual_captions(data: CaptionData) -> int:
+    """How many captions an image of the data usually has: the median, at most 5.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from capdistill.data.records import Example
+        >>> captions = [("a", "b"), ("c", "d", "e"), tuple("fghijkl")]
+        >>> usual_captions(CaptionData(Example(c[0], Path("x.jpg"), c) for c in captions))
+        3
+    """
+    return min(_MOST, median_low(len(example.captions) for example in data.examples))
 
 
 class SupportsEncode(Protocol):
@@ -76,7 +90,7 @@ class Assembler(Dataset[Made]):
         self.views, self.view = views, view
         self.ids: Sequence[str] | None = getattr(data, "image_ids", None)
         self.cache: dict[int, Tensor] | None = {} if cache_images else None
-        self._k = captions_per_image or (1 if train else None)
+        self._k = captions_per_image
 
     def __getitem__(self, job: Job) -> Made:
         epoch, numbers = job
@@ -90,13 +104,21 @@ class Assembler(Dataset[Made]):
 
     @property
     def k(self) -> int:
-        """Captions an image; in evaluation those of the first image, at most 5."""
+        """Captions an image; unless given, as many as its images usually have, at most 5."""
         if self._k is None:
-            try:
-                self._k = min(_MOST, len(self._item(0).captions))
-            except _UnusableError:
-                self._k = 1
+            self._k = self._usual()
         return self._k
+
+    def _usual(self) -> int:
+        """The median in training, so that few come twice; else what the first usable image has."""
+        if self.train and isinstance(self.data, CaptionData):
+            return usual_captions(self.data)
+        for number in range(len(self.data)):
+            try:
+                return min(_MOST, len(self._item(number).captions))
+            except _UnusableError:
+                continue
+        return 1
 
     def _part(self, number: int, epoch: int) -> _Part:
         item = self._item(number)

@@ -40,8 +40,10 @@ class Loader:
         image_size: Rows and columns of the images.
         batch_size: Images a batch.
         train: Shuffle, choose captions and crop by chance; else in order, the centre, references.
-        captions_per_image: k. In training default 1, chosen without repetition while there are
-            enough; in evaluation the first k, default those of the first image, at most 5.
+        captions_per_image: k. In training chosen without repetition while there are enough, and
+            unless given the median number of captions of an image (of a data set without records
+            that of the first usable image), at most 5; in evaluation the first k, unless given
+            those of the first image, at most 5.
         seed: Another seed is another order.
         workers: Processes that read ahead; 0 reads in this one.
         flip: In training, mirror every other image.

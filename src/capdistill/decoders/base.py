@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from capdistill.decoders.cache import Cache
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
 
@@ -29,15 +30,17 @@ class State:
 
     Args:
         image: Tensors with one row an image (I, ...): features and their projections.
-        row: Tensors with one row a hypothesis (I * beams, ...): caches, recurrent states.
+        row: Tensors with one row a hypothesis (I * beams, ...): recurrent states, masks.
         beams: Hypotheses an image.
         position: Words consumed so far.
+        cache: What was written once for all beams of an image.
     """
 
     image: dict[str, Tensor]
     row: dict[str, Tensor]
     beams: int = 1
     position: int = 0
+    cache: Cache | None = None
 
     def expand(self, k: int) -> State:
         """Every row k times, side by side; what belongs to the image is not copied."""
@@ -55,7 +58,8 @@ class State:
             key: value.reshape(-1, self.beams, *value.shape[1:])[images].flatten(0, 1)
             for key, value in self.row.items()
         }
-        return replace(self, image=kept, row=rows)
+        cache = None if self.cache is None else self.cache.keep(images)
+        return replace(self, image=kept, row=rows, cache=cache)
 
 
 class Decoder(nn.Module):

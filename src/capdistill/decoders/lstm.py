@@ -193,8 +193,11 @@ def run_cell(
     cell: nn.LSTM, x: Tensor, state: State, layer: int
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """(B, T, .) through one layer from its state; the outputs (B, T, H) and the state after."""
-    before = tuple(state.row[key][:, layer].contiguous()[None] for key in ("h", "c"))
-    out, (h, c) = cell(x, before)
+    h, c = (state.row[key][:, layer].contiguous() for key in ("h", "c"))
+    if x.shape[1] == 1 and type(cell) is nn.LSTM:  # the layer's own call costs more than one word
+        h, c = torch.lstm_cell(x[:, 0], (h, c), *cell.all_weights[0])
+        return h[:, None], (h, c)
+    out, (h, c) = cell(x, (h[None], c[None]))
     return out, (h[0], c[0])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from capdistill.decoders.attention import CrossAttention, merge_heads, split_heads
 from capdistill.decoders.base import Decoder, State
+from capdistill.decoders.cache import Cache
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
 
@@ -134,23 +135,24 @@ class TransformerDecoder(Decoder):
         """Project the features for every layer; no word has been read yet."""
         image = {}
         for i, block in enumerate(self._blocks()):
-            image[f"key{i}"], image[f"value{i}"] = block.cross.project(features)
-        return State(image=image, row={})
+            keys, values = block.cross.project(features)
+            image[f"key{i}"], image[f"value{i}"] = keys.contiguous(), values.contiguous()
+        return State(image=image, row={}, cache=Cache.empty(len(self.blocks), keys))
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """(R,) words to logits (R, V); keys and values of earlier words come from the state."""
+        beams = state.beams
+        cache = cast("Cache", state.cache).extend(beams)
+        row = {} if beams == 1 else {"visible": see_own(state)}  # (R, slots)
+        mask = row["visible"].view(-1, 1, beams, cache.used) if row else None  # (I, 1, k, slots)
         x = self.embed(tokens[:, None], state.position)  # (R, 1, W)
-        row = {}
         for i, block in enumerate(self._blocks()):
-            query, *new = block.project(x)
-            for name, value in zip((f"past_key{i}", f"past_value{i}"), new, strict=True):
-                row[name] = torch.cat([state.row[name], value], 2) if state.position else value
-            context = F.scaled_dot_product_attention(
-                query, row[f"past_key{i}"], row[f"past_value{i}"]
-            )
+            query, *new = (fold(part, beams) for part in block.project(x))  # (I, h, k, d)
+            keys, values = cache.put(i, *new)
+            context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
             memory = (state.image[f"key{i}"], state.image[f"value{i}"])
-            x, _ = block.finish(x, context, memory, need=False)
-        after = State(state.image, row, state.beams, state.position + 1)
+            x, _ = block.finish(x, unfold(context), memory, need=False)
+        after = State(state.image, row, beams, state.position + 1, cache)
         return self.score(self.final_norm(self.output(x)))[:, 0], after
 
     def _blocks(self) -> Iterator[Block]:
@@ -166,6 +168,28 @@ class TransformerDecoder(Decoder):
     def score(self, x: Tensor) -> Tensor:
         """(B, T, W) to logits (B, T, V) by the embedding matrix."""
         return F.linear(self.drop(x), self.embedding.weight)
+
+
+def fold(x: Tensor, beams: int) -> Tensor:
+    """One word of each row, (R, h, 1, d), to the words of each image, (I, h, k, d)."""
+    return x.view(-1, beams, x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def unfold(x: Tensor) -> Tensor:
+    """(I, h, k, d) back to (R, h, 1, d)."""
+    return x.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+
+
+def see_own(state: State) -> Tensor:
+    """(R, slots) which words of the image's beams belong to a row; the newest come last."""
+    rows = len(next(iter(state.image.values()))) * state.beams
+    device = next(iter(state.image.values())).device
+    new = torch.eye(state.beams, dtype=torch.bool, device=device)
+    new = new.repeat(rows // state.beams, 1)  # (R, k)
+    past = state.row.get("visible")
+    if past is None:  # there was one beam an image, and all its words are everybody's
+        past = new.new_ones(rows, state.position)
+    return torch.cat([past, new], 1)
 
 
 def sinusoids(first: int, count: int, width: int) -> Tensor:

@@ -29,7 +29,7 @@ def prepare(references: References) -> dict[Any, list[Caption]]:
     without = [image for image, captions in items.items() if not len(captions)]
     if without:
         raise DataError(
-            f"{len(without)} images have no reference caption: {_first(without)}. Give each "
+            f"{len(without)} images have no reference caption: {first(without)}. Give each "
             "image at least one, or leave it out."
         )
     return {image: list(captions) for image, captions in items.items()}
@@ -43,8 +43,8 @@ def align(captions: Captions, images: Collection[Any]) -> list[Caption]:
     if missing or foreign:
         raise DataError(
             f"Captions and references are not of the same images: {len(items)} captions, "
-            f"{len(images)} images with references. Without a caption: {_first(missing)}. "
-            f"Without references: {_first(foreign)}. Give one caption for each image, by the same "
+            f"{len(images)} images with references. Without a caption: {first(missing)}. "
+            f"Without references: {first(foreign)}. Give one caption for each image, by the same "
             "ids as the references (or both as lists in one order); '' is a caption."
         )
     return [items[image] for image in images]
@@ -75,6 +75,7 @@ def _strings(caption: Sequence[str]) -> Sequence[str]:
     raise DataError(f"A caption is {caption!r}; expected a string or a list of tokens.")
 
 
-def _first(images: Sequence[Any]) -> str:
+def first(images: Sequence[Any]) -> str:
+    """The first few ids, for a message."""
     shown = ", ".join(repr(image) for image in images[:_SHOWN])
     return f"{shown}, ... ({len(images)})" if len(images) > _SHOWN else shown or "none"

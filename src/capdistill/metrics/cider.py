@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from capdistill.metrics.ngrams import ORDER, Ngram, Result, Tokens, count_ngrams, words
+import numpy as np
+
+from capdistill.metrics.frequencies import DocumentFrequencies
+from capdistill.metrics.ngram_ids import Counted, Floats, Ints
+from capdistill.metrics.ngram_table import HypothesisNgrams, ReferenceNgrams, reference_ngrams
+from capdistill.metrics.ngrams import ORDER, Result, Tokens
 
 _SIGMA = 6.0  # the COCO tool's tolerance of a difference in length
 
 
-@dataclass(frozen=True)
-class _Weighted:
-    """The tf-idf weights of one caption, their norm for each n, and its number of bigrams."""
+class _Weighted(NamedTuple):
+    """The tf-idf weights of the n-grams of one n, and their norm in each caption."""
 
-    weights: dict[Ngram, float]
-    norms: list[float]
-    bigrams: int
+    weights: Floats
+    norms: Floats
 
 
 class CiderD:
@@ -30,10 +32,9 @@ class CiderD:
         5.493
 
     Args:
-        references: One list of tokenised references an image.
-        frequencies: n-gram -> number of documents (images) that have it, where the
-            references are too few to count; None counts them in `references`.
-        documents: How many documents `frequencies` were counted in.
+        references: One list of tokenised references an image, or these counted.
+        document_frequencies: Where the references are too few to count; None counts them in
+            `references`.
 
     Source:
         Vedantam, Zitnick, Parikh (2015), the D form; as in pycocoevalcap, where the length
@@ -42,55 +43,56 @@ class CiderD:
 
     def __init__(
         self,
-        references: Sequence[Sequence[Tokens]],
+        references: Sequence[Sequence[Tokens]] | ReferenceNgrams,
         *,
-        frequencies: Mapping[Ngram, float] | None = None,
-        documents: int | None = None,
+        document_frequencies: DocumentFrequencies | None = None,
     ) -> None:
-        counted = [[count_ngrams(words(tokens)) for tokens in image] for image in references]
-        self.frequencies = _frequencies(counted) if frequencies is None else frequencies
-        self.documents = len(references) if documents is None else documents
-        self._rarest = math.log(max(self.documents, 1))
-        self._references = [[self._weigh(counts) for counts in image] for image in counted]
-
-    def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
-        """Corpus and per-image scores of one tokenised caption an image, in the same order."""
-        scores = [
-            self._score(self._weigh(count_ngrams(words(tokens))), references)
-            for tokens, references in zip(hypotheses, self._references, strict=True)
+        given = document_frequencies
+        self._references = references = reference_ngrams(references, given.ids if given else None)
+        counts = given.counts if given else [t.frequencies for t in references.tables]
+        documents = given.documents if given else references.images
+        self._rarest = math.log(max(documents, 1))
+        self._idf = [self._rarest - _log(np.maximum(1.0, count)) for count in counts]
+        self._weighted = [
+            self._weigh(n, Counted(table.rows, table.ids, table.counts), len(references.image))
+            for n, table in enumerate(references.tables)
         ]
+
+    def __call__(self, hypotheses: Sequence[Tokens] | HypothesisNgrams) -> dict[str, Result]:
+        """Corpus and per-image scores of one tokenised caption an image, in the same order."""
+        references = self._references
+        if not isinstance(hypotheses, HypothesisNgrams):
+            hypotheses = references.count(hypotheses)
+        cosines = sum(self._cosines(n, counted) for n, counted in enumerate(hypotheses.counted))
+        ours, theirs = (np.maximum(0, n - 1) for n in (hypotheses.lengths, references.lengths))
+        difference = ours[references.image] - theirs
+        damped = cosines * np.exp(-(difference**2) / (2 * _SIGMA**2))
+        totals = np.bincount(references.image, damped, references.images)
+        scores: list[float] = (10.0 * totals / ORDER / references.per_image).tolist()
         return {"cider_d": (sum(scores) / max(len(scores), 1), scores)}
 
-    def _weigh(self, counts: Counter[Ngram]) -> _Weighted:
-        weights, squares, bigrams = {}, [0.0] * ORDER, 0
-        for ngram, count in counts.items():
-            idf = self._rarest - math.log(max(1.0, self.frequencies.get(ngram, 0.0)))
-            weights[ngram] = weight = count * idf
-            squares[len(ngram) - 1] += weight * weight
-            bigrams += count if len(ngram) == 2 else 0
-        return _Weighted(weights, [math.sqrt(square) for square in squares], bigrams)
+    def _cosines(self, n: int, counted: Counted) -> Floats:
+        """The clipped cosine of each reference and its image's caption."""
+        references, table = self._references, self._references.tables[n]
+        ours, theirs = self._weigh(n, counted, references.images), self._weighted[n]
+        mine, other = table.join(counted)
+        products = np.minimum(ours.weights[mine], theirs.weights[other]) * theirs.weights[other]
+        dots = np.bincount(table.rows[other], products, len(references.image))
+        norms = ours.norms[references.image] * theirs.norms
+        return np.divide(dots, norms, out=np.zeros_like(norms), where=norms != 0)
 
-    def _score(self, hypothesis: _Weighted, references: Sequence[_Weighted]) -> float:
-        total = sum(_similarity(hypothesis, reference) for reference in references)
-        return 10.0 * total / ORDER / len(references)
-
-
-def _frequencies(references: Sequence[Sequence[Counter[Ngram]]]) -> Counter[Ngram]:
-    """In how many images each n-gram occurs."""
-    frequencies: Counter[Ngram] = Counter()
-    for image in references:
-        frequencies.update({ngram for counts in image for ngram in counts})
-    return frequencies
+    def _weigh(self, n: int, counted: Counted, captions: int) -> _Weighted:
+        weights = counted.counts * _take(self._idf[n], counted.ids, self._rarest)
+        squares = np.bincount(counted.rows, weights * weights, captions)
+        return _Weighted(weights, np.sqrt(squares))
 
 
-def _similarity(hypothesis: _Weighted, reference: _Weighted) -> float:
-    """Sum over n of the clipped cosine, damped by the difference in length."""
-    dots, theirs = [0.0] * ORDER, reference.weights
-    for ngram, weight in hypothesis.weights.items():
-        if ngram in theirs:
-            other = theirs[ngram]
-            dots[len(ngram) - 1] += min(weight, other) * other
-    pairs = zip(dots, hypothesis.norms, reference.norms, strict=True)
-    cosines = sum(dot / (ours * theirs) for dot, ours, theirs in pairs if ours and theirs)
-    difference = hypothesis.bigrams - reference.bigrams
-    return cosines * math.exp(-(difference**2) / (2 * _SIGMA**2))
+def _log(values: Floats) -> Floats:
+    """Logarithms that are equal where the values are, whatever their places in an array."""
+    distinct, inverse = np.unique(values, return_inverse=True)
+    return np.array([math.log(value) for value in distinct], np.float64)[inverse]
+
+
+def _take(values: Floats, places: Ints, otherwise: float) -> Floats:
+    """The values at the places; for places beyond the end `otherwise`."""
+    return np.append(values, otherwise)[np.minimum(places, len(values))]

@@ -18,9 +18,8 @@ def words(tokens: Tokens) -> Tokens:
         >>> words(["3\\u00a01/2", "cups"])
         ['3', '1/2', 'cups']
     """
-    if any("\u00a0" in token for token in tokens):
-        return " ".join(tokens).split()
-    return tokens
+    text = " ".join(tokens)
+    return text.split() if "\u00a0" in text else tokens
 
 
 def count_ngrams(tokens: Tokens, order: int = ORDER) -> Counter[Ngram]:

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from capdistill.errors import DataError, UnknownName, suggest
-from capdistill.metrics.bleu import Bleu
+from capdistill.errors import DataError
+from capdistill.metrics import built_in
 from capdistill.metrics.captions import (
     Caption,
     Captions,
     References,
     align,
     as_text,
+    first,
     prepare,
     tokens_of,
 )
-from capdistill.metrics.cider import CiderD
-from capdistill.metrics.meteor import HOW_TO_GET_WORDNET, MeteorNltk, wordnet_found
-from capdistill.metrics.ngrams import Result, Tokens
+from capdistill.metrics.frequencies import DocumentFrequencies
+from capdistill.metrics.ngram_table import ReferenceNgrams
+from capdistill.metrics.ngrams import Tokens
 from capdistill.metrics.results import Direction, Metric, Scores
-from capdistill.metrics.rouge import RougeL
-
-_Prepared = Callable[[Sequence[Tokens]], dict[str, Result]]
-_BUILT_IN: dict[str, tuple[Callable[[list[list[Tokens]]], _Prepared], tuple[str, ...]]] = {
-    "bleu": (Bleu, ("bleu_1", "bleu_2", "bleu_3", "bleu_4")),
-    "rouge_l": (RougeL, ("rouge_l",)),
-    "cider_d": (CiderD, ("cider_d",)),
-    "meteor_nltk": (MeteorNltk, ("meteor_nltk",)),
-}
-DIRECTIONS: dict[str, Direction] = {n: "higher" for _, names in _BUILT_IN.values() for n in names}
-"""Every built-in score -> the direction in which it gets better."""
 
 _ONE_IMAGE = (
     "cider_d is 0 for a single image whatever the caption: its document frequencies are counted "
-    "over the images. Score several images together."
+    "over the images. Score several images together, or give document_frequencies."
+)
+_NO_PARAPHRASES = (
+    "meteor_1_5_nopara stands in place of meteor_1_5: there is no table of paraphrases. "
+    "`pip install capdistill[coco]` brings it, or CAPDISTILL_METEOR_PARAPHRASES names the file."
 )
 
 
@@ -53,8 +47,10 @@ class CaptionScorer:
     Args:
         references: Image -> its references, or one list of references an image. A caption is
             a string, or a list of tokens, which are taken as they are.
-        metrics: Which to compute: "bleu", "rouge_l", "cider_d", "meteor_nltk", or a score's own
-            name such as "bleu_4", or a `Metric` of your own. None is all the built-in ones.
+        metrics: Which to compute: "bleu", "rouge_l", "cider_d", "meteor_nltk", "meteor_1_5", or a
+            score's own name such as "bleu_4", or a `Metric` of your own. None is all the built-in
+            ones. "meteor_1_5" is called "meteor_1_5_nopara" where there is no paraphrase table.
+        document_frequencies: What CIDEr-D weighs n-grams by; None counts them in `references`.
 
     Raises:
         DataError: no image, an image without a reference, or a caption of another type.
@@ -62,17 +58,27 @@ class CaptionScorer:
     """
 
     def __init__(
-        self, references: References, *, metrics: Iterable[str | Metric] | None = None
+        self,
+        references: References,
+        *,
+        metrics: Iterable[str | Metric] | None = None,
+        document_frequencies: DocumentFrequencies | None = None,
     ) -> None:
         self._references = prepare(references)
-        chosen = tuple(_BUILT_IN if metrics is None else metrics)
-        self._own = [metric for metric in chosen if isinstance(metric, Metric)]
-        wanted = _wanted([metric for metric in chosen if not isinstance(metric, Metric)])
-        self.notes = self._notes(wanted)
-        if "meteor_nltk" in wanted and not wordnet_found():
-            del wanted["meteor_nltk"]
+        chosen = None if metrics is None else list(metrics)
+        self._own = [metric for metric in chosen or () if isinstance(metric, Metric)]
+        names = None if chosen is None else [m for m in chosen if not isinstance(m, Metric)]
+        self._wanted = built_in.select(names)
+        self.notes = self._notes(names, document_frequencies)
         tokens = [[tokens_of(caption) for caption in image] for image in self._references.values()]
-        self._metrics = [(_BUILT_IN[family][0](tokens), names) for family, names in wanted.items()]
+        shared = any(metric in self._wanted for metric in built_in.ON_NGRAMS)
+        known = document_frequencies.ids if document_frequencies else None
+        self._ngrams = ReferenceNgrams(tokens, known) if shared else None
+        self._metrics = {
+            metric: built_in.make(metric, tokens, self._ngrams, document_frequencies)
+            for metric in self._wanted
+        }
+        self._collected: dict[Any, tuple[Caption, Tokens]] = {}
 
     @property
     def directions(self) -> dict[str, Direction]:
@@ -82,8 +88,9 @@ class CaptionScorer:
             >>> CaptionScorer([["a dog"]], metrics=["bleu_4"]).directions
             {'bleu_4': 'higher'}
         """
-        names = {name: DIRECTIONS[name] for _, wanted in self._metrics for name in wanted}
-        return names | {name: way for own in self._own for name, way in own.directions.items()}
+        names = [name for wanted in self._wanted.values() for name in wanted]
+        found = {name: built_in.DIRECTIONS[name] for name in names}
+        return found | {name: way for own in self._own for name, way in own.directions.items()}
 
     def __call__(self, hypotheses: Captions) -> Scores:
         """Score one caption an image.
@@ -96,23 +103,79 @@ class CaptionScorer:
             DataError: ids that do not match; the message lists the first ones.
         """
         captions = align(hypotheses, self._references)
-        tokens = [tokens_of(caption) for caption in captions]
-        results: dict[str, tuple[float, Any]] = {}
-        for metric, names in self._metrics:
-            computed = metric(tokens)
-            results.update({name: computed[name] for name in names})
-        for own in self._own:
-            results.update(self._call(own, captions))
-        return Scores(
-            corpus={name: float(corpus) for name, (corpus, _) in results.items()},
-            per_image={name: self._by_image(name, each) for name, (_, each) in results.items()},
-            notes=self.notes,
-        )
+        return self._score(captions, [tokens_of(caption) for caption in captions])
 
-    def _notes(self, wanted: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-        alone = "cider_d" in wanted and len(self._references) == 1
-        silent = "meteor_nltk" in wanted and not wordnet_found()
-        return (_ONE_IMAGE,) * alone + (HOW_TO_GET_WORDNET,) * silent
+    def update(self, hypotheses: Mapping[Any, Caption]) -> None:
+        """Take the captions of some images; `compute` scores them when all have come.
+
+        Example:
+            >>> scorer = CaptionScorer({"1": ["a dog"], "2": ["a car"]}, metrics=["rouge_l"])
+            >>> for batch in ({"2": "a car"}, {"1": "a dog"}):
+            ...     scorer.update(batch)
+            >>> scorer.compute()["rouge_l"]
+            1.0
+
+        Args:
+            hypotheses: Image -> caption. Where the references were a list, an image is its place.
+
+        Raises:
+            DataError: an image without references, or one that has its caption already; then
+                none of these captions is taken.
+        """
+        if not isinstance(hypotheses, Mapping):
+            raise DataError(
+                f"update: a {type(hypotheses).__name__} was given; expected {{image: caption}}, "
+                "since some of the captions alone do not say which images they are of."
+            )
+        foreign = [image for image in hypotheses if image not in self._references]
+        twice = [image for image in hypotheses if image in self._collected]
+        if foreign or twice:
+            raise DataError(
+                f"update: without references: {first(foreign)}. Captioned already: "
+                f"{first(twice)}. Give each image of the references one caption; reset() begins "
+                "anew."
+            )
+        self._collected |= {i: (text, tokens_of(text)) for i, text in hypotheses.items()}
+
+    def compute(self) -> Scores:
+        """The scores of the captions that `update` took; they stay until `reset`.
+
+        Raises:
+            DataError: images without a caption; the message lists the first ones.
+        """
+        missing = [image for image in self._references if image not in self._collected]
+        if missing:
+            raise DataError(
+                f"compute: {len(missing)} of {len(self._references)} images have no caption yet: "
+                f"{first(missing)}. Give them to update(); '' is a caption."
+            )
+        pairs = [self._collected[image] for image in self._references]
+        return self._score([caption for caption, _ in pairs], [tokens for _, tokens in pairs])
+
+    def reset(self) -> None:
+        """Forget the captions that `update` took; the references stay."""
+        self._collected = {}
+
+    def _score(self, captions: Sequence[Caption], tokens: Sequence[Tokens]) -> Scores:
+        counted = self._ngrams.count(tokens) if self._ngrams else None
+        corpus: dict[str, float] = {}
+        per_image: dict[str, dict[Any, float]] = {}
+        for metric, names in self._wanted.items():
+            computed = self._metrics[metric](counted if metric in built_in.ON_NGRAMS else tokens)
+            for name in names:
+                corpus[name], each = computed[name]
+                per_image[name] = dict(zip(self._references, each, strict=True))
+        for own in self._own:
+            for name, (total, scores) in self._call(own, captions).items():
+                corpus[name], per_image[name] = float(total), self._by_image(name, scores)
+        return Scores(corpus, per_image, self.notes)
+
+    def _notes(
+        self, names: Sequence[str] | None, frequencies: DocumentFrequencies | None
+    ) -> tuple[str, ...]:
+        alone = "cider_d" in self._wanted and len(self._references) == 1 and frequencies is None
+        without = "meteor_1_5" in (names or ()) and "meteor_1_5" not in self._wanted
+        return (_ONE_IMAGE,) * alone + (_NO_PARAPHRASES,) * without
 
     def _call(self, metric: Metric, captions: Sequence[Caption]) -> dict[str, tuple[float, Any]]:
         references = {i: [as_text(c) for c in each] for i, each in self._references.items()}
@@ -134,17 +197,3 @@ class CaptionScorer:
                 f"{len(self._references)} images, by the same ids or in their order."
             )
         return {image: float(items[image]) for image in self._references}
-
-
-def _wanted(names: Iterable[str]) -> dict[str, list[str]]:
-    """Metric -> those of its scores that are asked for."""
-    wanted: dict[str, list[str]] = {}
-    for name in names:
-        for metric, (_, scores) in _BUILT_IN.items():
-            if name == metric or name in scores:
-                found = wanted.setdefault(metric, [])
-                found += [s for s in ([name] if name in scores else scores) if s not in found]
-                break
-        else:
-            raise UnknownName(f"No metric '{name}'. {suggest(name, [*_BUILT_IN, *DIRECTIONS])}")
-    return wanted

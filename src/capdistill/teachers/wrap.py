@@ -6,7 +6,7 @@ error that names shapes, never a silently wrong target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capdistill.errors import ConfigError
+from capdistill.generation.captions import captions
+from capdistill.generation.config import GenerationConfig, resolve
+from capdistill.generation.hypothesis import Hypothesis
+from capdistill.generation.plan import Plan
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 from capdistill.teachers.layout import check_layout, check_vocabulary
+from capdistill.teachers.stepwise import PrefixDecoder
 from capdistill.tokenizer import Tokenizer
 
 Adapt = Callable[[Any, Batch], CaptionerOutput]
@@ -29,6 +34,7 @@ class ForeignTeacher(nn.Module):
         module: The model as it was given.
         tokenizer: Its tokenizer.
         name: How messages call it.
+        image_size: Side in pixels of the images it wants in a batch, or None.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class ForeignTeacher(nn.Module):
         *,
         name: str = "teacher",
         spec: ModelSpec | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         if spec is not None:
@@ -47,6 +54,7 @@ class ForeignTeacher(nn.Module):
         self.adapt = adapt
         self.tokenizer = tokenizer
         self.name = name
+        self.image_size = image_size
         self._spec = spec
 
     def forward(self, batch: Batch, need: frozenset[str] = frozenset()) -> CaptionerOutput:
@@ -85,6 +93,35 @@ class ForeignTeacher(nn.Module):
             self._spec = self._probe(batch)
         return self._spec
 
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: Batch | Tensor,
+        generation: GenerationConfig | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[Hypothesis]:
+        """One caption an image, as `Captioner.generate` makes them.
+
+        The module is asked for a whole caption again at every word: `adapt` is all it has.
+
+        Args:
+            batch: A batch, or (I, 3, H, W) uint8 images, on the module's device.
+            generation: How, as a whole.
+            options: Fields of `GenerationConfig`, over those of `generation`.
+
+        Raises:
+            ConfigError: options that can not be.
+            IncompatibleModels: what `adapt` returns does not fit.
+        """
+        images = batch.images if isinstance(batch, Batch) else batch
+        plan = Plan.of(resolve(generation, options), self.tokenizer)
+        with _undisturbed(self, images.device):
+            return captions(PrefixDecoder(self), images, self.tokenizer, plan, batch)
+
+    def num_parameters(self, trainable: bool = False) -> int:
+        """Number of parameters, shared ones once; only those that are trained on request."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
+
     def _probe(self, batch: Batch) -> ModelSpec:
         with _undisturbed(self, batch.input_ids.device):
             output = self(batch)
@@ -108,6 +145,7 @@ def wrap(
     *,
     name: str = "teacher",
     spec: ModelSpec | None = None,
+    image_size: int | None = None,
 ) -> ForeignTeacher:
     """Any existing captioner as a teacher.
 
@@ -139,12 +177,14 @@ def wrap(
         name: How messages call it.
         spec: What the losses must know of it, with the grid and the prefix tokens, which no probe
             can see. Without it, it is probed on the first real batch.
+        image_size: Side in pixels of the images it wants in a batch: loaders give the larger of
+            teacher's and student's. Without it, the student's, or 224 where it is alone.
 
     Raises:
         IncompatibleModels: the declared spec and the tokenizer have different vocabularies, or
             (when called) `adapt` returns other shapes than the batch needs.
     """
-    return ForeignTeacher(module, adapt, tokenizer, name=name, spec=spec)
+    return ForeignTeacher(module, adapt, tokenizer, name=name, spec=spec, image_size=image_size)
 
 
 def normalised(

@@ -148,13 +148,14 @@ def resolve_monitor(name: str, directions: dict[str, bool]) -> tuple[str, bool]:
 def _way_to(key: str) -> str:
     """How to have a score measured that is not measured unless asked for."""
     from capdistill.metrics import DIRECTIONS
-    from capdistill.metrics.meteor import HOW_TO_GET_WORDNET, wordnet_found
+    from capdistill.metrics.built_in import select
 
     if key not in DIRECTIONS:
         return ""
-    missing = key == "meteor_nltk" and not wordnet_found()
-    wordnet = f" {HOW_TO_GET_WORDNET}" if missing else ""
-    return f" To measure it, set trainer.metrics = (*trainer.metrics, '{key}').{wordnet}"
+    [[measured]] = select([key]).values()
+    if measured != key:
+        return f" Here is no table of paraphrases (extra coco): measure and monitor '{measured}'."
+    return f" To measure it, set trainer.metrics = (*trainer.metrics, '{key}')."
 
 
 class Recorder:

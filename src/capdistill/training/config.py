@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from capdistill.errors import ConfigError, suggest
-
-C = TypeVar("C", bound=BaseModel)
+from capdistill.generation.config import GenerationConfig
+from capdistill.options import parse as parse
 
 
 class TrainConfig(BaseModel):
@@ -22,6 +21,7 @@ class TrainConfig(BaseModel):
         epochs: Each is every training image once.
         batch_size: Images a step (times `captions_per_image` captions, times `accumulate`).
         captions_per_image: Captions of an image in one batch; the image is encoded once for all.
+            None is as many as the images usually have, at most 5.
         learning_rate: Peak rate of AdamW.
         encoder_rate: The encoder trunk's rate as a share of `learning_rate`.
         weight_decay: Not on norms, biases and embeddings.
@@ -33,6 +33,10 @@ class TrainConfig(BaseModel):
         accumulate: Batches a step; a short last group counts for what it holds.
         clip: Largest gradient norm, or None.
         label_smoothing: Of the cross-entropy term, never of the teacher's targets.
+        word_dropout: Probability that the trained model reads a word as the unknown one. Targets
+            and what a teacher reads stay as they are.
+        scheduled_sampling: Probability, at the end of the run, that it reads a word of its own in
+            place of the reference's; grows evenly from 0. The decoder runs twice a step.
         patience: Epochs without progress before training stops, or None.
         monitor: Score that decides what is best: "cider", "bleu_4", ..., or "loss".
         seed: Of shuffling, choice of captions, augmentation and dropout.
@@ -47,6 +51,7 @@ class TrainConfig(BaseModel):
         cache_dir: Where cached features lie; a folder of the user's cache unless given.
         errors: "skip" names unreadable images and goes on; "raise" stops.
         eval_batch_size: Images a batch in validation.
+        generation: How validation captions, a `GenerationConfig` or its options; None is greedy.
         log_every: Steps between two rows of the history.
         progress: Progress bar; None is only on a terminal.
     """
@@ -55,7 +60,7 @@ class TrainConfig(BaseModel):
 
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(16, ge=1)
-    captions_per_image: int = Field(1, ge=1)
+    captions_per_image: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
     encoder_rate: float = Field(0.1, ge=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -67,6 +72,8 @@ class TrainConfig(BaseModel):
     accumulate: int = Field(1, ge=1)
     clip: float | None = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    word_dropout: float = Field(0.0, ge=0, lt=1)
+    scheduled_sampling: float = Field(0.0, ge=0, le=1)
     patience: int | None = Field(7, ge=1)
     monitor: str = "cider"
     seed: int = 0
@@ -80,6 +87,7 @@ class TrainConfig(BaseModel):
     cache_dir: str | None = None
     errors: Literal["skip", "raise"] = "skip"
     eval_batch_size: int = Field(64, ge=1)
+    generation: GenerationConfig | None = None
     log_every: int = Field(10, ge=1)
     progress: bool | None = None
 
@@ -93,33 +101,3 @@ class DistillConfig(TrainConfig):
     """
 
     learning_rate: float = Field(2e-4, gt=0)
-
-
-def parse(cls: type[C], values: dict[str, Any], what: str) -> C:
-    """Options to a checked configuration.
-
-    Example:
-        >>> parse(TrainConfig, {"epoch": 3}, "fit")
-        Traceback (most recent call last):
-        ...
-        capdistill.errors.ConfigError: fit: there is no option 'epoch' (given: 3). \
-Did you mean 'epochs'? ...
-
-    Raises:
-        ConfigError: an unknown option, with the nearest one, or a value that can not be.
-    """
-    try:
-        return cls(**values)
-    except ValidationError as error:
-        lines = [_explain(cls, problem) for problem in error.errors()]
-        raise ConfigError(f"{what}: " + "\n".join(lines)) from error
-
-
-def _explain(cls: type[BaseModel], problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = suggest(name, cls.model_fields)
-        return f"there is no option '{name}' (given: {problem['input']!r}). {known}"
-    if problem["type"] == "missing":
-        return f"option '{name}' must be given."
-    return f"option '{name}' was given {problem['input']!r}: {problem['msg']}."

@@ -19,9 +19,9 @@ class History:
 
     A row holds `kind` ("step" or "epoch"), `step`, `epoch` and what was measured. Step rows:
     `loss`, `terms` (each raw and weighted), `learning_rates` (those the step took),
-    `gradient_norm` (before clipping), `seconds`, `images`, `images_per_second`. Epoch rows:
-    `train` (`loss` and `terms`), `val` (the same, with the number of `images` it covers and of
-    those `skipped`; empty without validation data), `scores`, `improved` and `best` (with
+    `gradient_norm` (before clipping), `seconds`, `images`, `captions`, `images_per_second`. Epoch
+    rows: `train` (`loss` and `terms`), `val` (the same, with the number of `images` it covers and
+    of those `skipped`; empty without validation data), `scores`, `improved` and `best` (with
     validation data), `images`, `skipped`, `problems` (images that could not be used, named in the
     epoch that met them first), `images_per_second`, `seconds`. On disk NaN is null.
 

@@ -54,9 +54,21 @@ class Objective(nn.Module):
         """What the losses need of both models beside logits and features."""
         return frozenset[str]().union(*(loss.needs for _, loss in self._losses()))
 
-    def forward(self, batch: Batch, teacher: CaptionerOutput | None = None) -> dict[str, Tensor]:
-        """The sum of every term over the batch, unweighted, float32 scalars."""
-        student = self.student(batch, need=self.need)
+    def forward(
+        self,
+        batch: Batch,
+        teacher: CaptionerOutput | None = None,
+        read: Callable[[Batch, Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The sum of every term over the batch, unweighted, float32 scalars.
+
+        Args:
+            batch: Its targets are those of the cross-entropy.
+            teacher: What it says of the batch.
+            read: What the student reads in place of `batch.inputs`; see `Captioner.forward`.
+        """
+        reading = {} if read is None else {"read": read}
+        student = self.student(batch, need=self.need, **reading)
         sums = {}
         if "ce" in self.weights:
             sums["ce"] = cross_entropy(

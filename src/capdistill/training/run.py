@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capdistill.captioner import Captioner
+from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
 from capdistill.files import write_text
 from capdistill.registry import stamp_of
@@ -39,10 +40,19 @@ def prepare_sources(trainer: Trainer, train: Any, val: Any) -> tuple[Source, Sou
         crop=crops,
         flip=trainer.config.flip,
     )
+    _record_captions(trainer, training)
     if val is None:
         return training, None
     size = trainer.config.eval_batch_size
     return training, _source(trainer, val, **options, train=False, batch_size=size)
+
+
+def _record_captions(trainer: Trainer, source: Source) -> None:
+    """The number that the data decided goes into what is written of the run."""
+    if trainer.config.captions_per_image is None and isinstance(source, Loader):
+        k = source.assembler.k
+        trainer.config = trainer.config.model_copy(update={"captions_per_image": k})
+        trainer.config.model_fields_set.discard("captions_per_image")  # other data decide anew
 
 
 def require_usable(trainer: Trainer) -> None:
@@ -87,8 +97,8 @@ def wants_crops(config: TrainConfig) -> bool:
 
 def image_size(models: list[Any]) -> int:
     """The larger image size of the models: each downsizes for itself."""
-    encoders = [model.encoder for model in models if isinstance(model, Captioner)]
-    return max([encoder.image_size for encoder in encoders] or [224])
+    sizes = [getattr(model, "image_size", None) for model in models]
+    return max([int(size) for size in sizes if size] or [224])
 
 
 def _source(trainer: Trainer, data: Any, **options: Any) -> Source:

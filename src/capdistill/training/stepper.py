@@ -17,6 +17,7 @@ from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput, LossTerm
 from capdistill.training.config import TrainConfig, parse
 from capdistill.training.history import Row
+from capdistill.training.inputs import AlteredInputs, altered_inputs, require_unknown_word
 from capdistill.training.objective import Objective, Weight
 from capdistill.training.optim import Scheduler, make_schedule, parameter_groups
 from capdistill.training.runtime import autocast, pick_device, pick_precision
@@ -36,6 +37,7 @@ class Stepper:
     def __init__(self, captioner: Captioner, **options: Any) -> None:
         self.config = parse(self.config_class, options, type(self).__name__)
         self.captioner = captioner
+        require_unknown_word(self.config, captioner.tokenizer)
         self.objective = self._make_objective({}, {"ce": 1.0})
         self.optimizer: torch.optim.Optimizer | None = None
         self.schedule: Scheduler
@@ -69,9 +71,10 @@ class Stepper:
         """
         self._prepare(batch)
         counts = self.objective.counts(batch) if counts is None else counts
+        read = self._altered_inputs(batch)
         batch = batch.to(self.device)
         with autocast(self.device, self.precision):
-            sums = self.objective(batch, self.teach(batch))
+            sums = self.objective(batch, self.teach(batch), read)
         return {
             name: LossTerm(value, counts[name], self.objective.weight(name, self.progress))
             for name, value in sums.items()
@@ -80,6 +83,12 @@ class Stepper:
     def teach(self, batch: Batch) -> CaptionerOutput | None:
         """What the teacher says of a batch; a plain trainer has none."""
         return None
+
+    def _altered_inputs(self, batch: Batch) -> AlteredInputs | None:
+        """What the student reads in place of the references; nothing else in evaluation mode."""
+        if not self.objective.training:
+            return None
+        return altered_inputs(self.captioner, batch, self.config, self.epoch, self.progress)
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -110,8 +119,11 @@ class Stepper:
         self._require_finite(tally, norm_read)
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         self._update(optimizer, overflow=not math.isfinite(norm_read))
-        images = sum(batch.num_images for batch in micro_batches)
-        row = {"learning_rates": rates, "gradient_norm": norm_read, "images": images}
+        seen = {
+            "images": sum(batch.num_images for batch in micro_batches),
+            "captions": sum(len(batch.captions) for batch in micro_batches),
+        }
+        row = {"learning_rates": rates, "gradient_norm": norm_read, **seen}
         return self._step_row(tally, row, time.perf_counter() - began)
 
     def make_optimizer(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:

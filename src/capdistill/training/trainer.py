@@ -27,6 +27,7 @@ from capdistill.training.checkpoint import (
 from capdistill.training.config import parse
 from capdistill.training.epoch import EpochSoFar
 from capdistill.training.history import History, Row
+from capdistill.training.inputs import require_unknown_word
 from capdistill.training.interrupt import noticing_ctrl_c
 from capdistill.training.run import describe_run, prepare_sources, require_usable
 from capdistill.training.runtime import seed_everything
@@ -163,6 +164,7 @@ class Trainer(Stepper):
     def _configure(self, options: Mapping[str, Any]) -> None:
         values = {**self.config.model_dump(exclude_unset=True), **options}
         self.config = parse(self.config_class, values, f"{type(self).__name__}.fit")
+        require_unknown_word(self.config, self.captioner.tokenizer)
         self.objective.label_smoothing = self.config.label_smoothing
         self._place()
 

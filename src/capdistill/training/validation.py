@@ -1,4 +1,4 @@
-"""Validation after an epoch: the terms of the loss, and scores of greedy captions."""
+"""Validation after an epoch: the terms of the loss, and scores of captions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def validate(trainer: Trainer, source: Source) -> tuple[dict[str, Any], dict[str
             batch = batch.to(trainer.device)
             with autocast(trainer.device, trainer.precision):
                 batch = with_trunk_tokens(trainer.captioner, batch)
-                said |= _captions(trainer.captioner, batch)
+                said |= _captions(trainer, batch)
             tally.add(trainer.terms(batch, counts), counts)
     found = {**tally.summary(), "images": len(said), "skipped": len(source.skipped)}
     return found, trainer.score(references, said)
@@ -61,8 +61,10 @@ def require_references(batch: Batch) -> References:
     return dict(zip(batch.image_ids, batch.references, strict=True))
 
 
-def _captions(captioner: Captioner, batch: Batch) -> dict[str, str]:
-    texts = (hypothesis.text for hypothesis in captioner.generate(batch))
+def _captions(trainer: Trainer, batch: Batch) -> dict[str, str]:
+    how = trainer.config.generation
+    options: dict[str, Any] = {} if how is None else {"generation": how}
+    texts = (hypothesis.text for hypothesis in trainer.captioner.generate(batch, **options))
     return dict(zip(batch.image_ids, texts, strict=True))
 
 

@@ -37,7 +37,7 @@ def check_options(trainer: Trainer, val: Any) -> Iterator[CheckRow]:
             "cache_features=True but no model has a frozen trunk. Create the encoder with "
             "trainable='none', or set cache_features=False."
         )
-    size = f"{config.batch_size} images x {config.captions_per_image} captions"
+    size = f"{config.batch_size} images x {config.captions_per_image or 'up to 5'} captions"
     yield CheckRow("options", "ok", f"{trainer.device}, {trainer.precision}, batches of {size}")
 
 

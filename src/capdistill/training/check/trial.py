@@ -18,6 +18,7 @@ from capdistill.training.source import Source
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer
 
+_CAPTIONS = 5  # of an image at most, where the data decide
 _WORDS = 12  # of a made-up caption, the median of Flickr8k with its two ends
 
 
@@ -57,7 +58,7 @@ def made_up_batch(trainer: Trainer) -> Batch:
     """Noise and random words, of the configured size; the caller's chance is not touched."""
     probe = probe_batch(trainer.captioner, trainer.models)
     images, tokenizer = trainer.config.batch_size, trainer.captioner.tokenizer
-    rows = images * trainer.config.captions_per_image
+    rows = images * (trainer.config.captions_per_image or _CAPTIONS)
     ids = torch.randint(len(tokenizer.vocabulary), (rows, _WORDS))
     ids[:, 0], ids[:, -1] = tokenizer.start_id, tokenizer.end_id
     shape = (images, *probe.images.shape[1:])

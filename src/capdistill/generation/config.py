@@ -1,0 +1,178 @@
+"""Every option of decoding, checked when given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from capdistill.errors import ConfigError
+from capdistill.options import refusal
+
+
+class GenerationConfig(BaseModel):
+    """How captions are made from a model's probabilities.
+
+    Example:
+        >>> GenerationConfig(beam_size=3, no_repeat_ngram=3).max_length is None
+        True
+        >>> GenerationConfig(beam_size=0)
+        Traceback (most recent call last):
+        ...
+        capdistill.errors.ConfigError: generation: beam_size must be at least 1, got 0.
+
+    Args:
+        beam_size: Hypotheses kept an image; 1 is greedy.
+        max_length: Tokens at most, the end token among them; None is the tokenizer's limit and
+            the end token. A caption that reaches it without an end stays a candidate, marked
+            unfinished; the end is never forced.
+        min_length: Words at least.
+        length_normalisation: What a hypothesis' log-probability is divided by before it is
+            ranked, with n its tokens (the end counted) and a the `length_penalty`: "none" by
+            nothing, "average" by n ** a, "gnmt" by ((5 + n) / 6) ** a.
+        length_penalty: The exponent a; larger prefers longer captions. 0.7 scored best on
+            Flickr8k's validation images; 1 is the plain mean of the log-probabilities.
+        early_stopping: When the beams of an image stop, once `beam_size` hypotheses are kept:
+            True at once; False when the best open beam, as long as it is now, scores less than the
+            worst kept; "never" when no open beam could do better at any length (exact).
+        num_return: Hypotheses given back an image, as `Hypothesis.n_best`.
+        no_repeat_ngram: No n tokens in a row occur twice in a caption; 0 allows it.
+        banned_words: Words (or phrases) that are never said.
+        allow_unknown: Whether the unknown token may be said.
+        not_last: Words that no caption ends on; "function_words" are the English articles,
+            prepositions, conjunctions and the like.
+        prefix: Words that every caption begins with.
+        sample: Draw words by chance rather than search; `num_return` captions an image.
+        temperature: Divides the log-probabilities before drawing; below 1 is bolder.
+        top_k: Draw from the k most probable words; 0 from all.
+        top_p: Draw from the fewest words that hold this share of the probability.
+        seed: Of the draws, together with the image: the same image gets the same caption in any
+            batch.
+        beam_groups: Groups of beams that avoid each other's words; must divide `beam_size`.
+        diversity_penalty: Taken off a word's log-probability (nats) for every beam of an earlier
+            group that says it at the same place.
+
+    Raises:
+        ConfigError: an unknown option, or values that can not be, alone or together.
+
+    Source:
+        "average" as in Hugging Face transformers, "gnmt" Wu et al. (2016), equation 14 without
+        coverage; groups Vijayakumar et al. (2018); top-p Holtzman et al. (2020).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    beam_size: int = Field(1, ge=1)
+    max_length: int | None = Field(None, ge=1)
+    min_length: int = Field(0, ge=0)
+    length_normalisation: Literal["none", "average", "gnmt"] = "average"
+    length_penalty: float = Field(0.7, allow_inf_nan=False)
+    early_stopping: bool | Literal["never"] = False
+    num_return: int = Field(1, ge=1)
+    no_repeat_ngram: int = Field(0, ge=0)
+    banned_words: tuple[str, ...] = ()
+    allow_unknown: bool = False
+    not_last: tuple[str, ...] | Literal["function_words"] = ()
+    prefix: str = ""
+    sample: bool = False
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = 0
+    beam_groups: int = Field(1, ge=1)
+    diversity_penalty: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _explained(type(self), error) from error
+
+    @field_validator("banned_words", "not_last", mode="before")
+    @classmethod
+    def _no_string(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, str) and not (info.field_name, value) == ("not_last", _FUNCTION):
+            raise ValueError(f"{info.field_name}={value!r} is one string; give [{value!r}].")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GenerationConfig:
+        for wrong, message in self._conflicts():
+            if wrong:
+                raise ValueError(message)
+        return self
+
+    def _conflicts(self) -> list[tuple[bool, str]]:
+        beams, groups, wanted = self.beam_size, self.beam_groups, self.num_return
+        limit = self.max_length or self.min_length + 1
+        return [
+            (
+                self.sample and beams > 1,
+                f"sample=True draws num_return captions one by one and has no beams, but "
+                f"beam_size={beams}. Leave beam_size at 1.",
+            ),
+            (
+                not self.sample and wanted > beams,
+                f"num_return={wanted} needs as many beams, but beam_size={beams}. "
+                f"Use beam_size={wanted}, or sample=True.",
+            ),
+            (
+                beams % groups > 0,
+                f"beam_size={beams} can not be shared by beam_groups={groups}. "
+                f"Use a multiple, such as beam_size={groups * -(-beams // groups)}.",
+            ),
+            (
+                self.diversity_penalty > 0 and groups == 1,
+                f"diversity_penalty={self.diversity_penalty:g} acts between groups, but "
+                "beam_groups=1. Use beam_groups=2 or more.",
+            ),
+            (
+                self.min_length > limit,
+                f"min_length={self.min_length} words do not fit max_length={limit} tokens.",
+            ),
+        ]
+
+
+_FUNCTION = "function_words"
+_LIMITS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("greater than", "gt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
+def _explained(cls: type[BaseModel], error: ValidationError) -> ConfigError:
+    """Limits in plain words; the rest as for every configuration."""
+    problem = error.errors()[0]
+    if problem["type"] in _LIMITS:
+        words, key = _LIMITS[problem["type"]]
+        name, value = problem["loc"][0], problem["input"]
+        unit = " token" if name == "max_length" else ""
+        limit = problem["ctx"][key]
+        return ConfigError(f"generation: {name} must be {words} {limit}{unit}, got {value}.")
+    return refusal(cls, error, "generation")
+
+
+def resolve(
+    generation: GenerationConfig | Mapping[str, Any] | None, keywords: Mapping[str, Any]
+) -> GenerationConfig:
+    """A configuration given whole, its options given as keywords, or both: keywords win.
+
+    Example:
+        >>> resolve(GenerationConfig(beam_size=3), {"min_length": 2}).beam_size
+        3
+
+    Raises:
+        ConfigError: something else was given, or options that can not be.
+    """
+    if isinstance(generation, GenerationConfig):
+        whole: Mapping[str, Any] = generation.model_dump()
+    elif generation is None or isinstance(generation, Mapping):
+        whole = generation or {}
+    else:
+        raise ConfigError(
+            f"generation: {generation!r} was given; expected a GenerationConfig or its options, "
+            "such as generate(batch, beam_size=3)."
+        )
+    return GenerationConfig(**{**whole, **keywords})

@@ -1,0 +1,177 @@
+"""METEOR 1.5 with its English parameters: statistics of alignments, and the score from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from capdistill.metrics.meteor15.aligner import align
+from capdistill.metrics.meteor15.matching import Match, find_matches
+from capdistill.metrics.meteor15.paraphrases import Rewrites, read_paraphrases
+from capdistill.metrics.meteor15.sentence import Sentence
+from capdistill.metrics.ngrams import Result, Tokens
+
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75  # the tool's, for English
+_WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # exact, stem, synonym, paraphrase
+_STAGES = len(_WEIGHTS)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Counts in the hypotheses, or in the references."""
+
+    words: int = 0
+    function_words: int = 0
+    content_matches: tuple[int, ...] = (0,) * _STAGES  # a stage
+    function_matches: tuple[int, ...] = (0,) * _STAGES
+
+    @property
+    def matches(self) -> int:
+        return sum(self.content_matches) + sum(self.function_matches)
+
+    def share(self) -> float:
+        """The weighted share of the words that is matched: content words count three times.
+
+        The order of the sums is the tool's: their last digit decides between references.
+        """
+        matched = 0.0
+        for weight, number in zip(_WEIGHTS, self.content_matches, strict=True):
+            matched += number * weight * _DELTA
+        for weight, number in zip(_WEIGHTS, self.function_matches, strict=True):
+            matched += number * weight * (1.0 - _DELTA)
+        content_words = self.words - self.function_words
+        return matched / (_DELTA * content_words + (1.0 - _DELTA) * self.function_words)
+
+    def __add__(self, other: _Side) -> _Side:
+        return _Side(
+            self.words + other.words,
+            self.function_words + other.function_words,
+            _sums(self.content_matches, other.content_matches),
+            _sums(self.function_matches, other.function_matches),
+        )
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What one caption, or a whole corpus, adds to METEOR."""
+
+    hypothesis: _Side = _Side()
+    reference: _Side = _Side()
+    chunks: int = 0  # a caption that is matched whole and in order counts none
+
+    def score(self) -> float:
+        hypothesis, reference = self.hypothesis, self.reference
+        if not hypothesis.matches:
+            return 0.0
+        precision, recall = hypothesis.share(), reference.share()
+        mean = 1.0 / ((1.0 - _ALPHA) / precision + _ALPHA / recall)
+        fragments = self.chunks / ((hypothesis.matches + reference.matches) / 2)
+        return max(mean * (1.0 - _GAMMA * math.pow(fragments, _BETA)), 0.0)
+
+    def __add__(self, other: _Statistics) -> _Statistics:
+        return _Statistics(
+            self.hypothesis + other.hypothesis,
+            self.reference + other.reference,
+            self.chunks + other.chunks,
+        )
+
+
+class Meteor15:
+    """METEOR 1.5 against references that are prepared once, as `meteor-1.5.jar -l en -norm`.
+
+    The score of a caption is that with its best reference; the corpus score comes from the summed
+    statistics of these, not from the mean. Tokens are lower-cased first.
+
+    Example:
+        >>> meteor = Meteor15([[["a", "dog", "runs"], ["the", "dogs", "run", "fast"]]])
+        >>> corpus, per_image = meteor([["a", "dog", "ran"]])[meteor.name]
+        >>> meteor.name, round(corpus, 4)
+        ('meteor_1_5_nopara', 0.9143)
+
+    Args:
+        references: One list of tokenized references an image.
+        paraphrases: The table for the fourth stage, `find_paraphrases()` for an installed one;
+            its part for these references is read at the first call (some seconds). None: three
+            stages, whose scores are lower and carry their own name.
+
+    Raises:
+        DataError: `paraphrases` is not such a table (at the first call).
+
+    Source:
+        Denkowski and Lavie (2014); behaviour as of the Java tool in pycocoevalcap.
+    """
+
+    def __init__(
+        self, references: Sequence[Sequence[Tokens]], paraphrases: Path | str | None = None
+    ) -> None:
+        self.name = "meteor_1_5_nopara" if paraphrases is None else "meteor_1_5"
+        self._references = [[Sentence(tokens) for tokens in image] for image in references]
+        self._table = None if paraphrases is None else Path(paraphrases)
+        self._rewrites: Rewrites | None = None
+
+    def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
+        """Corpus and per-image scores of one tokenized caption an image, in the same order."""
+        rewrites = self._paraphrases()
+        best = [
+            _best(Sentence(tokens), references, rewrites)
+            for tokens, references in zip(hypotheses, self._references, strict=True)
+        ]
+        corpus = sum(best, _Statistics())
+        return {self.name: (corpus.score(), [statistics.score() for statistics in best])}
+
+    def _paraphrases(self) -> Rewrites | None:
+        if self._rewrites is None and self._table is not None:
+            sentences = [sentence for image in self._references for sentence in image]
+            runs = {run for sentence in sentences for run in sentence.runs()}
+            self._rewrites = read_paraphrases(self._table, runs)
+            known = set(self._rewrites).union(*self._rewrites.values())
+            for sentence in sentences:
+                sentence.keep_phrases(known)
+        return self._rewrites
+
+
+def _best(
+    hypothesis: Sentence, references: Sequence[Sentence], rewrites: Rewrites | None
+) -> _Statistics:
+    """The statistics with the reference of the highest score, the first of equal ones."""
+    each = [_compare(hypothesis, reference, rewrites) for reference in references]
+    return max(each, key=_Statistics.score)
+
+
+def _compare(hypothesis: Sentence, reference: Sentence, rewrites: Rewrites | None) -> _Statistics:
+    matches = align(find_matches(hypothesis, reference, rewrites))
+    here = _side(hypothesis, [(m.stage, m.hypothesis, m.hypothesis_length) for m in matches])
+    there = _side(reference, [(m.stage, m.reference, m.reference_length) for m in matches])
+    chunks = _chunks(matches)
+    whole = here.matches == here.words and there.matches == there.words
+    return _Statistics(here, there, 0 if whole and chunks == 1 else chunks)
+
+
+def _side(sentence: Sentence, matches: Sequence[tuple[int, int, int]]) -> _Side:
+    content, function = [0] * _STAGES, [0] * _STAGES
+    for stage, start, length in matches:
+        run = ((1 << length) - 1) << start
+        functional = (sentence.function & run).bit_count()
+        function[stage] += functional
+        content[stage] += length - functional
+    words, function_words = len(sentence.words), sentence.function.bit_count()
+    return _Side(words, function_words, tuple(content), tuple(function))
+
+
+def _chunks(matches: Sequence[Match]) -> int:
+    """Runs of matches that follow one another in both captions."""
+    ends = (-1, -1)
+    chunks = 0
+    for match in matches:
+        chunks += ends != (match.reference, match.hypothesis)
+        ends = (
+            match.reference + match.reference_length,
+            match.hypothesis + match.hypothesis_length,
+        )
+    return chunks
+
+
+def _sums(ours: Sequence[int], theirs: Sequence[int]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(ours, theirs, strict=True))

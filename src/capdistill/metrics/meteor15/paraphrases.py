@@ -1,0 +1,87 @@
+"""METEOR's table of paraphrases: where it is, and the part of it that given references need."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+
+from capdistill.errors import DataError
+
+LONGEST = 7  # words in the longest phrase of the table
+VARIABLE = "CAPDISTILL_METEOR_PARAPHRASES"
+_CHUNK = 1 << 18  # bytes read at once: the table is 270 MB, and is never held whole
+
+Rewrites = dict[str, dict[str, int]]  # phrase -> its paraphrases, each with its place in the table
+
+
+def find_paraphrases() -> Path | None:
+    """The English table: named by CAPDISTILL_METEOR_PARAPHRASES, or an installed pycocoevalcap's.
+
+    pycocoevalcap is looked for, never imported; the extra `coco` installs it.
+
+    Raises:
+        DataError: The variable names a file that does not exist.
+    """
+    if named := os.environ.get(VARIABLE):
+        return _existing(Path(named), f"{VARIABLE} names")
+    package = find_spec("pycocoevalcap")
+    for folder in (package and package.submodule_search_locations) or ():
+        path = Path(folder, "meteor", "data", "paraphrase-en.gz")
+        if path.is_file():
+            return path
+    return None
+
+
+def read_paraphrases(path: Path, phrases: set[str]) -> Rewrites:
+    """The rows of the table that have one of the phrases on either side.
+
+    Args:
+        path: The table: gzip, three lines a row (probability, phrase, paraphrase).
+        phrases: Every run of up to `LONGEST` words in the references.
+
+    Raises:
+        DataError: The file does not exist or is no such table.
+    """
+    _existing(path, "the table of paraphrases is to be")
+    wanted = {phrase.encode() for phrase in phrases}
+    rewrites: Rewrites = {}
+    count = 0
+    try:
+        for rows in _read(path):
+            for left, right in rows:
+                if left in wanted or right in wanted:
+                    rewrites.setdefault(left.decode(), {})[right.decode()] = count
+                    count += 1
+    except (gzip.BadGzipFile, EOFError, ValueError, zlib.error) as error:
+        raise DataError(
+            f"METEOR 1.5: {path} is no table of paraphrases ({error}). Expected "
+            "paraphrase-en.gz as in pycocoevalcap/meteor/data."
+        ) from error
+    return rewrites
+
+
+def _read(path: Path) -> Iterator[Iterable[tuple[bytes, bytes]]]:
+    """The rows of one chunk after the other; a last line without its end counts."""
+    rest = b""
+    with gzip.open(path, "rb") as table:
+        for chunk in chain(iter(lambda: table.read(_CHUNK), b""), [b"\n"]):
+            lines = (rest + chunk).split(b"\n")
+            whole = (len(lines) - 1) // 3 * 3
+            rest = b"\n".join(lines[whole:])
+            if whole:
+                float(lines[0])  # ValueError: this is another kind of file
+            yield zip(lines[1:whole:3], lines[2:whole:3], strict=True)
+
+
+def _existing(path: Path, asked: str) -> Path:
+    if not path.is_file():
+        raise DataError(
+            f"METEOR 1.5: {asked} '{path}', which is no file. "
+            "Give the path of paraphrase-en.gz, or paraphrases=None for three stages."
+        )
+    return path

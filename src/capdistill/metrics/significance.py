@@ -1,0 +1,262 @@
+"""Whether one system scores better than another, or by chance: the paired bootstrap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from capdistill.errors import ConfigError, UnknownName, suggest
+from capdistill.metrics.captions import Captions, References
+from capdistill.metrics.ngram_ids import Floats
+from capdistill.metrics.resampling import resample, statistics
+from capdistill.metrics.results import Metric, Scores
+from capdistill.metrics.scorer import CaptionScorer
+
+_TIE = 1e-12  # differences below it are rounding
+_LEAST_P = 0.001  # of those that are shown
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class PairedScore:
+    """One score of two systems, and how sure their difference is.
+
+    Args:
+        a: The first system's score, of all images.
+        b: The second system's.
+        difference: b - a.
+        a_interval: Low and high end of the interval of `a`.
+        b_interval: Of `b`.
+        interval: Of `difference`.
+        p_value: Two-sided, of no difference; from 2 / (samples + 1) to 1.
+    """
+
+    a: float
+    b: float
+    difference: float
+    a_interval: Interval
+    b_interval: Interval
+    interval: Interval
+    p_value: float
+
+
+@dataclass(frozen=True)
+class PairedScores(Mapping[str, PairedScore]):
+    """What `paired_bootstrap` found, a mapping by score; `print` shows it as a table.
+
+    Args:
+        found: Score -> what was found.
+        images: How many images there are.
+        samples: How many samples of them were drawn.
+        seed: What the samples depend on.
+        confidence: Of the intervals.
+        notes: Scores that have no interval, and why.
+    """
+
+    found: Mapping[str, PairedScore]
+    images: int
+    samples: int
+    seed: int
+    confidence: float
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> PairedScore:
+        if name not in self.found:
+            notes = " ".join(["", *self.notes])
+            raise UnknownName(f"No interval for '{name}'. {suggest(name, self.found)}{notes}")
+        return self.found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.found
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain dicts and lists."""
+        return {
+            "scores": {name: asdict(each) for name, each in self.items()},
+            "images": self.images,
+            "samples": self.samples,
+            "seed": self.seed,
+            "confidence": self.confidence,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'':17}  {'a':>24}  {'b':>24}  b - a"]
+        for name, each in self.items():
+            a = f"{each.a:.4f} {bracketed(each.a_interval)}"
+            b = f"{each.b:.4f} {bracketed(each.b_interval)}"
+            change = changed(each.difference, each.interval, each.p_value)
+            lines.append(f"{name:17}  {a:>24}  {b:>24}  {change}")
+        return "\n".join([*lines, remark(self.samples, self.confidence), *self.notes])
+
+
+def paired_bootstrap(
+    references: References,
+    a: Captions,
+    b: Captions,
+    metrics: Iterable[str | Metric] | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> PairedScores:
+    """Set two systems side by side on the same images: scores, intervals, p-values.
+
+    The images are drawn anew, with replacement, `samples` times, and both systems scored on each
+    sample. An interval is that of the percentiles of the sampled scores or differences. The
+    p-value is twice the share of the samples in which the difference is not above, or not below,
+    0, whichever is rarer, where one more sample is counted: `min(1, 2 * (rarer + 1) /
+    (samples + 1))`. So p < 0.05 goes with a 95 % interval without 0, and equal systems have p = 1.
+
+    BLEU of a sample comes from the summed counts and lengths of its images. ROUGE-L, METEOR
+    (NLTK) and CIDEr-D are means over its images; CIDEr-D's document frequencies stay those of all
+    images. A metric of your own is resampled where its corpus score is the mean of its scores of
+    the images; METEOR 1.5 is not, and has no interval. Nothing is scored twice, so that 5,000
+    images take about a second once they are scored.
+
+    Example:
+        >>> references = [["a dog runs"], ["a red car"], ["two children play"]]
+        >>> a, b = ["a dog", "a car", "children"], ["a dog runs", "a red car", "two children"]
+        >>> found = paired_bootstrap(references, a, b, metrics=["rouge_l"])
+        >>> round(found["rouge_l"].difference, 4), found["rouge_l"].p_value < 0.05
+        (0.2564, True)
+
+    Args:
+        references: As for `CaptionScorer`.
+        a: The first system's captions, one an image.
+        b: The second system's.
+        metrics: As for `CaptionScorer`.
+        samples: How many samples to draw. 1,000 place a p-value of 0.05 to about 0.01.
+        seed: The same seed draws the same samples.
+        confidence: Of the intervals, between 0 and 1.
+
+    Raises:
+        ConfigError: samples or confidence out of range.
+        DataError: as `CaptionScorer`.
+
+    Source:
+        Koehn (2004), "Statistical significance tests for machine translation evaluation", for the
+        paired samples; Efron and Tibshirani (1993), chapters 13 (percentile intervals) and 15.4
+        (the test that belongs to an interval); Davison and Hinkley (1997), chapter 4, for the
+        sample that is added.
+    """
+    check_samples(samples)
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence={confidence!r} was given; expected a share such as 0.95.")
+    scorer = CaptionScorer(references, metrics=metrics)
+    systems = {"a": (a, scorer(a)), "b": (b, scorer(b))}
+    return paired(references, systems, [("a", "b")], samples, seed, confidence)[0]
+
+
+def paired(
+    references: References,
+    systems: Mapping[str, tuple[Captions, Scores]],
+    pairs: Iterable[tuple[str, str]],
+    samples: int,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> list[PairedScores]:
+    """As `paired_bootstrap`, for pairs of systems that are scored already, all on the same samples.
+
+    Args:
+        references: Those they were scored against.
+        systems: Name -> its captions and their scores.
+        pairs: Names of the two systems of each comparison.
+        samples: How many samples to draw.
+        seed: The same seed draws the same samples.
+        confidence: Of the intervals.
+    """
+    ready, others = statistics(references, systems)
+    drawn = resample(ready, samples, seed)
+    names = [name for each in next(iter(ready.values())) for name in each.names]
+    settings = len(references), samples, seed, confidence
+    notes = tuple(map(_without, others)) + (_ONE_IMAGE,) * (len(references) == 1)
+    results = []
+    for a, b in pairs:
+        both = systems[a][1], systems[b][1]
+        found = {
+            name: _pair(*both, name, drawn[a][:, n], drawn[b][:, n], confidence)
+            for n, name in enumerate(names)
+        }
+        results.append(PairedScores(found, *settings, notes))
+    return results
+
+
+def check_samples(samples: int) -> None:
+    """Refuse what is no number of samples.
+
+    Raises:
+        ConfigError: not a whole number, or less than one.
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ConfigError(
+            f"A bootstrap of {samples!r} samples was asked for; expected a number from 1 on. Use "
+            "1000 or more."
+        )
+
+
+def bracketed(interval: Sequence[float]) -> str:
+    """An interval for readers.
+
+    Example:
+        >>> bracketed((0.25, 0.5))
+        '[0.2500, 0.5000]'
+    """
+    low, high = interval
+    return f"[{low:.4f}, {high:.4f}]"
+
+
+def changed(difference: float, interval: Sequence[float], p_value: float) -> str:
+    """A difference for readers.
+
+    Example:
+        >>> changed(0.05, (0.01, 0.09), 0.0123)
+        '+0.0500 [0.0100, 0.0900], p = 0.012'
+    """
+    sure = f"p = {p_value:.3f}" if p_value >= _LEAST_P else f"p < {_LEAST_P}"
+    return f"{difference:+.4f} {bracketed(interval)}, {sure}"
+
+
+def remark(samples: int, confidence: float) -> str:
+    """What intervals and p-values are, for readers."""
+    return (
+        f"In brackets: {100 * confidence:g} % intervals from {samples:,} paired bootstrap samples "
+        "of the images, CIDEr-D with the document frequencies of all images; p is two-sided."
+    )
+
+
+_ONE_IMAGE = "With a single image every sample is the same: the intervals mean nothing."
+
+
+def _without(name: str) -> str:
+    return f"{name} has no interval: it is not the mean of its scores of the images."
+
+
+def _pair(
+    a: Scores, b: Scores, name: str, ours: Floats, theirs: Floats, sure: float
+) -> PairedScore:
+    differences = theirs - ours
+    differences[np.abs(differences) <= _TIE] = 0.0
+    rarer = min((differences <= 0).sum(), (differences >= 0).sum())
+    return PairedScore(
+        a=a[name],
+        b=b[name],
+        difference=b[name] - a[name],
+        a_interval=_interval(ours, sure),
+        b_interval=_interval(theirs, sure),
+        interval=_interval(differences, sure),
+        p_value=min(1.0, 2 * (int(rarer) + 1) / (len(differences) + 1)),
+    )
+
+
+def _interval(drawn: Floats, confidence: float) -> Interval:
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
+    return low, high

@@ -1,0 +1,155 @@
+"""What a student reads in training in place of some of the references' words.
+
+Teacher forcing shows a student nothing but true words, decoding nothing but its own. Word dropout
+and scheduled sampling are between the two; targets, and what a teacher reads, stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capdistill.captioner import Captioner, evaluating
+from capdistill.data.chance import generator
+from capdistill.errors import ConfigError
+from capdistill.outputs import Batch
+from capdistill.tokenizer import Tokenizer
+from capdistill.training.config import TrainConfig
+
+_BELOW_ONE = 1 - 2.0**-20
+
+
+class AlteredInputs:
+    """`altered(batch, features)`: the ids that the student's decoder reads of a training batch.
+
+    Example:
+        >>> import capdistill as cd
+        >>> tokenizer = cd.WordTokenizer(["a", "dog", "runs"])
+        >>> student = cd.Captioner.create("debug_student", tokenizer=tokenizer)
+        >>> ids = torch.tensor([[1, 4, 5, 6, 2]])
+        >>> batch = Batch(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ids, ids > 0, ("",), ("0",))
+        >>> altered = AlteredInputs(student, chances(batch, 0, 0), dropped=0.99)
+        >>> altered(batch, student.encode(batch)).tolist()   # start stays, words are unknown
+        [[1, 3, 3, 3]]
+
+    Args:
+        student: The captioner that reads.
+        draws: (3, B, T - 1), of `chances`.
+        dropped: Probability that a word is read as the unknown one.
+        sampled: Probability that a word is replaced by one that the student, having read the
+            references so far, draws from its own distribution. It reads them in evaluation mode
+            and without gradients, in a pass of its own for all positions at once.
+
+    Source:
+        Bowman et al. (2016), Generating Sentences from a Continuous Space, section 3.1; Bengio et
+        al. (2015), Scheduled Sampling, section 2.4; in two passes: Mihaylova, Martins (2019),
+        Scheduled Sampling for Transformers, section 3.
+    """
+
+    def __init__(
+        self, student: Captioner, draws: Tensor, *, dropped: float = 0.0, sampled: float = 0.0
+    ) -> None:
+        self.student, self.draws = student, draws
+        self.dropped, self.sampled = dropped, sampled
+
+    def __call__(self, batch: Batch, features: Tensor) -> Tensor:
+        """(B, T - 1) ids; the start token, the end token and padding are never altered."""
+        inputs, words = batch.inputs, word_mask(batch, self.student.tokenizer)
+        take, draw, drop = self.draws.to(inputs.device)
+        if self.sampled:
+            said = self._said(inputs, features, draw)
+            inputs = torch.where(words & (take < self.sampled), said, inputs)
+        if self.dropped:
+            tokenizer: Any = self.student.tokenizer  # with an unk_id: `require_unknown_word`
+            inputs = inputs.masked_fill(words & (drop < self.dropped), tokenizer.unk_id)
+        return inputs
+
+    def _said(self, inputs: Tensor, features: Tensor, draws: Tensor) -> Tensor:
+        """(B, T - 1) what the student would have said in the place of each word."""
+        with evaluating(self.student.decoder), torch.no_grad(), _forgetful(inputs.device):
+            logits = self.student.decoder(inputs, features).logits[:, :-1]  # (B, T - 2, V)
+            never = _special(self.student.tokenizer)
+            said = sample(logits.index_fill(-1, never.to(logits.device), -torch.inf), draws[:, 1:])
+        return torch.cat([inputs[:, :1], said], dim=1)
+
+
+def altered_inputs(
+    student: Captioner, batch: Batch, config: TrainConfig, epoch: int, progress: float
+) -> AlteredInputs | None:
+    """What the student reads of a training batch by the options of a run; None: the references.
+
+    Args:
+        student: The captioner that reads.
+        batch: Whose images and captions, with seed and epoch, decide what is altered.
+        config: With `word_dropout`, `scheduled_sampling` and `seed`.
+        epoch: Of the run.
+        progress: Share of the run that is done; sampling grows with it from 0.
+    """
+    dropped, sampled = config.word_dropout, config.scheduled_sampling * progress
+    if not dropped and not sampled:
+        return None
+    draws = chances(batch, config.seed, epoch)
+    return AlteredInputs(student, draws, dropped=dropped, sampled=sampled)
+
+
+def chances(batch: Batch, seed: int, epoch: int) -> Tensor:
+    """(3, B, T - 1) draws from [0, 1) that depend on seed, epoch, image and caption alone; law 7.
+
+    They are 1 where there is padding, which any number of columns may be.
+    """
+    rows, columns = batch.inputs.shape
+    draws = torch.ones(3, rows, columns)
+    for row, length in enumerate(batch.mask.sum(1).tolist()):
+        image, caption = divmod(row, batch.captions_per_image)
+        rng = generator(seed, "words", epoch, batch.image_ids[image], caption)
+        draws[:, row, :length] = torch.rand(3, length, generator=rng)[:, :columns]
+    return draws
+
+
+def word_mask(batch: Batch, tokenizer: Tokenizer) -> Tensor:
+    """(B, T - 1) True where the decoder reads a word: no start, no end, no padding."""
+    inputs, ends = batch.inputs, (tokenizer.start_id, tokenizer.end_id)
+    words = batch.mask[:, :-1] & ~torch.isin(inputs, torch.tensor(ends, device=inputs.device))
+    words[:, :1] = False
+    return words
+
+
+def sample(logits: Tensor, draws: Tensor) -> Tensor:
+    """One id from each distribution by inversion, so that a draw from [0, 1) decides it.
+
+    Example:
+        >>> shares = torch.tensor([0.5, 0.0, 0.25, 0.25]).expand(4, -1)
+        >>> sample(shares.log(), torch.tensor([0.0, 0.49, 0.5, 0.99]))
+        tensor([0, 0, 2, 3])
+    """
+    edges = logits.float().softmax(-1).cumsum(-1)  # (..., V)
+    places = draws.clamp(max=_BELOW_ONE)[..., None] * edges[..., -1:]
+    return torch.searchsorted(edges, places, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+
+
+def require_unknown_word(config: TrainConfig, tokenizer: Any) -> None:
+    """Word dropout needs a token to put in the place of a word.
+
+    Raises:
+        ConfigError: the tokenizer has none.
+    """
+    if config.word_dropout and getattr(tokenizer, "unk_id", None) is None:
+        raise ConfigError(
+            f"word_dropout={config.word_dropout} reads words as the unknown one, but the tokenizer "
+            f"{type(tokenizer).__name__} has no unk_id. Set word_dropout=0, or give it one."
+        )
+
+
+def _special(tokenizer: Tokenizer) -> Tensor:
+    """The ids that no caption is made of, as in decoding."""
+    ids = {getattr(tokenizer, f"{name}_id", None) for name in ("pad", "start", "end", "unk")}
+    return torch.tensor(sorted(each for each in ids if each is not None))
+
+
+def _forgetful(device: torch.device) -> torch.autocast:
+    """Autocast as it is, but casts made without gradients are not kept for the pass with them."""
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)

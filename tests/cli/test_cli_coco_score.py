@@ -1,0 +1,197 @@
+"""`capdistill score`: values from pycocoevalcap 1.2 (loadRes, its tokeniser, its three scorers)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_commands import refused
+
+from capdistill.cli import main
+from capdistill.metrics import CaptionScorer
+
+REFERENCES = {
+    "images": [{"id": 7}, {"id": 12}, {"id": 25}, {"id": 31}],
+    "annotations": [
+        {"id": 1, "image_id": 7, "caption": "A brown dog runs on the grass."},
+        {"id": 2, "image_id": 12, "caption": "Two children play with a red ball"},
+        {"id": 3, "image_id": 7, "caption": "A dog, running outside!"},
+        {"id": 4, "image_id": 25, "caption": "a man rides a bicycle down the street"},
+        {"id": 5, "image_id": 12, "caption": "Kids can't stop playing ball in a park (red ball)"},
+        {"id": 6, "image_id": 31, "caption": "a boat on a lake"},
+        {"id": 7, "image_id": 25, "caption": "a cyclist on a city road"},
+    ],
+}
+RESULTS = [
+    {"image_id": 25, "caption": "a man on a bicycle"},
+    {"image_id": 7, "caption": "A brown dog runs on the grass ."},
+    {"image_id": 12, "caption": "two kids play ball"},
+]
+CORPUS = {
+    "bleu_1": 0.7788007829740548,
+    "bleu_2": 0.6480014206994323,
+    "bleu_3": 0.5468263493383613,
+    "bleu_4": 0.5193787270791111,
+    "rouge_l": 0.7035617983711204,
+    "cider_d": 2.523284971435414,
+}
+CIDER = {"7": 5.308123850427753, "12": 0.8382091376923888, "25": 1.4235219261861007}
+COCO = ["--metrics", "bleu", "rouge_l", "cider_d"]
+
+
+def files(folder: Path, references: Any = REFERENCES, results: Any = RESULTS) -> list[str]:
+    """The two files; text is written as it is."""
+    paths = [folder / "references.json", folder / "results.json"]
+    for path, content in zip(paths, (references, results), strict=True):
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return [str(path) for path in paths]
+
+
+def scored(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["score", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_scores_are_the_coco_tools_on_the_images_that_have_a_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = scored(capsys, *files(tmp_path), *COCO, "--per-image")
+    assert found["schema"] == "capdistill.scores/1"
+    assert found["scores"] == pytest.approx(CORPUS, abs=1e-9)
+    assert found["per_image"]["cider_d"] == pytest.approx(CIDER, abs=1e-9)
+    assert (found["images"], found["images_without_result"]) == (3, 1)
+    assert found["health"]["captions"] == 3
+
+
+def test_scores_are_those_of_the_scorer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    references: dict[int, list[str]] = {}
+    for row in REFERENCES["annotations"]:
+        references.setdefault(row["image_id"], []).append(row["caption"])
+    del references[31]
+    names = ["bleu", "rouge_l", "cider_d", "meteor_nltk", "meteor_1_5_nopara"]
+    expected = CaptionScorer(references, metrics=names)(
+        {row["image_id"]: row["caption"] for row in RESULTS}
+    )
+    found = scored(capsys, *files(tmp_path), "--metrics", *names)
+    assert found["scores"] == pytest.approx(dict(expected), abs=1e-12)
+    assert "per_image" not in found
+
+
+def test_ids_may_be_numbers_or_strings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**row, "image_id": str(row["image_id"])} for row in RESULTS]
+    found = scored(capsys, *files(tmp_path, results=rows), *COCO)
+    assert found["scores"] == pytest.approx(CORPUS, abs=1e-9)
+
+
+def test_the_table_has_scores_images_and_health(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scores.json"
+    command = ["score", *files(tmp_path), *COCO, "--per-image", "--out", str(out)]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "cider_d  2.5233" in shown
+    assert "12     0.4724" in shown
+    assert "3 of 4 images have a result" in shown
+    assert "13 different words" in shown
+    assert json.loads(out.read_text())["scores"] == pytest.approx(CORPUS, abs=1e-9)
+
+
+def test_an_empty_caption_is_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*RESULTS[:2], {"image_id": 12, "caption": ""}]
+    found = scored(capsys, *files(tmp_path, results=rows), *COCO, "--per-image")
+    assert found["per_image"]["cider_d"]["12"] == 0.0
+    assert found["health"]["empty"] == pytest.approx(1 / 3)
+
+
+def changed(row: int, **fields: Any) -> list[dict[str, Any]]:
+    return [{**each, **(fields if i == row else {})} for i, each in enumerate(RESULTS)]
+
+
+def annotated(**fields: Any) -> dict[str, Any]:
+    return {**REFERENCES, "annotations": [{"image_id": 7, "caption": "a dog", **fields}]}
+
+
+BAD_RESULTS = {
+    "no JSON": ("not JSON", "is not JSON (line 1"),
+    "empty file": ("", "is not JSON (line 1"),
+    "an object": ({"annotations": RESULTS}, "expected a list of"),
+    "no result": ([], "holds no result"),
+    "no objects": (["a dog"], "results[0]: expected an object with 'image_id' and 'caption'"),
+    "no caption": ([{"image_id": 7}], "results[0]: expected an object"),
+    "two results": ([*RESULTS, RESULTS[0]], "results[3]: image '25' has a result already"),
+    "two, one as text": (changed(1, image_id="25"), "results[1]: image '25' has a result"),
+    "foreign ids": (changed(1, image_id=99), "1 of 3 results are of images that"),
+    "no text": (changed(1, caption=None), "results[1]: caption is None; expected a string"),
+    "a list": (changed(1, caption=["a dog"]), "results[1]: caption is ['a dog']"),
+    "fraction": (changed(0, image_id=25.0), "image_id is 25.0; expected a whole number"),
+    "true": (changed(0, image_id=True), "image_id is True"),
+    "half a character": (changed(0, image_id="\ud800"), r"image_id is '\ud800'"),
+}
+BAD_REFERENCES = {
+    "no JSON": ("{", "is not JSON (line 1"),
+    "a list": (RESULTS, "no COCO captions file; expected the lists ('images', 'annotations')"),
+    "no images": ({"annotations": []}, "found ['annotations']"),
+    "no id": ({**REFERENCES, "images": [{}]}, "images[0]: expected an object with 'id'"),
+    "no text": (annotated(caption=3), "annotations[0]: caption is 3; expected a string"),
+    "no reference": (annotated(), "have no caption under 'annotations': '25', '12'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RESULTS)
+def test_results_that_can_not_be_used_are_named(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, message = BAD_RESULTS[case]
+    said = refused(["score", *files(tmp_path, results=results)], capsys)
+    assert said.startswith(f"capdistill score: {tmp_path / 'results.json'}")
+    assert message in said
+
+
+@pytest.mark.parametrize("case", BAD_REFERENCES)
+def test_references_that_can_not_be_used_are_named(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    references, message = BAD_REFERENCES[case]
+    said = refused(["score", *files(tmp_path, references=references)], capsys)
+    assert said.startswith(f"capdistill score: {tmp_path / 'references.json'}")
+    assert message in said
+
+
+def test_a_file_that_is_read_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = files(tmp_path)
+    assert "a file that is read" in refused(["score", *pair, "--out", pair[1]], capsys)
+    assert json.loads(Path(pair[1]).read_text()) == RESULTS
+
+
+def test_a_metric_that_there_is_not_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(["score", *files(tmp_path), "--metrics", "spice"], capsys)
+    assert "No metric 'spice'" in said
+
+
+def test_captions_of_evaluate_can_be_scored(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results.json"
+    command = ["evaluate", str(student / "best"), "--data", "sample", "--device", "cpu"]
+    assert main([*command, "--no-measure", "--json", "--captions", str(results)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["health"]["novel"] is not None  # the sample has a split to train on
+    rows = json.loads(results.read_text())
+    assert {str(row["image_id"]): row["caption"] for row in rows} == found["captions"]
+    references = {
+        "images": [{"id": image} for image in found["references"]],
+        "annotations": [
+            {"image_id": image, "caption": text}
+            for image, texts in found["references"].items()
+            for text in texts
+        ],
+    }
+    again = scored(capsys, *files(tmp_path, references, rows), *COCO)
+    assert again["scores"] == pytest.approx({n: found["scores"][n] for n in CORPUS}, abs=1e-9)

@@ -1,0 +1,69 @@
+"""Options: what can not be is refused, with the field and the fix."""
+
+from __future__ import annotations
+
+import pytest
+
+import capdistill as cd
+from capdistill.errors import ConfigError
+from capdistill.generation.config import GenerationConfig, resolve
+from capdistill.generation.score import bound, penalty
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beam_size": 0}, "beam_size must be at least 1, got 0"),
+        ({"max_length": 0}, "max_length must be at least 1 token, got 0"),
+        ({"temperature": 0}, r"temperature must be greater than 0\S*, got 0"),
+        ({"top_p": 1.5}, "top_p must be at most 1.0, got 1.5"),
+        ({"beam_sizes": 3}, "no option 'beam_sizes' .*Did you mean 'beam_size'"),
+        ({"length_normalisation": "mean"}, "length_normalisation.*'none', 'average' or 'gnmt'"),
+        ({"length_penalty": float("nan")}, "length_penalty.*finite"),
+        ({"num_return": 3}, "num_return=3 needs as many beams, but beam_size=1. Use beam_size=3"),
+        ({"sample": True, "beam_size": 2}, "beam_size=2. Leave beam_size at 1"),
+        ({"beam_size": 4, "beam_groups": 3}, "beam_groups=3. Use a multiple, such as beam_size=6"),
+        ({"diversity_penalty": 0.5}, "but beam_groups=1. Use beam_groups=2 or more"),
+        ({"min_length": 9, "max_length": 8}, "min_length=9 words do not fit max_length=8"),
+        ({"banned_words": "dog"}, r"banned_words='dog' is one string; give \['dog'\]"),
+        ({"not_last": "dog"}, r"not_last='dog' is one string; give \['dog'\]"),
+        ({"early_stopping": "always"}, "early_stopping"),
+    ],
+)
+def test_options_that_can_not_be_are_refused_with_field_and_fix(options, message):
+    with pytest.raises(ConfigError, match=f"(?s)^generation: .*{message}"):
+        GenerationConfig(**options)
+
+
+def test_it_is_public_frozen_and_survives_json():
+    config = cd.GenerationConfig(beam_size=3, banned_words=["dog"], not_last="function_words")
+    assert GenerationConfig(**config.model_dump(mode="json")) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.beam_size = 4
+
+
+def test_keywords_win_over_the_whole():
+    whole = GenerationConfig(beam_size=3, min_length=2)
+    assert resolve(whole, {"beam_size": 5}) == GenerationConfig(beam_size=5, min_length=2)
+    assert resolve({"beam_size": 3}, {}) == GenerationConfig(beam_size=3)
+    assert resolve(None, {}) == GenerationConfig()
+
+
+def test_something_else_in_its_place_is_refused():
+    with pytest.raises(ConfigError, match=r"12 was given; expected a GenerationConfig"):
+        resolve(12, {})
+
+
+@pytest.mark.parametrize(
+    ("form", "alpha", "expected"),
+    [("none", 2.0, 1.0), ("average", 2.0, 49.0), ("average", 0.5, 7**0.5), ("gnmt", 2.0, 4.0)],
+)
+def test_divisors_of_seven_tokens(form, alpha, expected):
+    config = GenerationConfig(length_normalisation=form, length_penalty=alpha)
+    assert penalty(config, 7) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(1.0, 20.0), (-1.0, 1 / 8)])
+def test_the_exact_bound_takes_the_most_favourable_length_still_to_come(alpha, expected):
+    config = GenerationConfig(early_stopping="never", length_penalty=alpha)
+    assert bound(config, 7, longest=20) == pytest.approx(expected, abs=1e-12)

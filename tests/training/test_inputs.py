@@ -1,0 +1,229 @@
+"""What a student reads in training: word dropout and scheduled sampling, off and on (law 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from capdistill import Captioner, Distiller, Trainer
+from capdistill.captioner import evaluating
+from capdistill.data import CaptionData
+from capdistill.errors import ConfigError
+from capdistill.outputs import Batch, DecoderOutput
+from capdistill.training.inputs import AlteredInputs, chances, sample, word_mask
+
+BOTH = {"word_dropout": 0.3, "scheduled_sampling": 0.8}
+UNK, FIRST_WORD = tiny.TOKENIZER.unk_id, 4
+LONG = [8, 3, 5, 1, 7, 8, 2, 4] * 50  # words of 400 captions: 1900
+
+
+class Successor(nn.Module):
+    """A decoder that is sure that each id is followed by the next one, or by a special token."""
+
+    def __init__(self, special: float = 0.0) -> None:
+        super().__init__()
+        self.special = special
+
+    def forward(self, ids: Tensor, features: Tensor, need: Any = frozenset()) -> DecoderOutput:
+        following = FIRST_WORD + (ids + 1) % (len(tiny.TOKENIZER) - FIRST_WORD)
+        logits = 30.0 * F.one_hot(following, len(tiny.TOKENIZER))
+        return DecoderOutput(F.pad(logits[..., 4:], (4, 0), value=self.special))
+
+
+def altered(batch: Batch, decoder: nn.Module | None = None, epoch: int = 0, **rates: Any) -> Tensor:
+    student: Any = SimpleNamespace(decoder=decoder or Successor(), tokenizer=tiny.TOKENIZER)
+    inputs = AlteredInputs(student, chances(batch, 0, epoch), **rates)
+    return inputs(batch, torch.zeros(batch.num_images, 1, 1))
+
+
+def halfway(make: Callable[..., Trainer] = Trainer, **options: Any) -> Any:
+    """A trainer in training mode, half of its run done, in epoch 3."""
+    models = [tiny.make_teacher()] if make is Distiller else []
+    trainer = make(*models, tiny.make_student(), **{**tiny.QUIET, "epochs": 2, **options})
+    trainer.step_count, trainer.steps_per_epoch, trainer.epoch = 5, 5, 3
+    trainer.objective.train()
+    return trainer
+
+
+# -- what is altered ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize("option", ["dropped", "sampled"])
+def test_the_share_of_altered_words_is_the_one_asked_for(option: str, rate: float) -> None:
+    batch = tiny.make_batch(LONG, k=5)
+    words = word_mask(batch, tiny.TOKENIZER)
+    ids = torch.where(words, torch.full_like(batch.inputs, UNK), batch.inputs)
+    unknown = Batch(batch.images, F.pad(ids, (0, 1)), batch.mask, batch.captions, batch.image_ids)
+    base = batch if option == "dropped" else unknown  # no word is sampled as unknown
+    changed = altered(base, **{option: rate}) != base.inputs
+    n = int(words.sum())
+    assert abs(int(changed.sum()) - rate * n) < 4 * math.sqrt(n * rate * (1 - rate))
+
+
+@pytest.mark.parametrize("rates", [{"dropped": 0.99}, {"sampled": 1.0}])
+@pytest.mark.parametrize("special", [0.0, 99.0])
+def test_start_end_and_padding_are_neither_altered_nor_sampled(
+    rates: dict[str, float], special: float
+) -> None:
+    batch = tiny.make_batch([3, 1, 5, 2], k=2)
+    read = altered(batch, Successor(special), **rates)
+    words = batch.inputs >= FIRST_WORD
+    assert torch.equal(read[~words], batch.inputs[~words])
+    if "sampled" in rates:
+        assert bool((read[words] >= FIRST_WORD).all())
+
+
+def test_a_sampled_word_is_what_follows_the_references_words_before_it() -> None:
+    batch = tiny.make_batch([3, 1, 5, 2])
+    read = altered(batch, sampled=1.0)
+    wanted = FIRST_WORD + (batch.inputs[:, :-1] + 1) % (len(tiny.TOKENIZER) - FIRST_WORD)
+    words = batch.inputs[:, 1:] >= FIRST_WORD
+    assert torch.equal(read[:, 1:][words], wanted[words])
+
+
+def test_even_draws_give_every_id_its_probability() -> None:
+    logits = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    draws = (torch.arange(10_000) + 0.5) / 10_000
+    counts = sample(logits.expand(10_000, -1), draws).bincount(minlength=9)
+    assert_close(counts / 10_000, logits.softmax(-1), atol=1e-4, rtol=0)
+    never = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]).expand(3, -1)
+    assert sample(never, torch.tensor([0.0, 0.999999, 1 - 2.0**-24])).tolist() == [1, 3, 3]
+
+
+# -- chance ---------------------------------------------------------------------------------
+
+
+def test_chance_is_of_the_image_and_the_epoch_not_of_the_company() -> None:
+    parts = [tiny.make_batch([3, 1], k=2), tiny.make_batch([6, 2], k=2, first=1)]
+    whole = tiny.merge(parts)
+    together = altered(tiny.pad(whole, 3), dropped=0.5, sampled=0.5)
+    for n, part in enumerate(parts):
+        alone = altered(part, dropped=0.5, sampled=0.5)
+        assert torch.equal(together[2 * n : 2 * n + 2, : alone.shape[1]], alone)
+    others = [altered(whole, epoch=n, dropped=0.5).tolist() for n in range(4)]
+    assert others[0] == altered(whole, dropped=0.5).tolist()
+    assert all(others[n] not in others[:n] for n in range(4))
+
+
+@pytest.mark.parametrize("make", [Trainer, Distiller])
+def test_padding_and_splitting_leave_loss_and_gradients(make: Any) -> None:
+    parts = [tiny.make_batch([3, 1, 4, 2], k=2), tiny.make_batch([6, 2], k=2, first=2)]
+    found = []
+    for batches in ([tiny.merge(parts)], [tiny.pad(tiny.merge(parts), 4)], parts):
+        trainer = halfway(make, **BOTH)
+        trainer.make_optimizer = torch.optim.SGD
+        row = trainer.step(*batches)
+        found.append((row["loss"], tiny.weights_of(trainer.objective)))
+    for loss, weights in found[1:]:
+        assert_close(loss, found[0][0], rtol=1e-6, atol=1e-7)
+        assert_close(weights, found[0][1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_stop_and_resume_equals_one_run(
+    saveable: Callable[..., Captioner], colours: CaptionData, tmp_path: Path, done: int
+) -> None:
+    class Stop:
+        def on_epoch(self, trainer: Any, row: Any) -> None:
+            trainer.stopping = row["epoch"] == done - 1
+
+    def run(out: str, seed: int = 1, **more: Any) -> Trainer:
+        options = {**tiny.QUIET, **BOTH, "batch_size": 2, "epochs": 4, "learning_rate": 0.01}
+        trainer = Trainer(saveable(seed=seed, dropout=0.3), **options)
+        trainer.fit(colours, colours, out=tmp_path / out, **more)
+        return trainer
+
+    whole = run("whole")
+    run("parts", callbacks=[Stop()])
+    rest = run("parts", seed=8, resume=True, workers=2)
+    assert tiny.same_bits(rest.objective.state_dict(), whole.objective.state_dict())
+
+
+# -- what it leaves alone -------------------------------------------------------------------
+
+
+def test_targets_and_what_the_teacher_reads_stay() -> None:
+    batch = tiny.make_batch([3, 1, 5, 2], k=2)
+    trainer = halfway(Distiller, losses={"token": "token"}, **BOTH)
+    read = trainer._altered_inputs(batch)(batch, trainer.captioner.encode(batch))
+    assert not torch.equal(read, batch.inputs)
+    said = trainer.captioner.decoder(read, trainer.captioner.encode(batch)).logits
+    with evaluating(trainer.teacher):
+        wanted = trainer.teacher(batch).logits
+    mask = batch.target_mask
+    log_q, log_p = (logits[mask].div(4).log_softmax(-1) for logits in (said, wanted))
+    terms = trainer.terms(batch)
+    ce = F.cross_entropy(said[mask], batch.targets[mask])
+    kl = 16 * F.kl_div(log_q, log_p, log_target=True, reduction="sum") / mask.sum()
+    assert_close(terms["ce"].mean, ce, rtol=1e-5, atol=1e-6)
+    assert_close(terms["token"].mean, kl, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({}, {}),
+        ({"scheduled_sampling": 1.0}, {"step_count": 0}),  # nothing yet at the start
+        (BOTH, {"mode": False}),  # validation
+    ],
+)
+def test_off_the_student_reads_the_references(
+    options: dict[str, float], change: dict[str, Any]
+) -> None:
+    trainer, batch = halfway(**options), tiny.make_batch([3, 1])
+    trainer.step_count = change.get("step_count", trainer.step_count)
+    trainer.objective.train(change.get("mode", True))
+    given: list[tuple[str, ...]] = []
+    forward = trainer.captioner.forward
+    trainer.captioner.forward = lambda *a, **more: given.append(tuple(more)) or forward(*a, **more)
+    assert_close(trainer.terms(batch)["ce"].sum, halfway().terms(batch)["ce"].sum, rtol=0, atol=0)
+    assert given == [("need",)]
+
+
+def test_sampling_grows_evenly_over_the_run() -> None:
+    trainer, rates = halfway(scheduled_sampling=0.6), []
+    for trainer.step_count in (0, 2, 5, 10):
+        read = trainer._altered_inputs(tiny.make_batch([1]))
+        rates.append(0.0 if read is None else read.sampled)
+    assert rates == pytest.approx([0.0, 0.12, 0.3, 0.6])
+
+
+def test_the_first_pass_leaves_chance_and_flags() -> None:
+    batch = tiny.make_batch([3, 1, 5, 2], k=2)
+    student = tiny.make_student(dropout=0.5).train()
+    flags = [part.training for part in student.modules()]
+    torch.manual_seed(3)
+    inputs = AlteredInputs(student, chances(batch, 0, 0), sampled=1.0)
+    first, again = (inputs(batch, student.encode(batch)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert float(torch.rand(1)) == float(torch.rand(1, generator=torch.Generator().manual_seed(3)))
+    assert [part.training for part in student.modules()] == flags
+
+
+def test_in_half_precision_the_pass_without_gradients_takes_none_away() -> None:
+    trainer = halfway(scheduled_sampling=1.0, precision="bf16")
+    loss = trainer.terms(tiny.make_batch([3, 1, 5, 2], k=2))["ce"].mean
+    loss.backward()
+    assert [n for n, p in trainer.captioner.named_parameters() if p.grad is None] == []
+
+
+def test_word_dropout_without_an_unknown_word_is_refused() -> None:
+    captioner = tiny.make_student()
+    theirs = {k: getattr(tiny.TOKENIZER, k) for k in ("pad_id", "start_id", "end_id", "vocabulary")}
+    captioner.tokenizer = SimpleNamespace(**theirs)
+    with pytest.raises(ConfigError, match=r"word_dropout=0.1 .* has no unk_id\. Set word_dropout"):
+        Trainer(captioner, word_dropout=0.1)
+    with pytest.raises(ConfigError, match="no unk_id"):
+        Trainer(captioner, **tiny.QUIET).fit([tiny.make_batch([1])], word_dropout=0.1)
+    assert halfway(scheduled_sampling=0.5).terms(tiny.make_batch([3]))["ce"].count == 4
