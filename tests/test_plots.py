@@ -151,4 +151,3 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(MissingExtra, match=r'pip install "capdistill\[ui\]"'):
             draw()
     assert issubclass(MissingExtra, ImportError)
-

@@ -133,8 +133,10 @@ def open_source(captioner: Any, data: Any, batch_size: int, workers: int) -> Any
 
 def size_of(captioner: Any) -> int:
     """Side in pixels of the images it reads; 224 where neither it nor its encoder says."""
-    own = getattr(captioner, "image_size", None)
-    return int(own or getattr(getattr(captioner, "encoder", None), "image_size", 224))
+    size: Any = getattr(captioner, "image_size", None)
+    if size is None:
+        size = getattr(getattr(captioner, "encoder", None), "image_size", 224)
+    return int(size)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from capdistill.evaluation import Evaluation, evaluate
 from capdistill.files import write_text
 from capdistill.measure import Latency, time_captions
 from capdistill.metrics.significance import PairedScores, check_samples, paired
+from capdistill.plots import require_matplotlib
 
 SCHEMA = "capdistill.comparison/1"
 
@@ -78,12 +79,14 @@ class Comparison:
         samples: Images spread evenly over the data, not chosen by quality.
         bootstrap: What the intervals of the rows are of: "samples", "seed", "confidence", and
             "notes" on scores without one; None where no samples were drawn.
+        pictures: Title -> picture as a `data:` address: training curves, and where models looked.
     """
 
     models: Mapping[str, Mapping[str, Any]]
     rows: tuple[Row, ...]
     samples: tuple[Sample, ...]
     bootstrap: Mapping[str, Any] | None = None
+    pictures: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain dicts and lists; "schema" names the form."""
@@ -92,6 +95,7 @@ class Comparison:
             "rows": [asdict(row) for row in self.rows],
             "bootstrap": self.bootstrap,
             "samples": [asdict(sample) for sample in self.samples],
+            "pictures": dict(self.pictures),
             "models": {role: dict(found) for role, found in self.models.items()},
         }
 
@@ -127,6 +131,7 @@ class Comparison:
                 rows=tuple(Row(**row) for row in content["rows"]),
                 samples=tuple(Sample(**sample) for sample in samples),
                 bootstrap=content.get("bootstrap"),
+                pictures=content.get("pictures", {}),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -147,6 +152,8 @@ def compare(
     baseline: Any = None,
     *,
     bootstrap: int = 0,
+    attention: int = 0,
+    histories: Mapping[str, str | Path] | None = None,
     **options: Any,
 ) -> Comparison:
     """Evaluate teacher and student on the same images and set them side by side.
@@ -169,10 +176,15 @@ def compare(
         bootstrap: Samples of the images to draw, such as 1000: scores get 95 % intervals, and
             the student's difference from teacher and baseline an interval and a p-value, as
             `metrics.paired_bootstrap` defines them. 0 draws none.
+        attention: Draw for so many images (the first of the data) where each model looked; needs
+            the extra `ui`, as `histories` does.
+        histories: Draw the training curves of "teacher", "student" or "baseline": its run's
+            directory.
         options: Of `evaluate`.
 
     Raises:
-        ConfigError: a number of samples below 0.
+        ConfigError: a number of samples below 0, or a history of another model.
+        MissingExtra: pictures are wanted and matplotlib is not installed.
         IncompatibleModels: the models could not be scored on the same images.
     """
     if bootstrap:
@@ -180,6 +192,9 @@ def compare(
     models = {"teacher": teacher, "student": student}
     if baseline is not None:
         models["baseline"] = baseline
+    histories = _known(histories or {}, models)
+    if attention or histories:
+        require_matplotlib()
     if options.get("training_captions") is not None:  # an iterator would be empty the second time
         options["training_captions"] = list(options["training_captions"])
     found = {role: evaluate(model, _again(data), **options) for role, model in models.items()}
@@ -191,7 +206,31 @@ def compare(
         rows=tuple(_with_intervals(row, drawn) for row in rows),
         samples=tuple(_samples(found)),
         bootstrap=_settings(drawn["teacher"]) if drawn else None,
+        pictures=_pictures(models, found, histories, attention),
     )
+
+
+def _known(histories: Mapping[str, str | Path], models: Mapping[str, Any]) -> dict[str, Any]:
+    strange = [role for role in histories if role not in models]
+    if strange:
+        raise ConfigError(
+            f"compare: a history of '{strange[0]}' was given, but the models are "
+            f"{', '.join(models)}. Name each history after its model."
+        )
+    return dict(histories)
+
+
+def _pictures(
+    models: Mapping[str, Any],
+    found: Mapping[str, Evaluation],
+    histories: Mapping[str, str | Path],
+    attention: int,
+) -> dict[str, str]:
+    if not attention and not histories:
+        return {}
+    from capdistill.report_pictures import pictures
+
+    return pictures(models, found, histories, attention)
 
 
 def _against(found: Mapping[str, Evaluation], samples: int) -> dict[str, PairedScores]:

@@ -63,6 +63,7 @@ def page(comparison: Comparison) -> str:
         rows="".join(_table_row(row, list(models), against) for row in comparison.rows),
         remarks="".join(f"<li>{html.escape(text)}</li>" for text in _all_remarks(comparison)),
         samples="".join(_figure(sample) for sample in comparison.samples),
+        pictures=_pictures(comparison.pictures),
     )
 
 
@@ -171,6 +172,16 @@ def _with_small(parts: Sequence[str]) -> str:
     """The first as it is, the others small below it."""
     first, *others = map(html.escape, parts)
     return first + "".join(f"<small>{other}</small>" for other in others)
+
+
+def _pictures(pictures: Mapping[str, str]) -> str:
+    """A section of its own, where there are any."""
+    shown = "".join(
+        f'<figure class="whole"><img src="{html.escape(source)}" alt="{html.escape(title)}">'
+        f"<figcaption><h3>{html.escape(title)}</h3></figcaption></figure>\n"
+        for title, source in pictures.items()
+    )
+    return f"<h2>Pictures</h2>\n{shown}" if shown else ""
 
 
 def _figure(sample: Sample) -> str:

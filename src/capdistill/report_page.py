@@ -32,6 +32,8 @@ tbody tr:hover { background: color-mix(in srgb, var(--accent) 7%, transparent); 
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .75rem;
   overflow: hidden; }
 figure img { display: block; width: 100%; aspect-ratio: 4 / 3; object-fit: cover; }
+figure.whole { margin: 1rem 0; }
+figure.whole img { aspect-ratio: auto; background: #fff; }
 figcaption { padding: .9rem 1rem 1rem; }
 dl { margin: 0; } dt { font-size: .75rem; text-transform: uppercase; letter-spacing: .05em;
   color: var(--accent); } dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
@@ -70,7 +72,7 @@ PAGE = """<!DOCTYPE html>
 <p class="summary">Images spread evenly over the data, not chosen by how well they did.</p>
 <div class="samples">
 {samples}</div>
-</main>
+{pictures}</main>
 </body>
 </html>
 """

@@ -52,6 +52,18 @@ def compare_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.Arg
         metavar="N",
         help="draw N samples of the images, e.g. 1000, for intervals and p-values",
     )
+    parser.add_argument(
+        "--attention",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw where the models looked in the first N images (extra ui)",
+    )
+    parser.add_argument(
+        "--curves",
+        action="store_true",
+        help="draw the training curves of the runs that the directories lie in (extra ui)",
+    )
     _add_options(parser)
     parser.set_defaults(run=run_compare)
     return parser
@@ -85,11 +97,21 @@ def run_compare(options: argparse.Namespace) -> int:
     data = _data(options)
     split = data.get(options.split)
     how = {"bootstrap": options.bootstrap, **_evaluation_options(options, data)}
+    how |= {"attention": options.attention, "histories": _histories(options)}
     found = compare(teacher, student, split, baseline, **how)
     page = found.save(options.out)
     give(options, found.to_json(), lambda: str(found))
     say(f"The report is in {page}")
     return DONE
+
+
+def _histories(options: argparse.Namespace) -> dict[str, Path]:
+    """Model -> the run that its directory lies in, where there is one."""
+    if not options.curves:
+        return {}
+    runs = {role: getattr(options, role) for role in ("teacher", "student", "baseline")}
+    found = {role: Path(given).parent for role, given in runs.items() if given}
+    return {role: run for role, run in found.items() if (run / "history.jsonl").exists()}
 
 
 def _data(options: argparse.Namespace) -> Splits:

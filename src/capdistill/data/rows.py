@@ -121,6 +121,6 @@ def parse_json(text: str, where: str) -> Any:
     """JSON text; `where` names it in the error."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         line = getattr(error, "lineno", 1)
         raise DataError(f"{where} is not JSON (line {line}: {error}).") from error
