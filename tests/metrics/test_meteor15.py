@@ -359,3 +359,22 @@ def test_a_file_that_is_no_table_is_named(tmp_path: Path, content: bytes) -> Non
 def test_a_missing_table_is_named() -> None:
     with pytest.raises(DataError, match=r"'missing\.gz', which is no file"):
         Meteor15(REFERENCES, "missing.gz")(HYPOTHESES)
+
+
+def test_models_scored_on_the_same_references_share_one_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "table.gz"
+    path.write_bytes(gzip.compress(b"0.5\na dog\na hound\n"))
+    opened: list[object] = []
+    gzip_open = gzip.open
+    monkeypatch.setattr(gzip, "open", lambda *a: (opened.append(a), gzip_open(*a))[1])
+    references = [[["a", "dog", "runs", "by"]]]
+    scores = [
+        Meteor15(references, path)([["a", "hound", "runs", "by"]])["meteor_1_5"] for _ in range(3)
+    ]
+    assert len(opened) == 1
+    assert scores[0] == scores[1] == scores[2]
+    path.write_bytes(gzip.compress(b"0.5\na dog\na canine\n"))
+    Meteor15(references, path)([["a", "hound", "runs", "by"]])
+    assert len(opened) == 2  # another table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.captioner import evaluating
+from capdistill.cli.runfile import TrainRun, parse_run
 from capdistill.data import CaptionData
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch, DecoderOutput
@@ -92,6 +94,25 @@ def test_a_sampled_word_is_what_follows_the_references_words_before_it() -> None
     assert torch.equal(read[:, 1:][words], wanted[words])
 
 
+@pytest.mark.parametrize("make", [tiny.make_student, tiny.make_teacher])
+def test_both_alterations_equal_a_loop_over_words(make: Callable[..., Captioner]) -> None:
+    batch, student = tiny.make_batch([5, 2, 7, 1], k=2), make(dropout=0.4).eval()
+    draws, features = chances(batch, 3, 1), student.encode(batch)
+    wanted = batch.inputs.tolist()
+    for row, ids in enumerate(batch.input_ids):
+        state = student.decoder.start(features[row // 2 : row // 2 + 1])
+        for t in range(1, int(batch.mask[row].sum()) - 1):
+            logits, state = student.decoder.step(ids[t - 1 : t], state)
+            take, draw, drop = draws[:, row, t].tolist()
+            if take < 0.7:
+                edges = logits[0, FIRST_WORD:].double().softmax(-1).cumsum(-1)
+                wanted[row][t] = FIRST_WORD + sum(edge <= draw for edge in edges.tolist())
+            if drop < 0.3:
+                wanted[row][t] = UNK
+    read = AlteredInputs(student.train(), draws, dropped=0.3, sampled=0.7)(batch, features)
+    assert read.tolist() == wanted != batch.inputs.tolist()
+
+
 def test_even_draws_give_every_id_its_probability() -> None:
     logits = torch.randn(9, generator=torch.Generator().manual_seed(0))
     draws = (torch.arange(10_000) + 0.5) / 10_000
@@ -150,6 +171,32 @@ def test_stop_and_resume_equals_one_run(
     assert tiny.same_bits(rest.objective.state_dict(), whole.objective.state_dict())
 
 
+@pytest.mark.parametrize("step", [2, 4])  # of six an epoch
+def test_ctrl_c_within_an_epoch_and_resume_equals_one_run(
+    saveable: Callable[..., Captioner], colours: CaptionData, tmp_path: Path, step: int
+) -> None:
+    class CtrlC:
+        def on_step(self, trainer: Any, row: Any) -> None:
+            if row["step"] == step:
+                signal.raise_signal(signal.SIGINT)
+
+    def run(out: str, seed: int = 1, **more: Any) -> Distiller:
+        options = {**tiny.QUIET, **BOTH, "batch_size": 1, "epochs": 2, "learning_rate": 0.01}
+        student = saveable(seed=seed, dropout=0.3)
+        trainer = Distiller(tiny.make_teacher(), student, **options)
+        trainer.fit(colours, colours, out=tmp_path / out, **more)
+        return trainer
+
+    whole = run("whole")
+    with pytest.warns(UserWarning, match=f"Interrupted after step {step}"):
+        run("parts", callbacks=[CtrlC()])
+    rest = run("parts", seed=8, resume=True)
+    assert tiny.same_bits(rest.objective.state_dict(), whole.objective.state_dict())
+    assert [row["train"] for row in rest.history.epochs] == [
+        row["train"] for row in whole.history.epochs
+    ]
+
+
 # -- what it leaves alone -------------------------------------------------------------------
 
 
@@ -199,6 +246,23 @@ def test_sampling_grows_evenly_over_the_run() -> None:
     assert rates == pytest.approx([0.0, 0.12, 0.3, 0.6])
 
 
+def test_the_images_are_encoded_once_for_both_passes() -> None:
+    trainer = halfway(**BOTH)
+    trainer.captioner.encoder.seen = 0
+    trainer.terms(tiny.make_batch([3, 1, 5, 2], k=2))
+    assert trainer.captioner.encoder.seen == 2
+
+
+def test_validation_is_on_the_references(colours: CaptionData) -> None:
+    found = []
+    for options in ({}, BOTH):
+        trainer = halfway(learning_rate=1e-9, **options)
+        trainer.fit(colours, colours, epochs=1, batch_size=6)
+        trainer.step_count, trainer.captioner = 5, trainer.captioner.train()
+        found.append(trainer.validate(trainer.val_source))
+    assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
 def test_the_first_pass_leaves_chance_and_flags() -> None:
     batch = tiny.make_batch([3, 1, 5, 2], k=2)
     student = tiny.make_student(dropout=0.5).train()
@@ -226,4 +290,16 @@ def test_word_dropout_without_an_unknown_word_is_refused() -> None:
         Trainer(captioner, word_dropout=0.1)
     with pytest.raises(ConfigError, match="no unk_id"):
         Trainer(captioner, **tiny.QUIET).fit([tiny.make_batch([1])], word_dropout=0.1)
-    assert halfway(scheduled_sampling=0.5).terms(tiny.make_batch([3]))["ce"].count == 4
+    captioner.tokenizer.unk_id = theirs["end_id"]  # as in GPT-2
+    with pytest.raises(ConfigError, match=r"has no unk_id of its own \(it is 2\)"):
+        Trainer(captioner, word_dropout=0.1)
+    trainer = Trainer(captioner, scheduled_sampling=0.5, **tiny.QUIET)
+    assert trainer.terms(tiny.make_batch([3]))["ce"].count == 4
+
+
+def test_a_run_file_takes_both() -> None:
+    parts = {"data": {"path": "sample"}, "model": {"preset": "debug_student"}}
+    run = parse_run(TrainRun, {**parts, "train": BOTH})
+    assert (run.train.word_dropout, run.train.scheduled_sampling) == (0.3, 0.8)
+    with pytest.raises(ConfigError, match=r"'word_dropout' was given 1\.5"):
+        parse_run(TrainRun, {**parts, "train": {"word_dropout": 1.5}})

@@ -64,8 +64,8 @@ def history(run: str | Path | History, path: str | Path | None = None) -> Figure
 
 
 def _columns(panels: int) -> int:
-    """Three a row at most, without a last row of one where that can be."""
-    return min((2, 3), key=lambda n: (-panels % n, -n)) if panels > 3 else panels
+    """Three or four a row, whichever leaves fewer places empty."""
+    return min((3, 4), key=lambda n: -panels % n) if panels > 3 else panels
 
 
 def _dress(axes: Axes, panel: _Panel) -> None:

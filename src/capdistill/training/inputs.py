@@ -110,8 +110,8 @@ def chances(batch: Batch, seed: int, epoch: int) -> Tensor:
 
 def word_mask(batch: Batch, tokenizer: Tokenizer) -> Tensor:
     """(B, T - 1) True where the decoder reads a word: no start, no end, no padding."""
-    inputs, ends = batch.inputs, (tokenizer.start_id, tokenizer.end_id)
-    words = batch.mask[:, :-1] & ~torch.isin(inputs, torch.tensor(ends, device=inputs.device))
+    inputs = batch.inputs
+    words = batch.mask[:, :-1] & (inputs != tokenizer.start_id) & (inputs != tokenizer.end_id)
     words[:, :1] = False
     return words
 
@@ -133,12 +133,16 @@ def require_unknown_word(config: TrainConfig, tokenizer: Any) -> None:
     """Word dropout needs a token to put in the place of a word.
 
     Raises:
-        ConfigError: the tokenizer has none.
+        ConfigError: the tokenizer has none, or it is also its start, end or padding.
     """
-    if config.word_dropout and getattr(tokenizer, "unk_id", None) is None:
+    if not config.word_dropout:
+        return
+    unknown = getattr(tokenizer, "unk_id", None)
+    if unknown in (None, tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id):
+        lacks = "no unk_id" if unknown is None else f"no unk_id of its own (it is {unknown})"
         raise ConfigError(
             f"word_dropout={config.word_dropout} reads words as the unknown one, but the tokenizer "
-            f"{type(tokenizer).__name__} has no unk_id. Set word_dropout=0, or give it one."
+            f"{type(tokenizer).__name__} has {lacks}. Set word_dropout=0, or give it one."
         )
 
 
@@ -149,7 +153,10 @@ def _special(tokenizer: Tokenizer) -> Tensor:
 
 
 def _forgetful(device: torch.device) -> torch.autocast:
-    """Autocast as it is, but casts made without gradients are not kept for the pass with them."""
+    """Autocast as it is, but casts made without gradients are not kept for the pass with them.
+
+    Older versions of torch (2.6 among them) would use them there, and train no decoder.
+    """
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)

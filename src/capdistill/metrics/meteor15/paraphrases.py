@@ -6,6 +6,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -47,7 +48,12 @@ def read_paraphrases(path: Path, phrases: set[str]) -> Rewrites:
     Raises:
         DataError: The file does not exist or is no such table.
     """
-    _existing(path, "the table of paraphrases is to be")
+    stamp = _existing(path, "the table of paraphrases is to be").stat().st_mtime_ns
+    return _rows(path, stamp, frozenset(phrases))
+
+
+@lru_cache(maxsize=1)  # several models are scored against the same references
+def _rows(path: Path, stamp: int, phrases: frozenset[str]) -> Rewrites:
     wanted = {phrase.encode() for phrase in phrases}
     rewrites: Rewrites = {}
     count = 0

@@ -46,10 +46,11 @@ def test_every_word_has_a_tile_with_its_own_map_over_the_photo() -> None:
     assert titles == ["photo", "a\n50%", "dog\n50%", "$runs$\n50%"]
     for place, axes in enumerate(figure.axes[1:]):
         photo, shown = (image.get_array() for image in axes.get_images())
-        assert photo.shape == (24, 24, 3)
+        assert photo.shape == (24, 24)  # in grey, so that colour is attention
         assert shown.shape == (2, 3)  # the class token is no part of it
         assert int(np.argmax(shown)) == place
         assert float(shown.max()) == pytest.approx(1.0)
+        assert axes.get_images()[1].get_extent() == [-0.5, 23.5, 23.5, -0.5]
 
 
 @pytest.mark.parametrize("words", [1, 5, 6, 40])
@@ -108,14 +109,11 @@ def history(folder: Path | None = None) -> History:
 def test_curves_are_the_rows_of_the_history() -> None:
     figure = plots.history(history())
     panels = {axes.get_title(): axes for axes in figure.axes}
-    assert list(panels) == [
-        "loss",
-        "ce (raw)",
-        "token (raw)",
-        "validation scores",
-        "learning rate",
-    ]
-    lines = {line.get_label(): line for line in panels["token (raw)"].get_lines()}
+    assert list(panels) == ["loss", "ce", "token", "validation scores", "learning rate"]
+    units = [axes.get_ylabel() for axes in figure.axes]
+    assert units == ["weighted sum of the terms", "unweighted", "unweighted", "score", "rate"]
+    assert {axes.get_xlabel() for axes in figure.axes} == {"optimizer step"}
+    lines = {line.get_label(): line for line in panels["token"].get_lines()}
     np.testing.assert_array_equal(lines["training"].get_xdata(), [2, 4, 6])
     np.testing.assert_array_equal(lines["training"].get_ydata(), [6.0, 4.0, np.nan])
     np.testing.assert_array_equal(lines["validation"].get_ydata(), [7.0, 5.0, np.nan])
@@ -129,6 +127,22 @@ def test_a_run_is_drawn_from_its_directory_or_its_file(tmp_path: Path) -> None:
     for run in (tmp_path, str(tmp_path / "history.jsonl")):
         plots.history(run, tmp_path / "curves.png")
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_steps_do_not_flatten_the_curves_of_the_epochs() -> None:
+    found = History()
+    for n, loss in enumerate([90.0, 9.0, *[3.0] * 60]):
+        found.append({"kind": "step", "step": n + 1, "epoch": 0, "loss": loss, "terms": {}})
+    found.append({"kind": "epoch", "step": 62, "epoch": 0, "train": {"loss": 4.0}, "val": {}})
+    axes = plots.history(found).axes[0]
+    low, high = axes.get_ylim()
+    assert 2.5 < low < 3
+    assert 4 < high < 5
+    np.testing.assert_array_equal(axes.get_lines()[0].get_ydata()[:2], [90.0, 9.0])
+
+
+def test_a_figure_belongs_to_no_window() -> None:
+    assert type(plots.history(history()).canvas).__name__ == "FigureCanvasBase"
 
 
 def test_a_run_without_validation_or_steps_is_drawn() -> None:
@@ -146,7 +160,6 @@ def test_no_history_is_named(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     for draw in (lambda: plots.attention(result()), lambda: plots.history(history())):
         with pytest.raises(MissingExtra, match=r'pip install "capdistill\[ui\]"'):
             draw()
