@@ -10,8 +10,9 @@ from capdistill.metrics.significance import bracketed, changed, remark
 from capdistill.report_page import PAGE, STYLE
 
 if TYPE_CHECKING:
-    from capdistill.comparison import Comparison, Row, Sample
+    from capdistill.comparison import Comparison, Sample
     from capdistill.evaluation import Evaluation
+    from capdistill.figures import Row
 
 _NONE = "—"
 _VERDICT = {True: "reached", False: "not reached", None: ""}
@@ -37,7 +38,7 @@ def figure(value: float | None, unit: str) -> str:
 
 def plain_table(found: Mapping[str, Evaluation]) -> str:
     """Evaluations as a plain text table, one column each."""
-    from capdistill.comparison import figures
+    from capdistill.figures import figures
 
     models = {name: each.to_json() for name, each in found.items()}
     return "\n".join([*_grid(figures(found), list(found), judged=False), *_remarks(models)])

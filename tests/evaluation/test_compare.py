@@ -73,7 +73,7 @@ def test_json_has_its_schema_and_no_nan(found: Comparison, tmp_path) -> None:
 
     content = json.loads((tmp_path / "report.json").read_text("utf-8"), parse_constant=refuse)
     assert content["schema"] == "capdistill.comparison/1"
-    assert set(content) == {"schema", "rows", "samples", "models", "bootstrap"}
+    assert set(content) == {"schema", "rows", "samples", "models", "bootstrap", "pictures"}
     assert set(content["models"]) == {"teacher", "student", "baseline"}
 
 

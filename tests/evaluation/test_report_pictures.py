@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import sys
 from pathlib import Path
 
 import pytest
 
 import capdistill as cd
-from capdistill import plots
 from capdistill.comparison import Comparison
 from capdistill.errors import ConfigError, MissingExtra
 
@@ -67,6 +67,6 @@ def test_a_history_of_another_model_is_refused(
 def test_a_missing_extra_is_said_before_the_work(
     models: tuple[cd.Captioner, cd.Captioner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtra):
         compared(models, attention=1)

@@ -252,3 +252,17 @@ def test_the_number_of_captions_that_the_data_decide_is_recorded(
         assert written["config"]["captions_per_image"] == expected
     trainer.fit(three, captions_per_image=1)
     assert trainer.config.captions_per_image == 1
+
+
+def test_options_of_decoding_stand_beside_those_of_training() -> None:
+    trainer = Trainer(tiny.make_student(), beam_size=2, generation={"min_length": 1})
+    assert trainer.config.generation.beam_size == 2
+    assert trainer.config.generation.min_length == 1
+    images = [np.full((8, 8, 3), 40 * n, np.uint8) for n in range(2)]
+    data = [(image, ["a red dog"]) for image in images]
+    trainer.fit(data, **tiny.QUIET, epochs=1, no_repeat_ngram=2, seed=7)
+    found = trainer.config.generation
+    assert (found.beam_size, found.min_length, found.no_repeat_ngram, found.seed) == (2, 1, 2, 0)
+    assert trainer.config.seed == 7  # training's own
+    with pytest.raises(ConfigError, match="beam_size must be at least 1, got 0"):
+        trainer.fit(data, beam_size=0)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from capdistill.cli.output import DONE, INTERRUPTED, give, require_writable, say
 from capdistill.cli.runfile import DistillRun, RunConfig, TrainRun, parse_run
+from capdistill.errors import MissingExtra
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner
@@ -26,6 +27,7 @@ _HONESTLY = """\
 {images} photos teach the pipeline, not the language: the models below are tiny, start from random
 weights and can only learn a few phrases. Scores on {held_out} photos are noise. What is real here
 is the way: the same commands train on your data, starting from pretrained encoders."""
+_LOOKS = 2  # photos in the report with what each model looked at
 _TRAINING = {
     "batch_size": 8,
     "learning_rate": 3e-3,
@@ -96,6 +98,7 @@ def _run(options: argparse.Namespace) -> int:
         models[role] = captioner
     say("\nComparing the three on the photos that were held out ...")
     same: dict[str, Any] = {key: _TRAINING[key] for key in ("device", "precision")}
+    same |= _draw_curves({role: out / role for role in runs})
     found = compare(models["teacher"], models["student"], data.val, models["baseline"], **same)
     page = found.save(out / "report")
     seconds = time.perf_counter() - began
@@ -146,6 +149,19 @@ def _train(role: str, run: RunConfig, data: Splits) -> Captioner | None:
     first, last = (history.epochs[i]["train"]["terms"]["ce"]["raw"] for i in (0, -1))
     say(f"cross-entropy a word on the training captions: {first:.2f} -> {last:.2f}")
     return trainer.captioner
+
+
+def _draw_curves(directories: dict[str, Path]) -> dict[str, Any]:
+    """history.png in each run, and what `compare` shall draw; neither without matplotlib."""
+    from capdistill import plots
+
+    try:
+        for directory in directories.values():
+            plots.history(directory, directory / "history.png")
+    except MissingExtra as error:
+        say(f"There will be no pictures. {error}")
+        return {}
+    return {"histories": directories, "attention": _LOOKS}
 
 
 def _ending(found: Comparison, data: Splits, out: Path, page: Path, seconds: float) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from capdistill.generation.config import GenerationConfig
 from capdistill.options import parse as parse
@@ -90,6 +91,19 @@ class TrainConfig(BaseModel):
     generation: GenerationConfig | None = None
     log_every: int = Field(10, ge=1)
     progress: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_decoding(cls, values: Any) -> Any:
+        """Fields of `GenerationConfig` may stand beside those of training: `fit(beam_size=3)`."""
+        own = cls.model_fields.keys()
+        loose = {n: v for n, v in values.items() if n in GenerationConfig.model_fields.keys() - own}
+        if not loose:
+            return values
+        given = values.get("generation") or {}
+        whole = given if isinstance(given, Mapping) else given.model_dump(exclude_unset=True)
+        rest = {name: value for name, value in values.items() if name not in loose}
+        return {**rest, "generation": {**whole, **loose}}
 
 
 class DistillConfig(TrainConfig):
