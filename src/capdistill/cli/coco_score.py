@@ -11,9 +11,11 @@ from capdistill.cli.output import DONE, as_json, columns, give
 from capdistill.errors import ConfigError
 
 SCHEMA = "capdistill.scores/1"
+_SAMPLES = 1000
 _EXAMPLE = """\
   capdistill score captions_val2017.json results.json
   capdistill score captions_val2017.json results.json --metrics bleu cider_d
+  capdistill score captions_val2017.json student.json --against teacher.json
   capdistill score captions_val2017.json results.json --json --per-image > scores.json"""
 
 
@@ -27,6 +29,17 @@ def score_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.Argum
     parser.add_argument(
         "--metrics", nargs="+", metavar="NAME", help="such as bleu cider_d (default: all)"
     )
+    parser.add_argument(
+        "--against",
+        metavar="OTHER",
+        help="another system's results of the same images: differences, intervals, p-values",
+    )
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        metavar="N",
+        help=f"samples of the images that these are drawn from (default: {_SAMPLES})",
+    )
     parser.add_argument("--per-image", action="store_true", help="the scores of each image as well")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON to a file")
     parser.set_defaults(run=run)
@@ -37,64 +50,53 @@ def run(options: argparse.Namespace) -> int:
     """Score the images that have a result; say how many have none."""
     from capdistill.files import write_text
 
-    _require_other_file(options.out, options.references, options.results)
-    found = score_files(options.references, options.results, options.metrics)
+    read = [options.references, options.results, *filter(None, [options.against])]
+    _require_other_file(options.out, *read)
+    samples = _samples(options)
+    found = score_files(*read[:2], options.metrics, options.against, samples)
     if not options.per_image:
-        del found["per_image"]
+        _drop_per_image(found)
     if options.out:
         write_text(options.out, as_json(found) + "\n")
-    give(options, found, lambda: _table(found))
+    give(options, found, lambda: _table(found, options.against))
     return DONE
 
 
-def score_files(references: str, results: str, metrics: Sequence[str] | None) -> dict[str, Any]:
-    """What the JSON says of two files, scores of each image included."""
-    from capdistill.metrics import CaptionScorer, diversity
-    from capdistill.metrics.coco_files import read_coco_results
+def score_files(
+    references: str,
+    results: str,
+    metrics: Sequence[str] | None,
+    against: str | None = None,
+    samples: int = _SAMPLES,
+) -> dict[str, Any]:
+    """What the JSON says of two files, or of three, scores of each image included."""
+    from capdistill.cli.coco_against import set_against
+    from capdistill.metrics import CaptionScorer, read_coco_results
 
     read = read_coco_results(references, results)
-    scores = CaptionScorer(read.references, metrics=metrics)(read.captions)
-    return {
+    other = read_coco_results(references, against) if against else None
+    scorer = CaptionScorer(read.references, metrics=metrics)
+    scores = scorer(read.captions)
+    found = {
         "schema": SCHEMA,
         "images": len(read.captions),
         "images_without_result": len(read.without),
-        "scores": dict(scores),
-        "health": diversity(read.captions).to_json(),
+        **scored(read.captions, scores),
         "notes": list(scores.notes),
+    }
+    if other:
+        _require_same_images(results, read.captions, str(against), other.captions)
+        both = (read.captions, scores), (other.captions, scorer(other.captions))
+        found["against"] = set_against(read.references, *both, samples)
+    return found
+
+
+def scored(captions: Mapping[str, str], scores: Any) -> dict[str, Any]:
+    """One system's scores and health as plain data."""
+    from capdistill.metrics import diversity
+
+    return {
+        "scores": dict(scores),
+        "health": diversity(captions).to_json(),
         "per_image": {name: dict(each) for name, each in scores.per_image.items()},
     }
-
-
-def _require_other_file(out: Path | None, *inputs: str) -> None:
-    if out and out.exists() and any(Path(path).exists() and out.samefile(path) for path in inputs):
-        raise ConfigError(f"--out {out} is a file that is read; give another name.")
-
-
-def _table(found: Mapping[str, Any]) -> str:
-    scores = [(name, _figure(value)) for name, value in found["scores"].items()]
-    images, without = found["images"], found["images_without_result"]
-    parts = [columns(scores, right=[1])]
-    if "per_image" in found:
-        parts.append(_per_image(found["per_image"]))
-    counted = f"{images} of {images + without} images have a result and are scored."
-    parts.append("\n".join([counted, health_line(found["health"]), *found["notes"]]))
-    return "\n\n".join(parts)
-
-
-def _per_image(scores: Mapping[str, Mapping[str, float]]) -> str:
-    images = list(next(iter(scores.values()), {}))
-    rows = [(image, *(_figure(each[image]) for each in scores.values())) for image in images]
-    return columns([("image", *scores), *rows], right=range(1, len(scores) + 1))
-
-
-def health_line(health: Mapping[str, Any]) -> str:
-    """The captions' health in one line for readers."""
-    return (
-        f"The captions use {health['vocabulary']} different words, {health['mean_length']:.1f} a "
-        f"caption; {health['distinct_captions']:.1%} are distinct, {health['repeats']:.1%} repeat "
-        f"a pair of words, {health['empty']:.1%} are empty."
-    )
-
-
-def _figure(value: float) -> str:
-    return f"{value:.4f}"

@@ -73,6 +73,7 @@ def _dress(axes: Axes, panel: _Panel) -> None:
     axes.set_xlabel("optimizer step", fontsize=8)
     axes.set_ylabel(panel.unit, fontsize=8)
     axes.tick_params(labelsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:  # below, where it hides no curve
         axes.legend(

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from capdistill.caption_result import CaptionResult
 
-_TILE, _COLUMNS = 1.9, 6  # inches, tiles a row
+_TILE, _HEAD, _GAP = 1.8, 0.45, 0.08  # inches: a tile, the title above it, between tiles
+_COLUMNS = 6
 _WIDE = 18  # letters of a word that fit above a tile at full size
 _STRONGEST = 0.85  # of the colour over the photo, where attention is highest
 
@@ -42,22 +43,42 @@ def attention(result: CaptionResult, path: str | Path | None = None) -> Figure:
             is unknown.
     """
     figure, maps = new_figure(path), _maps(result)
+    figure.set_layout_engine("none")  # every place is known, and measuring forty takes seconds
     photo = result.image.permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
     titles = ["photo", *map(_titled, result.tokens, result.token_log_probs)]
     columns = min(_COLUMNS, len(titles))
-    rows = math.ceil(len(titles) / columns)
-    text = textwrap.wrap(result.text, max(14 * columns, 24)) or ["(empty caption)"]
-    figure.set_size_inches(_TILE * columns, (_TILE + 0.4) * rows + 0.2 * len(text) + 0.1)
-    for place, title in enumerate(titles):
-        axes = figure.add_subplot(rows, columns, place + 1)
-        axes.set_axis_off()
+    text = textwrap.wrap(result.text, 18 * columns) or ["(empty caption)"]
+    tiles = _tiles(figure, len(titles), len(text))
+    for place, (axes, title) in enumerate(zip(tiles, titles, strict=True)):
         size = 10 * min(1.0, _WIDE / max(map(len, title.split("\n"))))
         axes.set_title(title, fontsize=max(size, 5), parse_math=False)
         axes.imshow(photo if place == 0 else _grey(photo), cmap="gray", vmin=0, vmax=255)
         if place:
             _overlay(axes, maps[place - 1], photo.shape)
-    figure.suptitle("\n".join(text), fontsize=11, parse_math=False)
+    above = 1 - _GAP / figure.get_figheight()
+    figure.suptitle("\n".join(text), y=above, va="top", fontsize=11, parse_math=False)
     return finished(figure, path)
+
+
+def _tiles(figure: Figure, count: int, lines: int) -> list[Axes]:
+    """Square axes row by row, each with room for its title, below `lines` lines of text."""
+    columns = min(_COLUMNS, count)
+    rows, top = math.ceil(count / columns), 0.2 * lines + 2 * _GAP
+    wide = columns * (_TILE + _GAP) + _GAP
+    high = top + rows * (_HEAD + _TILE) + _GAP
+    figure.set_size_inches(wide, high)
+    corners = [
+        (_GAP + column * (_TILE + _GAP), high - top - (row + 1) * (_HEAD + _TILE))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    tiles = [
+        figure.add_axes((x / wide, y / high, _TILE / wide, _TILE / high))
+        for x, y in corners[:count]
+    ]
+    for axes in tiles:
+        axes.set_axis_off()
+    return tiles
 
 
 def _maps(result: CaptionResult) -> Any:
