@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from capdistill.metrics.bleu_scores import Bleu, BleuMatches
-from capdistill.metrics.built_in import SCORES
+from capdistill.metrics.built_in import SCORES, make
 from capdistill.metrics.captions import Captions, References, align, prepare, tokens_of
 from capdistill.metrics.ngram_ids import Floats
-from capdistill.metrics.ngrams import ORDER
+from capdistill.metrics.ngrams import ORDER, Tokens
 from capdistill.metrics.results import Scores
 
 _CELLS = 1 << 20  # of a matrix of samples x images at a time: 8 MB
+_METEORS = ("meteor_1_5", "meteor_1_5_nopara")
 _MEAN = 1e-9  # how far a mean of the scores of images may be from the score of the corpus
 
 
@@ -39,20 +40,30 @@ def statistics(
 ) -> tuple[dict[str, list[Statistics]], tuple[str, ...]]:
     """Every system -> its statistics, and the names of the scores that have none.
 
-    BLEU's are counts and lengths. Another score has them where it is the mean of its images'
-    scores in all systems.
+    Those of BLEU and METEOR 1.5 are counts. Another score has them where it is the mean of its
+    images' scores in all systems.
     """
     prepared = prepare(references)
     scored = [scores for _, scores in systems.values()]
     bleu = tuple(name for name in scored[0] if name in SCORES["bleu"])
-    means, others = _means([name for name in scored[0] if name not in bleu], scored)
+    meteor = [name for name in scored[0] if name in _METEORS]
+    rest = [name for name in scored[0] if name not in (*bleu, *meteor)]
+    means, others = _means(rest, scored)
     found: dict[str, list[Statistics]] = {system: [] for system in systems}
+    said = {
+        system: [tokens_of(caption) for caption in align(captions, prepared)]
+        for system, (captions, _) in systems.items()
+        if bleu or meteor
+    }
+    tokens = [[tokens_of(caption) for caption in image] for image in prepared.values() if said]
     if bleu:
-        tokens = [[tokens_of(caption) for caption in image] for image in prepared.values()]
         counted = Bleu(tokens)
-        for system, (captions, _) in systems.items():
-            said = [tokens_of(caption) for caption in align(captions, prepared)]
-            found[system].append(_of_bleu(bleu, counted.matches(said)))
+        for system, captions in said.items():
+            found[system].append(_of_bleu(bleu, counted.matches(captions)))
+    for name in meteor:
+        aligned: Any = make(name, tokens, None, None)
+        for system, captions in said.items():
+            found[system].append(_of_meteor(name, aligned, captions))
     if means:
         for system, (_, scores) in systems.items():
             found[system].append(_of_means(means, scores, list(prepared)))
@@ -95,6 +106,16 @@ def _of_bleu(names: tuple[str, ...], matches: BleuMatches) -> Statistics:
     return Statistics(names, rows, score)
 
 
+def _of_meteor(name: str, metric: Any, captions: Sequence[Tokens]) -> Statistics:
+    rows = np.array(metric.statistics(captions), np.float64)
+
+    def score(sums: Floats) -> Floats:
+        whole = sums.astype(np.int64).tolist()
+        return np.array([[metric.score(each)] for each in whole])
+
+    return Statistics((name,), rows, score)
+
+
 def _of_means(names: tuple[str, ...], scores: Scores, images: Sequence[Any]) -> Statistics:
     columns = [[scores.per_image[name][image] for image in images] for name in names]
     rows = np.array(columns, np.float64).T.copy()  # (I, names)
@@ -110,8 +131,6 @@ def _means(
 
 
 def _is_mean(scores: Scores, name: str) -> bool:
-    if name.startswith("meteor_1_5"):  # from sums over the corpus, even where it happens to agree
-        return False
     each = scores.per_image[name]
     mean = sum(each.values()) / len(each)
     return abs(mean - scores[name]) <= _MEAN * max(1.0, abs(mean))  # False for NaN

@@ -116,11 +116,10 @@ def paired_bootstrap(
     0, whichever is rarer, where one more sample is counted: `min(1, 2 * (rarer + 1) /
     (samples + 1))`. So p < 0.05 goes with a 95 % interval without 0, and equal systems have p = 1.
 
-    BLEU of a sample comes from the summed counts and lengths of its images. ROUGE-L, METEOR
+    BLEU and METEOR 1.5 of a sample come from the summed counts of its images. ROUGE-L, METEOR
     (NLTK) and CIDEr-D are means over its images; CIDEr-D's document frequencies stay those of all
     images. A metric of your own is resampled where its corpus score is the mean of its scores of
-    the images; METEOR 1.5 is not, and has no interval. Nothing is scored twice, so that 5,000
-    images take about a second once they are scored.
+    the images.
 
     Example:
         >>> references = [["a dog runs"], ["a red car"], ["two children play"]]
@@ -177,6 +176,7 @@ def paired(
     ready, others = statistics(references, systems)
     drawn = resample(ready, samples, seed)
     names = [name for each in next(iter(ready.values())) for name in each.names]
+    columns = {name: n for n, name in enumerate(names)}
     settings = len(references), samples, seed, confidence
     notes = tuple(map(_without, others)) + (_ONE_IMAGE,) * (len(references) == 1)
     results = []
@@ -184,7 +184,8 @@ def paired(
         both = systems[a][1], systems[b][1]
         found = {
             name: _pair(*both, name, drawn[a][:, n], drawn[b][:, n], confidence)
-            for n, name in enumerate(names)
+            for name in both[0]
+            if (n := columns.get(name)) is not None
         }
         results.append(PairedScores(found, *settings, notes))
     return results

@@ -44,6 +44,17 @@ class _Side:
         content_words = self.words - self.function_words
         return matched / (_DELTA * content_words + (1.0 - _DELTA) * self.function_words)
 
+    def numbers(self) -> tuple[int, ...]:
+        """All counts in a row."""
+        words = self.words, self.function_words
+        return (*words, *self.content_matches, *self.function_matches)
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> _Side:
+        """The counts that `numbers` gave."""
+        words, function_words, *matches = numbers
+        return cls(words, function_words, tuple(matches[:_STAGES]), tuple(matches[_STAGES:]))
+
     def __add__(self, other: _Side) -> _Side:
         return _Side(
             self.words + other.words,
@@ -69,6 +80,17 @@ class _Statistics:
         mean = 1.0 / ((1.0 - _ALPHA) / precision + _ALPHA / recall)
         fragments = self.chunks / ((hypothesis.matches + reference.matches) / 2)
         return max(mean * (1.0 - _GAMMA * math.pow(fragments, _BETA)), 0.0)
+
+    def numbers(self) -> tuple[int, ...]:
+        """All counts in a row."""
+        return (*self.hypothesis.numbers(), *self.reference.numbers(), self.chunks)
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> _Statistics:
+        """The counts that `numbers` gave."""
+        *sides, chunks = numbers
+        half = len(sides) // 2
+        return cls(_Side.of(sides[:half]), _Side.of(sides[half:]), chunks)
 
     def __add__(self, other: _Statistics) -> _Statistics:
         return _Statistics(
@@ -113,13 +135,25 @@ class Meteor15:
 
     def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
         """Corpus and per-image scores of one tokenized caption an image, in the same order."""
+        best = self._best(hypotheses)
+        corpus = sum(best, _Statistics())
+        return {self.name: (corpus.score(), [statistics.score() for statistics in best])}
+
+    def statistics(self, hypotheses: Sequence[Tokens]) -> list[tuple[int, ...]]:
+        """Whole numbers of each image, whose sums over any images `score` makes their score."""
+        return [each.numbers() for each in self._best(hypotheses)]
+
+    @staticmethod
+    def score(sums: Sequence[int]) -> float:
+        """The score of the images whose `statistics` have these sums."""
+        return _Statistics.of(sums).score()
+
+    def _best(self, hypotheses: Sequence[Tokens]) -> list[_Statistics]:
         rewrites = self._paraphrases()
-        best = [
+        return [
             _best(Sentence(tokens), references, rewrites)
             for tokens, references in zip(hypotheses, self._references, strict=True)
         ]
-        corpus = sum(best, _Statistics())
-        return {self.name: (corpus.score(), [statistics.score() for statistics in best])}
 
     def _paraphrases(self) -> Rewrites | None:
         if self._rewrites is None and self._table is not None:
