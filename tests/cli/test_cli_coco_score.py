@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from cli_commands import refused
 
 from capdistill.cli import main
-from capdistill.metrics import CaptionScorer
+from capdistill.metrics import CaptionScorer, paired_bootstrap
 
 REFERENCES = {
     "images": [{"id": 7}, {"id": 12}, {"id": 25}, {"id": 31}],
@@ -106,6 +107,96 @@ def test_an_empty_caption_is_a_result(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["health"]["empty"] == pytest.approx(1 / 3)
 
 
+OTHER = [
+    {"image_id": "7", "caption": "a dog"},
+    {"image_id": "12", "caption": "two children play with a red ball"},
+    {"image_id": "25", "caption": "a man"},
+]
+
+
+def with_other(folder: Path, other: Any = OTHER) -> list[str]:
+    """The two files, and another system's results of the same images in another order."""
+    path = folder / "other.json"
+    path.write_text(json.dumps(other))
+    return [*files(folder), "--against", str(path)]
+
+
+def test_two_systems_have_the_intervals_of_the_paired_bootstrap(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = scored(capsys, *with_other(tmp_path), *COCO, "--bootstrap", "50", "--per-image")
+    references: dict[str, list[str]] = {}
+    for image in ("25", "7", "12"):
+        texts = [r["caption"] for r in REFERENCES["annotations"] if str(r["image_id"]) == image]
+        references[image] = texts
+    ours, theirs = ({str(r["image_id"]): r["caption"] for r in rows} for rows in (RESULTS, OTHER))
+    expected = paired_bootstrap(references, theirs, ours, COCO[1:], samples=50)
+    assert list(found["differences"]) == list(expected) == list(found["scores"])
+    for name, each in expected.items():
+        assert found["differences"][name] == {
+            "difference": each.difference,
+            "interval": list(each.interval),
+            "p_value": each.p_value,
+        }
+        ends = {"results": list(each.b_interval), "against": list(each.a_interval)}
+        assert found["intervals"][name] == ends
+        assert (found["against"]["scores"][name], found["scores"][name]) == (each.a, each.b)
+    assert found["bootstrap"] == {"samples": 50, "seed": 0, "confidence": 0.95, "notes": []}
+    assert set(found["against"]["per_image"]["cider_d"]) == {"7", "12", "25"}
+
+
+def test_results_against_themselves_do_not_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = scored(capsys, *with_other(tmp_path, RESULTS), *COCO)
+    nothing = {"difference": 0, "interval": [0, 0], "p_value": 1}
+    assert all(each == nothing for each in found["differences"].values())
+    assert found["bootstrap"]["samples"] == 1000
+    assert "per_image" not in found
+    assert "per_image" not in found["against"]
+
+
+def test_the_table_of_two_systems_has_their_intervals_and_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = ["--metrics", "rouge_l", "meteor_1_5_nopara", "--per-image"]
+    assert main(["score", *with_other(tmp_path), *metrics]) == 0
+    table, ours, theirs, remarks = capsys.readouterr().out.split("\n\n")
+    head, *scores = table.splitlines()
+    assert head.split() == ["results", "against", "results", "minus", "against"]
+    figure = r" +[-+]?\d\.\d{4} \[-?\d\.\d{4}, \d\.\d{4}\]"
+    assert len(scores) == 2
+    assert all(re.fullmatch(rf"\w+({figure}){{3}}, p = [01]\.\d{{3}}", row) for row in scores)
+    assert ours.startswith("image, results")
+    assert theirs.startswith("image, against")
+    assert "95 % intervals from 1,000 paired bootstrap samples" in remarks
+
+
+@pytest.mark.parametrize("cut", ["results", "against"])
+def test_systems_of_different_images_are_not_compared(
+    cut: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = with_other(tmp_path, OTHER[1:] if cut == "against" else OTHER)
+    if cut == "results":
+        Path(words[1]).write_text(json.dumps(RESULTS[:1] + RESULTS[2:]))
+    said = refused(["score", *words], capsys)
+    place = "first: '7'. Only in the second: none"
+    assert (place if cut == "against" else "first: none. Only in the second: '7'") in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "--against"),
+        (("--against", "missing.json"), "0 samples"),
+    ],
+)
+def test_samples_need_a_second_system_and_a_number(
+    words: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(["score", *files(tmp_path), "--bootstrap", "0", *words], capsys)
+
+
 def changed(row: int, **fields: Any) -> list[dict[str, Any]]:
     return [{**each, **(fields if i == row else {})} for i, each in enumerate(RESULTS)]
 
@@ -166,6 +257,8 @@ def test_a_file_that_is_read_is_not_written_over(
     pair = files(tmp_path)
     assert "a file that is read" in refused(["score", *pair, "--out", pair[1]], capsys)
     assert json.loads(Path(pair[1]).read_text()) == RESULTS
+    three = with_other(tmp_path)
+    assert "a file that is read" in refused(["score", *three, "--out", three[-1]], capsys)
 
 
 def test_a_metric_that_there_is_not_is_named(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -7,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from capdistill.cli import main
+from capdistill.cli.demo import draw_curves
 from capdistill.comparison import Comparison
 from capdistill.measure import Memory
+from capdistill.training.history import History
+
+DRAWN = ("teacher", "baseline", "student") if importlib.util.find_spec("matplotlib") else ()
 
 
 def test_the_demo_ends_with_a_command_that_captions_a_photo(
@@ -22,6 +27,10 @@ def test_the_demo_ends_with_a_command_that_captions_a_photo(
     assert Path("capdistill-demo/report/report.html").exists()
     for run in ("teacher", "baseline", "student"):
         assert Path(f"capdistill-demo/{run}/config.json").exists()
+    pictures = list(Comparison.load("capdistill-demo/report").pictures)
+    assert [title for title in pictures if "training" in title] == [
+        f"{role}: training" for role in DRAWN
+    ]
     words = shlex.split(shown.out.splitlines()[-1])
     arguments = words[words.index("caption") :]
     assert arguments[1] == "capdistill-demo/student/best"
@@ -29,22 +38,22 @@ def test_the_demo_ends_with_a_command_that_captions_a_photo(
     assert capsys.readouterr().out.startswith(arguments[2] + "\t")
 
 
-def test_the_demo_leaves_curves_and_shows_them_in_the_report(
+def test_curves_are_left_in_every_run_unless_matplotlib_is_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the extra ui")
-    monkeypatch.setattr("capdistill.evaluation.cpu_memory", lambda *_, **__: Memory(1, 1))
-    command = ["demo", "--epochs", "1", "--limit", "2", "--out", str(tmp_path / "with")]
-    assert main(command) == 0
-    for run in ("teacher", "baseline", "student"):
-        assert (tmp_path / "with" / run / "history.png").read_bytes().startswith(b"\x89PNG")
-    shown = Comparison.load(tmp_path / "with" / "report").pictures
-    assert list(shown)[:3] == ["teacher: training", "baseline: training", "student: training"]
-    assert sum("where it looked" in title for title in shown) == 6
-
+    runs = {role: tmp_path / role for role in ("teacher", "student")}
+    for run in runs.values():
+        run.mkdir()
+        row = {"kind": "epoch", "epoch": 0, "step": 1, "train": {"loss": 2.0}}
+        History(run / "history.jsonl").append(row)
+    assert draw_curves(runs) == {"histories": runs, "attention": 1}
+    for run in runs.values():
+        assert (run / "history.png").read_bytes().startswith(b"\x89PNG")
+        (run / "history.png").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main([*command[:-1], str(tmp_path / "without")]) == 0
-    assert not (tmp_path / "without" / "student" / "history.png").exists()
+    assert draw_curves(runs) == {}
+    assert not list(tmp_path.glob("*/history.png"))
     assert "There will be no pictures" in capsys.readouterr().err
 
 

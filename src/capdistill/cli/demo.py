@@ -27,7 +27,7 @@ _HONESTLY = """\
 {images} photos teach the pipeline, not the language: the models below are tiny, start from random
 weights and can only learn a few phrases. Scores on {held_out} photos are noise. What is real here
 is the way: the same commands train on your data, starting from pretrained encoders."""
-_LOOKS = 2  # photos in the report with what each model looked at
+_LOOKS = 1  # photos in the report with what each model looked at
 _TRAINING = {
     "batch_size": 8,
     "learning_rate": 3e-3,
@@ -98,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
         models[role] = captioner
     say("\nComparing the three on the photos that were held out ...")
     same: dict[str, Any] = {key: _TRAINING[key] for key in ("device", "precision")}
-    same |= _draw_curves({role: out / role for role in runs})
+    same |= draw_curves({role: out / role for role in runs})
     found = compare(models["teacher"], models["student"], data.val, models["baseline"], **same)
     page = found.save(out / "report")
     seconds = time.perf_counter() - began
@@ -151,8 +151,11 @@ def _train(role: str, run: RunConfig, data: Splits) -> Captioner | None:
     return trainer.captioner
 
 
-def _draw_curves(directories: dict[str, Path]) -> dict[str, Any]:
-    """history.png in each run, and what `compare` shall draw; neither without matplotlib."""
+def draw_curves(directories: dict[str, Path]) -> dict[str, Any]:
+    """Leave history.png in each run; the options of `compare` that have it draw as well.
+
+    Without matplotlib there is neither, which is said.
+    """
     from capdistill import plots
 
     try:

@@ -69,11 +69,13 @@ def _columns(panels: int) -> int:
 
 
 def _dress(axes: Axes, panel: _Panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title(panel.title, fontsize=10, parse_math=False)
     axes.set_xlabel("optimizer step", fontsize=8)
     axes.set_ylabel(panel.unit, fontsize=8)
     axes.tick_params(labelsize=8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:  # below, where it hides no curve
         axes.legend(

@@ -51,7 +51,7 @@ def attention(result: CaptionResult, path: str | Path | None = None) -> Figure:
     tiles = _tiles(figure, len(titles), len(text))
     for place, (axes, title) in enumerate(zip(tiles, titles, strict=True)):
         size = 10 * min(1.0, _WIDE / max(map(len, title.split("\n"))))
-        axes.set_title(title, fontsize=max(size, 5), parse_math=False)
+        axes.set_title(title, y=1.0, fontsize=max(size, 5), parse_math=False)
         axes.imshow(photo if place == 0 else _grey(photo), cmap="gray", vmin=0, vmax=255)
         if place:
             _overlay(axes, maps[place - 1], photo.shape)
