@@ -107,6 +107,43 @@ def test_an_empty_caption_is_a_result(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["health"]["empty"] == pytest.approx(1 / 3)
 
 
+def _lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return str(path)
+
+
+def test_json_lines_and_objects_by_image_are_read_like_coco_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objects: dict[str, dict[str, Any]] = {"references": {}, "results": {}}
+    for row in REFERENCES["annotations"]:
+        objects["references"].setdefault(str(row["image_id"]), []).append(row["caption"])
+    objects["results"] = {str(row["image_id"]): row["caption"] for row in RESULTS}
+    listed = {image: [text] for image, text in objects["results"].items()}
+    rows = (
+        _lines(tmp_path / "references.jsonl", REFERENCES["annotations"]),
+        _lines(tmp_path / "results.ndjson", RESULTS),
+    )
+    for pair in (rows, files(tmp_path, *objects.values()), files(tmp_path, results=listed)):
+        found = scored(capsys, *pair, *COCO)
+        assert found["scores"] == pytest.approx(CORPUS, abs=1e-9)
+        assert (found["images"], found["images_without_result"]) == (3, 1)
+
+
+def test_a_bad_row_of_json_lines_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    references, _ = files(tmp_path)
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"image_id": 7, "caption": "a dog"}\n\n{"image_id": 12, ')
+    assert f"{results}, row 3 is not JSON" in refused(["score", references, str(results)], capsys)
+    results.write_text("")
+    assert "holds no result" in refused(["score", references, str(results)], capsys)
+    assert "results[0]: expected an object" in refused(
+        ["score", references, _lines(results, [{"image_id": 7}])], capsys
+    )
+
+
 OTHER = [
     {"image_id": "7", "caption": "a dog"},
     {"image_id": "12", "caption": "two children play with a red ball"},
@@ -215,6 +252,8 @@ BAD_RESULTS = {
     "two results": ([*RESULTS, RESULTS[0]], "results[3]: image '25' has a result already"),
     "two, one as text": (changed(1, image_id="25"), "results[1]: image '25' has a result"),
     "foreign ids": (changed(1, image_id=99), "1 of 3 results are of images that"),
+    "two in an object": ({"7": ["a dog", "a cat"]}, "image '7' has a result already"),
+    "an object of others": ({"7": "a dog", "12": 3}, "found an object with ['7', '12']"),
     "no text": (changed(1, caption=None), "results[1]: caption is None; expected a string"),
     "a list": (changed(1, caption=["a dog"]), "results[1]: caption is ['a dog']"),
     "fraction": (changed(0, image_id=25.0), "image_id is 25.0; expected a whole number"),

@@ -21,6 +21,7 @@ def test_the_demo_ends_with_a_command_that_captions_a_photo(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("capdistill.evaluation.cpu_memory", lambda *_, **__: Memory(1, 1))
+    monkeypatch.setattr("capdistill.cli.demo._LOOKS", 0)  # captions so early have forty words
     assert main(["demo", "--epochs", "1", "--limit", "3"]) == 0
     shown = capsys.readouterr()
     assert "not the language" in shown.err

@@ -1,4 +1,7 @@
-"""COCO's own files for scoring: references and results, read into what `CaptionScorer` takes."""
+"""COCO's own files for scoring: references and results, read into what `CaptionScorer` takes.
+
+Also the same as JSON Lines (`.jsonl`, `.ndjson`), and as one object {image: caption or captions}.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from capdistill.data.entries import read_lists
-from capdistill.data.rows import read_json
+from capdistill.data.rows import lines, parse_json, read_json, read_text
 from capdistill.errors import DataError
 from capdistill.metrics.captions import first
 
+_LINES = (".jsonl", ".ndjson")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can name it alone; no output can hold it
 
 
@@ -46,8 +50,9 @@ def read_coco_results(references: str | Path, results: str | Path) -> CocoResult
         ({'7': ['a dog']}, {'7': 'a dog runs'})
 
     Args:
-        references: A COCO captions file: lists `images` (id) and `annotations` (image_id, caption).
-        results: A list of objects with image_id and caption.
+        references: A COCO captions file: lists `images` (id) and `annotations` (image_id, caption);
+            or {image: [caption, ...]}; or JSON Lines, an object with image_id and caption a row.
+        results: A list of objects with image_id and caption; or {image: caption}; or JSON Lines.
 
     Raises:
         DataError: a file can not be read, is no JSON or of another form; a caption that is no
@@ -94,23 +99,25 @@ def _is_number(image: str) -> bool:
 
 def _references(path: Path) -> tuple[dict[str, None], dict[str, list[str]]]:
     """The images, in order, and image -> captions."""
-    lists = read_lists(path, "images", "annotations", form="COCO captions")
-    images = {_id(place, row): None for place, row in _rows(path, "images", lists["images"], "id")}
+    images: dict[str, None] | None = None
+    try:
+        lists = read_lists(path, "images", "annotations", form="COCO captions")
+    except DataError:
+        rows = _lines(path) if path.suffix in _LINES else _of_object(read_json(path))
+        if rows is None:
+            raise
+    else:
+        rows = lists["annotations"]
+        listed = _rows(path, "images", lists["images"], "id")
+        images = {_id(place, row): None for place, row in listed}
     texts: dict[str, list[str]] = {}
-    for place, row in _rows(path, "annotations", lists["annotations"], "image_id", "caption"):
+    for place, row in _rows(path, "annotations", rows, "image_id", "caption"):
         texts.setdefault(_id(place, row, "image_id"), []).append(_caption(place, row))
-    return images, texts
+    return dict.fromkeys(texts) if images is None else images, texts
 
 
 def _captions(path: Path) -> dict[str, str]:
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        held = f"an object with {list(rows)[:8]}" if isinstance(rows, dict) else repr(rows)[:80]
-        raise DataError(
-            f"{path}: no COCO results file; expected a list of "
-            f'{{"image_id": ..., "caption": ...}}, found {held}. The references come first, the '
-            "results second."
-        )
+    rows = _result_rows(path)
     if not rows:
         raise DataError(f"{path} holds no result; expected one caption for each image to score.")
     captions: dict[str, str] = {}
@@ -120,6 +127,35 @@ def _captions(path: Path) -> dict[str, str]:
             raise DataError(f"{place}: image {image!r} has a result already; give it one caption.")
         captions[image] = _caption(place, row)
     return captions
+
+
+def _result_rows(path: Path) -> list[Any]:
+    content = _lines(path) if path.suffix in _LINES else read_json(path)
+    rows = content if isinstance(content, list) else _of_object(content)
+    if rows is None:
+        given = isinstance(content, dict)
+        held = f"an object with {list(content)[:8]}" if given else _short(content)
+        raise DataError(
+            f"{path}: no COCO results file; expected a list of "
+            f'{{"image_id": ..., "caption": ...}}, found {held}. The references come first, the '
+            "results second."
+        )
+    return rows
+
+
+def _lines(path: Path) -> list[Any]:
+    """The rows of JSON Lines."""
+    return [parse_json(row, f"{path}, row {number}") for number, row in lines(read_text(path))]
+
+
+def _of_object(content: Any) -> list[Any] | None:
+    """COCO's rows of an object {image: caption} or {image: [caption, ...]}; None of another."""
+    if not isinstance(content, dict) or not content:
+        return None
+    said = {image: [t] if isinstance(t, str) else t for image, t in content.items()}
+    if not all(isinstance(t, list) and t and isinstance(t[0], str) for t in said.values()):
+        return None
+    return [{"image_id": image, "caption": text} for image, t in said.items() for text in t]
 
 
 def _rows(path: Path, key: str, rows: list[Any], *needs: str) -> Iterator[tuple[str, Any]]:

@@ -77,6 +77,10 @@ def diversity(
         Li et al. (2016), "A Diversity-Promoting Objective Function for Neural Conversation
         Models", section 5: distinct-1 and distinct-2, both over the number of words. They fall
         as captions are added, so compare them for the same images only.
+        van Miltenburg, Elliott and Vossen (2018), "Measuring the Diversity of Automatic Image
+        Descriptions": length, vocabulary (types) and the share of novel captions. Welleck et al.
+        (2020), "Neural Text Generation with Unlikelihood Training", count repeated n-grams over
+        all of them; `repeats` is the share of captions that have one.
     """
     said = [_words(caption) for caption in _listed(hypotheses, "hypotheses")]
     pairs = [list(pairwise(each)) for each in said]

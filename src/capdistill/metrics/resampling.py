@@ -1,4 +1,4 @@
-"""Scores of resampled corpora, from figures of each image that add up: nothing is scored twice."""
+"""Scores of resampled corpora, from figures of each image that add up: no sample is scored anew."""
 
 from __future__ import annotations
 
