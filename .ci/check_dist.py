@@ -19,6 +19,8 @@ IN_WHEEL = [
     r"capdistill/data/sample/.*\.(md|txt)",
     r"capdistill/metrics/wordnet/synonyms\.txt\.gz",
     r"capdistill/metrics/wordnet/LICENSE",
+    r"capdistill/metrics/meteor15/synonyms\.txt\.gz",
+    r"capdistill/metrics/meteor15/LICENSE",
     r"capdistill-[^/]+\.dist-info/licenses/LICENSE",
     r"capdistill-[^/]+\.dist-info/entry_points\.txt",
 ]
@@ -26,7 +28,7 @@ IN_SDIST = [
     r"pyproject\.toml",
     r"README\.md",
     r"LICENSE",
-    *(f"src/{each}" for each in IN_WHEEL[:7]),
+    *(f"src/{each}" for each in IN_WHEEL[:9]),
 ]
 
 
