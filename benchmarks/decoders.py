@@ -18,7 +18,7 @@ import torch
 from capdistill.decoders.base import Decoder
 from capdistill.decoders.lstm import LSTMDecoder
 from capdistill.decoders.transformer import TransformerDecoder
-from capdistill.training.runtime import autocast, pick_device, pick_precision
+from capdistill.runtime import autocast, pick_device, pick_precision
 
 
 def main() -> None:

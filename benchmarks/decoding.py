@@ -27,7 +27,7 @@ from capdistill.decoders.base import Decoder, State
 from capdistill.decoders.lstm import LSTMDecoder
 from capdistill.decoders.transformer import TransformerDecoder
 from capdistill.generation import GenerationConfig, Plan, generate
-from capdistill.training.runtime import pick_device
+from capdistill.runtime import pick_device
 
 PAD, START, END = range(3)
 DIM = {"teacher": 512, "student": 256}

@@ -16,8 +16,8 @@ from toy_captioner import WORDS, LetterTokenizer, Patches, batch_of, pictures, t
 
 import capdistill as cd
 from capdistill import decoders, encoders
-from capdistill.captioner import evaluating
 from capdistill.errors import ConfigError, DataError, IncompatibleModels, UnknownName
+from capdistill.runtime import evaluating
 
 BOTH = frozenset({"hidden", "attention"})
 

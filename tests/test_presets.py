@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import capdistill as cd
-from capdistill import presets
+from capdistill import Captioner, presets
 from capdistill.errors import CheckpointError, ConfigError, UnknownName
 
 # At 3,000 words. The decoder's share follows decoders/lstm.py and decoders/transformer.py.
@@ -60,7 +60,7 @@ def test_presets_look_at_the_promised_tokens(sizes):
 
 @pytest.mark.parametrize("name", ["debug_teacher", "debug_student"])
 def test_a_preset_has_the_parameters_of_its_row(name, tokenizer):
-    captioner = presets.create(name, tokenizer)
+    captioner = Captioner.create(name, tokenizer=tokenizer)
 
     row = {row.name: row for row in presets.table(len(tokenizer.vocabulary))}[name]
     assert captioner.num_parameters() == row.parameters
@@ -79,8 +79,11 @@ def test_debug_presets_are_random_and_need_no_hub(name, tokenizer, monkeypatch):
 
 
 def test_overrides_replace_arguments_and_the_decoder_follows_the_width(tokenizer):
-    student = presets.create(
-        "debug_student", tokenizer, encoder={"dim": 16, "trainable": 1}, decoder={"layers": 2}
+    student = Captioner.create(
+        "debug_student",
+        tokenizer=tokenizer,
+        encoder={"dim": 16, "trainable": 1},
+        decoder={"layers": 2},
     )
 
     assert student.encoder.dim == student.decoder.dim == 16
@@ -90,19 +93,19 @@ def test_overrides_replace_arguments_and_the_decoder_follows_the_width(tokenizer
 
 def test_a_preset_with_missing_weights_is_an_error_not_a_random_model(tokenizer, tmp_path):
     with pytest.raises(CheckpointError, match="No weights file"):
-        presets.create("lite0_lstm", tokenizer, weights=tmp_path / "nosuch.safetensors")
+        Captioner.create("lite0_lstm", tokenizer=tokenizer, weights=tmp_path / "nosuch.safetensors")
 
 
 def test_an_unknown_preset_is_named_with_the_nearest(tokenizer):
     with pytest.raises(UnknownName, match=r"'lite_lstm'. Did you mean 'lite0_lstm'"):
-        presets.create("lite_lstm", tokenizer)
+        Captioner.create("lite_lstm", tokenizer=tokenizer)
     with pytest.raises(UnknownName, match="There is no preset 3"):
         presets.describe(3)
 
 
 def test_an_argument_that_no_part_has_is_named(tokenizer):
     with pytest.raises(ConfigError, match="depth"):
-        presets.create("debug_student", tokenizer, decoder={"depth": 2})
+        Captioner.create("debug_student", tokenizer=tokenizer, decoder={"depth": 2})
 
 
 def test_the_table_takes_no_memory_and_leaves_chance_alone():

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from capdistill import saved
-from capdistill.caption_stream import caption_stream, is_many
+from capdistill import saving
+from capdistill.caption_result import CaptionResult
+from capdistill.data.report import Policy, Report
 from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
-from capdistill.errors import DataError, IncompatibleModels
+from capdistill.errors import ConfigError, DataError, IncompatibleModels
 from capdistill.generation.captions import captions
 from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.generation.hypothesis import Hypothesis
 from capdistill.generation.plan import Plan
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
+from capdistill.runtime import evaluating
 from capdistill.tokenizer import Tokenizer
 from capdistill.weights import load_exactly, read_state_dict, strip_prefixes
 
@@ -82,7 +85,8 @@ class Captioner(nn.Module):
         """
         from capdistill import presets
 
-        return presets.create(preset, tokenizer, weights=weights, encoder=encoder, decoder=decoder)
+        parts = presets.parts(preset, weights=weights, encoder=encoder, decoder=decoder)
+        return cls(*parts, tokenizer, name=preset)
 
     def forward(
         self,
@@ -198,8 +202,16 @@ class Captioner(nn.Module):
         Example:
             `for text in student.caption_stream(frames, batch_size=1): print(text)`
         """
-        options: dict[str, Any] = {"batch_size": batch_size, "errors": errors, "details": details}
-        return caption_stream(self, images, **options, generation=generation)
+        if batch_size < 1:
+            raise ConfigError(f"caption: batch_size must be at least 1, got {batch_size}.")
+        policy = Report(errors).errors
+        place = 0
+        for chunk in chunks(images, batch_size):
+            pixels = [_read(self, image, place + i, policy) for i, image in enumerate(chunk)]
+            place += len(chunk)
+            readable = [square for square in pixels if square is not None]
+            found = iter(_caption(self, readable, details, generation))
+            yield from (None if square is None else next(found) for square in pixels)
 
     @property
     def image_size(self) -> int:
@@ -245,10 +257,10 @@ class Captioner(nn.Module):
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "decoder": self.decoder}
         description = {
             "name": self.name,
-            **{k: saved.describe_part(p, k, allow_unregistered) for k, p in parts.items()},
-            "tokenizer": saved.describe_tokenizer(self.tokenizer),
+            **{k: saving.describe_part(p, k, allow_unregistered) for k, p in parts.items()},
+            "tokenizer": saving.describe_tokenizer(self.tokenizer),
         }
-        saved.write(Path(directory), self, self.tokenizer, description)
+        saving.write(Path(directory), self, self.tokenizer, description)
 
     @classmethod
     def load(
@@ -275,30 +287,17 @@ class Captioner(nn.Module):
             CheckpointError: a file is missing, truncated, or does not fit the parts.
         """
         directory = Path(directory)
-        content = saved.read_description(directory)
+        content = saving.read_description(directory)
         captioner = cls(
-            saved.make_part(content, "encoder") if encoder is None else encoder,
-            saved.make_part(content, "decoder") if decoder is None else decoder,
-            saved.find_tokenizer(directory, content, tokenizer),
+            saving.make_part(content, "encoder") if encoder is None else encoder,
+            saving.make_part(content, "decoder") if decoder is None else decoder,
+            saving.find_tokenizer(directory, content, tokenizer),
             name=content["name"],
         )
-        path = directory / saved.WEIGHTS
+        path = directory / saving.WEIGHTS
         state = strip_prefixes(read_state_dict(path), captioner.state_dict())
         load_exactly(captioner, state, f"The weights in '{path}'")
         return captioner.to(device).eval()
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every submodule's own flag comes back after it."""
-    flags = [(part, part.training) for module in modules for part in module.modules()]
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for part, training in flags:
-            part.training = training
 
 
 def _bar(stream: Iterator[Any], images: Any) -> Iterator[Any]:
@@ -306,3 +305,109 @@ def _bar(stream: Iterator[Any], images: Any) -> Iterator[Any]:
 
     total = len(images) if hasattr(images, "__len__") else None
     yield from tqdm(stream, total=total, desc="captioning", unit="image")
+
+
+Found = str | CaptionResult | None
+
+
+def _read(captioner: Captioner, image: Any, place: int, errors: Policy) -> Tensor | None:
+    from capdistill.data.images import read_image
+    from capdistill.data.transforms import centre_square
+
+    try:
+        return centre_square(read_image(image), captioner.encoder.image_size)
+    except DataError as error:
+        if errors == "raise":
+            raise
+        warnings.warn(f"caption: image {place} was left out: {error}", stacklevel=5)
+        return None
+
+
+def _caption(
+    captioner: Captioner, squares: list[Tensor], details: bool, generation: Mapping[str, Any]
+) -> Sequence[Found]:
+    """Images (3, S, S) uint8 to texts, or to results with all that is known."""
+    if not squares:
+        return []
+    pixels = torch.stack(squares)  # (I, 3, S, S)
+    hypotheses = captioner.generate(pixels.to(captioner.device), **generation)
+    if not details:
+        return [hypothesis.text for hypothesis in hypotheses]
+    looked = attention_of(captioner, pixels, hypotheses)
+    return [
+        _result(captioner, hypothesis, weights, square)
+        for hypothesis, weights, square in zip(hypotheses, looked, pixels, strict=True)
+    ]
+
+
+def _result(
+    captioner: Captioner, hypothesis: Hypothesis, attention: Tensor | None, pixels: Tensor
+) -> CaptionResult:
+    vocabulary = captioner.tokenizer.vocabulary
+    return CaptionResult(
+        text=hypothesis.text,
+        tokens=tuple(vocabulary[token] for token in hypothesis.tokens),
+        log_prob=hypothesis.log_prob,
+        token_log_probs=hypothesis.token_log_probs,
+        finished=hypothesis.finished,
+        n_best=hypothesis.n_best or (hypothesis,),
+        attention=attention,
+        grid=captioner.encoder.grid,
+        prefix_tokens=captioner.encoder.prefix_tokens,
+        image=pixels,
+    )
+
+
+def attention_of(
+    captioner: Captioner, pixels: Tensor, hypotheses: Sequence[Hypothesis]
+) -> list[Tensor | None]:
+    """Where each word of each caption looked, (T, N) an image; None where that is not shown.
+
+    The captions are read once more by the decoder's `forward`, which gives the logits of `step`.
+    """
+    from capdistill.tokenizer import pad_batch
+
+    if not captioner.decoder.has_attention:
+        return [None] * len(hypotheses)
+    tokenizer = captioner.tokenizer
+    rows = [[tokenizer.start_id, *hypothesis.tokens] for hypothesis in hypotheses]
+    ids = pad_batch(rows, tokenizer.pad_id)[0].to(captioner.device)  # (I, T + 1)
+    with evaluating(captioner), torch.no_grad():
+        features = captioner.encoder(pixels.to(captioner.device))
+        weights = captioner.decoder(ids, features, frozenset({"attention"})).attention
+    if weights is None:
+        return [None] * len(hypotheses)
+    pairs = zip(weights.float().cpu(), hypotheses, strict=True)
+    return [each[: len(hypothesis.tokens)] for each, hypothesis in pairs]  # (T, N)
+
+
+def is_many(images: Any) -> bool:
+    """Whether this is an iterable of images rather than one image.
+
+    Example:
+        >>> is_many("dog.jpg"), is_many(["dog.jpg"]), is_many(torch.zeros(2, 3, 8, 8))
+        (False, True, True)
+    """
+    if isinstance(images, Tensor):
+        return images.ndim == 4
+    if hasattr(images, "__array__"):
+        return getattr(images, "ndim", 3) == 4
+    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(images, "read")
+    return not single and isinstance(images, Iterable)
+
+
+def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one shorter, each read when it is asked for.
+
+    Example:
+        >>> list(chunks("abcde", 2))
+        [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from capdistill.captioner import evaluating
+from capdistill.compatibility import size_of
 from capdistill.errors import ConfigError, DataError
 from capdistill.gallery import Gallery
 from capdistill.generation.config import GenerationConfig
 from capdistill.measure import generates
-from capdistill.outputs import Batch
+from capdistill.outputs import Batch, part
 
 TIMED = 20  # images
 
@@ -93,28 +92,6 @@ _NO_REFERENCES = (
 )
 
 
-def part(batch: Batch, first: int, last: int) -> Batch:
-    """Images `first` to `last` (not included) of a batch.
-
-    Example:
-        >>> ids = torch.ones(2, 3, dtype=torch.long)
-        >>> batch = Batch(torch.zeros(2, 3, 1, 1), ids, ids > 0, ("a", "b"), ("1", "2"))
-        >>> part(batch, 1, 2).captions
-        ('b',)
-    """
-    k = batch.captions_per_image
-    rows = slice(first * k, last * k)
-    return Batch(
-        images=batch.images[first:last],
-        input_ids=batch.input_ids[rows],
-        mask=batch.mask[rows],
-        captions=batch.captions[rows],
-        image_ids=batch.image_ids[first:last],
-        references=batch.references and batch.references[first:last],
-        cached={key: tokens[first:last] for key, tokens in batch.cached.items()},
-    )
-
-
 def open_source(captioner: Any, data: Any, batch_size: int, workers: int) -> Any:
     """Epochs of batches, or the one-shot iterator itself: one pass is all that is needed."""
     from capdistill.training.source import make_source
@@ -129,26 +106,3 @@ def open_source(captioner: Any, data: Any, batch_size: int, workers: int) -> Any
     size = size_of(captioner)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "errors": "skip"}
     return make_source(data, captioner.tokenizer, image_size=size, **options)
-
-
-def size_of(captioner: Any) -> int:
-    """Side in pixels of the images it reads; 224 where neither it nor its encoder says."""
-    size: Any = getattr(captioner, "image_size", None)
-    if size is None:
-        size = getattr(getattr(captioner, "encoder", None), "image_size", 224)
-    return int(size)
-
-
-@contextmanager
-def moved(captioners: Sequence[Any], device: torch.device) -> Iterator[None]:
-    """Models on `device` and in evaluation mode; flags and devices come back afterwards."""
-    modules = [model for model in captioners if isinstance(model, torch.nn.Module)]
-    homes = [next((p.device for p in module.parameters()), device) for module in modules]
-    try:
-        with evaluating(*modules):
-            for module in modules:
-                module.to(device)
-            yield
-    finally:
-        for module, home in zip(modules, homes, strict=True):
-            module.to(home)

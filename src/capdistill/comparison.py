@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from capdistill.captioning import moved
 from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
 from capdistill.evaluation import Evaluation, evaluate
 from capdistill.figures import Row, figures
@@ -19,6 +18,7 @@ from capdistill.files import write_text
 from capdistill.measure import time_captions
 from capdistill.metrics.significance import PairedScores, check_samples, paired
 from capdistill.plots import require_matplotlib
+from capdistill.runtime import moved
 
 SCHEMA = "capdistill.comparison/1"
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from capdistill.captioning import TIMED, Pass, moved, open_source, size_of
+from capdistill.captioning import TIMED, Pass, open_source
+from capdistill.compatibility import size_of
 from capdistill.errors import CapdistillError, ConfigError, DataError
 from capdistill.gallery import Gallery
 from capdistill.generation.config import GenerationConfig, resolve
@@ -25,7 +26,7 @@ from capdistill.measure import (
 )
 from capdistill.metrics import CaptionScorer, Diversity, Metric, Scores, diversity
 from capdistill.outputs import Batch
-from capdistill.training.runtime import autocast, pick_device, pick_precision
+from capdistill.runtime import autocast, moved, pick_device, pick_precision
 
 SCHEMA = "capdistill.evaluation/1"
 

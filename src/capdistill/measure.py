@@ -25,7 +25,7 @@ import torch
 from capdistill.errors import CapdistillError
 from capdistill.generation.config import GenerationConfig
 from capdistill.outputs import Batch
-from capdistill.training.runtime import autocast
+from capdistill.runtime import autocast
 
 WARM_UP = 3
 

@@ -185,3 +185,25 @@ class LossTerm:
     def weighted(self) -> Tensor:
         """weight * mean."""
         return self.weight * self.mean
+
+
+def part(batch: Batch, first: int, last: int) -> Batch:
+    """Images `first` to `last` (not included) of a batch.
+
+    Example:
+        >>> ids = torch.ones(2, 3, dtype=torch.long)
+        >>> batch = Batch(torch.zeros(2, 3, 1, 1), ids, ids > 0, ("a", "b"), ("1", "2"))
+        >>> part(batch, 1, 2).captions
+        ('b',)
+    """
+    k = batch.captions_per_image
+    rows = slice(first * k, last * k)
+    return Batch(
+        images=batch.images[first:last],
+        input_ids=batch.input_ids[rows],
+        mask=batch.mask[rows],
+        captions=batch.captions[rows],
+        image_ids=batch.image_ids[first:last],
+        references=batch.references and batch.references[first:last],
+        cached={key: tokens[first:last] for key, tokens in batch.cached.items()},
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,10 +13,6 @@ from capdistill import decoders, encoders
 from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
 from capdistill.errors import UnknownName, suggest
-
-if TYPE_CHECKING:
-    from capdistill.captioner import Captioner
-    from capdistill.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -92,41 +88,35 @@ def describe(name: str) -> Preset:
         raise UnknownName(f"There is no preset {name!r}. {suggest(str(name), _PRESETS)}") from None
 
 
-def create(
+def parts(
     name: str,
-    tokenizer: Tokenizer,
-    weights: bool | str | os.PathLike[str] = True,
     *,
+    weights: bool | str | os.PathLike[str] = True,
     encoder: Mapping[str, Any] | None = None,
     decoder: Mapping[str, Any] | None = None,
-) -> Captioner:
-    """A captioner by the name of its preset.
+) -> tuple[Encoder, Decoder]:
+    """The encoder and the decoder of a preset; `Captioner.create` joins them with a tokenizer.
 
     Example:
-        >>> import capdistill as cd
-        >>> tokenizer = cd.WordTokenizer(["a", "dog", "runs"])
-        >>> student = create("debug_student", tokenizer, encoder={"trainable": 1})
-        >>> student.name, student.encoder.trunk_frozen
-        ('debug_student', False)
+        >>> encoder, decoder = parts("debug_student", encoder={"trainable": 1})
+        >>> encoder.trunk_frozen
+        False
 
     Args:
         name: For instance "vit_transformer" or "lite0_lstm".
-        tokenizer: Its vocabulary sizes the decoder.
-        weights: Of the backbone: True (from the hub), False (random), or a local file. Debug
-            presets are random unless a file is given.
-        encoder, decoder: Arguments that replace or join those of the preset.
+        weights: Weights of the backbone: True (from the hub), False (random), or a local file.
+            Debug presets are random unless a file is given.
+        encoder, decoder: Arguments that replace or extend those of the preset.
 
     Raises:
         UnknownName: no such preset; the message lists them.
-        CheckpointError: the weights can not be had, read or fitted.
-        ConfigError: an argument that can not work.
+        CheckpointError: the weights cannot be found, read or fitted.
+        ConfigError: an argument that is invalid.
     """
-    from capdistill.captioner import Captioner
-
     preset = describe(name)
     if preset.random and weights is True:
         weights = False
-    return Captioner(*_parts(preset, weights, encoder, decoder), tokenizer, name=name)
+    return _create(preset, weights, encoder, decoder)
 
 
 def table(vocabulary: int = 3000) -> list[Size]:
@@ -142,7 +132,7 @@ def table(vocabulary: int = 3000) -> list[Size]:
     return [_size(name, preset, vocabulary) for name, preset in _PRESETS.items()]
 
 
-def _parts(
+def _create(
     preset: Preset,
     weights: bool | str | os.PathLike[str],
     encoder: Mapping[str, Any] | None = None,
@@ -155,7 +145,7 @@ def _parts(
 
 
 def _built(preset: Preset, vocabulary: int) -> tuple[Encoder, Decoder]:
-    encoder, decoder = _parts(preset, weights=False)
+    encoder, decoder = _create(preset, weights=False)
     decoder.build(vocabulary)
     return encoder, decoder
 

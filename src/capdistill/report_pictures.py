@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from capdistill import plots
-from capdistill.captioning import moved
 from capdistill.evaluation import Evaluation
-from capdistill.training.runtime import autocast
+from capdistill.runtime import autocast, moved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from capdistill.data import CaptionData, Example, Loader
-from capdistill.data.chance import choose, generator
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
+from capdistill.runtime import choose, generator
 from capdistill.tokenizer import WordTokenizer
 
 

@@ -14,9 +14,9 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
-from capdistill.encoders.pretrained import reachable
 from capdistill.encoders.timm import TimmEncoder
 from capdistill.errors import CheckpointError
+from capdistill.weights import reachable
 
 NO_NETWORK = """
 import os, socket

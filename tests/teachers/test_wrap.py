@@ -258,7 +258,7 @@ def test_a_foreign_captioner_is_evaluated_and_compared(teacher, batch):
 
 
 def test_loaders_give_the_size_that_a_foreign_captioner_asks_for():
-    from capdistill.training.run import image_size
+    from capdistill.compatibility import image_size
 
     assert image_size([wrap(TheirCaptioner(), adapt, TOKENIZER, image_size=300)]) == 300
     assert image_size([wrap(TheirCaptioner(), adapt, TOKENIZER)]) == 224

@@ -227,7 +227,7 @@ def test_what_a_model_raises_is_a_row():
 
 def debug_student(**encoder):
     tokenizer = cd.WordTokenizer(WORDS)
-    return cd.presets.create("debug_student", tokenizer, encoder=encoder)
+    return cd.Captioner.create("debug_student", tokenizer=tokenizer, encoder=encoder)
 
 
 def test_random_encoder_weights_are_a_note():

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from capdistill import Captioner, Distiller, Trainer
-from capdistill.captioner import evaluating
 from capdistill.cli.runfile import TrainRun, parse_run
 from capdistill.data import CaptionData
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch, DecoderOutput
+from capdistill.runtime import evaluating
 from capdistill.training.inputs import AlteredInputs, chances, sample, word_mask
 from capdistill.training.source import FixedBatches
 

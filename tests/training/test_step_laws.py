@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from capdistill import Captioner, Distiller, Trainer
-from capdistill.captioner import evaluating
 from capdistill.errors import ConfigError, NotFiniteLoss
 from capdistill.generation import Hypothesis
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch
+from capdistill.runtime import evaluating
 
 WEIGHTS = {"ce": 0.5, "token": 0.7, "feature": 0.4, "hidden": 0.3}
 SEVEN = [3, 1, 2, 4, 1, 5, 2]  # words of the captions, case 10

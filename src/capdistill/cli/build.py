@@ -65,7 +65,7 @@ def make_losses(parts: Mapping[str, Part]) -> dict[str, Any]:
 
 
 def _trainer(run: RunConfig, data: Splits) -> Trainer:
-    from capdistill.training.runtime import seed_everything
+    from capdistill.runtime import seed_everything
     from capdistill.training.trainer import Trainer
 
     assert isinstance(run, TrainRun)
@@ -77,8 +77,8 @@ def _trainer(run: RunConfig, data: Splits) -> Trainer:
 
 def _distiller(run: DistillRun, data: Splits) -> Distiller:
     from capdistill.captioner import Captioner
+    from capdistill.runtime import seed_everything
     from capdistill.training.distiller import Distiller
-    from capdistill.training.runtime import seed_everything
 
     teacher = Captioner.load(run.teacher)
     tokenizer = make_tokenizer(run.tokenizer, data) if run.tokenizer else teacher.tokenizer
@@ -93,7 +93,6 @@ def _distiller(run: DistillRun, data: Splits) -> Distiller:
 
 
 def _preset(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner:
-    from capdistill import presets
 
     changes = {}
     for kind, part in (("encoder", section.encoder), ("decoder", section.decoder)):
@@ -104,7 +103,7 @@ def _preset(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner
             )
         changes[kind] = part.kwargs if part is not None else {}
     weights = True if section.weights is None else section.weights
-    return presets.create(section.preset or "", tokenizer, weights, **changes)
+    return Captioner.create(section.preset or "", tokenizer=tokenizer, weights=weights, **changes)
 
 
 def _parts(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner:

@@ -46,7 +46,7 @@ def caption_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.Arg
 def run(options: argparse.Namespace) -> int:
     """One line an image, `path<TAB>caption`; an image that can not be read is named on stderr."""
     from capdistill.captioner import Captioner
-    from capdistill.training.runtime import pick_device
+    from capdistill.runtime import pick_device
 
     if options.attention:
         _require_pictures(options.attention, len(options.images))

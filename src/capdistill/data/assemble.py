@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from capdistill.data.chance import choose, generator
 from capdistill.data.images import ImageSource, read_image
 from capdistill.data.records import CaptionData
 from capdistill.data.report import Problem
 from capdistill.data.transforms import centre_square, random_square, view_of, view_square
 from capdistill.errors import DataError
 from capdistill.outputs import Batch
+from capdistill.runtime import choose, generator
 
 Job: TypeAlias = "tuple[int, tuple[int, ...]]"  # epoch, image numbers
 Made: TypeAlias = "tuple[Batch | None, list[Problem]]"

@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from capdistill.data.assemble import Assembler, Job, Made, SupportsEncode
-from capdistill.data.chance import generator
 from capdistill.data.report import Policy, Report
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
+from capdistill.runtime import generator
 
 
 class Loader:

@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from capdistill.data.chance import hashed
 from capdistill.data.report import Problem, Report, many
 from capdistill.errors import DataError
+from capdistill.runtime import hashed
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from capdistill.data.chance import generator, hashed
+from capdistill.runtime import generator, hashed
 
 MIN_AREA = 0.75  # of the largest square, in a training crop: captions speak of the whole picture
 MAX_RATIO = 1.1

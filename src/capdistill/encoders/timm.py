@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from capdistill.encoders.backbone import BackboneEncoder
 from capdistill.encoders.freezing import Trainable, child_stages
 from capdistill.encoders.layout import Form, Layout, Pixels, map_layout, token_layout
-from capdistill.encoders.pretrained import load_file, reachable, unavailable
 from capdistill.encoders.refine import Refine
 from capdistill.errors import CheckpointError, UnknownName
+from capdistill.weights import load_backbone, reachable, unavailable
 
 _REST = {"rest": [(r".*", (99999,))]}  # timm's mark for "belongs to the group before"
 
@@ -124,7 +124,7 @@ def _make(
     if weights is not False:
         filters = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         convert = (lambda state: filters(state, model)) if filters else None
-        load_file(model, weights, name, _classifiers(config), convert)
+        load_backbone(model, weights, name, _classifiers(config), convert)
     return model
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from capdistill.encoders.backbone import BackboneEncoder
 from capdistill.encoders.freezing import Trainable, child_stages
 from capdistill.encoders.layout import Layout, Pixels, map_layout
-from capdistill.encoders.pretrained import load_file, reachable, unavailable
 from capdistill.encoders.refine import Refine
 from capdistill.errors import ConfigError, UnknownName, suggest
+from capdistill.weights import load_backbone, reachable, unavailable
 
 _CLASSIFIERS = ("avgpool", "flatten", "dropout", "fc", "classifier", "head")  # not copied
 _CONTAINERS = ("features", "trunk_output", "layers")  # hold stages
@@ -103,7 +103,7 @@ def _make(name: str, weights: bool | str | os.PathLike[str], default: Any) -> nn
     if weights is not False:
         file = _fetched(name, default) if weights is True else weights
         names = [key for key, _ in model.named_modules() if key.split(".")[0] in _CLASSIFIERS]
-        load_file(backbone, file, name, names)
+        load_backbone(backbone, file, name, names)
     return backbone
 
 

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from capdistill.errors import ConfigError
-from capdistill.options import refusal
+from capdistill.errors import ConfigError, refusal
 
 
 class GenerationConfig(BaseModel):

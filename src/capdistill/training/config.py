@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from capdistill.errors import parse as parse
 from capdistill.generation.config import GenerationConfig
-from capdistill.options import parse as parse
 
 
 class TrainConfig(BaseModel):

@@ -10,19 +10,13 @@ from torch import nn
 
 from capdistill import losses as loss_registry
 from capdistill.captioner import Captioner
+from capdistill.compatibility import ask, probe_batch, require_one_vocabulary, require_scalars
 from capdistill.errors import ConfigError
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput
+from capdistill.runtime import asking, seeded
 from capdistill.training.config import DistillConfig
 from capdistill.training.objective import Weight
-from capdistill.training.probe import (
-    ask,
-    asking,
-    probe_batch,
-    require_one_vocabulary,
-    require_scalars,
-)
-from capdistill.training.runtime import seeded
 from capdistill.training.trainer import Trainer
 
 REFERENCE_WEIGHTS = {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1}

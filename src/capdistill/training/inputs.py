@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capdistill.captioner import Captioner, evaluating
-from capdistill.data.chance import generator
+from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch
+from capdistill.runtime import evaluating, generator
 from capdistill.tokenizer import Tokenizer
 from capdistill.training.config import TrainConfig
 

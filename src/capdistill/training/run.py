@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capdistill.captioner import Captioner
+from capdistill.compatibility import image_size
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
 from capdistill.files import write_text
@@ -21,6 +22,7 @@ from capdistill.training.validation import require_references
 
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer
+
 
 LIBRARIES = ("capdistill", "torch", "torchvision", "timm", "numpy", "pydantic", "nltk")
 
@@ -93,12 +95,6 @@ def wants_crops(config: TrainConfig) -> bool:
     if config.cache_features:
         return False
     return config.augment is not False
-
-
-def image_size(models: list[Any]) -> int:
-    """The larger image size of the models: each downsizes for itself."""
-    sizes = [getattr(model, "image_size", None) for model in models]
-    return max([int(size) for size in sizes if size] or [224])
 
 
 def _source(trainer: Trainer, data: Any, **options: Any) -> Source:

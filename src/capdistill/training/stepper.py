@@ -15,12 +15,12 @@ from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError, DataError, NotFiniteLoss
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput, LossTerm
+from capdistill.runtime import autocast, pick_device, pick_precision
 from capdistill.training.config import TrainConfig, parse
 from capdistill.training.history import Row
 from capdistill.training.inputs import AlteredInputs, altered_inputs, require_unknown_word
 from capdistill.training.objective import Objective, Weight
 from capdistill.training.optim import Scheduler, make_schedule, parameter_groups
-from capdistill.training.runtime import autocast, pick_device, pick_precision
 from capdistill.training.tally import Tally
 
 

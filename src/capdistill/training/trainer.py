@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch
+from capdistill.runtime import seed_everything
 from capdistill.training import callbacks as cb
 from capdistill.training.checkpoint import (
     STATE,
@@ -30,7 +31,6 @@ from capdistill.training.history import History, Row
 from capdistill.training.inputs import require_unknown_word
 from capdistill.training.interrupt import noticing_ctrl_c
 from capdistill.training.run import describe_run, prepare_sources, require_usable
-from capdistill.training.runtime import seed_everything
 from capdistill.training.source import Source
 from capdistill.training.state import restore, snapshot
 from capdistill.training.stepper import Stepper

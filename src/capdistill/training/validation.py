@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from capdistill.captioner import Captioner, evaluating
+from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError
 from capdistill.metrics import CaptionScorer, Metric
 from capdistill.outputs import Batch
-from capdistill.training.runtime import autocast
+from capdistill.runtime import autocast, evaluating
 from capdistill.training.source import Source
 from capdistill.training.tally import Tally
 

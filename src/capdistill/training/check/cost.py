@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from capdistill.outputs import Batch
+from capdistill.runtime import autocast
 from capdistill.training.check.report import CheckRow
 from capdistill.training.check.trial import (
     Trial,
@@ -21,7 +22,6 @@ from capdistill.training.check.trial import (
     megabytes,
     milliseconds,
 )
-from capdistill.training.runtime import autocast
 from capdistill.training.stepper import total
 
 if TYPE_CHECKING:

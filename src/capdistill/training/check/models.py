@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from capdistill.captioner import Captioner
+from capdistill.compatibility import ask, probe_batch
 from capdistill.encoders.base import Encoder
 from capdistill.errors import IncompatibleModels
 from capdistill.losses.divergence import cross_entropy
 from capdistill.losses.token import first_difference
 from capdistill.outputs import ModelSpec
 from capdistill.registry import stamp_of
+from capdistill.runtime import asking, autocast
 from capdistill.training.check.report import CheckRow
 from capdistill.training.check.trial import Trial, millions, name_of, numel
-from capdistill.training.probe import ask, asking, probe_batch
-from capdistill.training.runtime import autocast
-
-if TYPE_CHECKING:
-    pass
 
 _UNTAUGHT = 0.9  # of log V: the cross-entropy of a teacher that knows no words
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
+from capdistill.compatibility import probe_batch
 from capdistill.outputs import Batch
-from capdistill.training.probe import probe_batch
 from capdistill.training.source import Source
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from capdistill.training.runtime import seed_everything
+from capdistill.runtime import seed_everything
 
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer

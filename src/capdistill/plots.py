@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from capdistill.errors import DataError
-from capdistill.plots.figures import finished, new_figure
+from capdistill.errors import ConfigError, DataError, MissingExtra
+from capdistill.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from capdistill.caption_result import CaptionResult
     from capdistill.training.history import History, Row
+
 
 _TRAIN, _VAL = "#0072B2", "#D55E00"  # Okabe and Ito: for every kind of eye
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -169,3 +174,160 @@ def _line(axes: Axes, points: Sequence[tuple[int, float | None]], **style: Any) 
 
 def _finite(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
+
+
+__all__ = ["attention", "history", "require_matplotlib"]
+
+_TILE, _HEAD, _GAP = 1.8, 0.45, 0.08  # inches: a tile, the title above it, between tiles
+_COLUMNS = 6
+_WIDE = 18  # letters of a word that fit above a tile at full size
+_STRONGEST = 0.85  # of the colour over the photo, where attention is highest
+
+
+def attention(result: CaptionResult, path: str | Path | None = None) -> Figure:
+    """Draw, word by word, where the model looked over the photo.
+
+    Each tile is the photo in grey under the attention of one token over the visual tokens that
+    form the map: the brighter the colour, the higher, relative to the token's own maximum. Above
+    it stand the token and its probability. What a token gave to visual tokens outside the map
+    (CLS, registers) is not drawn.
+
+    Example:
+        `plots.attention(student.caption("dog.jpg", details=True), "looked.png")`
+
+    Args:
+        result: Of `Captioner.caption(..., details=True)`.
+        path: Also write it: .png, .svg, .pdf, ...
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        ConfigError: the decoder shows no attention, its tokens form no map, or the file's kind
+            is unknown.
+    """
+    figure, maps = new_figure(path), _maps(result)
+    figure.set_layout_engine("none")  # every place is known, and measuring forty takes seconds
+    photo = result.image.permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
+    titles = ["photo", *map(_titled, result.tokens, result.token_log_probs)]
+    columns = min(_COLUMNS, len(titles))
+    text = textwrap.wrap(result.text, 18 * columns) or ["(empty caption)"]
+    tiles = _tiles(figure, len(titles), len(text))
+    for place, (axes, title) in enumerate(zip(tiles, titles, strict=True)):
+        size = 10 * min(1.0, _WIDE / max(map(len, title.split("\n"))))
+        axes.set_title(title, y=1.0, fontsize=max(size, 5), parse_math=False)
+        axes.imshow(photo if place == 0 else _grey(photo), cmap="gray", vmin=0, vmax=255)
+        if place:
+            _overlay(axes, maps[place - 1], photo.shape)
+    above = 1 - _GAP / figure.get_figheight()
+    figure.suptitle("\n".join(text), y=above, va="top", fontsize=11, parse_math=False)
+    return finished(figure, path)
+
+
+def _tiles(figure: Figure, count: int, lines: int) -> list[Axes]:
+    """Square axes row by row, each with room for its title, below `lines` lines of text."""
+    columns = min(_COLUMNS, count)
+    rows, top = math.ceil(count / columns), 0.2 * lines + 2 * _GAP
+    wide = columns * (_TILE + _GAP) + _GAP
+    high = top + rows * (_HEAD + _TILE) + _GAP
+    figure.set_size_inches(wide, high)
+    corners = [
+        (_GAP + column * (_TILE + _GAP), high - top - (row + 1) * (_HEAD + _TILE))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    tiles = [
+        figure.add_axes((x / wide, y / high, _TILE / wide, _TILE / high))
+        for x, y in corners[:count]
+    ]
+    for axes in tiles:
+        axes.set_axis_off()
+    return tiles
+
+
+def _maps(result: CaptionResult) -> Any:
+    """(T, h, w) attention over the map."""
+    if result.attention is None:
+        raise ConfigError(
+            "plots.attention: the result holds no attention. Its decoder can not show it "
+            "(has_attention is False); use one that can, such as 'lstm' or 'transformer'."
+        )
+    if result.grid is None:
+        raise ConfigError(
+            f"plots.attention: the {result.attention.shape[1]} visual tokens form no map "
+            "(the encoder's grid is None). Use an encoder with a grid."
+        )
+    words = result.attention[:, result.prefix_tokens :]  # (T, h * w)
+    return words.reshape(len(words), *result.grid).float().cpu().numpy()
+
+
+def _grey(photo: Any) -> Any:
+    """(S, S) luma of ITU-R BT.601, a little darkened so that colour stands out."""
+    return photo @ [0.299, 0.587, 0.114] * 0.8
+
+
+def _overlay(axes: Axes, weights: Any, shape: tuple[int, ...]) -> None:
+    """A (h, w) map over a photo of shape (H, W, 3), enlarged smoothly, relative to its maximum."""
+    shown = weights / max(float(weights.max()), 1e-12)
+    height, width = shape[:2]
+    axes.imshow(
+        shown,
+        cmap="inferno",
+        alpha=_STRONGEST * shown,
+        vmin=0,
+        vmax=1,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        interpolation="bilinear",
+    )
+
+
+def _titled(token: str, log_prob: float) -> str:
+    return f"{token}\n{math.exp(log_prob):.0%}"
+
+
+def require_matplotlib() -> None:
+    """Say at once, rather than after the work, that pictures can not be drawn.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtra(
+            "Pictures need matplotlib, which is not installed. Install the extra: "
+            'pip install "capdistill[ui]"'
+        )
+
+
+def new_figure(path: str | Path | None) -> Figure:
+    """Without pyplot: no window, no state, any thread.
+
+    Args:
+        path: Where it will be written; a kind that can not be is refused before anything is drawn.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        ConfigError: the file's suffix names no kind of picture.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    kinds = figure.canvas.get_supported_filetypes()
+    if path is not None and _kind(path) not in kinds:
+        raise ConfigError(
+            f"plots: '{path}' does not say what kind of picture to write. End it with one of "
+            f"{', '.join('.' + each for each in sorted(kinds))}."
+        )
+    return figure
+
+
+def finished(figure: Figure, path: str | Path | None) -> Figure:
+    """The figure, written where there is a path."""
+    if path is None:
+        return figure
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a word in another script
+        write_atomically(path, lambda file: figure.savefig(file, format=_kind(path), dpi=120))
+    return figure
+
+
+def _kind(path: str | Path) -> str:
+    return Path(path).suffix.removeprefix(".").lower()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from capdistill.errors import ConfigError
 
@@ -102,3 +105,84 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+SAFE_SEED = 2**63
+
+
+def hashed(*key: object) -> int:
+    """A number in [0, 2**63) that depends on the key alone, on every machine.
+
+    Example:
+        >>> hashed(0, "dog.jpg") == hashed(0, "dog.jpg") != hashed(1, "dog.jpg")
+        True
+    """
+    digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % SAFE_SEED
+
+
+def generator(*key: object) -> torch.Generator:
+    """A random generator that depends on the key alone.
+
+    Example:
+        >>> a, b = (torch.rand(1, generator=generator(0, 3, "dog.jpg")) for _ in range(2))
+        >>> bool(a == b)
+        True
+    """
+    return torch.Generator().manual_seed(hashed(*key))
+
+
+def choose(captions: Sequence[str], k: int, rng: torch.Generator | None = None) -> list[str]:
+    """k captions, none twice before all are used; the first k where there is no generator.
+
+    Example:
+        >>> choose(["a", "b"], 3)
+        ['a', 'b', 'a']
+        >>> sorted(choose(["a", "b", "c"], 3, generator(0)))
+        ['a', 'b', 'c']
+    """
+    chosen: list[str] = []
+    while len(chosen) < k:
+        order = range(len(captions)) if rng is None else _permutation(len(captions), rng)
+        chosen += [captions[i] for i in order]
+    return chosen[:k]
+
+
+def _permutation(n: int, rng: torch.Generator) -> list[int]:
+    order: list[int] = torch.randperm(n, generator=rng).tolist()
+    return order
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every submodule's own flag comes back after it."""
+    flags = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
+@contextmanager
+def asking(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside, whatever the caller did; every flag comes back."""
+    with evaluating(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def moved(captioners: Sequence[Any], device: torch.device) -> Iterator[None]:
+    """Models on `device` and in evaluation mode; flags and devices come back afterwards."""
+    modules = [model for model in captioners if isinstance(model, torch.nn.Module)]
+    homes = [next((p.device for p in module.parameters()), device) for module in modules]
+    try:
+        with evaluating(*modules):
+            for module in modules:
+                module.to(device)
+            yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)
