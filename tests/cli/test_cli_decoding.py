@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from capdistill.cli import make_parser
-from capdistill.cli.decoding import _HELP, add_generation_options, generation_values
+from capdistill.cli.common import _HELP, add_generation_options, generation_values
 from capdistill.generation.config import GenerationConfig
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from capdistill import __version__
-from capdistill.cli.output import INTERRUPTED, PROBLEM, say
+from capdistill.cli.common import INTERRUPTED, PROBLEM, say
 from capdistill.errors import CapdistillError
 
 COMMANDS = {

@@ -8,8 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capdistill.cli.decoding import add_generation_options, generation_values
-from capdistill.cli.output import DONE, PROBLEM, as_json, say
+from capdistill.cli.common import (
+    DONE,
+    PROBLEM,
+    add_generation_options,
+    as_json,
+    generation_values,
+    say,
+)
 from capdistill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capdistill.cli.output import DONE, INTERRUPTED, give, require_writable, say
+from capdistill.cli.common import DONE, INTERRUPTED, give, require_writable, say
 from capdistill.cli.runfile import DistillRun, RunConfig, TrainRun, parse_run
 from capdistill.errors import MissingExtra
 

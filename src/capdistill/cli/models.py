@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from capdistill.cli.output import DONE, columns, give
+from capdistill.cli.common import DONE, columns, give
 
 _EXAMPLE = """\
   capdistill models

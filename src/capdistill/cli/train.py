@@ -7,9 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capdistill.cli.datasets import add_data_options, data_values
-from capdistill.cli.decoding import add_generation_options, generation_values
-from capdistill.cli.output import DONE, INTERRUPTED, PROBLEM, give, say
+from capdistill.cli.common import (
+    DONE,
+    INTERRUPTED,
+    PROBLEM,
+    add_data_options,
+    add_generation_options,
+    data_values,
+    generation_values,
+    give,
+    say,
+)
 from capdistill.cli.runfile import (
     NAME,
     DistillRun,
@@ -103,7 +111,7 @@ def execute(run: RunConfig, data: Splits, *, resume: bool = False) -> tuple[Trai
     Raises:
         ConfigError: no output directory, or one that can not be written.
     """
-    from capdistill.cli.build import make_trainer
+    from capdistill.cli.runfile import make_trainer
 
     if run.out is None:
         raise ConfigError("out: no directory for the run was given. Give --out DIR.")
@@ -125,7 +133,7 @@ def _with_captions(run: RunConfig, data: Splits) -> RunConfig:
 
 def check(options: argparse.Namespace) -> int:
     """Print what `Distiller.check` finds; a failure is exit code 1."""
-    from capdistill.cli.build import make_trainer
+    from capdistill.cli.runfile import make_trainer
 
     run = make_run(options)
     data = run.data.load()
