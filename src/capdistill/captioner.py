@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from capdistill import saving
 from capdistill.caption_result import CaptionResult
-from capdistill.data.report import Policy, Report
+from capdistill.data.images import is_many, read_batches
 from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError, IncompatibleModels
@@ -204,11 +202,7 @@ class Captioner(nn.Module):
         """
         if batch_size < 1:
             raise ConfigError(f"caption: batch_size must be at least 1, got {batch_size}.")
-        policy = Report(errors).errors
-        place = 0
-        for chunk in chunks(images, batch_size):
-            pixels = [_read(self, image, place + i, policy) for i, image in enumerate(chunk)]
-            place += len(chunk)
+        for pixels in read_batches(images, self.image_size, batch_size, errors):
             readable = [square for square in pixels if square is not None]
             found = iter(_caption(self, readable, details, generation))
             yield from (None if square is None else next(found) for square in pixels)
@@ -310,19 +304,6 @@ def _bar(stream: Iterator[Any], images: Any) -> Iterator[Any]:
 Found = str | CaptionResult | None
 
 
-def _read(captioner: Captioner, image: Any, place: int, errors: Policy) -> Tensor | None:
-    from capdistill.data.images import read_image
-    from capdistill.data.transforms import centre_square
-
-    try:
-        return centre_square(read_image(image), captioner.encoder.image_size)
-    except DataError as error:
-        if errors == "raise":
-            raise
-        warnings.warn(f"caption: image {place} was left out: {error}", stacklevel=5)
-        return None
-
-
 def _caption(
     captioner: Captioner, squares: list[Tensor], details: bool, generation: Mapping[str, Any]
 ) -> Sequence[Found]:
@@ -379,35 +360,3 @@ def attention_of(
         return [None] * len(hypotheses)
     pairs = zip(weights.float().cpu(), hypotheses, strict=True)
     return [each[: len(hypothesis.tokens)] for each, hypothesis in pairs]  # (T, N)
-
-
-def is_many(images: Any) -> bool:
-    """Whether this is an iterable of images rather than one image.
-
-    Example:
-        >>> is_many("dog.jpg"), is_many(["dog.jpg"]), is_many(torch.zeros(2, 3, 8, 8))
-        (False, True, True)
-    """
-    if isinstance(images, Tensor):
-        return images.ndim == 4
-    if hasattr(images, "__array__"):
-        return getattr(images, "ndim", 3) == 4
-    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(images, "read")
-    return not single and isinstance(images, Iterable)
-
-
-def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one shorter, each read when it is asked for.
-
-    Example:
-        >>> list(chunks("abcde", 2))
-        [['a', 'b'], ['c', 'd'], ['e']]
-    """
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

@@ -94,7 +94,7 @@ _NO_REFERENCES = (
 
 def open_source(captioner: Any, data: Any, batch_size: int, workers: int) -> Any:
     """Epochs of batches, or the one-shot iterator itself: one pass is all that is needed."""
-    from capdistill.training.source import make_source
+    from capdistill.data.loader import make_source
 
     if not hasattr(captioner, "generate"):
         raise ConfigError(

@@ -236,8 +236,7 @@ def _costs(
 
 def _preprocessing(captioner: Any, data: Any) -> Latency | None:
     """Time an image from file to pixels, where the data name files."""
-    from capdistill.data.images import read_image
-    from capdistill.data.transforms import centre_square
+    from capdistill.data.images import centre_square, read_image
 
     size = size_of(captioner)
     paths = [example.path for example in getattr(data, "examples", ())[:TIMED]]

@@ -132,27 +132,6 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(hashed(*key))
 
 
-def choose(captions: Sequence[str], k: int, rng: torch.Generator | None = None) -> list[str]:
-    """k captions, none twice before all are used; the first k where there is no generator.
-
-    Example:
-        >>> choose(["a", "b"], 3)
-        ['a', 'b', 'a']
-        >>> sorted(choose(["a", "b", "c"], 3, generator(0)))
-        ['a', 'b', 'c']
-    """
-    chosen: list[str] = []
-    while len(chosen) < k:
-        order = range(len(captions)) if rng is None else _permutation(len(captions), rng)
-        chosen += [captions[i] for i in order]
-    return chosen[:k]
-
-
-def _permutation(n: int, rng: torch.Generator) -> list[int]:
-    order: list[int] = torch.randperm(n, generator=rng).tolist()
-    return order
-
-
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; every submodule's own flag comes back after it."""

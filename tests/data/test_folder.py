@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capdistill.data import Folder
+from capdistill.data.caption_files import Report
 from capdistill.data.folder import separated_rows
-from capdistill.data.report import Report
 from capdistill.errors import DataError
 
 CHINESE = "\u4e00\u53ea\u72d7\u5728\u5954\u8dd1 \U0001f415"

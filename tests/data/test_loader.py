@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from capdistill.data import CaptionData, Example, Loader
+from capdistill.data.collate import choose
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
-from capdistill.runtime import choose, generator
+from capdistill.runtime import generator
 from capdistill.tokenizer import WordTokenizer
 
 

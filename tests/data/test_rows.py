@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capdistill.data.rows import clean, lines, parse_json, read_text, split_fields
+from capdistill.data.caption_files import clean, lines, parse_json, read_text, split_fields
 from capdistill.errors import ConfigError, DataError
 
 ODD = "\u2028\x85\x0c\x1c\x0b"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capdistill.data import read_image
-from capdistill.data.transforms import centre_square, random_square
+from capdistill.data.images import centre_square, random_square
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 50))

@@ -19,11 +19,11 @@ from torch.testing import assert_close
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.cli.runfile import TrainRun, parse_run
 from capdistill.data import CaptionData
+from capdistill.data.loader import FixedBatches
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch, DecoderOutput
 from capdistill.runtime import evaluating
 from capdistill.training.inputs import AlteredInputs, chances, sample, word_mask
-from capdistill.training.source import FixedBatches
 
 BOTH = {"word_dropout": 0.3, "scheduled_sampling": 0.8}
 UNK, FIRST_WORD = tiny.TOKENIZER.unk_id, 4

@@ -123,7 +123,7 @@ def execute(run: RunConfig, data: Splits, *, resume: bool = False) -> tuple[Trai
 
 def _with_captions(run: RunConfig, data: Splits) -> RunConfig:
     """Captions an image a step as the data have them, unless given: a number that is recorded."""
-    from capdistill.data.assemble import usual_captions
+    from capdistill.data.collate import usual_captions
 
     if run.train.captions_per_image is not None:
         return run

@@ -11,15 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capdistill.data.bundled import sample
-    from capdistill.data.coco import CocoCaptions
+    from capdistill.data.caption_files import Problem, Report
+    from capdistill.data.coco import CocoCaptions, Karpathy, sample
+    from capdistill.data.dataset import CaptionData, Example, Splits
     from capdistill.data.flickr8k import Flickr8k
     from capdistill.data.folder import Folder
     from capdistill.data.images import read_image
-    from capdistill.data.karpathy import Karpathy
     from capdistill.data.loader import Loader
-    from capdistill.data.records import CaptionData, Example, Splits
-    from capdistill.data.report import Problem, Report
 
 _PUBLIC = {
     "CaptionData": "records",

@@ -6,10 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from capdistill.data.gather import finder, gather, require_some
-from capdistill.data.records import CaptionData, Example, Splits
-from capdistill.data.report import Policy, Problem, Report, many
-from capdistill.data.rows import Row, lines, read_text
+from capdistill.data.caption_files import Policy, Problem, Report, Row, lines, many, read_text
+from capdistill.data.dataset import CaptionData, Example, Splits, finder, gather, require_some
 from capdistill.errors import DataError
 
 PHANTOM = "2258277193_586949ec62.jpg.1"  # the official file captions this image; nobody has it
@@ -76,7 +74,7 @@ def _read(root: Path, encoding: str, seed: int, report: Report) -> Splits:
     if tokens and any(lists.values()):
         return _official(_tokens(tokens, encoding, find, report), lists, encoding, report)
     if karpathy := _first(root, _KARPATHY, Path.is_file):
-        from capdistill.data.karpathy import read_karpathy
+        from capdistill.data.coco import read_karpathy
 
         return read_karpathy(karpathy, images, restval=True, report=report)
     if tokens:

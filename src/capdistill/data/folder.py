@@ -7,10 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from capdistill.data.gather import finder, gather, require_some
-from capdistill.data.records import CaptionData
-from capdistill.data.report import Policy, Problem, Report
-from capdistill.data.rows import Row, lines, read_text, split_fields
+from capdistill.data.caption_files import (
+    Policy,
+    Problem,
+    Report,
+    Row,
+    lines,
+    read_text,
+    split_fields,
+)
+from capdistill.data.dataset import CaptionData, finder, gather, require_some
 from capdistill.errors import DataError
 
 IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name", "file", "image_path", "path")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import IO, Any, TypeAlias
 
 import numpy as np
@@ -12,8 +14,11 @@ import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
+from capdistill.data.caption_files import Policy, Report
 from capdistill.errors import DataError
+from capdistill.runtime import generator, hashed
 
 Encoded: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | IO[bytes]"
 ImageSource: TypeAlias = "Encoded | Image.Image | npt.NDArray[Any] | Tensor"
@@ -235,3 +240,142 @@ def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"no image that Pillow knows (it begins with {data[:12]!r})"
     return f"can not be opened as an image ({error or type(error).__name__})"
+
+
+MIN_AREA = 0.75  # of the largest square, in a training crop: captions speak of the whole picture
+MAX_RATIO = 1.1
+
+
+def centre_square(image: Tensor, size: int) -> Tensor:
+    """The largest centred square at `size` pixels, antialiased. (3, H, W) -> (3, size, size).
+
+    The square is cut before it is resized, so that a very long picture costs no more than others.
+
+    Example:
+        >>> centre_square(torch.zeros(3, 40, 90, dtype=torch.uint8), 16).shape
+        torch.Size([3, 16, 16])
+    """
+    height, width = image.shape[1:]
+    side = min(height, width)
+    return _cut(image, (height - side) // 2, (width - side) // 2, side, side, size)
+
+
+def random_square(image: Tensor, size: int, rng: torch.Generator, *, flip: bool = False) -> Tensor:
+    """A mild random crop at `size` pixels: at least 3/4 of the largest square, slightly stretched.
+
+    Example:
+        >>> picture = torch.zeros(3, 40, 90, dtype=torch.uint8)
+        >>> random_square(picture, 16, torch.Generator().manual_seed(0)).shape
+        torch.Size([3, 16, 16])
+
+    Args:
+        image: (3, H, W) uint8.
+        size: Rows and columns of the result.
+        rng: Where all chance comes from.
+        flip: Also mirror every other picture. Off by default: captions say left and right.
+    """
+    height, width = image.shape[1:]
+    area, ratio, down, right, mirror = torch.rand(5, generator=rng).tolist()
+    side = min(height, width) * math.sqrt(MIN_AREA + (1 - MIN_AREA) * area)
+    stretch = MAX_RATIO ** (ratio - 0.5)
+    rows = min(height, max(1, round(side / stretch)))
+    columns = min(width, max(1, round(side * stretch)))
+    top, left = int(down * (height - rows + 1)), int(right * (width - columns + 1))
+    square = _cut(image, top, left, rows, columns, size)
+    return square.flip(2) if flip and mirror < 0.5 else square
+
+
+def view_square(image: Tensor, size: int, view: int, image_id: str, *, flip: bool) -> Tensor:
+    """View 0 is the centred square; any other a random crop that depends on its key alone.
+
+    Example:
+        >>> picture = torch.arange(3 * 40 * 90).view(3, 40, 90).to(torch.uint8)
+        >>> a, b = (view_square(picture, 16, view=2, image_id="dog.jpg", flip=True) for _ in "ab")
+        >>> bool((a == b).all())
+        True
+    """
+    if view == 0:
+        return centre_square(image, size)
+    return random_square(image, size, generator("view", view, image_id), flip=flip)
+
+
+def view_of(epoch: int, image_id: str, views: int) -> int:
+    """Which view of an image an epoch shows: each in turn, beginning anywhere.
+
+    Example:
+        >>> sorted(view_of(epoch, "dog.jpg", views=4) for epoch in range(4))
+        [0, 1, 2, 3]
+    """
+    return (epoch + hashed("view", image_id)) % views
+
+
+def _cut(image: Tensor, top: int, left: int, rows: int, columns: int, size: int) -> Tensor:
+    piece = image[:, top : top + rows, left : left + columns]
+    resized: Tensor = F.resize(piece, [size, size], antialias=True)
+    return resized.contiguous()
+
+
+def read_batches(
+    images: Iterable[Any], size: int, batch_size: int, errors: Policy
+) -> Iterator[list[Tensor | None]]:
+    """Read images in any form, a batch at a time, as (3, size, size) uint8 tensors.
+
+    Args:
+        images: Anything that `read_image` takes, any number of them; read as they are needed.
+        size: Side in pixels.
+        batch_size: Images a batch.
+        errors: "raise" stops at an image that cannot be read; "skip" warns and gives None for it.
+
+    Raises:
+        DataError: an image that cannot be read, by name, unless it is skipped.
+    """
+    Report(errors)
+    place = 0
+    for chunk in chunks(images, batch_size):
+        yield [_read(image, size, place + i, errors) for i, image in enumerate(chunk)]
+        place += len(chunk)
+
+
+def _read(image: Any, size: int, place: int, errors: Policy) -> Tensor | None:
+    pass
+    pass
+
+    try:
+        return centre_square(read_image(image), size)
+    except DataError as error:
+        if errors == "raise":
+            raise
+        warnings.warn(f"caption: image {place} was left out: {error}", stacklevel=5)
+        return None
+
+
+def is_many(images: Any) -> bool:
+    """Whether this is an iterable of images rather than one image.
+
+    Example:
+        >>> is_many("dog.jpg"), is_many(["dog.jpg"]), is_many(torch.zeros(2, 3, 8, 8))
+        (False, True, True)
+    """
+    if isinstance(images, Tensor):
+        return images.ndim == 4
+    if hasattr(images, "__array__"):
+        return getattr(images, "ndim", 3) == 4
+    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(images, "read")
+    return not single and isinstance(images, Iterable)
+
+
+def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one shorter, each read when it is asked for.
+
+    Example:
+        >>> list(chunks("abcde", 2))
+        [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

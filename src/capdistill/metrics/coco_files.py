@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capdistill.data.entries import read_lists
-from capdistill.data.rows import lines, parse_json, read_json, read_text
+from capdistill.data.caption_files import lines, parse_json, read_json, read_lists, read_text
 from capdistill.errors import DataError
 from capdistill.metrics.captions import first
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from capdistill.data.loader import Source
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError
 from capdistill.files import write_atomically, write_text
 from capdistill.runtime import autocast, evaluating
-from capdistill.training.source import Source
 
 _FORMAT = "capdistill.features/1"
 

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
-from capdistill.data.loader import Loader
+from capdistill.data.loader import FixedBatches, Loader, Source, make_source
 from capdistill.errors import ConfigError, DataError
 from capdistill.files import write_text
 from capdistill.registry import stamp_of
 from capdistill.training.config import TrainConfig
 from capdistill.training.features import TrunkStore, cache_trunk, data_key, default_cache_dir
-from capdistill.training.source import FixedBatches, Source, make_source
 from capdistill.training.validation import require_references
 
 if TYPE_CHECKING:

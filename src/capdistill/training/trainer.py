@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capdistill.captioner import Captioner
+from capdistill.data.loader import Source
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch
 from capdistill.runtime import seed_everything
@@ -31,7 +32,6 @@ from capdistill.training.history import History, Row
 from capdistill.training.inputs import require_unknown_word
 from capdistill.training.interrupt import noticing_ctrl_c
 from capdistill.training.run import describe_run, prepare_sources, require_usable
-from capdistill.training.source import Source
 from capdistill.training.state import restore, snapshot
 from capdistill.training.stepper import Stepper
 from capdistill.training.validation import Scoring, directions, validate

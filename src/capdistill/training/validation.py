@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from capdistill.captioner import Captioner
+from capdistill.data.loader import Source
 from capdistill.errors import ConfigError
 from capdistill.metrics import CaptionScorer, Metric
 from capdistill.outputs import Batch
 from capdistill.runtime import autocast, evaluating
-from capdistill.training.source import Source
 from capdistill.training.tally import Tally
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capdistill.compatibility import image_size
+from capdistill.data.loader import FixedBatches, Source
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
 from capdistill.training.check.report import CheckRow
 from capdistill.training.check.trial import Trial, has_frozen_trunk
 from capdistill.training.run import prepare_sources, wants_crops
-from capdistill.training.source import FixedBatches, Source
 from capdistill.training.validation import require_references
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
 from capdistill.compatibility import probe_batch
+from capdistill.data.loader import Source
 from capdistill.outputs import Batch
-from capdistill.training.source import Source
 
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer

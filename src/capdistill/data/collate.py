@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from capdistill.data.images import ImageSource, read_image
-from capdistill.data.records import CaptionData
-from capdistill.data.report import Problem
-from capdistill.data.transforms import centre_square, random_square, view_of, view_square
+from capdistill.data.caption_files import Problem
+from capdistill.data.dataset import CaptionData
+from capdistill.data.images import (
+    ImageSource,
+    centre_square,
+    random_square,
+    read_image,
+    view_of,
+    view_square,
+)
 from capdistill.errors import DataError
 from capdistill.outputs import Batch
-from capdistill.runtime import choose, generator
+from capdistill.runtime import (
+    generator,
+)
 
 Job: TypeAlias = "tuple[int, tuple[int, ...]]"  # epoch, image numbers
 Made: TypeAlias = "tuple[Batch | None, list[Problem]]"
@@ -34,7 +42,7 @@ def usual_captions(data: CaptionData) -> int:
 
     Example:
         >>> from pathlib import Path
-        >>> from capdistill.data.records import Example
+        >>> from capdistill.data.dataset import Example
         >>> captions = [("a", "b"), ("c", "d", "e"), tuple("fghijkl")]
         >>> usual_captions(CaptionData(Example(c[0], Path("x.jpg"), c) for c in captions))
         3
@@ -233,3 +241,24 @@ def _fetch(store: Any, key: str, item: Item) -> Tensor:
             "no cached features", item.place, f"{item.image_id} in {key}"
         ) from error
     return tokens
+
+
+def choose(captions: Sequence[str], k: int, rng: torch.Generator | None = None) -> list[str]:
+    """k captions, none twice before all are used; the first k where there is no generator.
+
+    Example:
+        >>> choose(["a", "b"], 3)
+        ['a', 'b', 'a']
+        >>> sorted(choose(["a", "b", "c"], 3, generator(0)))
+        ['a', 'b', 'c']
+    """
+    chosen: list[str] = []
+    while len(chosen) < k:
+        order = range(len(captions)) if rng is None else _permutation(len(captions), rng)
+        chosen += [captions[i] for i in order]
+    return chosen[:k]
+
+
+def _permutation(n: int, rng: torch.Generator) -> list[int]:
+    order: list[int] = torch.randperm(n, generator=rng).tolist()
+    return order

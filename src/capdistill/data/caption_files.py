@@ -1,0 +1,257 @@
+"""Caption files as rows: encodings, row ends, separated values, JSON.
+
+A row ends at \\n or \\r\\n and nowhere else (`str.splitlines` would also cut captions at U+2028,
+\\x85, \\x0c or \\x1c), and nothing depends on the locale.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from capdistill.errors import ConfigError, DataError
+
+MAX_BYTES = 2**30  # caption files are read whole; COCO's largest has 0.15 GB
+
+
+class Row(NamedTuple):
+    """A caption as it stands in a file: its image's name, the text, and where."""
+
+    image: str
+    caption: str
+    place: str
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """The whole file as text, without a byte-order mark.
+
+    Raises:
+        DataError: the file can not be read, is too large, or is not in that encoding; the message
+            names the row.
+    """
+    data = read_bytes(path)
+    try:
+        return data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        given = data[error.start : error.start + 1].hex()
+        raise DataError(
+            f"{path}, row {row}: byte 0x{given} is not {encoding}. Say how the file is encoded, "
+            "for example encoding='cp1252' (Windows), 'latin-1' or 'utf-16', or save it as UTF-8."
+        ) from error
+    except LookupError as error:
+        raise ConfigError(f"encoding={encoding!r} is unknown to Python; try 'utf-8'.") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file, bounded in size."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise DataError(f"{path} has {size:,} bytes; a caption file may have {MAX_BYTES:,}.")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} can not be read: {error.strerror or error}.") from error
+
+
+def lines(text: str) -> Iterator[tuple[int, str]]:
+    """(row number from 1, row) of every row that is not blank."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
+
+
+def clean(caption: str) -> str:
+    """The raw caption on one line: line breaks are white space, other characters stay.
+
+    Example:
+        >>> clean("first line\\r\\nsecond line ")
+        'first line second line'
+    """
+    return re.sub(r"[\r\n]+", " ", caption).strip()
+
+
+def split_fields(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    r"""(row number, fields) of comma-separated text, quotes and quoted line breaks understood.
+
+    A quote that opens a field and never closes it properly is an ordinary character, so that one
+    stray quote can not swallow the rows below it.
+
+    Example:
+        >>> list(split_fields('a,"say ""hi"", you"\nb,"stray', ","))
+        [(1, ['a', 'say "hi", you']), (2, ['b', '"stray'])]
+    """
+    cell = _cell_pattern(delimiter)
+    position, number, start, fields = 0, 1, 1, list[str]()
+    while position < len(text):
+        match = cell.match(text, position)
+        assert match is not None  # the unquoted alternative matches anything
+        quoted, plain, end = match.groups()
+        fields.append(plain if quoted is None else quoted.replace('""', '"'))
+        number += match[0].count("\n")
+        position = match.end()
+        if end != delimiter:
+            if any(field.strip() for field in fields):
+                yield start, fields
+            start, fields = number, []
+    if fields:
+        yield start, [*fields, ""]  # the text ends with a delimiter
+
+
+def _cell_pattern(delimiter: str) -> re.Pattern[str]:
+    cut = re.escape(delimiter)
+    quoted = r' *"([^"]*(?:""[^"]*)*)" *'
+    plain = rf"([^{cut}\r\n]*(?:\r(?!\n)[^{cut}\r\n]*)*)"
+    return re.compile(rf"(?:{quoted}|{plain})({cut}|\r?\n|\Z)")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        DataError: it can not be read or is not JSON; the message names the line.
+    """
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON text; `where` names it in the error."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        line = getattr(error, "lineno", 1)
+        raise DataError(f"{where} is not JSON (line {line}: {error}).") from error
+
+
+def read_lists(path: Path, *keys: str, form: str) -> dict[str, list[Any]]:
+    """The lists that a JSON file holds under the given keys.
+
+    Raises:
+        DataError: the file is no JSON object with those lists; the message names what it holds.
+    """
+    content = read_json(path)
+    held = list(content)[:8] if isinstance(content, dict) else type(content).__name__
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in keys):
+        raise DataError(f"{path}: no {form} file; expected the lists {keys}, found {held}.")
+    return {key: content[key] for key in keys}
+
+
+def entries(
+    rows: list[Any], key: str, needs: tuple[str, ...], file: Path, report: Report
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, entry) of those that are objects with the needed fields; the others are reported."""
+    for number, entry in enumerate(rows):
+        place = f"{key}[{number}]"
+        missing = [n for n in needs if n not in entry] if isinstance(entry, dict) else list(needs)
+        if missing:
+            report.add(Problem("malformed row", str(file), place, f"no {', '.join(missing)}"))
+        else:
+            yield place, entry
+
+
+Policy = Literal["skip", "raise"]
+
+# Every copy of the official Flickr8k file has the first; a header row says nothing wrong.
+TOLERATED = frozenset({"phantom row", "header row"})
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that can not be used, and where it stands.
+
+    Example:
+        >>> print(Problem("empty caption", "captions.csv", "row 4", "dog.jpg"))
+        captions.csv, row 4: empty caption (dog.jpg)
+
+    Args:
+        kind: What it is, such as "missing image", "corrupt image" or "empty caption".
+        file: The file that holds it.
+        place: The row or entry within the file, or "".
+        detail: The image or the reason.
+    """
+
+    kind: str
+    file: str
+    place: str = ""
+    detail: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.file}, {self.place}" if self.place else self.file
+        return f"{where}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass
+class Report:
+    """The problems found so far, each once.
+
+    Example:
+        >>> report = Report()
+        >>> report.add(Problem("missing image", "captions.csv", "row 2", "cat.jpg"))
+        >>> print(report)
+        1 problem: 1 missing image
+          captions.csv, row 2: missing image (cat.jpg)
+
+    Args:
+        errors: "skip" keeps what is wrong here; "raise" makes it an error at once.
+        problems: What was found, in the order of finding.
+    """
+
+    errors: Policy = "skip"
+    problems: list[Problem] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.errors not in ("skip", "raise"):
+            raise ConfigError(f"errors={self.errors!r} was given; use errors='skip' or 'raise'.")
+        self._seen = set(self.problems)
+
+    def add(self, problem: Problem) -> None:
+        """Count a problem, or raise it where that was asked for.
+
+        Raises:
+            DataError: the policy is "raise" and the problem is not a harmless one.
+        """
+        if self.errors == "raise" and problem.kind not in TOLERATED:
+            raise DataError(f"{problem}. Mend it, or pass errors='skip' to go on without it.")
+        if problem not in self._seen:
+            self._seen.add(problem)
+            self.problems.append(problem)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many problems there are of each kind."""
+        return dict(Counter(problem.kind for problem in self.problems))
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def __iter__(self) -> Iterator[Problem]:
+        return iter(self.problems)
+
+    def summary(self) -> str:
+        """One line: the number of problems of each kind."""
+        if not self.problems:
+            return "no problems"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
+        return f"{many(len(self), 'problem')}: {kinds}"
+
+    def __str__(self) -> str:
+        lines = [self.summary(), *(f"  {problem}" for problem in self.problems[:_SHOWN])]
+        if len(self) > _SHOWN:
+            lines.append(f"  ... and {len(self) - _SHOWN} more (see .problems)")
+        return "\n".join(lines)
+
+
+def many(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    Example:
+        >>> many(1, "image"), many(2, "image")
+        ('1 image', '2 images')
+    """
+    return f"{count} {noun}" + ("" if count == 1 else "s")
