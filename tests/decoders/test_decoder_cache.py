@@ -7,7 +7,7 @@ import torch
 from decoder_cases import inputs, make
 from torch.testing import assert_close
 
-from capdistill.decoders.cache import ROOM, Cache
+from capdistill.decoders.attention import ROOM, Cache
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from capdistill.decoders.cache import Cache
+from capdistill.decoders.attention import Cache
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
 

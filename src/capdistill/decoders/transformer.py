@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capdistill.decoders.attention import CrossAttention, merge_heads, split_heads
+from capdistill.decoders.attention import Cache, CrossAttention, merge_heads, split_heads
 from capdistill.decoders.base import Decoder, State
-from capdistill.decoders.cache import Cache
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
 
