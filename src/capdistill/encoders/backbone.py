@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from capdistill.encoders.base import Encoder
-from capdistill.encoders.freezing import Trainable, eval_where_frozen, remove_unused, set_trainable
-from capdistill.encoders.layout import Layout, Pixels
-from capdistill.encoders.refine import Refine, make_head
+from capdistill.encoders.base import Encoder, Refine, make_head
 from capdistill.errors import ConfigError
 
 
@@ -23,7 +22,7 @@ class BackboneEncoder(Encoder):
     """An encoder around a backbone: a subclass makes it, runs it and says what it gives.
 
     Example:
-        >>> from capdistill.encoders.layout import map_layout
+        >>> from capdistill.encoders.backbone import map_layout
         >>> class Patches(BackboneEncoder):
         ...     def run_backbone(self, backbone, pixels):
         ...         return backbone(pixels)
@@ -157,3 +156,195 @@ class BackboneEncoder(Encoder):
             f"The backbone '{self.name}' gives {given}, not tokens (I, N, D) or a map "
             "(I, D, h, w). Choose another backbone, or register an Encoder of your own."
         )
+
+
+Form = Literal["tokens", "NCHW", "NHWC"]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a backbone wants to see.
+
+    Example:
+        >>> Pixels(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).image_size
+        224
+
+    Args:
+        image_size: Side in pixels.
+        mean, std: Normalisation of pixels in [0, 1], one value a channel.
+
+    Raises:
+        ConfigError: the side is not a positive number of pixels.
+    """
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        side = self.image_size
+        if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+            raise ConfigError(f"image_size is {side!r}; it must be a side in pixels, such as 224.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the output of a backbone becomes tokens (I, N, D0).
+
+    Example:
+        >>> import torch
+        >>> layout = map_layout((1, 64, 7, 7), "NCHW")
+        >>> layout.grid, layout.flatten(torch.zeros(2, 64, 7, 7)).shape
+        ((7, 7), torch.Size([2, 49, 64]))
+
+    Args:
+        form: "tokens" (I, N, D0), or a map with its channels second ("NCHW") or last ("NHWC").
+        width: D0.
+        tokens: N.
+        prefix: CLS and register tokens, which come first.
+        grid: (h, w) with N = prefix + h * w, or None.
+    """
+
+    form: Form
+    width: int
+    tokens: int
+    prefix: int
+    grid: tuple[int, int] | None
+
+    def flatten(self, output: Tensor) -> Tensor:
+        """The backbone's output to (I, N, D0)."""
+        if self.form == "NCHW":
+            return output.flatten(2).transpose(1, 2)
+        return output.flatten(1, 2) if self.form == "NHWC" else output
+
+
+def map_layout(shape: tuple[int, ...], form: Form) -> Layout:
+    """Layout of a 4-d output.
+
+    Example:
+        >>> map_layout((1, 7, 7, 96), "NHWC")
+        Layout(form='NHWC', width=96, tokens=49, prefix=0, grid=(7, 7))
+    """
+    width, h, w = shape[1:] if form == "NCHW" else (shape[3], *shape[1:3])
+    return Layout(form, width, h * w, 0, (h, w))
+
+
+def token_layout(
+    shape: tuple[int, ...], prefix: int, patches: tuple[int, int] | None = None
+) -> Layout:
+    """Layout of a 3-d output; where the grid of patches is unknown, a square one is tried.
+
+    Example:
+        >>> token_layout((1, 197, 384), prefix=1).grid
+        (14, 14)
+    """
+    _, tokens, width = shape
+    places = tokens - prefix
+    side = math.isqrt(max(places, 0))
+    grid = patches if patches and math.prod(patches) == places else (side, side)
+    return Layout("tokens", width, tokens, prefix, grid if math.prod(grid) == places else None)
+
+
+Trainable = Literal["none", "all"] | int
+
+
+def set_trainable(
+    backbone: nn.Module, trainable: Trainable, stages: list[list[str]], name: str
+) -> None:
+    """Let exactly the chosen stages require a gradient.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        >>> set_trainable(model, 1, [["0.weight", "0.bias"], ["1.weight", "1.bias"]], "two")
+        >>> [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+        ['1.weight', '1.bias']
+
+    Args:
+        backbone: The module.
+        trainable: "none", the number of last stages, or "all".
+        stages: Names of parameters, a list a stage, the stem first.
+        name: How messages call the backbone.
+
+    Raises:
+        ConfigError: `trainable` is none of these, or more stages than there are.
+    """
+    chosen = set(_last_stages(trainable, stages, name))
+    for key, parameter in backbone.named_parameters():
+        parameter.requires_grad_(key in chosen)
+
+
+def eval_where_frozen(module: nn.Module) -> None:
+    """Eval mode for every part without a trained parameter: statistics, drop-out, drop-path.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(1).requires_grad_(False), nn.BatchNorm1d(1))
+        >>> eval_where_frozen(model.train())
+        >>> [part.training for part in model]
+        [False, True]
+    """
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    if trained and all(trained):
+        return
+    if not any(trained):
+        module.eval()
+        return
+    module.training = False
+    for child in module.children():
+        eval_where_frozen(child)
+
+
+def remove_unused(backbone: nn.Module, unused: Iterable[str]) -> None:
+    """Take out children that make no tokens (classifiers, poolings), so that counts are true.
+
+    Example:
+        >>> model = nn.ModuleDict({"body": nn.Linear(1, 1), "pool": nn.Linear(1, 1)})
+        >>> remove_unused(model, ["pool.weight", "pool.bias"])
+        >>> [key for key, _ in model.named_parameters()]
+        ['body.weight', 'body.bias']
+
+    Args:
+        backbone: The module.
+        unused: Names of parameters that do not act on the tokens.
+    """
+    unused = frozenset(unused)
+    for child, module in list(backbone.named_children()):
+        keys = [f"{child}.{key}" for key, _ in module.named_parameters()]
+        if keys and unused.issuperset(keys):
+            backbone.set_submodule(child, nn.Identity())
+
+
+def child_stages(backbone: nn.Module, containers: Iterable[str] = ()) -> list[list[str]]:
+    """A stage a child, and a stage a grandchild in the containers; names of parameters.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1))
+        >>> child_stages(model)
+        [['0.weight', '0.bias'], ['2.weight', '2.bias']]
+
+    Args:
+        backbone: The module.
+        containers: Names of children that hold stages themselves.
+    """
+    stages: dict[str, list[str]] = {}
+    for key, _ in backbone.named_parameters():
+        parts = key.split(".")
+        stage = ".".join(parts[: 2 if parts[0] in containers else 1])
+        stages.setdefault(stage, []).append(key)
+    return list(stages.values())
+
+
+def _last_stages(trainable: Trainable, stages: list[list[str]], name: str) -> list[str]:
+    if trainable == "none":
+        return []
+    if trainable == "all":
+        return [key for stage in stages for key in stage]
+    if isinstance(trainable, bool) or not isinstance(trainable, int):
+        raise ConfigError(
+            f"trainable is {trainable!r}; it must be 'none', 'all' or a number of last stages."
+        )
+    if not 0 <= trainable <= len(stages):
+        raise ConfigError(
+            f"trainable={trainable}, but '{name}' has {len(stages)} stages, its stem included. "
+            f"Give 0 to {len(stages)}, or 'all'."
+        )
+    return [key for stage in stages[len(stages) - trainable :] for key in stage]

@@ -14,10 +14,17 @@ from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from capdistill.encoders.backbone import BackboneEncoder
-from capdistill.encoders.freezing import Trainable, child_stages
-from capdistill.encoders.layout import Form, Layout, Pixels, map_layout, token_layout
-from capdistill.encoders.refine import Refine
+from capdistill.encoders.backbone import (
+    BackboneEncoder,
+    Form,
+    Layout,
+    Pixels,
+    Trainable,
+    child_stages,
+    map_layout,
+    token_layout,
+)
+from capdistill.encoders.base import Refine
 from capdistill.errors import CheckpointError, UnknownName
 from capdistill.weights import load_backbone, reachable, unavailable
 

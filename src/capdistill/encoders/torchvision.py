@@ -11,10 +11,15 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from capdistill.encoders.backbone import BackboneEncoder
-from capdistill.encoders.freezing import Trainable, child_stages
-from capdistill.encoders.layout import Layout, Pixels, map_layout
-from capdistill.encoders.refine import Refine
+from capdistill.encoders.backbone import (
+    BackboneEncoder,
+    Layout,
+    Pixels,
+    Trainable,
+    child_stages,
+    map_layout,
+)
+from capdistill.encoders.base import Refine
 from capdistill.errors import ConfigError, UnknownName, suggest
 from capdistill.weights import load_backbone, reachable, unavailable
 
