@@ -17,7 +17,7 @@ import pytest
 from capdistill import decoders, encoders, errors, losses, presets
 from capdistill.cli import COMMANDS, make_parser
 from capdistill.cli.runfile import DistillRun, TrainRun, parse_run
-from capdistill.evaluation import Evaluation
+from capdistill.evaluation.evaluation import Evaluation
 from capdistill.metrics import DIRECTIONS
 from capdistill.training.config import DistillConfig, TrainConfig
 

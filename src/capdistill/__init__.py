@@ -26,8 +26,8 @@ _PUBLIC = {
     "TokenKD": "losses.token",
     "Trainer": "training.trainer",
     "WordTokenizer": "tokenizer",
-    "compare": "evaluation",
-    "evaluate": "evaluation",
+    "compare": "evaluation.comparison",
+    "evaluate": "evaluation.evaluation",
     "presets": "presets",
 }
 _PACKAGES = (

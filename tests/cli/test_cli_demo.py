@@ -9,8 +9,8 @@ import pytest
 
 from capdistill.cli import main
 from capdistill.cli.demo import draw_curves
-from capdistill.comparison import Comparison
-from capdistill.measure import Memory
+from capdistill.evaluation.comparison import Comparison
+from capdistill.evaluation.measure import Memory
 from capdistill.training.history import History
 
 DRAWN = ("teacher", "baseline", "student") if importlib.util.find_spec("matplotlib") else ()
@@ -20,7 +20,9 @@ def test_the_demo_ends_with_a_command_that_captions_a_photo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("capdistill.evaluation.cpu_memory", lambda *_, **__: Memory(1, 1))
+    monkeypatch.setattr(
+        "capdistill.evaluation.evaluation.cpu_memory", lambda *_, **__: Memory(1, 1)
+    )
     monkeypatch.setattr("capdistill.cli.demo._LOOKS", 0)  # captions so early have forty words
     assert main(["demo", "--epochs", "1", "--limit", "3"]) == 0
     shown = capsys.readouterr()

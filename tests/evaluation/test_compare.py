@@ -4,8 +4,8 @@ import json
 import pytest
 from tiny_captioner import TinyCaptioner, batch_of
 
-from capdistill.comparison import Comparison, compare
 from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
+from capdistill.evaluation.comparison import Comparison, compare
 from capdistill.metrics import Metric, paired_bootstrap
 
 OPTIONS = {"metrics": ("bleu",), "measure": False, "device": "cpu"}

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from capdistill.gallery import Gallery
+from capdistill.evaluation.report import Gallery
 
 PICTURE = torch.zeros(3, 4, 4, dtype=torch.uint8)
 

@@ -1,7 +1,7 @@
 import pytest
 
 from capdistill.errors import CapdistillError
-from capdistill.measure import Latency, cpu_memory, disk_bytes, time_in_turn
+from capdistill.evaluation.measure import Latency, cpu_memory, disk_bytes, time_in_turn
 
 
 def test_p95_is_the_time_that_95_percent_do_not_exceed() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import capdistill as cd
-from capdistill.comparison import Comparison
 from capdistill.errors import ConfigError, MissingExtra
+from capdistill.evaluation.comparison import Comparison
 
 pytest.importorskip("matplotlib", reason="pictures need the extra ui")
 

@@ -17,8 +17,8 @@ from capdistill.errors import MissingExtra
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner
-    from capdistill.comparison import Comparison
     from capdistill.data import Splits
+    from capdistill.evaluation.comparison import Comparison
 
 _EXAMPLE = """\
   capdistill demo
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     """Teacher, baseline, student, comparison, report."""
-    from capdistill.comparison import compare
+    from capdistill.evaluation.comparison import compare
 
     began, out = time.perf_counter(), Path(options.out)
     require_writable(out)

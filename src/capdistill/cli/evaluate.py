@@ -87,7 +87,7 @@ def compare_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.Arg
 def run_evaluate(options: argparse.Namespace) -> int:
     """Score and measure one captioner."""
     from capdistill.captioner import Captioner
-    from capdistill.evaluation import evaluate
+    from capdistill.evaluation.evaluation import evaluate
     from capdistill.metrics import coco_results
 
     if options.captions:
@@ -104,7 +104,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 def run_compare(options: argparse.Namespace) -> int:
     """Set two or three captioners side by side and write the report."""
     from capdistill.captioner import Captioner
-    from capdistill.comparison import compare
+    from capdistill.evaluation.comparison import compare
 
     require_writable(options.out)
     teacher, student = Captioner.load(options.teacher), Captioner.load(options.student)

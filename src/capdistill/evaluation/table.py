@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from capdistill.evaluation import Evaluation
-from capdistill.measure import Latency
+from capdistill.evaluation.measure import Latency
+from capdistill.metrics.significance import bracketed, changed, remark
+
+if TYPE_CHECKING:
+    from capdistill.evaluation.comparison import Comparison
+    from capdistill.evaluation.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,6 @@ _COSTS: tuple[tuple[str, str, str, Callable[[Evaluation], float | None]], ...] =
     ("peak_memory_bytes", "Peak memory", "bytes", lambda e: e.peak_memory_bytes),
 )
 
-
 _HEALTH = (
     ("vocabulary", "Different words", "words"),
     ("mean_length", "Words a caption", "words"),
@@ -159,3 +162,117 @@ def _row(key: str, label: str, unit: str, values: Mapping[str, float | None]) ->
     relation = promise.words(teacher, student) if unit == "score" or (teacher and student) else ""
     reached = promise.kept(teacher, student) if promise.kept else None
     return Row(key, label, unit, values, relation, promise.expected, reached)
+
+
+_NONE = "—"
+_VERDICT = {True: "reached", False: "not reached", None: ""}
+
+
+def figure(value: float | None, unit: str) -> str:
+    """A figure as a reader wants it.
+
+    Example:
+        >>> figure(7_512_000, "count"), figure(0.5, "share"), figure(None, "ms")
+        ('7.51 M', '50.0 %', '—')
+    """
+    if value is None:
+        return _NONE
+    if unit == "count":
+        return f"{value / 1e6:.2f} M"
+    if unit == "words":
+        return f"{value:,.1f}".removesuffix(".0")
+    if unit == "bytes":
+        return f"{value / 1e6:.1f} MB"
+    return {"share": f"{100 * value:.1f} %", "ms": f"{value:.1f} ms"}.get(unit, f"{value:.4f}")
+
+
+def plain_table(found: Mapping[str, Evaluation]) -> str:
+    """Evaluations as a plain text table, one column each."""
+
+    models = {name: each.to_json() for name, each in found.items()}
+    return "\n".join([*_grid(figures(found), list(found), judged=False), *_remarks(models)])
+
+
+def text_table(comparison: Comparison) -> str:
+    """A comparison as a plain text table."""
+    lines = _grid(comparison.rows, list(comparison.models), judged=True)
+    return "\n".join([*lines, *_differences(comparison.rows), *_all_remarks(comparison)])
+
+
+def _grid(rows: Sequence[Row], roles: Sequence[str], judged: bool) -> list[str]:
+    head = ["", *roles, *(["student against teacher", "expected", ""] if judged else [])]
+    table = [head]
+    for row in rows:
+        cells = [row.label, *(" ".join(_cell(row, role)) for role in roles)]
+        table.append(
+            cells + ([row.relation, row.expected, _VERDICT[row.reached]] if judged else [])
+        )
+    return _aligned(table, len(roles))
+
+
+def _differences(rows: Sequence[Row]) -> list[str]:
+    """The student's differences as a table of their own, where samples were drawn."""
+    against = _against(rows)
+    table = [["student minus", *against]]
+    table += [[r.label, *(_difference(r, role) for role in against)] for r in rows if r.differences]
+    return ["", *_aligned(table, len(against)), ""] if against else []
+
+
+def _aligned(table: Sequence[Sequence[str]], figures: int) -> list[str]:
+    """Lines whose cells stand under each other; those of the figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if 0 < i <= figures else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+
+
+def _against(rows: Sequence[Row]) -> list[str]:
+    """The models from which the student's difference is known."""
+    return list(dict.fromkeys(role for row in rows for role in row.differences))
+
+
+def _cell(row: Row, role: str) -> list[str]:
+    """A model's figure and, where there is one, its interval."""
+    interval = [bracketed(row.intervals[role])] if role in row.intervals else []
+    return [figure(row.values.get(role), row.unit), *interval]
+
+
+def _difference(row: Row, role: str) -> str:
+    found = row.differences.get(role)
+    return changed(found["difference"], found["interval"], found["p_value"]) if found else ""
+
+
+def _all_remarks(comparison: Comparison) -> list[str]:
+    """The remarks on the models, and on their intervals."""
+    drawn = comparison.bootstrap
+    if not drawn:
+        return _remarks(comparison.models)
+    intervals = [remark(drawn["samples"], drawn["confidence"]), *drawn["notes"]]
+    return [*_remarks(comparison.models), *intervals]
+
+
+def _remarks(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where and on what it was measured, what was skipped, and the notes, each once."""
+    remarks: dict[str, None] = {}
+    for role, found in models.items():
+        where = f"{role}: {found['images']} images on {found['device']} in {found['precision']}"
+        remarks[f"{where}; {len(found['skipped'])} skipped"] = None
+    for found in models.values():
+        remarks.update(dict.fromkeys(f"skipped: {name}" for name in found["skipped"][:5]))
+        remarks.update(dict.fromkeys(found["notes"]))
+        if found["latency_ms"]:
+            remarks[_TIME] = None
+        if found["memory_bytes"] and found["memory_bytes"]["baseline"]:
+            remarks[_MEMORY] = None
+    return list(remarks)
+
+
+_TIME = "Times are of one image at a time, the models in turn, after warm-up; reading it apart."
+_MEMORY = (
+    "Peak memory is of a process of its own for each model: highest resident memory while loading "
+    "and captioning, minus that after its imports and a first small operation."
+)

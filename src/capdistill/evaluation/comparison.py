@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from capdistill import plots
 from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
-from capdistill.evaluation import Evaluation, evaluate
-from capdistill.figures import Row, figures
+from capdistill.evaluation.evaluation import Evaluation, evaluate
+from capdistill.evaluation.measure import time_captions
+from capdistill.evaluation.table import Row, figures
 from capdistill.files import write_text
-from capdistill.measure import time_captions
 from capdistill.metrics.significance import PairedScores, check_samples, paired
 from capdistill.plots import require_matplotlib
-from capdistill.runtime import moved
+from capdistill.runtime import autocast, moved
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 SCHEMA = "capdistill.comparison/1"
 
@@ -77,7 +84,7 @@ class Comparison:
         Raises:
             ConfigError: the directory can not be written.
         """
-        from capdistill.report import page
+        from capdistill.evaluation.report import page
 
         directory = Path(directory)
         text = json.dumps(_finite(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
@@ -112,7 +119,7 @@ class Comparison:
             ) from error
 
     def __str__(self) -> str:
-        from capdistill.report import text_table
+        from capdistill.evaluation.table import text_table
 
         return text_table(self)
 
@@ -200,7 +207,7 @@ def _pictures(
 ) -> dict[str, str]:
     if not attention and not histories:
         return {}
-    from capdistill.report_pictures import pictures
+    pass
 
     return pictures(models, found, histories, attention)
 
@@ -292,3 +299,42 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_DPI = 60  # a report is read, not printed
+
+
+def pictures(
+    models: Mapping[str, Any],
+    found: Mapping[str, Evaluation],
+    histories: Mapping[str, str | Path],
+    images: int,
+) -> dict[str, str]:
+    """Title -> picture: the curves of each run, then the first images through each model's eyes.
+
+    Models without attention or a map of visual tokens are left out.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        DataError: a history that is not there.
+    """
+    drawn = {f"{role}: training": _address(plots.history(run)) for role, run in histories.items()}
+    for role, model in models.items():
+        if hasattr(model, "caption") and model.decoder.has_attention and model.encoder.grid:
+            drawn.update(_looks(role, model, found[role], images))
+    return drawn
+
+
+def _looks(role: str, model: Any, found: Evaluation, images: int) -> Iterator[tuple[str, str]]:
+    device = torch.device(found.device)
+    with moved([model], device), autocast(device, found.precision):
+        for batch in found.timed[:images]:
+            for result in model.caption(batch.images, details=True, generation=found.generation):
+                title = f"{role}: where it looked in {batch.image_ids[0]}"
+                yield title, _address(plots.attention(result))
+
+
+def _address(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,7 +1,7 @@
 """What a captioner costs: bytes on disk, time an image, peak memory.
 
-Run as `python -m capdistill.measure DIRECTORY`, it is the process of its own in which a saved
-captioner's memory is measured: an earlier model can not have left anything behind there.
+`python -m capdistill.evaluation.measure DIRECTORY` measures a saved captioner's memory in a process
+of its own, where no earlier model has left anything behind.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def cpu_memory(
     Raises:
         CapdistillError: that process failed; the message is its last line.
     """
-    command = [sys.executable, "-m", "capdistill.measure", str(directory)]
+    command = [sys.executable, "-m", "capdistill.evaluation.measure", str(directory)]
     command += ["--images", str(images), "--precision", precision]
     command += [] if generation is None else ["--generation", generation.model_dump_json()]
     path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)
@@ -197,7 +197,9 @@ def cpu_memory(
 
 def main(arguments: Iterable[str] | None = None) -> int:
     """Load a captioner, caption random images, print its memory as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m capdistill.measure", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m capdistill.evaluation.measure", description=__doc__
+    )
     parser.add_argument("directory", help="written by Captioner.save")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--precision", default="fp32")
