@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from toy_captioner import Patches, pictures, toy
 
 from capdistill import Captioner, encoders
-from capdistill.caption_result import CaptionResult
 from capdistill.errors import ConfigError, DataError
+from capdistill.generation.hypotheses import CaptionResult
 from capdistill.outputs import Batch, CaptionerOutput
 
 

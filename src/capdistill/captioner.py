@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from capdistill import saving
-from capdistill.caption_result import CaptionResult
 from capdistill.data.images import is_many, read_batches
 from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError, IncompatibleModels
-from capdistill.generation.captions import captions
-from capdistill.generation.config import GenerationConfig, resolve
-from capdistill.generation.hypothesis import Hypothesis
-from capdistill.generation.plan import Plan
+from capdistill.generation.config import GenerationConfig, Plan, resolve
+from capdistill.generation.decode import captions
+from capdistill.generation.hypotheses import CaptionResult, Hypothesis
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import evaluating
 from capdistill.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from capdistill.caption_result import CaptionResult
+    from capdistill.generation.hypotheses import CaptionResult
     from capdistill.training.history import History, Row
 
 

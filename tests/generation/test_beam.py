@@ -31,10 +31,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capdistill.errors import ConfigError
-from capdistill.generation import GenerationConfig, Plan, beam, beam_search, generate, walk
-from capdistill.generation.beam import Beams
-from capdistill.generation.found import staying
-from capdistill.generation.score import _keys, best
+from capdistill.generation import GenerationConfig, Plan, beam_search, generate, search
+from capdistill.generation.hypotheses import _keys, best, staying
+from capdistill.generation.search import Beams
 
 NORMALISATIONS = st.sampled_from(["none", "average", "gnmt"])
 
@@ -313,8 +312,7 @@ def test_whether_done_images_leave_at_once_late_or_never_changes_nothing(
     def late(done, position):
         return staying(done, position) if position % every == every - 1 else None
 
-    monkeypatch.setattr(beam, "staying", late)
-    monkeypatch.setattr(walk, "staying", late)
+    monkeypatch.setattr(search, "staying", late)
     for one, other in zip(generate(decoder, images, plan), expected, strict=True):
         assert same(one, other)
         assert all_same(one.n_best, other.n_best)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from capdistill.errors import ConfigError
 from capdistill.generation import GenerationConfig, Hypothesis, Plan, generate
-from capdistill.generation.words import FUNCTION_WORDS
+from capdistill.generation.config import FUNCTION_WORDS
 from capdistill.tokenizer import WordTokenizer
 
 MODES = {

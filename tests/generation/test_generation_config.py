@@ -7,7 +7,7 @@ import pytest
 import capdistill as cd
 from capdistill.errors import ConfigError
 from capdistill.generation.config import GenerationConfig, resolve
-from capdistill.generation.score import bound, penalty
+from capdistill.generation.hypotheses import bound, penalty
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capdistill.generation import GenerationConfig, Plan, generate
-from capdistill.generation.sampling import warp
+from capdistill.generation.search import warp
 
 transformers = pytest.importorskip("transformers", reason="transformers (extra 'test') is absent")
 

@@ -7,7 +7,7 @@ import torch
 from decoding_cases import END, LIMIT, PAD, START, A, decoder_b, pictures, real, run_toy
 
 from capdistill.generation import GenerationConfig, Plan, generate
-from capdistill.generation.sampling import draw, image_keys, row_keys, uniforms
+from capdistill.generation.search import draw, image_keys, row_keys, uniforms
 
 
 def sampled(seed: int = 0, keys: torch.Tensor | None = None, images: int = 4, **options):
@@ -74,7 +74,7 @@ def test_draws_are_even_and_not_alike_from_place_to_place():
 
 def test_splitmix64_gives_its_published_numbers():
     """First outputs of the generator of Steele, Lea and Flood for seed 1234567."""
-    from capdistill.generation.sampling import _GAMMA, _mix
+    from capdistill.generation.search import _GAMMA, _mix
 
     seeds = 1234567 + torch.arange(1, 4) * _GAMMA
     found = [x % 2**64 for x in _mix(seeds).tolist()]

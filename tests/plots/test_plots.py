@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from capdistill import plots
-from capdistill.caption_result import CaptionResult
 from capdistill.errors import ConfigError, DataError, MissingExtra
 from capdistill.generation import Hypothesis
+from capdistill.generation.hypotheses import CaptionResult
 from capdistill.training.history import History
 
 pytest.importorskip("matplotlib", reason="pictures need the extra ui")

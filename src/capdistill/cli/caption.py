@@ -19,8 +19,8 @@ from capdistill.cli.common import (
 from capdistill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from capdistill.caption_result import CaptionResult
     from capdistill.captioner import Captioner
+    from capdistill.generation.hypotheses import CaptionResult
 
 _EXAMPLE = """\
   capdistill caption runs/student/best dog.jpg

@@ -11,15 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capdistill.generation.config import GenerationConfig
+    from capdistill.generation.config import GenerationConfig, Plan
     from capdistill.generation.decode import beam_search, generate, greedy
-    from capdistill.generation.hypothesis import Hypothesis
-    from capdistill.generation.plan import Plan
+    from capdistill.generation.hypotheses import Hypothesis
 
 _PUBLIC = {
     "GenerationConfig": "config",
-    "Hypothesis": "hypothesis",
-    "Plan": "plan",
+    "Hypothesis": "hypotheses",
+    "Plan": "config",
     "beam_search": "decode",
     "generate": "decode",
     "greedy": "decode",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from capdistill.errors import ConfigError, refusal
+
+if TYPE_CHECKING:
+    from capdistill.tokenizer import Tokenizer
 
 
 class GenerationConfig(BaseModel):
@@ -175,3 +179,144 @@ def resolve(
             "such as generate(batch, beam_size=3)."
         )
     return GenerationConfig(**{**whole, **keywords})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `generate` does, in ids.
+
+    Example:
+        >>> from capdistill import WordTokenizer
+        >>> tokenizer = WordTokenizer(["a", "dog", "runs"])
+        >>> plan = Plan.of(GenerationConfig(banned_words=["runs"], prefix="a"), tokenizer)
+        >>> plan.max_length, plan.banned, plan.prefix
+        (41, (0, 1, 3, 6), (4,))
+
+    Args:
+        start_id: Fed first.
+        end_id: Ends a caption.
+        max_length: Tokens at most, the end token among them.
+        config: Everything that is no id.
+        banned: Ids that are never said. The probability of the other words stays what it is.
+        phrases: Sequences of two and more ids that are never said.
+        not_last: Ids that no caption ends on.
+        prefix: Ids that every caption begins with.
+
+    Raises:
+        ConfigError: max_length < 1, or a prefix that leaves no room for more.
+    """
+
+    start_id: int
+    end_id: int
+    max_length: int
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    banned: tuple[int, ...] = ()
+    phrases: tuple[tuple[int, ...], ...] = ()
+    not_last: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ConfigError(
+                f"generation: max_length must be at least 1 token, got {self.max_length}."
+            )
+        if len(self.prefix) >= self.max_length:
+            raise ConfigError(
+                f"generation: the prefix has {len(self.prefix)} tokens and max_length is "
+                f"{self.max_length}; use max_length={len(self.prefix) + 1} or more."
+            )
+
+    @classmethod
+    def of(cls, config: GenerationConfig, tokenizer: Tokenizer) -> Plan:
+        """The configuration in a tokenizer's ids.
+
+        Raises:
+            ConfigError: words that can not be meant; see `GenerationConfig`.
+        """
+        longest = getattr(tokenizer, "max_length", 40) + 1
+        banned = sayable(tokenizer, "banned_words", config.banned_words)
+        words = {ids[0] for ids in banned if len(ids) == 1}
+        return cls(
+            tokenizer.start_id,
+            tokenizer.end_id,
+            longest if config.max_length is None else config.max_length,
+            config,
+            banned=tuple(sorted(words | _never_said(tokenizer, config.allow_unknown))),
+            phrases=tuple(ids for ids in banned if len(ids) > 1),
+            not_last=(
+                function_words(tokenizer)
+                if config.not_last == "function_words"
+                else single(tokenizer, "not_last", config.not_last)
+            ),
+            prefix=prefix_ids(tokenizer, config.prefix),
+        )
+
+
+def _never_said(tokenizer: Tokenizer, allow_unknown: bool) -> set[int]:
+    """Unknown, padding and start tokens are no words; the end token must stay possible."""
+    keys = ("pad_id", "start_id") if allow_unknown else ("unk_id", "pad_id", "start_id")
+    ids = {getattr(tokenizer, key, None) for key in keys}
+    return {i for i in ids if i is not None and i != tokenizer.end_id}
+
+
+_FUNCTION_WORDS = """a an the and or but nor of with without to at from for into onto in on as than
+that which who whose while because if his its my our your their is are was were be very"""
+FUNCTION_WORDS = tuple(_FUNCTION_WORDS.split())  # after which an English caption has to go on
+
+
+def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Ids of the text alone, without start and end."""
+    ids = list(tokenizer.encode(text))
+    if ids and ids[0] == tokenizer.start_id:
+        ids = ids[1:]
+    if ids and ids[-1] == tokenizer.end_id:
+        ids = ids[:-1]
+    return tuple(ids)
+
+
+def sayable(tokenizer: Tokenizer, option: str, texts: Iterable[str]) -> list[tuple[int, ...]]:
+    """The ids of each text that the vocabulary can say; the others can not be said anyway.
+
+    Raises:
+        ConfigError: a text without any word.
+    """
+    unknown, found = getattr(tokenizer, "unk_id", None), []
+    for text in texts:
+        ids = encode(tokenizer, text)
+        if not ids:
+            raise ConfigError(f"generation: {option} has {text!r}, which holds no word.")
+        if unknown is None or unknown not in ids:
+            found.append(ids)
+    return found
+
+
+def single(tokenizer: Tokenizer, option: str, texts: Iterable[str]) -> tuple[int, ...]:
+    """The ids of the texts that are one token."""
+    return tuple(ids[0] for ids in sayable(tokenizer, option, texts) if len(ids) == 1)
+
+
+def function_words(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids of `FUNCTION_WORDS` that are one entry of the vocabulary."""
+    ids = {entry: index for index, entry in enumerate(tokenizer.vocabulary)}
+    return tuple(ids[word] for word in FUNCTION_WORDS if word in ids)
+
+
+def prefix_ids(tokenizer: Tokenizer, prefix: str) -> tuple[int, ...]:
+    """The prefix' ids.
+
+    Raises:
+        ConfigError: a word that the vocabulary does not have, or no word at all.
+    """
+    if not prefix:
+        return ()
+    ids = encode(tokenizer, prefix)
+    if not ids:
+        raise ConfigError(f"generation: prefix={prefix!r} holds no word.")
+    unknown = getattr(tokenizer, "unk_id", None)
+    if unknown in ids:
+        missing = [w for w in prefix.split() if unknown in encode(tokenizer, w)]
+        raise ConfigError(
+            f"generation: prefix={prefix!r} has words that the vocabulary has not: "
+            f"{', '.join(missing)}. Leave them out."
+        )
+    return ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from capdistill.generation.plan import Plan
+from capdistill.generation.config import Plan
 
 IMPOSSIBLE = -1e9  # probability 0: worse than any other word, better than a banned one
 

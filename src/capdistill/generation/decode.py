@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from capdistill.decoders.base import Decoder
 from capdistill.errors import ConfigError
-from capdistill.generation.beam import Beams
-from capdistill.generation.config import GenerationConfig
-from capdistill.generation.hypothesis import Hypothesis
-from capdistill.generation.plan import Plan
-from capdistill.generation.walk import Walk
+from capdistill.generation.config import GenerationConfig, Plan
+from capdistill.generation.hypotheses import Hypothesis
+from capdistill.generation.search import Beams, Walk, image_keys
+from capdistill.outputs import Batch
+from capdistill.tokenizer import Tokenizer
 
 
 @torch.no_grad()
@@ -125,3 +126,39 @@ def beam_search(
     return generate(
         decoder, features, Plan(start_id, end_id, max_length, config, banned=tuple(banned))
     )
+
+
+def captions(
+    decoder: Decoder,
+    features: Tensor,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    images: Batch | Tensor,
+) -> list[Hypothesis]:
+    """One hypothesis an image, with its text.
+
+    Args:
+        decoder: A built decoder, in evaluation mode.
+        features: (I, N, D), or whatever its `start` reads.
+        tokenizer: Words to ids and back.
+        plan: How, in the tokenizer's ids.
+        images: What the features come from: chance depends on the image, not on its place.
+
+    Raises:
+        ConfigError: every id is banned.
+    """
+    keys = image_keys(_identities(images)) if plan.config.sample else None
+    found = generate(decoder, features, plan, keys)
+    return [_with_text(hypothesis, tokenizer) for hypothesis in found]
+
+
+def _with_text(found: Hypothesis, tokenizer: Tokenizer) -> Hypothesis:
+    others = tuple(_with_text(each, tokenizer) for each in found.n_best)
+    return replace(found, text=tokenizer.decode(found.tokens), n_best=others)
+
+
+def _identities(images: Batch | Tensor) -> Iterator[bytes]:
+    """What tells images apart wherever they stand: their ids, or their pixels."""
+    if isinstance(images, Batch):
+        return (image.encode() for image in images.image_ids)
+    return (image.cpu().numpy().tobytes() for image in images)

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from capdistill.compatibility import check_layout, check_vocabulary
 from capdistill.decoders.base import Decoder, State
 from capdistill.errors import ConfigError
-from capdistill.generation.captions import captions
-from capdistill.generation.config import GenerationConfig, resolve
-from capdistill.generation.hypothesis import Hypothesis
-from capdistill.generation.plan import Plan
+from capdistill.generation.config import GenerationConfig, Plan, resolve
+from capdistill.generation.decode import captions
+from capdistill.generation.hypotheses import Hypothesis
 from capdistill.outputs import Batch, CaptionerOutput, DecoderOutput, ModelSpec
 from capdistill.tokenizer import Tokenizer
 
