@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from capdistill.errors import ConfigError, IncompatibleModels, suggest
-from capdistill.losses.base import DistillationLoss
+from capdistill.losses.base import DistillationLoss, Projector, given, not_built, same_pair
 from capdistill.losses.divergence import full, normalised_distance
-from capdistill.losses.projector import Projector, given, not_built, same_pair
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 
 logger = logging.getLogger(__name__)

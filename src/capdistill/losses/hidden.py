@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.errors import ConfigError, IncompatibleModels
-from capdistill.losses.base import DistillationLoss
+from capdistill.losses.base import DistillationLoss, Projector, given, not_built, same_pair
 from capdistill.losses.divergence import cosine_distance, squared_distance, valid_rows
-from capdistill.losses.projector import Projector, given, not_built, same_pair
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 
 Pairs = list[tuple[int, int]]
