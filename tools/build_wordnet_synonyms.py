@@ -1,4 +1,4 @@
-"""Make the synonym table of `capdistill.metrics.synonyms` from WordNet 3.0's own files.
+"""Make the synonym table of `capdistill.metrics.bleu_rouge_meteor` from WordNet 3.0's own files.
 
     python tools/build_wordnet_synonyms.py corpora/wordnet.zip src/capdistill/metrics/wordnet
 

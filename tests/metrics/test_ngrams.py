@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from capdistill.errors import ConfigError
 from capdistill.metrics import Bleu, CiderD, DocumentFrequencies, RougeL
-from capdistill.metrics.ngram_ids import NgramIds
-from capdistill.metrics.ngram_table import ReferenceNgrams
-from capdistill.metrics.ngrams import count_ngrams
+from capdistill.metrics.base import count_ngrams
+from capdistill.metrics.ngram_counts import NgramIds, ReferenceNgrams
 
 TEXT = st.lists(st.sampled_from("abcde"), max_size=9)
 WORDED = st.lists(st.sampled_from("abcde"), min_size=1, max_size=9)
@@ -87,7 +86,7 @@ def test_an_empty_caption_scores_0_even_where_a_reference_is_empty() -> None:
 def test_the_four_values_that_follow_from_published_counts() -> None:
     import numpy as np
 
-    from capdistill.metrics.bleu_scores import BleuMatches
+    from capdistill.metrics.bleu_rouge_meteor import BleuMatches
 
     correct, guessed = (5732, 2510, 1043, 423), (9893, 8893, 7893, 6893)
     scores = BleuMatches(*map(np.array, (correct, guessed, 9893, 9893))).scores()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capdistill.metrics import ptb, ptb_tokenize
-from capdistill.metrics.ptb_rules import Rule
+from capdistill.metrics.ptb import Rule
 
 SHARED = Path(os.environ.get("CAPDISTILL_SHARED", Path(__file__).parents[3] / "shared"))
 GOLDEN = SHARED / "golden" / "flickr8k_dev_ptb.json"

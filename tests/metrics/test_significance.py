@@ -131,7 +131,7 @@ def test_the_same_seed_gives_the_same_samples_and_another_does_not() -> None:
 def test_many_images_are_drawn_in_parts_without_a_difference(monkeypatch) -> None:
     references, a, b = corpus()
     whole = paired_bootstrap(references, a, b, ["bleu", "cider_d"], samples=50)
-    monkeypatch.setattr("capdistill.metrics.resampling._CELLS", 3 * IMAGES)
+    monkeypatch.setattr("capdistill.metrics.bootstrap._CELLS", 3 * IMAGES)
     parts = paired_bootstrap(references, a, b, ["bleu", "cider_d"], samples=50)
     for name, each in whole.items():
         assert each.interval == pytest.approx(parts[name].interval, abs=1e-12)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from capdistill.metrics import MeteorNltk
-from capdistill.metrics.synonyms import synonyms
+from capdistill.metrics.bleu_rouge_meteor import synonyms
 
 SHARED = Path(os.environ.get("CAPDISTILL_SHARED", Path(__file__).parents[3] / "shared"))
 WORDNET = SHARED / "nltk_data"

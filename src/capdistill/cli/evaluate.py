@@ -24,8 +24,8 @@ from capdistill.cli.common import (
 from capdistill.errors import ConfigError, DataError
 from capdistill.files import write_text
 from capdistill.metrics import CaptionScorer, Scores, diversity, read_coco_results
-from capdistill.metrics.captions import first
-from capdistill.metrics.significance import paired
+from capdistill.metrics.base import first
+from capdistill.metrics.bootstrap import paired
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
@@ -217,7 +217,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _samples(options: argparse.Namespace) -> int:
     """How many to draw; refused before the work where it is none, or there is nothing to draw."""
-    from capdistill.metrics.significance import check_samples
+    from capdistill.metrics.bootstrap import check_samples
 
     if options.bootstrap is None:
         return _SAMPLES
@@ -255,7 +255,7 @@ def _scores(found: Mapping[str, Any]) -> str:
 
 def _side_by_side(found: Mapping[str, Any]) -> str:
     """A score a line; every built-in one has its intervals."""
-    from capdistill.metrics.significance import bracketed, changed
+    from capdistill.metrics.bootstrap import bracketed, changed
 
     scores = {"results": found["scores"], "against": found["against"]["scores"]}
     rows = [("", *scores, "results minus against")]
@@ -272,7 +272,7 @@ def _per_image(head: str, scores: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _remarks(found: Mapping[str, Any], systems: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    from capdistill.metrics.significance import remark
+    from capdistill.metrics.bootstrap import remark
 
     images, without = found["images"], found["images_without_result"]
     lines = [f"{images} of {images + without} images have a result and are scored."]

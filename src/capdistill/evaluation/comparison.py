@@ -19,7 +19,7 @@ from capdistill.evaluation.evaluation import Evaluation, evaluate
 from capdistill.evaluation.measure import time_captions
 from capdistill.evaluation.table import Row, figures
 from capdistill.files import write_text
-from capdistill.metrics.significance import PairedScores, check_samples, paired
+from capdistill.metrics.bootstrap import PairedScores, check_samples, paired
 from capdistill.plots import require_matplotlib
 from capdistill.runtime import autocast, moved
 

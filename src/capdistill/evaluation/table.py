@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from capdistill.evaluation.measure import Latency
-from capdistill.metrics.significance import bracketed, changed, remark
+from capdistill.metrics.bootstrap import bracketed, changed, remark
 
 if TYPE_CHECKING:
     from capdistill.evaluation.comparison import Comparison

@@ -7,19 +7,22 @@
 
 from __future__ import annotations
 
-from capdistill.metrics.bleu_scores import Bleu
-from capdistill.metrics.built_in import DIRECTIONS
-from capdistill.metrics.cider import CiderD
+from capdistill.metrics.base import Direction, Metric, Scores
+from capdistill.metrics.bleu_rouge_meteor import Bleu, MeteorNltk, RougeL
+from capdistill.metrics.bootstrap import PairedScore, PairedScores, paired_bootstrap
+from capdistill.metrics.cider import CiderD, DocumentFrequencies
 from capdistill.metrics.coco_files import CocoResults, coco_results, read_coco_results
 from capdistill.metrics.diversity import Diversity, diversity
-from capdistill.metrics.frequencies import DocumentFrequencies
-from capdistill.metrics.functions import bleu, cider_d, meteor_1_5, meteor_nltk, rouge_l
-from capdistill.metrics.meteor import MeteorNltk
 from capdistill.metrics.ptb import ptb_tokenize
-from capdistill.metrics.results import Direction, Metric, Scores
-from capdistill.metrics.rouge import RougeL
-from capdistill.metrics.scorer import CaptionScorer
-from capdistill.metrics.significance import PairedScore, PairedScores, paired_bootstrap
+from capdistill.metrics.scorer import (
+    DIRECTIONS,
+    CaptionScorer,
+    bleu,
+    cider_d,
+    meteor_1_5,
+    meteor_nltk,
+    rouge_l,
+)
 
 __all__ = [
     "DIRECTIONS",

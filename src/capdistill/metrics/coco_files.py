@@ -13,7 +13,7 @@ from typing import Any
 
 from capdistill.data.caption_files import lines, parse_json, read_json, read_lists, read_text
 from capdistill.errors import DataError
-from capdistill.metrics.captions import first
+from capdistill.metrics.base import first
 
 _LINES = (".jsonl", ".ndjson")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can name it alone; no output can hold it

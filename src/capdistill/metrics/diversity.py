@@ -8,8 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from capdistill.errors import DataError
-from capdistill.metrics.captions import Caption, Captions, tokens_of
-from capdistill.metrics.ngrams import words
+from capdistill.metrics.base import Caption, Captions, tokens_of, words
 
 Words = tuple[str, ...]
 

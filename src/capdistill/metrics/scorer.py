@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from capdistill.errors import DataError
-from capdistill.metrics import built_in
-from capdistill.metrics.captions import (
+from capdistill.errors import DataError, UnknownName, suggest
+from capdistill.metrics.base import (
     Caption,
     Captions,
+    Direction,
+    Metric,
     References,
+    Result,
+    Scores,
+    Tokens,
     align,
     as_text,
     first,
     prepare,
     tokens_of,
 )
-from capdistill.metrics.frequencies import DocumentFrequencies
-from capdistill.metrics.ngram_table import ReferenceNgrams
-from capdistill.metrics.ngrams import Tokens
-from capdistill.metrics.results import Direction, Metric, Scores
+from capdistill.metrics.bleu_rouge_meteor import Bleu, MeteorNltk, RougeL
+from capdistill.metrics.cider import CiderD, DocumentFrequencies
+from capdistill.metrics.ngram_counts import ReferenceNgrams
 
 _ONE_IMAGE = (
     "cider_d is 0 for a single image whatever the caption: its document frequencies are counted "
@@ -68,14 +71,14 @@ class CaptionScorer:
         chosen = None if metrics is None else list(metrics)
         self._own = [metric for metric in chosen or () if isinstance(metric, Metric)]
         names = None if chosen is None else [m for m in chosen if not isinstance(m, Metric)]
-        self._wanted = built_in.select(names)
+        self._wanted = select(names)
         self.notes = self._notes(names, document_frequencies)
         tokens = [[tokens_of(caption) for caption in image] for image in self._references.values()]
-        shared = any(metric in self._wanted for metric in built_in.ON_NGRAMS)
+        shared = any(metric in self._wanted for metric in ON_NGRAMS)
         known = document_frequencies.ids if document_frequencies else None
         self._ngrams = ReferenceNgrams(tokens, known) if shared else None
         self._metrics = {
-            metric: built_in.make(metric, tokens, self._ngrams, document_frequencies)
+            metric: make(metric, tokens, self._ngrams, document_frequencies)
             for metric in self._wanted
         }
         self._collected: dict[Any, tuple[Caption, Tokens]] = {}
@@ -89,7 +92,7 @@ class CaptionScorer:
             {'bleu_4': 'higher'}
         """
         names = [name for wanted in self._wanted.values() for name in wanted]
-        found = {name: built_in.DIRECTIONS[name] for name in names}
+        found = {name: DIRECTIONS[name] for name in names}
         return found | {name: way for own in self._own for name, way in own.directions.items()}
 
     def __call__(self, hypotheses: Captions) -> Scores:
@@ -161,7 +164,7 @@ class CaptionScorer:
         corpus: dict[str, float] = {}
         per_image: dict[str, dict[Any, float]] = {}
         for metric, names in self._wanted.items():
-            computed = self._metrics[metric](counted if metric in built_in.ON_NGRAMS else tokens)
+            computed = self._metrics[metric](counted if metric in ON_NGRAMS else tokens)
             for name in names:
                 corpus[name], each = computed[name]
                 per_image[name] = dict(zip(self._references, each, strict=True))
@@ -197,3 +200,139 @@ class CaptionScorer:
                 f"{len(self._references)} images, by the same ids or in their order."
             )
         return {image: float(items[image]) for image in self._references}
+
+
+Prepared = Callable[[Any], dict[str, Result]]
+
+SCORES: dict[str, tuple[str, ...]] = {
+    "bleu": ("bleu_1", "bleu_2", "bleu_3", "bleu_4"),
+    "rouge_l": ("rouge_l",),
+    "cider_d": ("cider_d",),
+    "meteor_nltk": ("meteor_nltk",),
+    "meteor_1_5": ("meteor_1_5",),
+    "meteor_1_5_nopara": ("meteor_1_5_nopara",),
+}
+"""Every built-in metric -> the scores that it gives."""
+
+DIRECTIONS: dict[str, Direction] = {score: "higher" for each in SCORES.values() for score in each}
+"""Every built-in score -> the direction in which it gets better."""
+
+ON_NGRAMS = ("bleu", "cider_d")
+"""Those that take counted n-grams in place of tokens."""
+
+
+def select(names: Iterable[str] | None) -> dict[str, list[str]]:
+    """Metric -> those of its scores that are asked for; None asks for all that can be had.
+
+    METEOR 1.5 becomes its variant without paraphrases where there is no table of them.
+
+    Example:
+        >>> select(["bleu_4", "rouge_l"])
+        {'bleu': ['bleu_4'], 'rouge_l': ['rouge_l']}
+
+    Raises:
+        UnknownName: a metric that there is not.
+    """
+    wanted: dict[str, list[str]] = {}
+    for name in list(SCORES)[:-1] if names is None else names:
+        metric = _metric_of(name)
+        scores = [name] if name in SCORES[metric] else SCORES[metric]
+        if metric == "meteor_1_5" and not _has_paraphrases():
+            metric, scores = "meteor_1_5_nopara", SCORES["meteor_1_5_nopara"]
+        found = wanted.setdefault(metric, [])
+        found += [score for score in scores if score not in found]
+    return wanted
+
+
+def make(
+    metric: str,
+    tokens: Sequence[Sequence[Tokens]],
+    ngrams: ReferenceNgrams | None,
+    document_frequencies: DocumentFrequencies | None,
+) -> Prepared:
+    """A metric with its references prepared; those on n-grams share the counted ones."""
+    if metric == "bleu":
+        return Bleu(ngrams or tokens)
+    if metric == "cider_d":
+        return CiderD(ngrams or tokens, document_frequencies=document_frequencies)
+    if metric == "rouge_l":
+        return RougeL(tokens)
+    if metric == "meteor_nltk":
+        return MeteorNltk(tokens)
+    from capdistill.metrics.meteor15 import Meteor15, find_paraphrases
+
+    return Meteor15(tokens, find_paraphrases() if metric == "meteor_1_5" else None)
+
+
+def _metric_of(name: str) -> str:
+    for metric, scores in SCORES.items():
+        if name == metric or name in scores:
+            return metric
+    raise UnknownName(f"No metric '{name}'. {suggest(name, dict.fromkeys([*SCORES, *DIRECTIONS]))}")
+
+
+def _has_paraphrases() -> bool:
+    from capdistill.metrics.meteor15 import find_paraphrases
+
+    return find_paraphrases() is not None
+
+
+def bleu(references: References, hypotheses: Captions) -> Scores:
+    """BLEU-1 to 4 of one caption an image; arguments and errors as `CaptionScorer`'s.
+
+    Example:
+        >>> round(bleu({"1": ["a dog runs"]}, {"1": "a dog ran"})["bleu_2"], 4)
+        0.5774
+    """
+    return CaptionScorer(references, metrics=["bleu"])(hypotheses)
+
+
+def rouge_l(references: References, hypotheses: Captions) -> Scores:
+    """ROUGE-L of one caption an image; arguments and errors as `CaptionScorer`'s.
+
+    Example:
+        >>> round(rouge_l([["a dog runs"]], ["a dog"])["rouge_l"], 4)
+        0.7722
+    """
+    return CaptionScorer(references, metrics=["rouge_l"])(hypotheses)
+
+
+def cider_d(
+    references: References,
+    hypotheses: Captions,
+    *,
+    document_frequencies: DocumentFrequencies | None = None,
+) -> Scores:
+    """CIDEr-D of one caption an image; arguments and errors as `CaptionScorer`'s.
+
+    Example:
+        >>> round(cider_d([["a dog runs"], ["a red car"]], ["a dog runs", "a red"])["cider_d"], 3)
+        5.493
+    """
+    scorer = CaptionScorer(
+        references, metrics=["cider_d"], document_frequencies=document_frequencies
+    )
+    return scorer(hypotheses)
+
+
+def meteor_nltk(references: References, hypotheses: Captions) -> Scores:
+    """METEOR as NLTK computes it; arguments and errors as `CaptionScorer`'s.
+
+    Example:
+        >>> round(meteor_nltk([["a dog runs"]], ["a dog runs"])["meteor_nltk"], 4)
+        0.9815
+    """
+    return CaptionScorer(references, metrics=["meteor_nltk"])(hypotheses)
+
+
+def meteor_1_5(references: References, hypotheses: Captions, *, paraphrases: bool = True) -> Scores:
+    """METEOR 1.5 of one caption an image; arguments and errors as `CaptionScorer`'s.
+
+    Without paraphrases, or where there is no table of them, the score is "meteor_1_5_nopara".
+
+    Example:
+        >>> dict(meteor_1_5([["a dog runs"]], ["a dog runs"], paraphrases=False))
+        {'meteor_1_5_nopara': 1.0}
+    """
+    name = "meteor_1_5" if paraphrases else "meteor_1_5_nopara"
+    return CaptionScorer(references, metrics=[name])(hypotheses)

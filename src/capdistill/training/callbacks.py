@@ -148,7 +148,7 @@ def resolve_monitor(name: str, directions: dict[str, bool]) -> tuple[str, bool]:
 def _way_to(key: str) -> str:
     """How to have a score measured that is not measured unless asked for."""
     from capdistill.metrics import DIRECTIONS
-    from capdistill.metrics.built_in import select
+    from capdistill.metrics.scorer import select
 
     if key not in DIRECTIONS:
         return ""

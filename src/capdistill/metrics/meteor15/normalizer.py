@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from capdistill.metrics.ngrams import Tokens
+from capdistill.metrics.base import Tokens
 
 _LETTER = (
     "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017e"  # Latin

@@ -6,11 +6,11 @@ from collections.abc import Container, Iterable
 from functools import cached_property, lru_cache
 from typing import TypeVar
 
+from capdistill.metrics.base import Tokens
 from capdistill.metrics.meteor15.normalizer import normalize
 from capdistill.metrics.meteor15.paraphrases import LONGEST
 from capdistill.metrics.meteor15.stemmer import stem
 from capdistill.metrics.meteor15.synonyms import senses
-from capdistill.metrics.ngrams import Tokens
 
 # The most frequent words of METEOR's corpora, above one in a thousand: they count less.
 _FREQUENT = """the , . to of a and in that for " is on 's it with was as said at he by be from have

@@ -1,0 +1,336 @@
+"""BLEU-1..4 as the COCO tool computes it: corpus level, closest length, its smoothing."""
+
+from __future__ import annotations
+
+import gzip
+from bisect import bisect_left
+from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from capdistill.metrics.base import ORDER, Result, Tokens, words
+from capdistill.metrics.ngram_counts import (
+    Floats,
+    HypothesisNgrams,
+    Ints,
+    ReferenceNgrams,
+    reference_ngrams,
+)
+
+_SMALL, _TINY = 1e-9, 1e-15  # the COCO tool's constants: they show in the tenth digit
+
+
+class BleuMatches(NamedTuple):
+    """What captions add to BLEU, one row each; sums over rows give the BLEU of a corpus."""
+
+    correct: Ints  # (I, 4)
+    guessed: Ints  # (I, 4)
+    length: Ints  # (I,)
+    reference_length: Ints  # (I,)
+
+    def total(self) -> BleuMatches:
+        """The matches of all captions together."""
+        return BleuMatches(*(column.sum(0) for column in self))
+
+    def scores(self) -> Floats:
+        """BLEU-1..4 of each row, (I, 4), or of a total, (4,)."""
+        shares = (self.correct + _TINY) / (self.guessed + _SMALL)
+        means = np.cumprod(shares, -1) ** (1.0 / np.arange(1, ORDER + 1))
+        ratio = (self.length + _TINY) / (self.reference_length + _SMALL)
+        penalty = np.where(ratio < 1.0, np.exp(1.0 - 1.0 / ratio), 1.0)
+        scores: Floats = means * penalty[..., None]
+        return scores
+
+
+class Bleu:
+    """BLEU-1..4 against references that are counted once.
+
+    Example:
+        >>> bleu = Bleu([[["a", "dog", "runs"], ["the", "dog", "runs"]]])
+        >>> corpus, per_image = bleu([["a", "dog"]])["bleu_1"]
+        >>> round(corpus, 4)
+        0.6065
+
+    Args:
+        references: One list of tokenised references an image, or these counted.
+
+    Source:
+        Papineni et al. (2002); constants and the closest length as in pycocoevalcap.
+    """
+
+    def __init__(self, references: Sequence[Sequence[Tokens]] | ReferenceNgrams) -> None:
+        self._references = reference_ngrams(references)
+
+    def __call__(self, hypotheses: Sequence[Tokens] | HypothesisNgrams) -> dict[str, Result]:
+        """Corpus and per-image scores of one tokenised caption an image, in the same order."""
+        matches = self.matches(hypotheses)
+        corpus, images = matches.total().scores().tolist(), matches.scores().T.tolist()
+        return {f"bleu_{n + 1}": (corpus[n], images[n]) for n in range(ORDER)}
+
+    def matches(self, hypotheses: Sequence[Tokens] | HypothesisNgrams) -> BleuMatches:
+        """What each caption adds to BLEU; a sample of the rows gives the BLEU of a sample."""
+        if not isinstance(hypotheses, HypothesisNgrams):
+            hypotheses = self._references.count(hypotheses)
+        lengths = hypotheses.lengths
+        return BleuMatches(
+            correct=self._correct(hypotheses),
+            guessed=np.maximum(0, lengths[:, None] - np.arange(ORDER)),
+            length=lengths,
+            reference_length=self._closest(lengths),
+        )
+
+    def _correct(self, hypotheses: HypothesisNgrams) -> Ints:
+        correct = np.zeros((self._references.images, ORDER), np.int64)
+        for n, (table, ours) in enumerate(
+            zip(self._references.tables, hypotheses.counted, strict=True)
+        ):
+            found, groups = table.find(ours)
+            clipped = np.minimum(ours.counts[found], table.most[groups])
+            np.add.at(correct[:, n], ours.rows[found], clipped)
+        return correct
+
+    def _closest(self, lengths: Ints) -> Ints:
+        """The length of the reference that is closest in length, the shorter of two."""
+        references = self._references
+        away = np.abs(references.lengths - lengths[references.image])
+        unit = int(references.lengths.max()) + 1
+        best: Ints = np.minimum.reduceat(away * unit + references.lengths, references.first) % unit
+        return best
+
+
+_BETA = 1.2  # the COCO tool's weight of recall
+
+
+class RougeL:
+    """F-score of the longest common subsequence; the corpus score is the mean over images.
+
+    Example:
+        >>> rouge = RougeL([[["a", "dog", "runs"]]])
+        >>> round(rouge([["a", "dog"]])["rouge_l"][0], 4)
+        0.7722
+
+    Args:
+        references: One list of tokenised references an image.
+
+    Source:
+        Lin (2004); beta and the maxima as in pycocoevalcap, but a caption without words scores
+        0 even where a reference has none either (pycocoevalcap gives 1 there).
+    """
+
+    def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
+        self._references = references
+
+    def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
+        """Corpus and per-image scores of one tokenised caption an image, in the same order."""
+        pairs = zip(hypotheses, self._references, strict=True)
+        scores = [_f_score(tokens, references) for tokens, references in pairs]
+        return {"rouge_l": (sum(scores) / max(len(scores), 1), scores)}
+
+
+def _f_score(tokens: Tokens, references: Sequence[Tokens]) -> float:
+    places: dict[str, int] = {}
+    for place, token in enumerate(tokens):
+        places[token] = places.get(token, 0) | 1 << place
+    common = [_common(places, len(tokens), reference) for reference in references]
+    if not any(common):
+        return 0.0
+    precision = max(common) / len(tokens)
+    recall = max(c / len(ref) for c, ref in zip(common, references, strict=True) if c)
+    return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
+
+
+def _common(places: Mapping[str, int], length: int, reference: Tokens) -> int:
+    """Length of the longest common subsequence, one step a token (Hyyrö 2004, bit-parallel)."""
+    open_places = full = (1 << length) - 1
+    for token in reference:
+        matched = open_places & places.get(token, 0)
+        open_places = (open_places + matched | open_places - matched) & full
+    return length - open_places.bit_count()
+
+
+_ALPHA, _BETA, _GAMMA = 0.9, 3.0, 0.5  # NLTK's defaults, those of Lavie and Agarwal (2007)
+Match = tuple[int, int]  # a place in the caption, a place in the reference
+
+
+class MeteorNltk:
+    """NLTK's METEOR: the mean over images of the best reference's score.
+
+    Named after NLTK because it is another metric than METEOR 1.5, about twice as high. Scores
+    are those of `nltk.translate.meteor_score` with all of WordNet 3.0, and nothing is fetched.
+
+    Example:
+        >>> meteor = MeteorNltk([[["a", "dog", "runs"]]])
+        >>> round(meteor([["a", "dog", "runs"]])["meteor_nltk"][0], 2)
+        0.98
+
+    Args:
+        references: One list of tokenised references an image.
+
+    Source:
+        Banerjee, Lavie (2005); `nltk.translate.meteor_score` with its defaults.
+    """
+
+    def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
+        self._references = [[_Sentence.of(tokens) for tokens in image] for image in references]
+
+    def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
+        """Corpus and per-image scores of one tokenised caption an image, in the same order."""
+        pairs = zip(map(_Sentence.of, hypotheses), self._references, strict=True)
+        scores = [max(_score(ours, theirs) for theirs in image) for ours, image in pairs]
+        return {"meteor_nltk": (sum(scores) / max(len(scores), 1), scores)}
+
+
+class _Sentence(NamedTuple):
+    words: list[str]
+    stems: list[str]
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> _Sentence:
+        lowered = [token.lower() for token in words(tokens)]
+        return cls(lowered, [_stem(word) for word in lowered])
+
+
+def _score(ours: _Sentence, theirs: _Sentence) -> float:
+    matches = _align(ours, theirs)
+    if not matches:
+        return 0.0
+    precision = len(matches) / len(ours.words)
+    recall = len(matches) / len(theirs.words)
+    mean = (precision * recall) / (_ALPHA * precision + (1 - _ALPHA) * recall)
+    penalty: float = _GAMMA * (_chunks(matches) / len(matches)) ** _BETA
+    return (1 - penalty) * mean
+
+
+def _align(ours: _Sentence, theirs: _Sentence) -> list[Match]:
+    """Words are matched by form, the rest by stem, the rest by synonyms of their stems."""
+    matches: list[Match] = []
+    left, free = list(range(len(ours.words))), list(range(len(theirs.words)))
+    for our_keys, their_keys in zip(ours, theirs, strict=True):
+        found = list(_equal(left, our_keys, free, their_keys))
+        matches += found
+        left = _without(left, {i for i, _ in found})
+        free = _without(free, {j for _, j in found})
+    matches += _synonymous(left, ours.stems, free, theirs.stems)
+    return sorted(matches)
+
+
+def _equal(
+    left: Sequence[int], ours: Sequence[str], free: Sequence[int], theirs: Sequence[str]
+) -> Iterator[Match]:
+    """Each word, from the last on, with the last free one that is equal."""
+    places: dict[str, list[int]] = {}
+    for j in free:
+        places.setdefault(theirs[j], []).append(j)
+    for i in reversed(left):
+        if equal := places.get(ours[i]):
+            yield i, equal.pop()
+
+
+def _synonymous(
+    left: Sequence[int], ours: Sequence[str], free: Sequence[int], theirs: Sequence[str]
+) -> Iterator[Match]:
+    """Each word, from the last on, with the last free one that is a synonym."""
+    free = list(free)
+    for i in reversed(left) if free else ():
+        same = synonyms(ours[i])
+        last = next((j for j in reversed(free) if theirs[j] in same), None)
+        if last is not None:
+            free.remove(last)
+            yield i, last
+
+
+def _without(places: list[int], taken: Container[int]) -> list[int]:
+    return [place for place in places if place not in taken] if taken else places
+
+
+def _chunks(matches: Sequence[Match]) -> int:
+    """In how many runs the matched words stand, side by side in both sentences."""
+    following = pairwise(matches)
+    return 1 + sum(i + 1 != k or j + 1 != m for (i, j), (k, m) in following)
+
+
+@cache
+def _stem(word: str) -> str:
+    return str(_stemmer().stem(word))
+
+
+@cache
+def _stemmer() -> Any:
+    from nltk.stem.porter import PorterStemmer
+
+    return PorterStemmer()
+
+
+_TABLE = Path(__file__).with_name("wordnet") / "synonyms.txt.gz"
+
+# Inflections that NLTK undoes, by part of speech: noun, verb, adjective, adverb.
+_ENDINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "N": (
+        *(("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch")),
+        *(("shes", "sh"), ("men", "man"), ("ies", "y")),
+    ),
+    "V": (
+        *(("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", "")),
+        *(("ing", "e"), ("ing", "")),
+    ),
+    "A": (("er", ""), ("est", ""), ("er", "e"), ("est", "e")),
+    "R": (),
+}
+
+
+@cache
+def synonyms(word: str) -> frozenset[str]:
+    """The word and the single words that share a meaning with it or with a base form of it.
+
+    Example:
+        >>> sorted(synonyms("sofas"))
+        ['couch', 'lounge', 'sofa', 'sofas']
+
+    Args:
+        word: In lower case.
+
+    Source:
+        Fellbaum (1998), WordNet 3.0; forms as `WordNetCorpusReader.synsets` of NLTK finds them.
+    """
+    found, entry = {word}, _entry(word)
+    for pos, endings in _ENDINGS.items():
+        bases = entry.get(f"={pos}")
+        forms = _without_ending(word, endings) if bases is None else bases
+        for form in (word, *forms):
+            found.update(_answers(form, pos))
+    return frozenset(found)
+
+
+def _without_ending(word: str, endings: tuple[tuple[str, str], ...]) -> Iterator[str]:
+    return (word[: -len(old)] + new for old, new in endings if word.endswith(old))
+
+
+def _answers(form: str, pos: str) -> list[str]:
+    entry = _entry(form)
+    if pos in entry:
+        return [form, *entry[pos]]
+    return entry.get(f"-{pos}", [])
+
+
+def _entry(word: str) -> dict[str, list[str]]:
+    """The line of a word: a mark such as N, -N or =N -> the words after it."""
+    lines, start = _lines(), f"{word} "
+    place = bisect_left(lines, start)
+    entry: dict[str, list[str]] = {}
+    if place == len(lines) or not lines[place].startswith(start):
+        return entry
+    for field in lines[place][len(start) :].split(" "):
+        if field.isupper():  # marks alone have capitals
+            entry[field] = words = []
+        else:
+            words.append(field)
+    return entry
+
+
+@cache
+def _lines() -> list[str]:
+    return gzip.decompress(_TABLE.read_bytes()).decode("ascii").split("\n")
