@@ -15,12 +15,10 @@ from pathlib import Path
 import pytest
 
 from capdistill.errors import DataError
-from capdistill.metrics.meteor15 import Meteor15, find_paraphrases, paraphrases, synonyms
-from capdistill.metrics.meteor15.matching import PARAPHRASE, find_matches
-from capdistill.metrics.meteor15.normalizer import normalize
-from capdistill.metrics.meteor15.sentence import Sentence
-from capdistill.metrics.meteor15.stemmer import stem
-from capdistill.metrics.meteor15.synonyms import senses
+from capdistill.metrics.meteor15 import Meteor15, find_paraphrases, tables
+from capdistill.metrics.meteor15.alignment import PARAPHRASE, find_matches
+from capdistill.metrics.meteor15.sentence import Sentence, normalize, stem
+from capdistill.metrics.meteor15.tables import senses
 
 SHARED = Path(os.environ.get("CAPDISTILL_SHARED", Path(__file__).parents[3] / "shared"))
 GOLDEN = SHARED / "golden" / "flickr8k_dev_scores.json"
@@ -236,7 +234,7 @@ def test_synonyms_are_those_of_the_tools_own_table() -> None:
             jar.read(f"synonym/english.{part}").decode().splitlines()
             for part in ("synsets", "exceptions")
         )
-    ours = synonyms._wordnet()
+    ours = tables._wordnet()
     places = zip(synsets[::2], synsets[1::2], strict=True)
     theirs = {word: line.split() for word, line in places if word in ours.senses}
     assert theirs.keys() == ours.senses.keys()
@@ -326,8 +324,8 @@ def test_phrases_match_in_both_directions_of_the_table() -> None:
 def test_only_rows_that_the_references_need_are_kept(
     small_table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paraphrases, "_CHUNK", 7)  # rows then lie across chunks
-    kept = paraphrases.read_paraphrases(small_table, {"animals", "at", "in front"})
+    monkeypatch.setattr(tables, "_CHUNK", 7)  # rows then lie across chunks
+    kept = tables.read_paraphrases(small_table, {"animals", "at", "in front"})
     assert list(kept) == ["dogs", "brown dogs", "on", "in front"]
     assert list(kept["in front"]) == ["at the head"]
 
@@ -344,7 +342,7 @@ def test_the_table_is_found_by_its_variable(
 
 def test_without_pycocoevalcap_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CAPDISTILL_METEOR_PARAPHRASES", raising=False)
-    monkeypatch.setattr(paraphrases, "find_spec", lambda name: None)
+    monkeypatch.setattr(tables, "find_spec", lambda name: None)
     assert find_paraphrases() is None
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from capdistill.metrics.base import Direction, Metric, Scores
 from capdistill.metrics.bleu_rouge_meteor import Bleu, MeteorNltk, RougeL
 from capdistill.metrics.bootstrap import PairedScore, PairedScores, paired_bootstrap
+from capdistill.metrics.caption_diversity import Diversity, diversity
 from capdistill.metrics.cider import CiderD, DocumentFrequencies
 from capdistill.metrics.coco_files import CocoResults, coco_results, read_coco_results
-from capdistill.metrics.diversity import Diversity, diversity
 from capdistill.metrics.ptb import ptb_tokenize
 from capdistill.metrics.scorer import (
     DIRECTIONS,

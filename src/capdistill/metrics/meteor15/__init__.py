@@ -6,6 +6,6 @@
 """
 
 from capdistill.metrics.meteor15.metric import Meteor15
-from capdistill.metrics.meteor15.paraphrases import find_paraphrases
+from capdistill.metrics.meteor15.tables import find_paraphrases
 
 __all__ = ["Meteor15", "find_paraphrases"]

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capdistill.metrics.base import Result, Tokens
-from capdistill.metrics.meteor15.aligner import align
-from capdistill.metrics.meteor15.matching import Match, find_matches
-from capdistill.metrics.meteor15.paraphrases import Rewrites, read_paraphrases
+from capdistill.metrics.meteor15.alignment import Match, align, find_matches
 from capdistill.metrics.meteor15.sentence import Sentence
+from capdistill.metrics.meteor15.tables import Rewrites, read_paraphrases
 
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75  # the tool's, for English
 _WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # exact, stem, synonym, paraphrase
