@@ -18,8 +18,8 @@ from capdistill.metrics import (
     meteor_nltk,
     rouge_l,
 )
-from capdistill.training import validation
 from capdistill.training.callbacks import resolve_monitor
+from capdistill.training.stepper import directions
 
 REFERENCES = {"a": ["a dog runs", "the dog is running"], "b": ["a red car", "one car"]}
 CAPTIONS = {"a": "a dog runs", "b": "a blue car"}
@@ -110,7 +110,7 @@ def test_a_monitor_that_needs_paraphrases_names_the_score_that_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("capdistill.metrics.meteor15.find_paraphrases", lambda: None)
-    known = validation.directions(["cider_d", "meteor_1_5"])
+    known = directions(["cider_d", "meteor_1_5"])
     assert resolve_monitor("meteor_1_5_nopara", known) == ("meteor_1_5_nopara", True)
     with pytest.raises(UnknownName, match="monitor 'meteor_1_5_nopara'"):
         resolve_monitor("meteor_1_5", known)

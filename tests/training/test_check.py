@@ -327,7 +327,7 @@ def test_options_that_can_not_work_fail_with_the_fix(options):
 
 
 def test_memory_that_does_not_suffice_fails_with_the_fix(monkeypatch):
-    monkeypatch.setattr("capdistill.training.check.cost._memory_of", lambda device: 1000)
+    monkeypatch.setattr("capdistill.training.check.costs._memory_of", lambda device: 1000)
     row = only(check_training(trainer()), "memory", "fail")
     assert "batch_size=2 (now 4)" in row.fix
     assert "accumulate=2" in row.fix

@@ -18,7 +18,7 @@ from capdistill import Captioner, Distiller, Trainer
 from capdistill.data import CaptionData
 from capdistill.data.loader import FixedBatches
 from capdistill.errors import ConfigError, DataError
-from capdistill.training.features import TrunkStore, cache_trunk
+from capdistill.training.sources import TrunkStore, cache_trunk
 
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "batch_size": 2, "epochs": 2, "learning_rate": 0.01}
 

@@ -23,7 +23,7 @@ from capdistill.data.loader import FixedBatches
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch, DecoderOutput
 from capdistill.runtime import evaluating
-from capdistill.training.inputs import AlteredInputs, chances, sample, word_mask
+from capdistill.training.decoder_inputs import AlteredInputs, chances, sample, word_mask
 
 BOTH = {"word_dropout": 0.3, "scheduled_sampling": 0.8}
 UNK, FIRST_WORD = tiny.TOKENIZER.unk_id, 4

@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 from capdistill.cli.common import DataSection, FullPath, parse_data
 from capdistill.errors import ConfigError
 from capdistill.files import write_text
-from capdistill.training.config import DistillConfig, TrainConfig, parse
-from capdistill.training.recipes import recipe
+from capdistill.training.config import DistillConfig, TrainConfig, parse, recipe
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner

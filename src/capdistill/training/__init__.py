@@ -11,7 +11,7 @@ _PUBLIC = {
     "History": "history",
     "TrainConfig": "config",
     "Trainer": "trainer",
-    "recipe": "recipes",
+    "recipe": "config",
 }
 __all__ = list(_PUBLIC)
 

@@ -10,13 +10,23 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from capdistill.captioner import Captioner
 from capdistill.errors import UnknownName, suggest
+from capdistill.training.checkpoint import (
+    STATE,
+    save_state,
+)
 from capdistill.training.history import Row
+from capdistill.weights import load_exactly, read_state_dict
 
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer
+
 
 LOSS = "loss"
 ALIASES = {"cider": "cider_d", "meteor": "meteor_nltk", "val_loss": LOSS}
@@ -254,3 +264,52 @@ def describe_epoch(row: Row) -> str:
 
 def _left_out(part: Row) -> str:
     return f" ({part['images']} images, {part['skipped']} left out)" if part["skipped"] else ""
+
+
+class Checkpoints:
+    """After each epoch: the best student to best/, the state to state.pt; at the end final/."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.out = out
+        self.best: dict[str, torch.Tensor] | None = None  # kept here only without a directory
+
+    def on_epoch(self, trainer: Trainer, row: Row) -> None:
+        """Keep the student if it improved, then the state to go on from."""
+        if row.get("improved"):
+            if self.out is None:
+                self.best = _copy_weights(trainer.captioner)
+            else:
+                trainer.captioner.save(self.out / "best")
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write what a resumed run needs."""
+        if self.out is not None:
+            save_state(self.out / STATE, trainer.state_dict())
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Write the last student; then the captioner takes the best weights.
+
+        Where no epoch was the best, the last weights are the best there are.
+        """
+        if trainer.history.interrupted:
+            return
+        if self.out is not None:
+            trainer.captioner.save(self.out / "final")
+            if trainer.history.best is None:
+                trainer.captioner.save(self.out / "best")
+            else:
+                _load_weights(trainer.captioner, self.out / "best" / "model.safetensors")
+        elif self.best is not None:
+            trainer.captioner.load_state_dict(self.best)
+
+
+def _copy_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
+
+
+def _load_weights(captioner: Captioner, path: Path) -> None:
+    """Read what `save` wrote: without what torch.compile adds to names."""
+    names = {key.replace("_orig_mod.", ""): key for key in captioner.state_dict()}
+    state = {names.get(key, key): value for key, value in read_state_dict(path).items()}
+    load_exactly(captioner, state, f"The weights in '{path}'")

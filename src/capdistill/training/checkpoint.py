@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import platform
 import tempfile
 import warnings
 import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from capdistill.captioner import Captioner
 from capdistill.errors import CheckpointError, ConfigError
-from capdistill.files import write_atomically
-from capdistill.training.history import Row
-from capdistill.weights import load_exactly, read_state_dict
+from capdistill.files import write_atomically, write_text
+from capdistill.registry import stamp_of
+from capdistill.training.optim import make_schedule
+from capdistill.weights import load_exactly, strip_prefixes
 
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer
+
 
 _FORMAT = "capdistill.training/1"
 STATE = "state.pt"
@@ -108,50 +116,175 @@ def rehearse_saving(captioner: Captioner, out: Path) -> None:
         ) from error
 
 
-class Checkpoints:
-    """After each epoch: the best student to best/, the state to state.pt; at the end final/."""
-
-    def __init__(self, out: Path | None) -> None:
-        self.out = out
-        self.best: dict[str, torch.Tensor] | None = None  # kept here only without a directory
-
-    def on_epoch(self, trainer: Trainer, row: Row) -> None:
-        """Keep the student if it improved, then the state to go on from."""
-        if row.get("improved"):
-            if self.out is None:
-                self.best = _copy_weights(trainer.captioner)
-            else:
-                trainer.captioner.save(self.out / "best")
-        self.save(trainer)
-
-    def save(self, trainer: Trainer) -> None:
-        """Write what a resumed run needs."""
-        if self.out is not None:
-            save_state(self.out / STATE, trainer.state_dict())
-
-    def on_fit_end(self, trainer: Trainer) -> None:
-        """Write the last student; then the captioner takes the best weights.
-
-        Where no epoch was the best, the last weights are the best there are.
-        """
-        if trainer.history.interrupted:
-            return
-        if self.out is not None:
-            trainer.captioner.save(self.out / "final")
-            if trainer.history.best is None:
-                trainer.captioner.save(self.out / "best")
-            else:
-                _load_weights(trainer.captioner, self.out / "best" / "model.safetensors")
-        elif self.best is not None:
-            trainer.captioner.load_state_dict(self.best)
+# Options that may change between two parts of a run without changing what is trained.
+_HARMLESS = frozenset(
+    {"workers", "device", "cache_images", "cache_dir", "eval_batch_size", "log_every", "progress"}
+)
 
 
-def _copy_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
+def snapshot(trainer: Trainer) -> dict[str, Any]:
+    """All that a resumed run needs beside the data."""
+    assert trainer.optimizer is not None
+    return {
+        "objective": trainer.objective.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedule": {"done": trainer.schedule.last_epoch},
+        "scaler": trainer.scaler.state_dict(),
+        "random": random_state(),
+        "epoch": trainer.epoch,
+        "step": trainer.step_count,
+        "so_far": trainer.so_far.state_dict(),
+        "skipped": len(trainer.train_source.skipped) if trainer.train_source is not None else 0,
+        "config": trainer.config.model_dump(),
+        "callbacks": dict(_callback_states(trainer)),
+    }
 
 
-def _load_weights(captioner: Captioner, path: Path) -> None:
-    """Read what `save` wrote: without what torch.compile adds to names."""
-    names = {key.replace("_orig_mod.", ""): key for key in captioner.state_dict()}
-    state = {names.get(key, key): value for key, value in read_state_dict(path).items()}
-    load_exactly(captioner, state, f"The weights in '{path}'")
+def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Let a trainer, its optimizer made, go on from a saved state.
+
+    Raises:
+        CheckpointError: the state is of other models or losses; nothing was changed.
+    """
+    assert trainer.optimizer is not None
+    _require_same_groups(trainer.optimizer, state["optimizer"])
+    weights = strip_prefixes(state["objective"], trainer.objective.state_dict())
+    load_exactly(trainer.objective, weights, "The models and losses of the training state")
+    _say_what_changed(trainer.config.model_dump(), state["config"])
+    _restore_optimizer(trainer, state)
+    trainer.scaler.load_state_dict(state["scaler"])
+    restore_random(state["random"])
+    trainer.epoch, trainer.step_count = state["epoch"], state["step"]
+    trainer.so_far.load_state_dict(state["so_far"])
+    for key, callback in _stateful(trainer):
+        if key in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][key])
+
+
+def _restore_optimizer(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Moments from the state, rates and decay from the configuration, which may have changed."""
+    optimizer = trainer.optimizer
+    assert optimizer is not None
+    keys = ("initial_lr", "weight_decay")
+    wanted = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, fresh in zip(optimizer.param_groups, wanted, strict=True):
+        group.update(fresh)
+    done = state["schedule"]["done"]
+    trainer.schedule = make_schedule(optimizer, trainer.config, trainer.steps_per_epoch, done)
+
+
+def _require_same_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    mine = [(group.get("name"), len(group["params"])) for group in optimizer.param_groups]
+    theirs = [(group.get("name"), len(group["params"])) for group in saved["param_groups"]]
+    if mine != theirs:
+        raise CheckpointError(
+            f"The training state has an optimizer over groups {theirs}, but {mine} are trained "
+            "now. Give the same models, losses and trainable parts, or start anew with "
+            "resume=False."
+        )
+
+
+def _say_what_changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    changed = [
+        f"{key} {before[key]!r} -> {value!r}"
+        for key, value in now.items()
+        if key in before and before[key] != value and key not in _HARMLESS
+    ]
+    if changed:
+        warnings.warn(
+            f"The resumed run goes on with other options: {', '.join(changed)}. Learning rates and "
+            "scheduled weights follow the new ones from here on.",
+            stacklevel=2,
+        )
+
+
+def _stateful(trainer: Trainer) -> Iterator[tuple[str, Any]]:
+    """Callbacks with a state, by class and, of one class, by order."""
+    seen: Counter[str] = Counter()
+    for callback in trainer.callbacks:
+        if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
+            name = type(callback).__qualname__
+            yield f"{name}.{seen[name]}", callback
+            seen[name] += 1
+
+
+def _callback_states(trainer: Trainer) -> Iterator[tuple[str, Any]]:
+    for key, callback in _stateful(trainer):
+        state = callback.state_dict()
+        if not _is_plain(state):
+            raise ConfigError(
+                f"The state_dict() of the callback {type(callback).__name__} holds more than "
+                "numbers, strings, tensors, lists and dicts, so that it could not be read again. "
+                f"Given: {state!r:.200}"
+            )
+        yield key, state
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    if type(value) in (list, tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str, Tensor)
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's generators, here and on CUDA devices."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random(state: Mapping[str, Any]) -> None:
+    """Go on drawing where `random_state` was taken."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+LIBRARIES = ("capdistill", "torch", "torchvision", "timm", "numpy", "pydantic", "nltk")
+
+
+def describe_run(trainer: Trainer, out: Path) -> None:
+    """Write run.json: resolved options, models, weights of the terms, versions and seed."""
+    content = {
+        "format": "capdistill.run/1",
+        "trainer": type(trainer).__name__,
+        "config": trainer.config.model_dump(),
+        "device": str(trainer.device),
+        "precision": trainer.precision,
+        "weights": {name: _plain(value) for name, value in trainer.objective.weights.items()},
+        "losses": {name: _part(loss) for name, loss in trainer.objective.losses.items()},
+        "models": [_model(model) for model in trainer.models],
+        "versions": versions(),
+    }
+    write_text(out / "run.json", json.dumps(content, indent=2, default=str))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _model(model: Any) -> dict[str, Any]:
+    if not isinstance(model, Captioner):
+        return {"name": getattr(model, "name", type(model).__name__)}
+    parts = {"encoder": _part(model.encoder), "decoder": _part(model.decoder)}
+    return {"name": model.name, "parameters": model.num_parameters(), **parts}
+
+
+def _part(part: Any) -> dict[str, Any]:
+    stamp = stamp_of(part)
+    if stamp is None:
+        return {"class": f"{type(part).__module__}:{type(part).__qualname__}", "shown": repr(part)}
+    return {"name": stamp.name, "kwargs": stamp.kwargs}
+
+
+def _plain(weight: Any) -> Any:
+    return repr(weight) if callable(weight) else weight

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from capdistill.captioner import Captioner
@@ -19,22 +22,21 @@ from capdistill.errors import ConfigError
 from capdistill.outputs import Batch
 from capdistill.runtime import seed_everything
 from capdistill.training import callbacks as cb
+from capdistill.training.callbacks import Checkpoints
 from capdistill.training.checkpoint import (
     STATE,
-    Checkpoints,
+    describe_run,
     forget_states,
     load_state,
     rehearse_saving,
+    restore,
+    snapshot,
 )
 from capdistill.training.config import parse
-from capdistill.training.epoch import EpochSoFar
-from capdistill.training.history import History, Row
-from capdistill.training.inputs import require_unknown_word
-from capdistill.training.interrupt import noticing_ctrl_c
-from capdistill.training.run import describe_run, prepare_sources, require_usable
-from capdistill.training.state import restore, snapshot
-from capdistill.training.stepper import Stepper
-from capdistill.training.validation import Scoring, directions, validate
+from capdistill.training.decoder_inputs import require_unknown_word
+from capdistill.training.history import EpochSoFar, History, Row
+from capdistill.training.sources import prepare_sources, require_usable
+from capdistill.training.stepper import Scoring, Stepper, directions, validate
 
 if TYPE_CHECKING:
     from capdistill.metrics import Metric
@@ -315,3 +317,34 @@ class Trainer(Stepper):
         self._optimizer()
         restore(self, state)
         self._batches_are_lost = bool(state["skipped"])
+
+
+@contextmanager
+def noticing_ctrl_c(notice: Callable[[], bool]) -> Iterator[None]:
+    """Inside, Ctrl-C calls `notice`; what handled it before comes back afterwards.
+
+    Outside the main thread, where Python forbids handlers, nothing is changed.
+
+    Example:
+        >>> asked = []
+        >>> with noticing_ctrl_c(lambda: not asked and not asked.append("once")):
+        ...     signal.raise_signal(signal.SIGINT)
+        >>> asked
+        ['once']
+
+    Args:
+        notice: Whether the request is heeded; False is a KeyboardInterrupt at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if not notice():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:  # None: the handler was not Python's own
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)

@@ -11,18 +11,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from capdistill.errors import CapdistillError
-from capdistill.training.check.cost import check_memory, check_time
-from capdistill.training.check.learning import check_projectors, check_terms, check_trained
+from capdistill.training.check.costs import check_data, check_memory, check_options, check_time
 from capdistill.training.check.models import (
+    check_projectors,
     check_shapes,
     check_sizes,
+    check_terms,
+    check_trained,
     check_vocabularies,
     check_weights,
 )
-from capdistill.training.check.reading import check_data, check_options
-from capdistill.training.check.report import CheckReport, CheckRow
-from capdistill.training.check.trial import Trial, less_memory, made_up_batch
-from capdistill.training.check.undisturbed import undisturbed
+from capdistill.training.check.trial import (
+    CheckReport,
+    CheckRow,
+    Trial,
+    less_memory,
+    made_up_batch,
+    undisturbed,
+)
 
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer

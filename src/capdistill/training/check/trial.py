@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+import random
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +19,11 @@ from capdistill.captioner import Captioner
 from capdistill.compatibility import probe_batch
 from capdistill.data.loader import Source
 from capdistill.outputs import Batch
+from capdistill.runtime import seed_everything
 
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer
+
 
 _CAPTIONS = 5  # of an image at most, where the data decide
 _WORDS = 12  # of a made-up caption, the median of Flickr8k with its two ends
@@ -124,3 +131,122 @@ def less_memory(config: Any) -> str:
         "which train the same; or precision='bf16', a smaller encoder, or a frozen trunk with "
         "cache_features=True."
     )
+
+
+@contextmanager
+def undisturbed(trainer: Trainer) -> Iterator[None]:
+    """Afterwards weights, buffers, gradients, flags, chance, devices and trainer are as before."""
+    about, losses = dict(vars(trainer)), trainer.objective.losses
+    numbers, python = np.random.get_state(), random.getstate()
+    modules = [trainer.objective, *trainer.models]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        restore = [_remember(module) for module in modules]
+        if not getattr(trainer, "_built", True):  # what a real run builds starts from its seed
+            trainer.objective.losses = copy.deepcopy(losses)
+        seed_everything(trainer.config.seed)
+        try:
+            yield
+        finally:
+            trainer.objective.losses = losses
+            for undo in reversed(restore):
+                undo()
+            vars(trainer).clear()
+            vars(trainer).update(about)
+            np.random.set_state(numbers)
+            random.setstate(python)
+
+
+def _remember(module: nn.Module) -> Callable[[], None]:
+    """What puts a module back: its device, each part's attributes, buffers and gradients."""
+    device = next((p.device for p in module.parameters()), None)
+    parts = [(part, part.training, dict(vars(part))) for part in module.modules()]
+    buffers = [
+        (part._buffers, key, buffer, buffer.clone())
+        for part in module.modules()
+        for key, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    grads = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, _ in grads:
+        parameter.grad = None
+
+    def undo() -> None:
+        if any(p.device != device for p, _ in grads):
+            for parameter, _ in grads:
+                parameter.grad = None
+            module.to(device)
+        for part, training, attributes in parts:
+            vars(part).clear()
+            vars(part).update(attributes)
+            part.training = training
+        for table, key, buffer, value in buffers:
+            table[key] = buffer
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+        for parameter, grad in grads:
+            parameter.grad = grad
+
+    return undo
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One finding.
+
+    Args:
+        topic: What was looked at.
+        status: "ok", "note" (works, but look at it) or "fail".
+        finding: What was seen.
+        fix: What to do about it; empty where nothing needs doing.
+    """
+
+    topic: str
+    status: Literal["ok", "note", "fail"]
+    finding: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a check found; `print` it.
+
+    Example:
+        >>> row = CheckRow("memory", "fail", "20.0 GB of 8.0 GB", "Lower batch_size (now 16).")
+        >>> print(CheckReport((row,)))
+        fail  memory  20.0 GB of 8.0 GB
+                      -> Lower batch_size (now 16).
+        not ready: 1 failure, 0 notes
+
+    Args:
+        rows: The findings, in the order of looking.
+    """
+
+    rows: tuple[CheckRow, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return not self.select("fail")
+
+    def select(self, status: str) -> list[CheckRow]:
+        """The rows of one status."""
+        return [row for row in self.rows if row.status == status]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: `{"ok": bool, "rows": [{"topic", "status", "finding", "fix"}]}`."""
+        return {"ok": self.ok, "rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        width = max((len(row.topic) for row in self.rows), default=0)
+        lines = [line for row in self.rows for line in _lines(row, width)]
+        failures, notes = len(self.select("fail")), len(self.select("note"))
+        verdict = "ready" if self.ok else "not ready"
+        many = (f"{failures} failure{'s' * (failures != 1)}", f"{notes} note{'s' * (notes != 1)}")
+        return "\n".join([*lines, f"{verdict}: {', '.join(many)}"])
+
+
+def _lines(row: CheckRow, width: int) -> list[str]:
+    text = textwrap.wrap(row.finding, 100 - width - 8) or [""]
+    text += textwrap.wrap(row.fix, 100 - width - 8, initial_indent="-> ", subsequent_indent="   ")
+    heads = [f"{row.status:<4}  {row.topic:<{width}}", *[" " * (width + 6)] * (len(text) - 1)]
+    return [f"{head}  {line}".rstrip() for head, line in zip(heads, text, strict=True)]
