@@ -2,7 +2,7 @@
 
     python benchmarks/views.py --data flickr8k --out flickr8k_views --views 4
 
-Features of frozen stages are cached, and a cache can not be augmented while training. Views made
+Features of frozen stages are cached, and a cache cannot be augmented while training. Views made
 beforehand can: `flickr8k.py --data flickr8k_views --min-count 20` trains on four views of an image
 as on four images (the count of a word is four times what it was). Development images stay as they
 are. View 0 is the image itself, odd views are mirrored, views from 2 on are crops of 50 to 100 % of

@@ -22,7 +22,7 @@ teacher = cd.Captioner(eye, voice, tokenizer)
 eye = cd.encoders.create("timm", name="test_efficientnet", dim=32, weights=False, trainable="all")
 student = cd.Captioner(eye, cd.decoders.create("lstm", dim=32, hidden=128), tokenizer)
 options = {"epochs": 6, "batch_size": 8, "learning_rate": 2e-3}
-options |= {"cache_images": True, "schedule": "warmup_cosine", "encoder_rate": 0.3}
+options |= {"cache_images": True, "schedule": "warmup_cosine", "encoder_lr_scale": 0.3}
 cd.Trainer(teacher, **options).fit(data.train, data.val)
 losses = {"token": cd.TokenKD(temperature=2.0), "favourite": "favourite"}
 distiller = cd.Distiller(teacher, student, losses, {"favourite": 0.1}, **options)

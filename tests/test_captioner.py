@@ -295,7 +295,7 @@ def test_a_stream_is_read_a_batch_at_a_time():
         (None, "given as NoneType; expected a path"),
         ([pictures(1)[0], None], "given as NoneType"),
         (object(), "given as object"),
-        ("no/such.jpg", r"no/such\.jpg: the image can not be read \(No such file"),
+        ("no/such.jpg", r"no/such\.jpg: the image cannot be read \(No such file"),
         (["no/such.jpg"], r"no/such\.jpg"),
         (b"<html>", "no image that Pillow knows"),
         (torch.zeros(8), r"tensor \(8,\)"),

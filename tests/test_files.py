@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_what_to_do(tmp_path: Path) -> 
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    message = r"Can not write .*a\.txt: No space left on device\. .* has space; files written"
+    message = r"Cannot write .*a\.txt: No space left on device\. .* has space; files written"
     with pytest.raises(ConfigError, match=message) as caught:
         write_atomically(path, write)
     assert isinstance(caught.value.__cause__, OSError)
@@ -89,14 +89,14 @@ def test_content_is_on_the_disk_before_the_move(tmp_path, monkeypatch) -> None:
 def test_a_file_in_place_of_the_directory_is_an_error_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     for path in (tmp_path / "run" / "a.txt", tmp_path / "run" / "deep" / "a.txt"):
-        with pytest.raises(ConfigError, match=r"Can not write .*Give a directory that exists or"):
+        with pytest.raises(ConfigError, match=r"Cannot write .*Give a directory that exists or"):
             write_text(path, "x")
     assert (tmp_path / "run").read_text() == "a file"
 
 
 def test_a_directory_in_place_of_the_file_is_an_error_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(ConfigError, match=r"Can not write .*a\.txt: Is a directory"):
+    with pytest.raises(ConfigError, match=r"Cannot write .*a\.txt: Is a directory"):
         write_text(tmp_path / "a.txt", "x")
     assert names(tmp_path) == ["a.txt"]
 
@@ -117,7 +117,7 @@ def test_a_read_only_directory_is_an_error_that_says_so(tmp_path, monkeypatch, c
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_place_where_nothing_can_be_made_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"Can not write /proc/none/a\.txt"):
+    with pytest.raises(ConfigError, match=r"Cannot write /proc/none/a\.txt"):
         write_text("/proc/none/a.txt", "x")
 
 

@@ -150,7 +150,7 @@ def test_describe_names_distribution_version_and_signature(seen: dict[str, Any])
 def test_a_broken_plugin_is_an_error_that_names_it_twice_the_same(seen: dict[str, Any]) -> None:
     first, second = seen["broken"]
     assert first == second
-    assert first.startswith("PluginError from OSError: The plugin brokenplug 2.5 can not")
+    assert first.startswith("PluginError from OSError: The plugin brokenplug 2.5 cannot")
     assert "'broken = brokenplug.losses:Loss'" in first
     assert "boom" in seen["described"]
 

@@ -194,7 +194,7 @@ def test_a_part_that_no_registry_made_is_saved_on_request_and_given_back(tmp_pat
 
 def test_parts_that_are_given_take_the_place_of_those_described(saved):
     edit(saved, lambda content: content["encoder"].update(name="of a plugin that is gone"))
-    message = r"encoder 'of a plugin that is gone' of this captioner can not be made here: There is"
+    message = r"encoder 'of a plugin that is gone' of this captioner cannot be made here: There is"
     with pytest.raises(CheckpointError, match=message + r".*Install.*load\(directory, encoder="):
         Captioner.load(saved)
     mine = Patches()
@@ -204,7 +204,7 @@ def test_parts_that_are_given_take_the_place_of_those_described(saved):
 
 def test_arguments_that_a_part_no_longer_has_are_named(saved):
     edit(saved, lambda content: content["decoder"]["kwargs"].update(speed=3))
-    with pytest.raises(CheckpointError, match=r"decoder 'lstm' .* can not be made here: .*speed"):
+    with pytest.raises(CheckpointError, match=r"decoder 'lstm' .* cannot be made here: .*speed"):
         Captioner.load(saved)
 
 
@@ -411,7 +411,7 @@ def test_a_directory_that_is_not_there_is_named(tmp_path):
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
     (tmp_path / "toy").write_text("mine")
-    with pytest.raises(ConfigError, match="Can not write"):
+    with pytest.raises(ConfigError, match="Cannot write"):
         toy().save(tmp_path / "toy")
     assert (tmp_path / "toy").read_text() == "mine"
 

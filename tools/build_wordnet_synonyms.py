@@ -9,7 +9,7 @@ Reads NLTK's `wordnet.zip` (or a folder with data.noun, index.noun, noun.exc, ..
     paris -N ...            the word itself is no answer: it is a name, or several words
     geese =N goose          the forms that stand in place of those made by rule
 
-Left out is what can not change a score: definitions, answers of several words (METEOR compares
+Left out is what cannot change a score: definitions, answers of several words (METEOR compares
 single ones), names (it lowers all words), and words that then have no answer.
 """
 

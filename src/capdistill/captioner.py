@@ -138,7 +138,7 @@ class Captioner(nn.Module):
             options: Fields of `GenerationConfig`, over those of `generation`.
 
         Raises:
-            ConfigError: options that can not be.
+            ConfigError: options that cannot be.
         """
         plan = Plan.of(resolve(generation, options), self.tokenizer)
         with evaluating(self), torch.no_grad():
@@ -165,15 +165,15 @@ class Captioner(nn.Module):
             images: One image gives a text; an iterable of any length, or a (I, 3, H, W) array or
                 tensor, gives a list of texts in its order.
             batch_size: Images that are in memory, and in the model, at once.
-            errors: What to do about an image that can not be read: "raise", or "skip": a warning
+            errors: What to do about an image that cannot be read: "raise", or "skip": a warning
                 names it and its place in the list is None.
             details: Give a `CaptionResult` (log-probabilities, n-best, attention) for each text.
             progress: Show a bar.
             generation: As for `generate`: `beam_size=3`, `max_length=20`, `generation=config`, ...
 
         Raises:
-            DataError: an image that can not be read, by name.
-            ConfigError: batch_size < 1, or options of `generate` that can not be.
+            DataError: an image that cannot be read, by name.
+            ConfigError: batch_size < 1, or options of `generate` that cannot be.
         """
         many = is_many(images)
         wanted: dict[str, Any] = {"batch_size": batch_size, "errors": errors, "details": details}
@@ -244,7 +244,7 @@ class Captioner(nn.Module):
                 be given that part.
 
         Raises:
-            ConfigError: a part was not made by a registry, or the directory can not be written.
+            ConfigError: a part was not made by a registry, or the directory cannot be written.
         """
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "decoder": self.decoder}
         description = {

@@ -22,7 +22,7 @@ class CapdistillError(Exception):
 
 
 class ConfigError(CapdistillError, ValueError):
-    """An option, a name or a combination of options that can not work."""
+    """An option, a name or a combination of options that cannot work."""
 
 
 class UnknownName(ConfigError, KeyError):
@@ -37,7 +37,7 @@ class IncompatibleModels(CapdistillError, ValueError):
 
 
 class PluginError(CapdistillError, ImportError):
-    """A plugin that can not be loaded; names its distribution and the cause."""
+    """A plugin that cannot be loaded; names its distribution and the cause."""
 
 
 class MissingExtra(CapdistillError, ImportError):
@@ -49,7 +49,7 @@ class CheckpointError(CapdistillError, RuntimeError):
 
 
 class DataError(CapdistillError, ValueError):
-    """An image, a caption file or a data set that can not be used; names file and line."""
+    """An image, a caption file or a data set that cannot be used; names file and line."""
 
 
 class NotFiniteLoss(CapdistillError, FloatingPointError):
@@ -84,7 +84,7 @@ def parse(cls: type[C], values: dict[str, Any], what: str) -> C:
 Did you mean 'epochs'? ...
 
     Raises:
-        ConfigError: an unknown option, with the nearest one, or a value that can not be.
+        ConfigError: an unknown option, with the nearest one, or a value that cannot be.
     """
     try:
         return cls(**values)

@@ -26,7 +26,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         write: Given the temporary path, writes all content to it.
 
     Raises:
-        ConfigError: the directory can not be written (read-only, full, or a file); what stood
+        ConfigError: the directory cannot be written (read-only, full, or a file); what stood
             at `path` stays as it was, as it does whatever else `write` raises.
     """
     path = Path(path)
@@ -42,7 +42,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"Can not write {path}: {error.strerror or error}. Give a directory that exists or "
+            f"Cannot write {path}: {error.strerror or error}. Give a directory that exists or "
             "can be made, is writable and has space; files written earlier were left as they are."
         ) from error
 

@@ -247,7 +247,7 @@ def _maps(result: CaptionResult) -> Any:
     """(T, h, w) attention over the map."""
     if result.attention is None:
         raise ConfigError(
-            "plots.attention: the result holds no attention. Its decoder can not show it "
+            "plots.attention: the result holds no attention. Its decoder cannot show it "
             "(has_attention is False); use one that can, such as 'lstm' or 'transformer'."
         )
     if result.grid is None:
@@ -284,7 +284,7 @@ def _titled(token: str, log_prob: float) -> str:
 
 
 def require_matplotlib() -> None:
-    """Say at once, rather than after the work, that pictures can not be drawn.
+    """Say at once, rather than after the work, that pictures cannot be drawn.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -300,7 +300,7 @@ def new_figure(path: str | Path | None) -> Figure:
     """Without pyplot: no window, no state, any thread.
 
     Args:
-        path: Where it will be written; a kind that can not be is refused before anything is drawn.
+        path: Where it will be written; a kind that cannot be is refused before anything is drawn.
 
     Raises:
         MissingExtra: matplotlib is not installed.

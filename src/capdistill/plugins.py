@@ -69,7 +69,7 @@ class Plugin:
             raise
         except BaseException as cause:  # a plugin may even call sys.exit
             raise PluginError(
-                f"The plugin {self.origin} can not be loaded: its entry point '{self.text}' in "
+                f"The plugin {self.origin} cannot be loaded: its entry point '{self.text}' in "
                 f"'{self.entry.group}' ended with {type(cause).__name__}: {cause}. "
                 f"Repair, update or uninstall {self.distribution}; all other names still work."
             ) from cause
@@ -101,7 +101,7 @@ def _one_by_one(group: str, unreadable: list[str]) -> Iterator[metadata.EntryPoi
         except Exception as cause:
             owner = " ".join(_owner(distribution))
             unreadable.append(
-                f"The entry points of {owner} can not be read ({type(cause).__name__}: {cause}) "
+                f"The entry points of {owner} cannot be read ({type(cause).__name__}: {cause}) "
                 f"and are left out of '{group}'. Reinstall or uninstall it."
             )
 
@@ -112,7 +112,7 @@ def _owner(distribution: metadata.Distribution | None) -> tuple[str, str]:
     try:
         found = distribution.metadata
         return found["Name"] or _NOBODY[0], found["Version"] or _NOBODY[1]
-    except Exception:  # no METADATA, or one that can not be read
+    except Exception:  # no METADATA, or one that cannot be read
         return _NOBODY
 
 

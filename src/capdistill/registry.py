@@ -63,7 +63,7 @@ class Description:
         signature: How to call it.
         docstring: What it says of itself.
         shadowed: Who else claims the name and is not used.
-        error: Why it can not be used; empty where it can.
+        error: Why it cannot be used; empty where it can.
     """
 
     kind: str
@@ -77,7 +77,7 @@ class Description:
     def __str__(self) -> str:
         lines = [f"{self.kind} '{self.name}' ({self.origin})", self.signature, self.docstring]
         lines += [f"shadows {claim}" for claim in self.shadowed]
-        lines += [f"can not be used: {self.error}"] if self.error else []
+        lines += [f"cannot be used: {self.error}"] if self.error else []
         return "\n".join(line for line in lines if line)
 
 
@@ -194,12 +194,12 @@ Available: path, square.
     def _add(self, name: str, cls: type[T], override: bool) -> None:
         if not (isinstance(cls, type) and issubclass(cls, self.base)):
             raise ConfigError(
-                f"{cls!r} can not be registered as {self.kind} '{name}': it does not subclass "
+                f"{cls!r} cannot be registered as {self.kind} '{name}': it does not subclass "
                 f"{self.base.__qualname__}. Derive it from "
                 f"{self.base.__module__}.{self.base.__qualname__}."
             )
         if not name or ":" in name:
-            raise ConfigError(f"'{name}' can not name a {self.kind}: use a word without ':'.")
+            raise ConfigError(f"'{name}' cannot name a {self.kind}: use a word without ':'.")
         taken = self._own(name)
         if taken and not override:
             raise ConfigError(
@@ -273,7 +273,7 @@ Available: path, square.
         except TypeError as error:
             given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
             raise ConfigError(
-                f"The {self.kind} '{name}' can not be created with ({given}): {error}. "
+                f"The {self.kind} '{name}' cannot be created with ({given}): {error}. "
                 f"Its signature is {name}{signature}."
             ) from error
 

@@ -76,7 +76,7 @@ def write(
     """Weights, tokenizer and description, each written atomically.
 
     Raises:
-        ConfigError: the directory can not be written.
+        ConfigError: the directory cannot be written.
     """
     state = {
         key.replace(_COMPILED, ""): value.detach().to("cpu", copy=True).contiguous()
@@ -127,7 +127,7 @@ def make_part(content: Description, kind: str) -> Any:
         return registry.create(name, **_without_hub(registry.get(name), described["kwargs"]))
     except ConfigError as error:
         raise CheckpointError(
-            f"The {kind} '{name}' of this captioner can not be made here: {error} "
+            f"The {kind} '{name}' of this captioner cannot be made here: {error} "
             f"Install the package that it came from, or {fix}."
         ) from error
 

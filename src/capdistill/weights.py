@@ -28,7 +28,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Tensors of a safetensors file or of a `torch.save`d state dict, on the CPU.
 
     The content decides which it is, not the file's name. A state dict is read with
-    `weights_only=True`, so that a file can not run code; where it is wrapped as training scripts
+    `weights_only=True`, so that a file cannot run code; where it is wrapped as training scripts
     do (`{"state_dict": ...}`, `{"model": ...}`), the wrapped one is taken.
 
     Example:
@@ -55,7 +55,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         content = _read_torch(path) if _is_torch(path) else load_file(path)
     except Exception as error:  # the readers raise a dozen kinds, all mean the same
         raise CheckpointError(
-            f"'{path}' ({path.stat().st_size:,} bytes) can not be read as weights: it is "
+            f"'{path}' ({path.stat().st_size:,} bytes) cannot be read as weights: it is "
             f"truncated, or neither safetensors nor a plain state dict ({_first_line(error)}). "
             "Fetch it again, or save it with safetensors.torch.save_file(model.state_dict(), path)."
         ) from error
@@ -231,7 +231,7 @@ def load_backbone(
         convert: Resamples position embeddings and the like; it changes no other shape.
 
     Raises:
-        CheckpointError: the file can not be read, or does not fit; keys and shapes are listed.
+        CheckpointError: the file cannot be read, or does not fit; keys and shapes are listed.
     """
     own: State = backbone.state_dict()
     heads = tuple(f"{head}." for head in classifiers)
@@ -249,7 +249,7 @@ def _converted(state: State, own: State, convert: Callable[[State], State]) -> S
     """What timm's own filters make of a file, except where they would hide a wrong shape."""
     try:
         converted = dict(convert(dict(state)))
-    except Exception:  # what they can not read is compared as it is, and listed
+    except Exception:  # what they cannot read is compared as it is, and listed
         return state
     for key in converted.keys() & state.keys() & own.keys():
         resized = state[key].ndim == own[key].ndim and state[key].shape != own[key].shape
@@ -288,16 +288,16 @@ def reachable(url: str, seconds: float = 5.0) -> bool:
 
 
 def unavailable(name: str, source: str, cache: str, reason: str) -> CheckpointError:
-    """The error for pretrained weights that can not be had.
+    """The error for pretrained weights that cannot be had.
 
     Example:
         >>> print(unavailable("resnet50", "https://hub", "~/.cache", "it does not answer"))
-        The pretrained weights of 'resnet50' are not in the cache (~/.cache) and can not be had
+        The pretrained weights of 'resnet50' are not in the cache (~/.cache) and cannot be had
         from https://hub: it does not answer.
         Fetch them elsewhere and give weights="path/to/file", or weights=False for random weights.
     """
     return CheckpointError(
-        f"The pretrained weights of '{name}' are not in the cache ({cache}) and can not be had\n"
+        f"The pretrained weights of '{name}' are not in the cache ({cache}) and cannot be had\n"
         f"from {source}: {reason}.\n"
         'Fetch them elsewhere and give weights="path/to/file", or weights=False for random weights.'
     )

@@ -65,4 +65,4 @@ def test_the_demo_refuses_a_place_that_can_not_be_written_at_once(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert main(["demo", "--out", str(tmp_path / "file")]) == 1
-    assert "Can not write" in capsys.readouterr().err
+    assert "Cannot write" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def test_a_broken_plugin_is_shown_and_hurts_nobody(
     lines = capsys.readouterr().out.splitlines()
     [line] = [line for line in lines if line.startswith("  bad ")]
     assert "badplug 1.0" in line
-    assert "can not be used" in line
+    assert "cannot be used" in line
     assert any(line.startswith("  token ") for line in lines)
 
 

@@ -51,7 +51,7 @@ def test_an_output_that_can_not_be_written_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert main(["compare", "absent", "absent", *DATA, "--out", str(tmp_path / "file")]) == 1
-    assert "Can not write" in capsys.readouterr().err
+    assert "Cannot write" in capsys.readouterr().err
 
 
 def test_a_split_that_is_not_there_is_named(

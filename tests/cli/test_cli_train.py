@@ -135,9 +135,9 @@ def test_ctrl_c_saves_says_how_to_go_on_and_is_exit_code_130(
         (["--set", "losses.x.name=tokne"], "no loss 'tokne'. Did you mean 'token'"),
         (["--set", "weights.tokens=1"], "no term 'tokens'. Did you mean 'token'"),
         (["--set", "train.monitor=cidre"], "nothing called 'cidre' is measured"),
-        (["--set", "student.encoder.name=timm"], "can not both be given"),
+        (["--set", "student.encoder.name=timm"], "cannot both be given"),
         (["--set", 'student.preset=""'], "expected a preset, or an encoder and a decoder"),
-        (["--set", "student.encoder.kwargs.nam=1"], "can not be created with"),
+        (["--set", "student.encoder.kwargs.nam=1"], "cannot be created with"),
         (["--set", "tokenizer.min_count=1"], "vocabular"),
         (["--set", "tokenizer.min_count=999"], "999 times"),
         (["--device", "gpu"], "Use 'auto', 'cpu'"),
@@ -184,7 +184,7 @@ def test_an_output_that_is_a_file_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("kept")
     message = refused(distill(teacher, tmp_path / "file"), capsys)
-    assert "Can not write" in message
+    assert "Cannot write" in message
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -195,7 +195,7 @@ def test_a_read_only_output_is_refused(
     tmp_path.chmod(0o555)
     message = refused(distill(teacher, tmp_path / "run"), capsys)
     tmp_path.chmod(0o755)
-    assert "Can not write" in message
+    assert "Cannot write" in message
 
 
 def test_a_run_without_output_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

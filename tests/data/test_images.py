@@ -209,7 +209,7 @@ def test_arrays_and_tensors_become_the_same_pixels(array: object) -> None:
         (io.StringIO("text"), "'rb'"),
         (42, "given as int"),
         ("missing.jpg", r"missing\.jpg.*No such file"),
-        ("a\0b.jpg", "can not be read"),
+        ("a\0b.jpg", "cannot be read"),
     ],
     ids=str,
 )

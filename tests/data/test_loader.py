@@ -67,7 +67,7 @@ def test_broken_images_are_left_out_and_named(
     half_broken: CaptionData, tokenizer: WordTokenizer, workers: int, train: bool
 ) -> None:
     loader = Loader(
-        half_broken, tokenizer, image_size=16, batch_size=2, train=train, workers=workers
+        half_broken, tokenizer, image_size=16, batch_size=2, train=train, num_workers=workers
     )
     batches = list(loader)
 
@@ -87,7 +87,7 @@ def test_broken_images_are_left_out_and_named(
 def test_strict_reading_names_the_path(
     half_broken: CaptionData, tokenizer: WordTokenizer, workers: int
 ) -> None:
-    loader = Loader(half_broken, tokenizer, image_size=16, errors="raise", workers=workers)
+    loader = Loader(half_broken, tokenizer, image_size=16, errors="raise", num_workers=workers)
     with pytest.raises(DataError, match=r"half\.jpg"):
         list(loader)
 
@@ -108,7 +108,7 @@ def test_epochs_are_the_same_with_and_without_workers(
     data = several(tmp_path)
     options: dict[str, Any] = {"image_size": 16, "batch_size": 3, "train": True, "flip": True}
     alone = Loader(data, tokenizer, **options)
-    helped = Loader(data, tokenizer, workers=2, start_method=start_method, **options)
+    helped = Loader(data, tokenizer, num_workers=2, start_method=start_method, **options)
     state = torch.get_rng_state()
 
     for epoch in (1, 0):
@@ -121,7 +121,7 @@ def test_an_abandoned_epoch_does_not_leak_into_the_next(
     tmp_path: Path, tokenizer: WordTokenizer
 ) -> None:
     data = several(tmp_path)
-    loader = Loader(data, tokenizer, image_size=16, batch_size=1, train=True, workers=1)
+    loader = Loader(data, tokenizer, image_size=16, batch_size=1, train=True, num_workers=1)
     for _ in loader.epoch(0):
         break
     ids = [batch.image_ids for batch in loader.epoch(1)]
@@ -131,7 +131,7 @@ def test_an_abandoned_epoch_does_not_leak_into_the_next(
 
 def test_two_epochs_at_once_do_not_mix(tmp_path: Path, tokenizer: WordTokenizer) -> None:
     data = several(tmp_path, n=3)
-    loader = Loader(data, tokenizer, image_size=16, batch_size=1, train=True, workers=1)
+    loader = Loader(data, tokenizer, image_size=16, batch_size=1, train=True, num_workers=1)
     both = list(zip(loader.epoch(0), loader.epoch(3), strict=True))
     for n, epoch in enumerate((0, 3)):
         ids = [batch.image_ids for batch in loader.epoch(epoch)]
@@ -141,7 +141,7 @@ def test_two_epochs_at_once_do_not_mix(tmp_path: Path, tokenizer: WordTokenizer)
 def test_ctrl_c_leaves_the_workers_to_finish_the_step(
     tmp_path: Path, tokenizer: WordTokenizer
 ) -> None:
-    loader = Loader(several(tmp_path), tokenizer, image_size=16, batch_size=1, workers=1)
+    loader = Loader(several(tmp_path), tokenizer, image_size=16, batch_size=1, num_workers=1)
     batches = loader.epoch(0)
     next(batches)
     for worker in multiprocessing.active_children():
@@ -322,7 +322,7 @@ def test_a_mistake_in_the_users_data_set_is_not_hidden(tokenizer: WordTokenizer)
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_size": 0}, {"captions_per_image": 0}, {"workers": -1}, {"image_size": 0}],
+    [{"batch_size": 0}, {"captions_per_image": 0}, {"num_workers": -1}, {"image_size": 0}],
     ids=lambda options: next(iter(options)),
 )
 def test_numbers_that_can_not_work_are_refused(

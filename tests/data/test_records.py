@@ -40,7 +40,7 @@ def test_a_split_holds_every_image_once() -> None:
 
 
 def test_a_split_of_too_few_images_is_refused() -> None:
-    with pytest.raises(DataError, match="1 images can not be split"):
+    with pytest.raises(DataError, match="1 images cannot be split"):
         many(1).split(val=0.1)
 
 

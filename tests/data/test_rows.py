@@ -77,5 +77,5 @@ def test_what_is_not_json_is_named(text: str) -> None:
 
 
 def test_a_missing_caption_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.txt can not be read"):
+    with pytest.raises(DataError, match=r"none\.txt cannot be read"):
         read_text(tmp_path / "none.txt")

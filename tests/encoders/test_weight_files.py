@@ -148,7 +148,7 @@ def test_a_state_dict_is_read_alone_or_as_training_scripts_wrap_it(tmp_path, wra
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save(nn.Linear(1, 1), tmp_path / "model.pt")
 
-    with pytest.raises(CheckpointError, match="can not be read as weights"):
+    with pytest.raises(CheckpointError, match="cannot be read as weights"):
         read_state_dict(tmp_path / "model.pt")
 
 
@@ -158,7 +158,7 @@ def test_a_truncated_or_foreign_file_is_refused_by_name(tmp_path, content):
     save_file({"weight": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:200] if content == "half" else content)
 
-    with pytest.raises(CheckpointError, match=r"w.safetensors.*bytes\) can not be read"):
+    with pytest.raises(CheckpointError, match=r"w.safetensors.*bytes\) cannot be read"):
         read_state_dict(path)
 
 

@@ -1,4 +1,4 @@
-"""Options: what can not be is refused, with the field and the fix."""
+"""Options: what cannot be is refused, with the field and the fix."""
 
 from __future__ import annotations
 

@@ -106,14 +106,14 @@ def _text(value: object) -> np.ndarray:
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: dict) -> None:
     arrays = {**_arrays(tmp_path / "good.npz"), **damage}
     np.savez(tmp_path / "bad.npz", **arrays)
-    with pytest.raises(DataError, match=r"bad\.npz can not be read.*count\(references\)"):
+    with pytest.raises(DataError, match=r"bad\.npz cannot be read.*count\(references\)"):
         DocumentFrequencies.load(tmp_path / "bad.npz")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"PK\x03\x04 cut"])
 def test_another_kind_of_file_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f.npz").write_bytes(content)
-    with pytest.raises(DataError, match=r"f\.npz can not be read"):
+    with pytest.raises(DataError, match=r"f\.npz cannot be read"):
         DocumentFrequencies.load(tmp_path / "f.npz")
-    with pytest.raises(DataError, match=r"none\.npz can not be read.*No such file"):
+    with pytest.raises(DataError, match=r"none\.npz cannot be read.*No such file"):
         DocumentFrequencies.load(tmp_path / "none.npz")

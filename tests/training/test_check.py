@@ -260,8 +260,8 @@ def test_a_teacher_that_knows_the_captions_is_no_note():
 
 def test_slow_data_are_a_note_with_ways_out():
     row = only(check_training(trainer(), Pictures(pause=0.1)), "loading", "note")
-    assert "workers=0" in row.finding
-    assert "workers=" in row.fix
+    assert "num_workers=0" in row.finding
+    assert "num_workers=" in row.fix
     assert "cache_images=True" in row.fix
 
 
@@ -330,7 +330,7 @@ def test_memory_that_does_not_suffice_fails_with_the_fix(monkeypatch):
     monkeypatch.setattr("capdistill.training.check.costs._memory_of", lambda device: 1000)
     row = only(check_training(trainer()), "memory", "fail")
     assert "batch_size=2 (now 4)" in row.fix
-    assert "accumulate=2" in row.fix
+    assert "accumulation_steps=2" in row.fix
 
 
 def test_running_out_of_memory_is_a_row(monkeypatch):
@@ -376,7 +376,7 @@ def test_check_then_fit_equals_fit_alone(make):
     def weights(checked):
         torch.manual_seed(0)
         losses = {"token": "token", "hidden": "hidden"}
-        one = distiller(make(), losses=losses, epochs=2, encoder_rate=1.0)
+        one = distiller(make(), losses=losses, epochs=2, encoder_lr_scale=1.0)
         if checked:
             assert check_training(one, Pictures(), Pictures()).ok
         one.fit(Pictures())

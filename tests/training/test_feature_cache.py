@@ -177,7 +177,7 @@ def test_a_corrupt_picture_is_left_out_and_named_with_the_cache_too(
         with pytest.warns(UserWarning, match=r"g0\.png"):
             cached(frozen(), colours, tmp_path)
     with pytest.warns(UserWarning, match=r"g0\.png"):
-        trainer = cached(frozen(), colours, tmp_path, workers=workers)
+        trainer = cached(frozen(), colours, tmp_path, num_workers=workers)
     row = trainer.history.epochs[-1]
     assert (row["images"], row["skipped"], row["val"]["images"]) == (5, 1, 5)
 
@@ -205,7 +205,7 @@ def test_a_cache_directory_that_can_not_be_written_is_a_clear_error(
     colours: CaptionData, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("taken")
-    with pytest.raises(ConfigError, match=r"Can not write.*file/cache"):
+    with pytest.raises(ConfigError, match=r"Cannot write.*file/cache"):
         cached(frozen(), colours, tmp_path / "file" / "cache")
 
 

@@ -86,7 +86,7 @@ def test_broken_pictures_are_left_out_and_said(
 ) -> None:
     train = CaptionData([good[0], bad[0], *bad[1:4], *good[1:]])
     val = CaptionData([good[0], bad[4], good[1]])
-    tested = trainer(workers=workers, epochs=2, log_every=1)
+    tested = trainer(num_workers=workers, epochs=2, log_every=1)
     tested.captioner.tokenizer = WordTokenizer(["a", "picture", *COLOURS[:4]])
     seen = Seen(tested)
     with pytest.warns(UserWarning, match="5 images could not be used and were left out") as caught:
@@ -117,7 +117,7 @@ def test_nothing_but_broken_pictures_is_one_error_before_the_first_step(
     good: list[Example], bad: list[Example], workers: int
 ) -> None:
     for train, val in ((bad, None), (good, bad)):
-        tested = trainer(workers=workers)
+        tested = trainer(num_workers=workers)
         with pytest.raises(DataError, match=r"(?s)None of the 5 images.*5 corrupt image"):
             tested.fit(CaptionData(train), val and CaptionData(val))
         assert tested.step_count == 0

@@ -168,7 +168,7 @@ def test_what_a_callback_raises_reaches_the_caller_and_the_captioner_is_ready() 
 def test_a_full_disk_while_logging_is_a_clear_error(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl")
     history.path = tmp_path / "gone" / "h.jsonl"
-    with pytest.raises(ConfigError, match=r"Can not write.*h\.jsonl.*resume=True"):
+    with pytest.raises(ConfigError, match=r"Cannot write.*h\.jsonl.*resume=True"):
         history.append({"kind": "step", "step": 1})
 
 

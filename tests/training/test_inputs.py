@@ -179,7 +179,7 @@ def test_stop_and_resume_equals_one_run(
 
     whole = run("whole")
     run("parts", callbacks=[Stop()])
-    rest = run("parts", seed=8, resume=True, workers=2)
+    rest = run("parts", seed=8, resume=True, num_workers=2)
     assert tiny.same_bits(rest.objective.state_dict(), whole.objective.state_dict())
 
 

@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_run_with_and_without_workers(colours: Capt
     for workers, chance, seed in ((0, 1, 5), (2, 2, 5), (0, 3, 6)):
         student = tiny.make_student(dropout=0.3)
         torch.manual_seed(chance)
-        trainer = distiller(student, workers=workers, seed=seed, epochs=2)
+        trainer = distiller(student, num_workers=workers, seed=seed, epochs=2)
         trainer.fit(colours, colours)
         runs.append((tiny.weights_of(trainer.objective), timeless(trainer.history)))
     assert tiny.same_bits(runs[0][0], runs[1][0])
@@ -147,7 +147,7 @@ def test_a_second_ctrl_c_stops_at_once_and_gives_the_handler_back(colours: Capti
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-# -- states that can not be used ------------------------------------------------------------
+# -- states that cannot be used ------------------------------------------------------------
 
 
 def one_epoch_then(saveable: Make, colours: CaptionData, out: Path, epochs: int) -> Distiller:
@@ -250,7 +250,7 @@ def test_an_output_directory_that_can_not_be_written_fails_before_the_first_step
 ) -> None:
     (tmp_path / "file").write_text("taken")
     trainer = distiller(saveable())
-    with pytest.raises(ConfigError, match=r"Can not write.*file/run"):
+    with pytest.raises(ConfigError, match=r"Cannot write.*file/run"):
         trainer.fit([tiny.make_batch([2])], out=tmp_path / "file" / "run")
     assert trainer.step_count == 0
 
@@ -282,7 +282,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_earlier_files_intact(
     assert {path.name for path in before} == {"state.pt"}
     state = load_state(tmp_path / "state.pt")
     state["ballast"] = torch.rand(300_000)
-    with files_limited_to(400_000), pytest.raises(ConfigError, match=r"Can not write .*state"):
+    with files_limited_to(400_000), pytest.raises(ConfigError, match=r"Cannot write .*state"):
         save_state(tmp_path / "state.pt", state)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
 

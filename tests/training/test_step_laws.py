@@ -22,7 +22,7 @@ from capdistill.runtime import evaluating
 
 WEIGHTS = {"ce": 0.5, "token": 0.7, "feature": 0.4, "hidden": 0.3}
 SEVEN = [3, 1, 2, 4, 1, 5, 2]  # words of the captions, case 10
-SGD = {"learning_rate": 0.01, "encoder_rate": 1.0, "weight_decay": 0.0, "clip": None}
+SGD = {"learning_rate": 0.01, "encoder_lr_scale": 1.0, "weight_decay": 0.0, "max_grad_norm": None}
 
 
 def plain(**options: Any) -> Trainer:
@@ -70,8 +70,8 @@ def require_same_step(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
 @both
 def test_more_padding_changes_neither_loss_nor_gradients(make: Callable[..., Trainer]) -> None:
     batch = tiny.make_batch([3, 1, 2, 5], k=2)
-    alone = gradients(make(clip=None), batch)
-    require_same_step(alone, gradients(make(clip=None), tiny.pad(batch, 4)))
+    alone = gradients(make(max_grad_norm=None), batch)
+    require_same_step(alone, gradients(make(max_grad_norm=None), tiny.pad(batch, 4)))
 
 
 @both
@@ -83,8 +83,8 @@ def test_splitting_into_micro_batches_changes_nothing(
     for size in cut:
         parts.append(tiny.make_batch(words[start : start + size], first=start))
         start += size
-    whole = gradients(make(clip=None), tiny.merge(parts))
-    require_same_step(whole, gradients(make(clip=None), *parts))
+    whole = gradients(make(max_grad_norm=None), tiny.merge(parts))
+    require_same_step(whole, gradients(make(max_grad_norm=None), *parts))
 
 
 def one_by_one(words: list[int]) -> list[Batch]:
@@ -135,7 +135,9 @@ def test_the_last_accumulation_group_is_divided_by_what_it_holds(
     make: Callable[..., Trainer],
 ) -> None:
     batches, watch = one_by_one(SEVEN), Watch()
-    trainer = with_sgd(make(accumulate=4, epochs=2, schedule="constant", log_every=1, **SGD))
+    trainer = with_sgd(
+        make(accumulation_steps=4, epochs=2, schedule="constant", log_every=1, **SGD)
+    )
     history = trainer.fit(batches, callbacks=[watch])
 
     expected = by_hand(make(), [batches[:4], batches[4:]] * 2)
@@ -159,7 +161,7 @@ def test_target_tokens_of_a_group_are_counted_with_the_end_token() -> None:
 @both
 def test_a_run_shorter_than_one_group_makes_one_update(make: Callable[..., Trainer]) -> None:
     batches = one_by_one(SEVEN[:3])
-    trainer = with_sgd(make(accumulate=4, epochs=1, schedule="constant", **SGD))
+    trainer = with_sgd(make(accumulation_steps=4, epochs=1, schedule="constant", **SGD))
     trainer.fit(batches)
     expected = by_hand(make(), [batches])
     assert trainer.step_count == 1
@@ -168,7 +170,7 @@ def test_a_run_shorter_than_one_group_makes_one_update(make: Callable[..., Train
 
 def test_an_epoch_weighs_every_token_alike() -> None:
     batches = one_by_one(SEVEN)
-    trainer = with_sgd(plain(accumulate=4, epochs=1, **{**SGD, "learning_rate": 1e-12}))
+    trainer = with_sgd(plain(accumulation_steps=4, epochs=1, **{**SGD, "learning_rate": 1e-12}))
     history = trainer.fit(batches)
     batch, student = tiny.merge(batches), tiny.make_student()
     mask = batch.target_mask
@@ -189,8 +191,8 @@ def test_terms_are_forward_only_and_work_before_any_fit() -> None:
 
 def test_the_gradient_is_clipped_to_the_limit_and_its_norm_reported() -> None:
     batch = tiny.make_batch([3, 2])
-    row, grads = gradients(plain(clip=None), batch)
-    _, clipped = gradients(plain(clip=row["gradient_norm"] / 2), batch)
+    row, grads = gradients(plain(max_grad_norm=None), batch)
+    _, clipped = gradients(plain(max_grad_norm=row["gradient_norm"] / 2), batch)
     norm = torch.cat([grad.flatten() for grad in grads.values()]).norm()
     assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
     assert_close(clipped, {key: grad / 2 for key, grad in grads.items()}, rtol=1e-4, atol=1e-7)
@@ -205,7 +207,7 @@ def test_a_row_tells_the_rate_that_the_step_took() -> None:
 
 def test_loss_scaling_changes_nothing_with_accumulation_and_clipping() -> None:
     parts = [tiny.make_batch([3, 1]), tiny.make_batch([2], first=2)]
-    plainly, scaled = with_sgd(plain(clip=0.1)), with_sgd(plain(clip=0.1))
+    plainly, scaled = with_sgd(plain(max_grad_norm=0.1)), with_sgd(plain(max_grad_norm=0.1))
     scaled._place()
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     rows = [trainer.step(*parts) for trainer in (plainly, scaled)]

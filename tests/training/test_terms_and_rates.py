@@ -98,9 +98,9 @@ def test_losses_are_objects_names_or_dicts() -> None:
         ({"token": "tokne"}, UnknownName, "Did you mean 'token'"),
         ({"token": {"temperature": 2.0}}, ConfigError, "a dict with 'name'"),
         ({"token": 3}, ConfigError, "'token' was given 3"),
-        ({"ce": "token"}, ConfigError, "'ce' can not name a term"),
-        ({"a.b": "token"}, ConfigError, "can not name a term"),
-        ({"keys": "token"}, ConfigError, "can not name a term"),
+        ({"ce": "token"}, ConfigError, "'ce' cannot name a term"),
+        ({"a.b": "token"}, ConfigError, "cannot name a term"),
+        ({"keys": "token"}, ConfigError, "cannot name a term"),
     ],
 )
 def test_losses_that_can_not_be_are_refused(losses: Any, error: Any, said: str) -> None:

@@ -50,7 +50,7 @@ def caption_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.Arg
 
 
 def run(options: argparse.Namespace) -> int:
-    """One line an image, `path<TAB>caption`; an image that can not be read is named on stderr."""
+    """One line an image, `path<TAB>caption`; an image that cannot be read is named on stderr."""
     from capdistill.captioner import Captioner
     from capdistill.runtime import pick_device
 

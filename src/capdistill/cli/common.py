@@ -326,10 +326,10 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
 
 def require_writable(directory: str | Path) -> None:
-    """Find out now, not after an hour of work, that a directory can not be written.
+    """Find out now, not after an hour of work, that a directory cannot be written.
 
     Raises:
-        ConfigError: it can not; the message says why.
+        ConfigError: it cannot; the message says why.
     """
     probe = Path(directory) / ".capdistill-probe"
     write_text(probe, "")

@@ -31,7 +31,7 @@ _LOOKS = 1  # photos in the report with what each model looked at
 _TRAINING = {
     "batch_size": 8,
     "learning_rate": 3e-3,
-    "encoder_rate": 0.3,  # random encoders have everything to learn
+    "encoder_lr_scale": 0.3,  # random encoders have everything to learn
     "schedule": "warmup_cosine",
     "cache_images": True,
     "patience": None,

@@ -136,9 +136,9 @@ def _data(options: argparse.Namespace) -> Splits:
 
 
 def _evaluation_options(options: argparse.Namespace, data: Splits) -> dict[str, Any]:
-    names = ("batch_size", "device", "precision", "workers", "measure")
+    names = ("batch_size", "device", "precision", "num_workers", "measure")
     given = {name: getattr(options, name) for name in names}
-    whole = "train" in data and options.limit is None  # a part can not tell what is novel
+    whole = "train" in data and options.limit is None  # a part cannot tell what is novel
     return {
         **given,
         "generation": generation_values(options) or None,
@@ -151,7 +151,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val", help="of the data (default: %(default)s)")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once")
-    group.add_argument("--workers", type=int, default=0, metavar="N", help="reading processes")
+    group.add_argument("--num-workers", type=int, default=0, metavar="N", help="reading processes")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     group.add_argument("--precision", default="auto", help="auto, bf16, fp16 or fp32")
     group.add_argument(
@@ -377,7 +377,7 @@ def _require_same_images(
     there = [image for image in theirs if image not in ours]
     if here or there:
         raise DataError(
-            f"{results} and {against} are not of the same images, so their scores can not be "
+            f"{results} and {against} are not of the same images, so their scores cannot be "
             f"compared. Only in the first: {first(here)}. Only in the second: {first(there)}. Give "
             "both one caption for each of the same images; '' is a caption."
         )

@@ -86,4 +86,4 @@ def _text(vocabulary: int, sizes: list[dict[str, Any]], parts: dict[str, Any]) -
 
 def _remark(part: dict[str, Any]) -> str:
     shadows = "".join(f" [shadows {claim}]" for claim in part["shadows"])
-    return (f"can not be used: {part['error']}" if part["error"] else part["summary"]) + shadows
+    return (f"cannot be used: {part['error']}" if part["error"] else part["summary"]) + shadows

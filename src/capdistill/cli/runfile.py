@@ -124,7 +124,7 @@ def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
         (3, 'debug_student', None)
 
     Raises:
-        ConfigError: an unknown key, with the nearest one, or a value that can not be.
+        ConfigError: an unknown key, with the nearest one, or a value that cannot be.
     """
     checked = dict(values)
     options = DistillConfig if cls is DistillRun else TrainConfig
@@ -173,7 +173,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path} can not be read as a run file ({error}). Expected a JSON object such as the "
+            f"{path} cannot be read as a run file ({error}). Expected a JSON object such as the "
             f"{NAME} in the directory of a run."
         ) from error
     if not isinstance(content, dict):
@@ -203,7 +203,7 @@ def write_resolved(run: RunConfig) -> Path | None:
     """Write the run file, every default filled in, to the run's directory.
 
     Raises:
-        ConfigError: the directory can not be written.
+        ConfigError: the directory cannot be written.
     """
     if run.out is None:
         return None
@@ -334,7 +334,7 @@ def _preset(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner
     for kind, part in (("encoder", section.encoder), ("decoder", section.decoder)):
         if part is not None and part.name is not None:
             raise ConfigError(
-                f"{what}: a preset ('{section.preset}') and {kind}.name ('{part.name}') can not "
+                f"{what}: a preset ('{section.preset}') and {kind}.name ('{part.name}') cannot "
                 f"both be given. Leave out the preset, or change its {kind} with {kind}.kwargs."
             )
         changes[kind] = part.kwargs if part is not None else {}

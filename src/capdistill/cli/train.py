@@ -52,7 +52,7 @@ _TRAINING_FLAGS = {
     "captions_per_image": (int, "captions of an image a step; else as the data have, at most 5"),
     "learning_rate": (float, "peak rate"),
     "seed": (int, "of everything drawn by chance"),
-    "workers": (int, "processes that read images"),
+    "num_workers": (int, "processes that read images"),
     "device": (str, "auto, cpu, cuda, ..."),
     "precision": (str, "auto, bf16, fp16 or fp32"),
 }
@@ -109,7 +109,7 @@ def execute(run: RunConfig, data: Splits, *, resume: bool = False) -> tuple[Trai
     """Write the resolved run file, then train.
 
     Raises:
-        ConfigError: no output directory, or one that can not be written.
+        ConfigError: no output directory, or one that cannot be written.
     """
     from capdistill.cli.runfile import make_trainer
 

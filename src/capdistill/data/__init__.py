@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from capdistill.data.loader import Loader
 
 _PUBLIC = {
-    "CaptionData": "records",
+    "CaptionData": "dataset",
     "CocoCaptions": "coco",
-    "Example": "records",
+    "Example": "dataset",
     "Flickr8k": "flickr8k",
     "Folder": "folder",
-    "Karpathy": "karpathy",
+    "Karpathy": "coco",
     "Loader": "loader",
-    "Problem": "report",
-    "Report": "report",
-    "Splits": "records",
+    "Problem": "caption_files",
+    "Report": "caption_files",
+    "Splits": "dataset",
     "read_image": "images",
-    "sample": "bundled",
+    "sample": "coco",
 }
 
 __all__ = [

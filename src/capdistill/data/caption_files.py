@@ -31,7 +31,7 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
     """The whole file as text, without a byte-order mark.
 
     Raises:
-        DataError: the file can not be read, is too large, or is not in that encoding; the message
+        DataError: the file cannot be read, is too large, or is not in that encoding; the message
             names the row.
     """
     data = read_bytes(path)
@@ -56,7 +56,7 @@ def read_bytes(path: Path) -> bytes:
             raise DataError(f"{path} has {size:,} bytes; a caption file may have {MAX_BYTES:,}.")
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} can not be read: {error.strerror or error}.") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def lines(text: str) -> Iterator[tuple[int, str]]:
@@ -80,7 +80,7 @@ def split_fields(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     r"""(row number, fields) of comma-separated text, quotes and quoted line breaks understood.
 
     A quote that opens a field and never closes it properly is an ordinary character, so that one
-    stray quote can not swallow the rows below it.
+    stray quote cannot swallow the rows below it.
 
     Example:
         >>> list(split_fields('a,"say ""hi"", you"\nb,"stray', ","))
@@ -114,7 +114,7 @@ def read_json(path: Path) -> Any:
     """A JSON file.
 
     Raises:
-        DataError: it can not be read or is not JSON; the message names the line.
+        DataError: it cannot be read or is not JSON; the message names the line.
     """
     return parse_json(read_text(path), str(path))
 
@@ -163,7 +163,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that can not be used, and where it stands.
+    """One thing that cannot be used, and where it stands.
 
     Example:
         >>> print(Problem("empty caption", "captions.csv", "row 4", "dog.jpg"))

@@ -23,7 +23,7 @@ class CocoCaptions(CaptionData):
         json: The caption file: lists `images` (id, file_name) and `annotations` (image_id,
             caption).
         images: The folder of the images.
-        errors: "skip" leaves out what can not be used and reports it; "raise" raises it.
+        errors: "skip" leaves out what cannot be used and reports it; "raise" raises it.
 
     Raises:
         DataError: it is no such file, or nothing of it can be used.
@@ -94,7 +94,7 @@ class Karpathy(Splits):
         json: The file.
         images: The folder that holds `filepath/filename`, or `filename`.
         restval: Count COCO's `restval` images as training images, as is usual; else leave them out.
-        errors: "skip" leaves out what can not be used and reports it; "raise" raises it.
+        errors: "skip" leaves out what cannot be used and reports it; "raise" raises it.
 
     Raises:
         DataError: it is no such file, or nothing of it can be used.
@@ -114,7 +114,7 @@ class Karpathy(Splits):
 
 
 def read_karpathy(path: Path, images: Path, *, restval: bool, report: Report) -> Splits:
-    """The splits of a file; what can not be used goes to the report."""
+    """The splits of a file; what cannot be used goes to the report."""
     rows = read_lists(path, "images", form="Karpathy")["images"]
     parts: dict[str, list[Example]] = {name: [] for name in _SPLITS}
     taken: set[str] = set()

@@ -106,7 +106,7 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
         sizes = {"train": len(self) - sum(sizes.values()), **sizes}
         if sizes["train"] < 1:
             raise DataError(
-                f"{self.name}: {len(self)} images can not be split into val={val}, test={test} and "
+                f"{self.name}: {len(self)} images cannot be split into val={val}, test={test} and "
                 "a training part. Give more images or smaller shares."
             )
         order = sorted(self.examples, key=lambda e: (hashed(seed, e.image_id), e.image_id))
@@ -119,7 +119,7 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
         return Splits(present, name=self.name, note=note, report=self.report)
 
     def verify(self) -> Report:
-        """Read every image; the report names those that can not be decoded, and why."""
+        """Read every image; the report names those that cannot be decoded, and why."""
         from capdistill.data.images import read_image
 
         found = Report()
@@ -248,7 +248,7 @@ def _captions(part: CaptionData) -> str:
 def gather(
     rows: Iterable[Row], file: str, find: Callable[[str], Path | None], report: Report
 ) -> dict[str, Example]:
-    """Rows to examples by image, in the order of the file; what can not be used is reported."""
+    """Rows to examples by image, in the order of the file; what cannot be used is reported."""
     paths: dict[str, Path | None] = {}
     captions: dict[str, list[str]] = {}
     for image, text, place in rows:

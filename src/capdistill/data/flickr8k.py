@@ -40,12 +40,12 @@ class Flickr8k(Splits):
 
     Args:
         root: The folder that holds the images' folder and the caption file.
-        errors: "skip" leaves out what can not be used and reports it; "raise" raises it.
+        errors: "skip" leaves out what cannot be used and reports it; "raise" raises it.
         encoding: How the caption file is encoded.
         seed: For a layout without splits.
 
     Raises:
-        DataError: nothing of the three layouts is there, or a file can not be read.
+        DataError: nothing of the three layouts is there, or a file cannot be read.
     """
 
     def __init__(

@@ -52,11 +52,11 @@ class Folder(CaptionData):
     Args:
         root: The folder; names in the file are relative to it, to `root/images` or `root/Images`.
         captions: The caption file, relative to root; default `captions.csv` and its kin.
-        errors: "skip" leaves out what can not be used and reports it; "raise" raises it.
+        errors: "skip" leaves out what cannot be used and reports it; "raise" raises it.
         encoding: How the caption file is encoded.
 
     Raises:
-        DataError: the file is missing, its columns can not be told, or nothing can be used.
+        DataError: the file is missing, its columns cannot be told, or nothing can be used.
     """
 
     def __init__(

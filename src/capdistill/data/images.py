@@ -111,7 +111,7 @@ def _guarded(image: Image.Image, name: str) -> Tensor:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{name}: can not be decoded ({error or type(error).__name__}).") from error
+        raise DataError(f"{name}: cannot be decoded ({error or type(error).__name__}).") from error
 
 
 def _orientation(image: Image.Image) -> int:
@@ -206,7 +206,7 @@ def _read_bytes(
                 return str(source), _bounded(file.read(MAX_BYTES + 1), str(source))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{source}: the image can not be read ({reason}).") from error
+            raise DataError(f"{source}: the image cannot be read ({reason}).") from error
     if not hasattr(source, "read"):
         raise DataError(
             f"An image was given as {type(source).__name__}; expected a path, bytes, a binary "
@@ -220,7 +220,7 @@ def _read_file(file: IO[bytes]) -> tuple[str, bytes]:
     try:
         data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise DataError(f"{name}: the image can not be read ({error}).") from error
+        raise DataError(f"{name}: the image cannot be read ({error}).") from error
     if not isinstance(data, bytes):
         raise DataError(f"{name}: the file is open as text; open it with mode 'rb'.")
     return name, _bounded(data, name)
@@ -239,7 +239,7 @@ def _name_of(image: Image.Image) -> str:
 def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"no image that Pillow knows (it begins with {data[:12]!r})"
-    return f"can not be opened as an image ({error or type(error).__name__})"
+    return f"cannot be opened as an image ({error or type(error).__name__})"
 
 
 MIN_AREA = 0.75  # of the largest square, in a training crop: captions speak of the whole picture

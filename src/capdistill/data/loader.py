@@ -23,7 +23,7 @@ class Loader:
     """Batches of images with k captions each. An epoch is every image once.
 
     Order, choice of captions and crops depend on (seed, epoch, image) alone, so that epoch n is
-    the same with any number of workers and in any process (law 7). An image that can not be read
+    the same with any number of workers and in any process (law 7). An image that cannot be read
     is left out and named in `skipped`; its batch is smaller, and a batch of nothing else is left
     out.
 
@@ -48,12 +48,12 @@ class Loader:
             that of the first usable image), at most 5; in evaluation the first k, unless given
             those of the first image, at most 5.
         seed: Another seed is another order.
-        workers: Processes that read ahead; 0 reads in this one.
+        num_workers: Processes that read ahead; 0 reads in this one.
         flip: In training, mirror every other image.
         crop: In training, crop by chance; else the centre.
         cache_images: Keep the images in memory, at the size needed: in every worker its own, so
-            best with workers=0. Random crops are then taken from the centred square.
-        errors: "skip" or "raise", for an image that can not be read.
+            best with num_workers=0. Random crops are then taken from the centred square.
+        errors: "skip" or "raise", for an image that cannot be read.
         stores: Encoder fingerprint -> trunk tokens by image id; batches carry them in `cached`.
         with_images: False gives images of (I, 3, 0, 0) and opens no file of a `CaptionData`.
         max_length: Cut ids to this many tokens; default as the tokenizer gives them.
@@ -64,7 +64,7 @@ class Loader:
 
     Raises:
         DataError: there is no image, or none that can be read.
-        ConfigError: a number that can not work.
+        ConfigError: a number that cannot work.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Loader:
         train: bool = False,
         captions_per_image: int | None = None,
         seed: int = 0,
-        workers: int = 0,
+        num_workers: int = 0,
         flip: bool = False,
         crop: bool = True,
         cache_images: bool = False,
@@ -91,10 +91,15 @@ class Loader:
     ) -> None:
         _at_least(1, image_size=image_size, batch_size=batch_size)
         _at_least(1, captions_per_image=captions_per_image, max_length=max_length)
-        _at_least(0, workers=workers, view=view)
+        _at_least(0, num_workers=num_workers, view=view)
         _at_least(1, views=views)
         self.num_images = _length(data)
-        self.batch_size, self.train, self.seed, self.workers = batch_size, train, seed, workers
+        self.batch_size, self.train, self.seed, self.num_workers = (
+            batch_size,
+            train,
+            seed,
+            num_workers,
+        )
         self.errors: Policy = Report(errors).errors
         self.skipped = Report()
         self._start_method = start_method
@@ -132,7 +137,7 @@ class Loader:
             start: Leave out the batches before this one, without reading them.
 
         Raises:
-            DataError: no image at all can be read, or one can not and `errors` is "raise".
+            DataError: no image at all can be read, or one cannot and `errors` is "raise".
         """
         jobs = self._plan(n)[start:]
         seen = 0
@@ -156,7 +161,7 @@ class Loader:
         return [(epoch, tuple(order[i : i + size])) for i in range(0, len(order), size)]
 
     def _made(self, jobs: list[Job]) -> Iterator[Made]:
-        if self.workers == 0:
+        if self.num_workers == 0:
             yield from map(self.assembler.__getitem__, jobs)
             return
         if self._busy:  # another epoch is under way in the pool
@@ -177,7 +182,7 @@ class Loader:
             self.assembler,
             batch_size=None,
             sampler=jobs,
-            num_workers=self.workers,
+            num_workers=self.num_workers,
             collate_fn=_as_it_is,
             worker_init_fn=_leave_ctrl_c_to_the_main_process,
             persistent_workers=True,

@@ -45,7 +45,7 @@ class BackboneEncoder(Encoder):
         dropout: In the refinement and on the projected tokens.
 
     Raises:
-        ConfigError: an option that can not work, or a backbone that gives no tokens.
+        ConfigError: an option that cannot work, or a backbone that gives no tokens.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class BackboneEncoder(Encoder):
             output = self.run_backbone(backbone, pixels)
         except Exception as error:
             raise ConfigError(
-                f"The backbone '{self.name}' can not read images of {self.image_size} x "
+                f"The backbone '{self.name}' cannot read images of {self.image_size} x "
                 f"{self.image_size} pixels ({type(error).__name__}: {error}). Leave image_size "
                 "out to get the size it was made for, or choose another backbone."
             ) from error

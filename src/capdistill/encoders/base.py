@@ -66,7 +66,7 @@ class Encoder(nn.Module):
     def fingerprint(self) -> str | None:
         """Hash of what the trunk's tokens depend on: the key of cached tokens.
 
-        None, as here, where the trunk can not be cached.
+        None, as here, where the trunk cannot be cached.
         """
         return None
 
@@ -148,7 +148,7 @@ def make_head(width: int, dim: int | None, refine: Refine, dropout: float) -> nn
         dropout: In the refinement, and on the projected tokens.
 
     Raises:
-        ConfigError: a value that can not work.
+        ConfigError: a value that cannot work.
     """
     if refine not in ("none", "pre", "post"):
         raise ConfigError(f"refine is {refine!r}; it must be 'none', 'pre' or 'post'.")

@@ -56,8 +56,8 @@ class TimmEncoder(BackboneEncoder):
 
     Raises:
         UnknownName: timm has no such model.
-        CheckpointError: the weights can not be had, read or fitted.
-        ConfigError: an option that can not work.
+        CheckpointError: the weights cannot be had, read or fitted.
+        ConfigError: an option that cannot work.
     """
 
     def __init__(

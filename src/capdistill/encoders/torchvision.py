@@ -49,8 +49,8 @@ class TorchvisionEncoder(BackboneEncoder):
 
     Raises:
         UnknownName: torchvision has no such classifier.
-        CheckpointError: the weights can not be had, read or fitted.
-        ConfigError: an option that can not work, or a model without a map.
+        CheckpointError: the weights cannot be had, read or fitted.
+        ConfigError: an option that cannot work, or a model without a map.
     """
 
     def __init__(

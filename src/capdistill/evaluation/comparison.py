@@ -82,7 +82,7 @@ class Comparison:
         """Write `report.json` and `report.html` (one file, nothing fetched); gives the latter.
 
         Raises:
-            ConfigError: the directory can not be written.
+            ConfigError: the directory cannot be written.
         """
         from capdistill.evaluation.report import page
 
@@ -286,14 +286,14 @@ def _same_images(found: Mapping[str, Evaluation]) -> None:
         other = teacher.symmetric_difference(each.captions)
         if other:
             raise IncompatibleModels(
-                f"compare: teacher and {role} captioned different images, so their scores can not "
+                f"compare: teacher and {role} captioned different images, so their scores cannot "
                 f"be compared; the first that only one has: {min(other)}. Use data that give the "
                 "same images each time."
             )
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for a figure that JSON can not hold."""
+    """The same with null for a figure that JSON cannot hold."""
     if isinstance(value, Mapping):
         return {str(key): _finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -130,7 +130,7 @@ def evaluate(
     precision: str = "auto",
     metrics: Sequence[str | Metric] | None = None,
     limit: int | None = None,
-    workers: int = 0,
+    num_workers: int = 0,
     measure: bool = True,
     progress: bool = False,
     name: str | None = None,
@@ -159,7 +159,7 @@ def evaluate(
         precision: "auto", "bf16", "fp16" or "fp32".
         metrics: As in `CaptionScorer`; None is all.
         limit: Only the first so many images.
-        workers: Processes that read images.
+        num_workers: Processes that read images.
         measure: Also measure bytes on disk, time and memory (the last in a process of its own).
         progress: Show a bar.
         name: What tables call the model; its own name unless given.
@@ -170,14 +170,14 @@ def evaluate(
 
     Raises:
         DataError: no image, or batches without references.
-        ConfigError: a captioner that can not generate, or data of another kind.
+        ConfigError: a captioner that cannot generate, or data of another kind.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"evaluate: limit={limit} was given; use None or a number of images.")
     where = pick_device(device)
     precise = pick_precision(where, precision)
     how = None if generation is None and not options else resolve(generation, options)
-    source = open_source(captioner, data, batch_size, workers)
+    source = open_source(captioner, data, batch_size, num_workers)
     run = Pass(captioner, source, limit, progress, how)
     with moved([captioner], where):
         with autocast(where, precise):
@@ -213,7 +213,7 @@ def _costs(
     precision: str,
     how: GenerationConfig | None,
 ) -> dict[str, Any]:
-    """The measured fields of `Evaluation`; what can not be measured becomes a note."""
+    """The measured fields of `Evaluation`; what cannot be measured becomes a note."""
     found: dict[str, Any] = {"notes": ()}
     if timed:
         found["latency_ms"] = time_captions([captioner], [timed], device, precision, how)[0]
@@ -333,7 +333,7 @@ _NO_REFERENCES = (
 )
 
 
-def open_source(captioner: Any, data: Any, batch_size: int, workers: int) -> Any:
+def open_source(captioner: Any, data: Any, batch_size: int, num_workers: int) -> Any:
     """Epochs of batches, or the one-shot iterator itself: one pass is all that is needed."""
     from capdistill.data.loader import make_source
 
@@ -345,5 +345,9 @@ def open_source(captioner: Any, data: Any, batch_size: int, workers: int) -> Any
     if isinstance(data, Iterator):
         return data
     size = size_of(captioner)
-    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "errors": "skip"}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "errors": "skip",
+    }
     return make_source(data, captioner.tokenizer, image_size=size, **options)

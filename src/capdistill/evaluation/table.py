@@ -24,7 +24,7 @@ class Row:
         label: Its name for readers.
         unit: "score", "share", "words", "count", "bytes" or "ms".
         values: Model -> figure, or None where there is none.
-        relation: Student against teacher, in words; "" where it can not be formed.
+        relation: Student against teacher, in words; "" where it cannot be formed.
         expected: What the reference recipe promises, in words; "" where nothing.
         reached: Whether the student keeps the promise; None where there is none to keep.
         intervals: Model -> low and high end of the interval of its figure, where samples were

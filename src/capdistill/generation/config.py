@@ -57,7 +57,7 @@ class GenerationConfig(BaseModel):
             group that says it at the same place.
 
     Raises:
-        ConfigError: an unknown option, or values that can not be, alone or together.
+        ConfigError: an unknown option, or values that cannot be, alone or together.
 
     Source:
         "average" as in Hugging Face transformers, "gnmt" Wu et al. (2016), equation 14 without
@@ -122,7 +122,7 @@ class GenerationConfig(BaseModel):
             ),
             (
                 beams % groups > 0,
-                f"beam_size={beams} can not be shared by beam_groups={groups}. "
+                f"beam_size={beams} cannot be shared by beam_groups={groups}. "
                 f"Use a multiple, such as beam_size={groups * -(-beams // groups)}.",
             ),
             (
@@ -167,7 +167,7 @@ def resolve(
         3
 
     Raises:
-        ConfigError: something else was given, or options that can not be.
+        ConfigError: something else was given, or options that cannot be.
     """
     if isinstance(generation, GenerationConfig):
         whole: Mapping[str, Any] = generation.model_dump()
@@ -231,7 +231,7 @@ class Plan:
         """The configuration in a tokenizer's ids.
 
         Raises:
-            ConfigError: words that can not be meant; see `GenerationConfig`.
+            ConfigError: words that cannot be meant; see `GenerationConfig`.
         """
         longest = getattr(tokenizer, "max_length", 40) + 1
         banned = sayable(tokenizer, "banned_words", config.banned_words)
@@ -275,7 +275,7 @@ def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def sayable(tokenizer: Tokenizer, option: str, texts: Iterable[str]) -> list[tuple[int, ...]]:
-    """The ids of each text that the vocabulary can say; the others can not be said anyway.
+    """The ids of each text that the vocabulary can say; the others cannot be said anyway.
 
     Raises:
         ConfigError: a text without any word.

@@ -120,7 +120,7 @@ def beam_search(
         options: Of `GenerationConfig`, those about words excepted.
 
     Raises:
-        ConfigError: options that can not be, or every id is banned.
+        ConfigError: options that cannot be, or every id is banned.
     """
     config = GenerationConfig(beam_size=beam_size, **options)
     return generate(

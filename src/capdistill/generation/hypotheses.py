@@ -122,7 +122,7 @@ class CaptionResult:
         finished: Whether it ended by itself rather than at the length limit.
         n_best: All hypotheses found for the image, best first; the first is this caption.
         attention: (T, N) where each token looked: a share of attention for each visual token, each
-            row summing to 1; None where the decoder can not show it.
+            row summing to 1; None where the decoder cannot show it.
         grid: (h, w) of the visual tokens that form a map, or None.
         prefix_tokens: Visual tokens before the map (CLS, registers).
         image: (3, S, S) uint8, the image as the model saw it.

@@ -208,7 +208,7 @@ class DocumentFrequencies:
         """Write arrays without pickle (`.npz`).
 
         Raises:
-            ConfigError: The file can not be written.
+            ConfigError: The file cannot be written.
         """
         text = json.dumps([_FORMAT, self.documents, list(self.ids.words)])
         arrays = {"text": np.frombuffer(text.encode("utf-8"), np.uint8), "counts_1": self.counts[0]}
@@ -229,7 +229,7 @@ class DocumentFrequencies:
             found = None if _is_pickle(path) else cls._from_arrays(_read(path))
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise DataError(
-                f"{path} can not be read as document frequencies ({error}). Expected a file that "
+                f"{path} cannot be read as document frequencies ({error}). Expected a file that "
                 "DocumentFrequencies.save wrote; count(references).save(path) makes one."
             ) from error
         if found is None:

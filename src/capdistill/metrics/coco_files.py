@@ -54,7 +54,7 @@ def read_coco_results(references: str | Path, results: str | Path) -> CocoResult
         results: A list of objects with image_id and caption; or {image: caption}; or JSON Lines.
 
     Raises:
-        DataError: a file can not be read, is no JSON or of another form; a caption that is no
+        DataError: a file cannot be read, is no JSON or of another form; a caption that is no
             text; an image with two results, without a reference, or not in the references.
     """
     images, texts = _references(Path(references))

@@ -109,7 +109,7 @@ class ForeignTeacher(nn.Module):
             options: Fields of `GenerationConfig`, over those of `generation`.
 
         Raises:
-            ConfigError: options that can not be.
+            ConfigError: options that cannot be.
             IncompatibleModels: what `adapt` returns does not fit.
         """
         images = batch.images if isinstance(batch, Batch) else batch

@@ -37,7 +37,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a training state atomically; the one before stays beside it as `.previous`.
 
     Raises:
-        ConfigError: it can not be written; what stood there stays.
+        ConfigError: it cannot be written; what stood there stays.
     """
     fresh = path.with_suffix(".new.pt")
     write_atomically(fresh, lambda temporary: _dump({"format": _FORMAT, **state}, temporary))
@@ -87,7 +87,7 @@ def _read(path: Path) -> dict[str, Any]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{path} can not be read ({reason})") from error
+        raise CheckpointError(f"{path} cannot be read ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no training state of capdistill")
     return state
@@ -100,10 +100,10 @@ def forget_states(out: Path) -> None:
 
 
 def rehearse_saving(captioner: Captioner, out: Path) -> None:
-    """Save once to a place of no account: what can not be saved is said before training.
+    """Save once to a place of no account: what cannot be saved is said before training.
 
     Raises:
-        ConfigError: `out` can not be written, or a part could not be made again from a file.
+        ConfigError: `out` cannot be written, or a part could not be made again from a file.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -111,14 +111,22 @@ def rehearse_saving(captioner: Captioner, out: Path) -> None:
             captioner.save(folder)
     except OSError as error:
         raise ConfigError(
-            f"Can not write to {out}: {error.strerror or error}. Give an out= that exists or can "
+            f"Cannot write to {out}: {error.strerror or error}. Give an out= that exists or can "
             "be made, is writable and has space."
         ) from error
 
 
 # Options that may change between two parts of a run without changing what is trained.
 _HARMLESS = frozenset(
-    {"workers", "device", "cache_images", "cache_dir", "eval_batch_size", "log_every", "progress"}
+    {
+        "num_workers",
+        "device",
+        "cache_images",
+        "cache_dir",
+        "eval_batch_size",
+        "log_every",
+        "progress",
+    }
 )
 
 

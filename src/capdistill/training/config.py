@@ -22,19 +22,19 @@ class TrainConfig(BaseModel):
 
     Args:
         epochs: Each is every training image once.
-        batch_size: Images a step (times `captions_per_image` captions, times `accumulate`).
+        batch_size: Images a step (times `captions_per_image` captions, times `accumulation_steps`).
         captions_per_image: Captions of an image in one batch; the image is encoded once for all.
             None is as many as the images usually have, at most 5.
         learning_rate: Peak rate of AdamW.
-        encoder_rate: The encoder trunk's rate as a share of `learning_rate`.
+        encoder_lr_scale: The encoder trunk's rate as a share of `learning_rate`.
         weight_decay: Not on norms, biases and embeddings.
         schedule: "cosine_restarts", "warmup_cosine" or "constant"; stepped every optimizer step.
         restart_epochs: Length of the first cosine period.
         restart_factor: How much longer each following period is.
         warmup: Share of all steps that "warmup_cosine" climbs.
         precision: "auto", "bf16", "fp16" (CUDA) or "fp32".
-        accumulate: Batches a step; a short last group counts for what it holds.
-        clip: Largest gradient norm, or None.
+        accumulation_steps: Batches a step; a short last group counts for what it holds.
+        max_grad_norm: Largest gradient norm, or None.
         label_smoothing: Of the cross-entropy term, never of the teacher's targets.
         word_dropout: Probability that the trained model reads a word as the unknown one. Targets
             and what a teacher reads stay as they are.
@@ -43,7 +43,7 @@ class TrainConfig(BaseModel):
         patience: Epochs without progress before training stops, or None.
         monitor: Score that decides what is best: "cider", "bleu_4", ..., or "loss".
         seed: Of shuffling, choice of captions, augmentation and dropout.
-        workers: Processes that read images.
+        num_workers: Processes that read images.
         device: "auto", "cpu", "cuda", ...
         augment: Random crops of training images; None is yes unless features are cached.
         flip: Mirror half of the training images; captions say left and right, so off.
@@ -65,22 +65,22 @@ class TrainConfig(BaseModel):
     batch_size: int = Field(16, ge=1)
     captions_per_image: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
-    encoder_rate: float = Field(0.1, ge=0)
+    encoder_lr_scale: float = Field(0.1, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     schedule: Literal["cosine_restarts", "warmup_cosine", "constant"] = "cosine_restarts"
     restart_epochs: int = Field(10, ge=1)
     restart_factor: int = Field(2, ge=1)
     warmup: float = Field(0.05, ge=0, lt=1)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    accumulate: int = Field(1, ge=1)
-    clip: float | None = Field(1.0, gt=0)
+    accumulation_steps: int = Field(1, ge=1)
+    max_grad_norm: float | None = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     word_dropout: float = Field(0.0, ge=0, lt=1)
     scheduled_sampling: float = Field(0.0, ge=0, le=1)
     patience: int | None = Field(7, ge=1)
     monitor: str = "cider"
     seed: int = 0
-    workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0)
     device: str = "auto"
     augment: bool | None = None
     flip: bool = False
@@ -131,7 +131,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "captions_per_image": 1,
         "learning_rate": 2e-4,
-        "encoder_rate": 0.1,
+        "encoder_lr_scale": 0.1,
         "weight_decay": 0.01,
         "schedule": "cosine_restarts",
         "label_smoothing": 0.0,

@@ -153,7 +153,7 @@ def make_losses(
         2.0
 
     Raises:
-        ConfigError: something else, or a name that can not name a term.
+        ConfigError: something else, or a name that cannot name a term.
     """
     if losses is None:
         losses = {name: name for name in REFERENCE_WEIGHTS if name != "ce"}
@@ -163,7 +163,7 @@ def make_losses(
 def _make_loss(name: str, loss: DistillationLoss | str | Mapping[str, Any]) -> DistillationLoss:
     if name == "ce" or not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ConfigError(
-            f"losses: '{name}' can not name a term. Use a word of your own such as 'token'; 'ce' "
+            f"losses: '{name}' cannot name a term. Use a word of your own such as 'token'; 'ce' "
             "is the cross-entropy, which every trainer has."
         )
     if isinstance(loss, DistillationLoss):

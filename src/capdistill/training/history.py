@@ -53,7 +53,7 @@ class History:
         """Add a row, on disk too.
 
         Raises:
-            ConfigError: the file can not be written.
+            ConfigError: the file cannot be written.
         """
         self.rows.append(row)
         if self.path is None:
@@ -63,7 +63,7 @@ class History:
                 file.write(_line(row))
         except OSError as error:
             raise ConfigError(
-                f"Can not write {self.path}: {error.strerror or error}. The checkpoints written "
+                f"Cannot write {self.path}: {error.strerror or error}. The checkpoints written "
                 "so far are as they were; make room, then go on with resume=True."
             ) from error
 

@@ -24,7 +24,7 @@ def parameter_groups(
 
     Args:
         module: Everything that is trained: the captioner and the losses' projectors.
-        captioner: Whose trunk gets `encoder_rate` of the learning rate.
+        captioner: Whose trunk gets `encoder_lr_scale` of the learning rate.
         config: Rates and decay.
 
     Raises:
@@ -42,7 +42,10 @@ def parameter_groups(
             "Nothing to train: every parameter is frozen. Create the encoder with trainable='all' "
             "or a number of stages, or unfreeze parameters with requires_grad_(True)."
         )
-    rate = {"encoder": config.learning_rate * config.encoder_rate, "model": config.learning_rate}
+    rate = {
+        "encoder": config.learning_rate * config.encoder_lr_scale,
+        "model": config.learning_rate,
+    }
     return [
         {
             "params": parameters,

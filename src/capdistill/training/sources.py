@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 def prepare_sources(trainer: Trainer, train: Any, val: Any) -> tuple[Source, Source | None]:
     """Sources of training and validation batches, with cached features where asked for."""
     crops = wants_crops(trainer.config)
-    options: dict[str, Any] = {"workers": trainer.config.workers, "seed": trainer.config.seed}
+    options: dict[str, Any] = {
+        "num_workers": trainer.config.num_workers,
+        "seed": trainer.config.seed,
+    }
     options |= {"errors": trainer.config.errors, "cache_images": trainer.config.cache_images}
     training = _source(
         trainer,
@@ -58,7 +61,7 @@ def _record_captions(trainer: Trainer, source: Source) -> None:
 
 
 def require_usable(trainer: Trainer) -> None:
-    """Read a batch of each source: what can not be used is said before the first step.
+    """Read a batch of each source: what cannot be used is said before the first step.
 
     Raises:
         DataError: no image can be used.
@@ -88,7 +91,7 @@ def wants_crops(config: TrainConfig) -> bool:
         )
     if config.cache_features and config.cache_views == 1 and (config.augment or config.flip):
         raise ConfigError(
-            "cache_features=True keeps one encoding an image, so it can not go with random "
+            "cache_features=True keeps one encoding an image, so it cannot go with random "
             f"augmentation (augment={config.augment}, flip={config.flip}). Set cache_views=4 to "
             "encode four views of each, or augment=False and flip=False, or cache_features=False."
         )
@@ -211,7 +214,7 @@ def cache_trunk(
         precision: Of the forward passes.
 
     Raises:
-        ConfigError: the directory can not be written, or tokens do not fit in float16.
+        ConfigError: the directory cannot be written, or tokens do not fit in float16.
     """
     key = hashlib.sha256(f"{encoder.fingerprint()} {data_key} {precision}".encode()).hexdigest()
     path = directory / f"{key[:32]}.f16"

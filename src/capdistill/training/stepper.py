@@ -163,7 +163,7 @@ class Stepper:
             warn_of_untouched(self.objective)
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = math.inf if self.config.clip is None else self.config.clip
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         return nn.utils.clip_grad_norm_(parameters, limit)
 
     def _update(self, optimizer: torch.optim.Optimizer, overflow: bool) -> None:
@@ -185,7 +185,7 @@ class Stepper:
         raise NotFiniteLoss(
             f"Step {self.step_count + 1} (epoch {self.epoch}): {values}. The weights were not "
             "changed by this step and the last checkpoint is intact. Try a smaller learning_rate, "
-            "clip=, or precision='fp32'."
+            "max_grad_norm=, or precision='fp32'."
         )
 
     def _step_row(self, tally: Tally, measured: Row, seconds: float) -> Row:

@@ -66,7 +66,7 @@ class Trainer(Stepper):
         stopping: A callback sets it to end the run after the epoch.
 
     Raises:
-        ConfigError: an unknown option or a value that can not be.
+        ConfigError: an unknown option or a value that cannot be.
     """
 
     def __init__(self, captioner: Captioner, **options: Any) -> None:
@@ -112,7 +112,7 @@ class Trainer(Stepper):
             options: Fields of the configuration, over those of the constructor.
 
         Raises:
-            ConfigError: options or data that can not work, an `out` that can not be written.
+            ConfigError: options or data that cannot work, an `out` that cannot be written.
             DataError: no usable image.
             CheckpointError: nothing to resume.
             NotFiniteLoss: a loss became NaN; the last good checkpoint stays.
@@ -150,7 +150,7 @@ class Trainer(Stepper):
         monitor = self._make_monitor(val)
         state = self._open(out, resume)
         self.train_source, self.val_source = prepare_sources(self, train, val)
-        self.steps_per_epoch = math.ceil(len(self.train_source) / self.config.accumulate)
+        self.steps_per_epoch = math.ceil(len(self.train_source) / self.config.accumulation_steps)
         self.epoch = self.step_count = 0
         self.stopping = self._batches_are_lost = False
         self.so_far = EpochSoFar()
@@ -204,7 +204,7 @@ class Trainer(Stepper):
         self.history = History(out / "history.jsonl", self.step_count if resume else None)
 
     def _groups(self) -> Iterator[list[Batch]]:
-        """The epoch's batches, those done left out, in groups of `accumulate`; the last is short.
+        """The epoch's batches, those done left out, in groups; the last is short.
 
         Where unreadable images emptied whole batches, numbers of batches do not tell their places.
         """
@@ -212,7 +212,7 @@ class Trainer(Stepper):
         done = self.so_far.batches
         start, rest = (0, done) if self._batches_are_lost else (done, 0)
         batches = islice(self.train_source.epoch(self.epoch, start), rest, None)
-        while group := list(islice(batches, self.config.accumulate)):
+        while group := list(islice(batches, self.config.accumulation_steps)):
             yield group
 
     def _finish_epoch(self) -> None:

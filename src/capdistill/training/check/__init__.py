@@ -58,7 +58,7 @@ def check_training(trainer: Trainer, train: Any = None, val: Any = None) -> Chec
         if not _attempt(rows, "options", check_options, trainer, val):
             return CheckReport(tuple(rows))
         trial = Trial(trainer, trainer.config, made_up_batch(trainer))
-        direct = {"cache_features": False, "cache_views": 1, "workers": 0}
+        direct = {"cache_features": False, "cache_views": 1, "num_workers": 0}
         trainer.config = trainer.config.model_copy(update=direct)
         if train is not None:
             _attempt(rows, "data", check_data, trial, train, val)

@@ -99,7 +99,7 @@ def _cuda_peak(trial: Trial) -> int:
 
 
 def _memory_of(device: torch.device) -> int | None:
-    """Bytes of the device's memory, or None where that can not be asked."""
+    """Bytes of the device's memory, or None where that cannot be asked."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     try:
@@ -128,10 +128,11 @@ def check_time(trial: Trial) -> Iterator[CheckRow]:
 def _check_loading(trial: Trial) -> Iterator[CheckRow]:
     """Time that a step waits for its batch: all of the reading without workers."""
     config, load, step = trial.config, trial.load_seconds, trial.step_seconds
-    wait = load if config.workers == 0 else max(load / config.workers - step, 0.0)
+    wait = load if config.num_workers == 0 else max(load / config.num_workers - step, 0.0)
     finding = (
-        f"reading a batch takes {milliseconds(load)} in one process (workers={config.workers}), "
-        f"so that a step of {milliseconds(step)} waits {milliseconds(wait)}"
+        f"reading a batch takes {milliseconds(load)} in one process "
+        f"(num_workers={config.num_workers}), so that a step of "
+        f"{milliseconds(step)} waits {milliseconds(wait)}"
     )
     if config.cache_images or config.cache_features:
         yield CheckRow("loading", "ok", f"{finding}, in the first epoch only (cached)")
@@ -143,7 +144,7 @@ def _check_loading(trial: Trial) -> Iterator[CheckRow]:
 
 def _faster_loading(trial: Trial, needed: float) -> str:
     workers = max(1, min(math.ceil(needed), os.cpu_count() or 1))
-    ways = [f"workers={workers}"] if workers > trial.config.workers else []
+    ways = [f"num_workers={workers}"] if workers > trial.config.num_workers else []
     ways += ["cache_images=True", "smaller image files"]
     if any(has_frozen_trunk(model) for model in trial.trainer.models):
         ways.insert(-1, "cache_features=True (the trunk is frozen)")
@@ -229,7 +230,7 @@ def _check_unreadable(trial: Trial, source: Source, data: Any) -> Iterator[Check
         finding = f"{len(missing)} of {len(files)} image files are missing, first {missing[0]}"
         yield CheckRow("images", "fail" if trial.config.errors == "raise" else "note", finding, fix)
     elif len(source.skipped):
-        finding = f"{len(source.skipped)} of the images read can not be used: "
+        finding = f"{len(source.skipped)} of the images read cannot be used: "
         yield CheckRow("images", "note", finding + str(next(iter(source.skipped))), fix)
 
 

@@ -127,7 +127,8 @@ def less_memory(config: Any) -> str:
     """How to get along with less memory."""
     half = max(config.batch_size // 2, 1)
     return (
-        f"Set batch_size={half} (now {config.batch_size}) and accumulate={2 * config.accumulate}, "
+        f"Set batch_size={half} (now {config.batch_size}) and "
+        f"accumulation_steps={2 * config.accumulation_steps}, "
         "which train the same; or precision='bf16', a smaller encoder, or a frozen trunk with "
         "cache_features=True."
     )
