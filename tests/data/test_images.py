@@ -211,7 +211,7 @@ def test_arrays_and_tensors_become_the_same_pixels(array: object) -> None:
         ("missing.jpg", r"missing\.jpg.*No such file"),
         ("a\0b.jpg", "cannot be read"),
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_what_is_no_image_is_refused_with_the_reason(source: object, said: str) -> None:
     with pytest.raises(DataError, match=said):

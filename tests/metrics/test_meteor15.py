@@ -346,7 +346,11 @@ def test_without_pycocoevalcap_there_is_no_table(monkeypatch: pytest.MonkeyPatch
     assert find_paraphrases() is None
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"a\nb\nc\n"), b"\x1f\x8b\x08"])
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(b"a\nb\nc\n"), b"\x1f\x8b\x08"],
+    ids=["plain", "short rows", "truncated"],
+)
 def test_a_file_that_is_no_table_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other.gz"
     path.write_bytes(content)
