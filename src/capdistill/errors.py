@@ -5,11 +5,15 @@ They know nothing of the rest of the package, and every part of it may raise the
 
 from __future__ import annotations
 
+import ast
 import difflib
+import math
+import numbers
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
 
 
 class CapdistillError(Exception):
@@ -69,7 +73,168 @@ def suggest(name: str, available: Iterable[str]) -> str:
     return f"{hint}Available: {', '.join(names) if names else '(none)'}."
 
 
-C = TypeVar("C", bound=BaseModel)
+def require_int(
+    name: str, value: object, minimum: int | None = None, maximum: int | None = None
+) -> int:
+    """Return an option that must be a whole number. A bool, a float and text are not.
+
+    Example:
+        >>> require_int("evaluate: batch_size", 32, minimum=1)
+        32
+        >>> require_int("evaluate: batch_size", "32", minimum=1)
+        Traceback (most recent call last):
+        ...
+        capdistill.errors.ConfigError: evaluate: batch_size='32' was given; expected a whole \
+number of at least 1.
+
+    Args:
+        name: The option, with its function: "evaluate: batch_size".
+        value: What was given.
+        minimum: The smallest value allowed.
+        maximum: The largest value allowed.
+
+    Raises:
+        ConfigError: the value has another type, or lies outside the limits.
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not _within(value, minimum, maximum):
+        raise _not_a_number(name, value, "whole number", minimum, maximum)
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def require_number(
+    name: str,
+    value: object,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> float:
+    """Return an option that must be a finite number. A bool, text, NaN and infinity are not.
+
+    Example:
+        >>> require_number("paired_bootstrap: confidence", 0.95, above=0, below=1)
+        0.95
+        >>> require_number("paired_bootstrap: confidence", 1, above=0, below=1)
+        Traceback (most recent call last):
+        ...
+        capdistill.errors.ConfigError: paired_bootstrap: confidence=1 was given; expected a \
+number above 0 and below 1.
+
+    Args:
+        name: The option, with its function.
+        value: What was given.
+        minimum: The smallest value allowed.
+        maximum: The largest value allowed.
+        above: The value must be greater than this.
+        below: The value must be less than this.
+
+    Raises:
+        ConfigError: the value has another type, is not finite, or lies outside the limits.
+    """
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if (
+        not real
+        or not math.isfinite(number := float(value))  # type: ignore[arg-type]
+        or not _within(number, minimum, maximum)
+        or (above is not None and number <= above)
+        or (below is not None and number >= below)
+    ):
+        raise _not_a_number(name, value, "number", minimum, maximum, above, below)
+    return number
+
+
+def _within(value: Any, minimum: float | None, maximum: float | None) -> bool:
+    return (minimum is None or value >= minimum) and (maximum is None or value <= maximum)
+
+
+def _not_a_number(
+    name: str,
+    value: object,
+    kind: str,
+    minimum: float | None,
+    maximum: float | None,
+    above: float | None = None,
+    below: float | None = None,
+) -> ConfigError:
+    limits = {"of at least": minimum, "of at most": maximum, "above": above, "below": below}
+    words = [f"{word} {limit}" for word, limit in limits.items() if limit is not None]
+    expected = " ".join(["expected a", kind, " and ".join(words)]).rstrip()
+    return ConfigError(f"{name}={shortened(value)} was given; {expected}.")
+
+
+def require_text(value: object, where: str) -> str:
+    """Return a caption that must be text.
+
+    Example:
+        >>> require_text("a dog runs", "The caption of image '7'")
+        'a dog runs'
+        >>> require_text(None, "The caption of image '7'")
+        Traceback (most recent call last):
+        ...
+        capdistill.errors.DataError: The caption of image '7' is None (NoneType); expected a string.
+
+    Args:
+        value: What was given.
+        where: What it is and where it stands; the error begins with it.
+
+    Raises:
+        DataError: the value is not a string, or is a list, dict or bytes printed into one.
+    """
+    problem = text_problem(value)
+    if problem:
+        raise DataError(f"{where} is {problem}; expected a string.")
+    return value  # type: ignore[return-value]
+
+
+def text_problem(value: object) -> str:
+    """Describe why a value is not the text of a caption; "" if it is.
+
+    Example:
+        >>> text_problem("a dog runs"), text_problem(float("nan"))
+        ('', 'nan (float)')
+        >>> print(text_problem("['a dog', 'a cat']"))
+        "['a dog', 'a cat']" (a list printed into a string)
+
+    Args:
+        value: A caption as it was given or read.
+    """
+    if not isinstance(value, str):
+        return f"{shortened(value)} ({type(value).__name__})"
+    kind = _printed_kind(value.strip())
+    return f"{shortened(value)} (a {kind} printed into a string)" if kind else ""
+
+
+def _printed_kind(text: str) -> str:
+    """The type whose `str` a text is, if it is one that holds text: list, tuple, dict, bytes."""
+    if not text.startswith(("[", "(", "{", "b'", 'b"')) or text[-1] not in "])}'\"":
+        return ""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return ""
+    if isinstance(value, bytes):
+        return "bytes"
+    parts = value.values() if isinstance(value, dict) else value
+    holds_text = isinstance(value, (list, tuple, dict, set)) and any(
+        isinstance(part, (str, list, dict)) for part in parts
+    )
+    return type(value).__name__ if holds_text else ""
+
+
+def shortened(value: object, length: int = 80) -> str:
+    """The repr of a value for a message, cut where it is long.
+
+    Example:
+        >>> shortened("a" * 100, length=12)
+        "'aaaaaaaa..."
+    """
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+C = TypeVar("C", bound="BaseModel")
 
 
 def parse(cls: type[C], values: dict[str, Any], what: str) -> C:
@@ -86,6 +251,8 @@ Did you mean 'epochs'? ...
     Raises:
         ConfigError: an unknown option, with the nearest one, or a value that cannot be.
     """
+    from pydantic import ValidationError
+
     try:
         return cls(**values)
     except ValidationError as error:

@@ -1,11 +1,13 @@
-"""Atomic writes: a reader, or a killed writer, never sees half a file."""
+"""Atomic writes: a reader, or a killed writer, never sees half a file. Also what JSON can hold."""
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from capdistill.errors import ConfigError
 
@@ -61,6 +63,23 @@ def write_text(path: str | Path, text: str) -> None:
         ConfigError: as `write_atomically`.
     """
     write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
+
+
+def finite_or_none(value: Any) -> Any:
+    """The same content for JSON, with None for NaN and infinity, which JSON cannot hold.
+
+    Example:
+        >>> finite_or_none({"loss": float("nan"), "rates": (0.1, float("inf"))})
+        {'loss': None, 'rates': [0.1, None]}
+
+    Args:
+        value: Mappings, lists and tuples of any depth; keys become strings, tuples lists.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): finite_or_none(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sync(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from capdistill.errors import ConfigError, UnknownName, suggest
-from capdistill.files import write_text
+from capdistill.files import finite_or_none, write_text
 from capdistill.generation.config import GenerationConfig
 from capdistill.training.config import parse
 
@@ -302,7 +301,7 @@ def as_json(content: Any) -> str:
         >>> as_json({"cider_d": float("nan")})
         '{\\n  "cider_d": null\\n}'
     """
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(finite_or_none(content), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -334,13 +333,3 @@ def require_writable(directory: str | Path) -> None:
     probe = Path(directory) / ".capdistill-probe"
     write_text(probe, "")
     probe.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
 from capdistill.evaluation.evaluation import Evaluation, evaluate
 from capdistill.evaluation.measure import time_captions
 from capdistill.evaluation.table import Row, figures
-from capdistill.files import write_text
+from capdistill.files import finite_or_none, write_text
 from capdistill.metrics.bootstrap import PairedScores, check_samples, paired
 from capdistill.plots import require_matplotlib
 from capdistill.runtime import autocast, moved
@@ -87,7 +86,9 @@ class Comparison:
         from capdistill.evaluation.report import page
 
         directory = Path(directory)
-        text = json.dumps(_finite(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(
+            finite_or_none(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False
+        )
         write_text(directory / "report.json", text)
         write_text(directory / "report.html", page(self))
         return directory / "report.html"
@@ -290,15 +291,6 @@ def _same_images(found: Mapping[str, Evaluation]) -> None:
                 f"be compared; the first that only one has: {min(other)}. Use data that give the "
                 "same images each time."
             )
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for a figure that JSON cannot hold."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _DPI = 60  # a report is read, not printed

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from capdistill.errors import ConfigError
-from capdistill.files import write_text
+from capdistill.files import finite_or_none, write_text
 from capdistill.outputs import LossTerm
 
 Row = dict[str, Any]
@@ -98,16 +98,7 @@ class History:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(_finite(row), ensure_ascii=False, default=str) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: it is written as null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite_or_none(row), ensure_ascii=False, default=str) + "\n"
 
 
 def _read_until(path: Path, step: float) -> list[Row]:

@@ -1,0 +1,66 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from capdistill.errors import (
+    ConfigError,
+    DataError,
+    require_int,
+    require_number,
+    require_text,
+)
+
+NAN = float("nan")
+NO_TEXT = [None, NAN, 3, True, ["a dog", "a cat"], ("a dog",), {"raw": "a dog"}, b"a dog", object()]
+PRINTED = [
+    "['a dog', 'a cat']",
+    '["a dog"]',
+    "('a dog', 'a cat')",
+    "{'raw': 'a dog'}",
+    "[{'raw': 'a dog'}]",
+    "b'a dog'",
+    str(np.array(["a dog", "a cat"])),
+]
+
+
+@pytest.mark.parametrize("value", NO_TEXT, ids=repr)
+def test_a_caption_that_is_not_text_is_refused_with_its_place_and_type(value) -> None:
+    with pytest.raises(DataError, match=rf"^row 3 is .*\({type(value).__name__}\)"):
+        require_text(value, "row 3")
+
+
+@pytest.mark.parametrize("value", PRINTED)
+def test_a_container_printed_into_a_string_is_no_caption(value: str) -> None:
+    with pytest.raises(DataError, match="printed into a string"):
+        require_text(value, "row 3")
+
+
+@pytest.mark.parametrize(
+    "value", ["", "a dog", "[a dog]", "(a man)", "[UNK]", "[1]", "(3)", "{}", "b'", "[", "('", "1"]
+)
+def test_text_with_brackets_is_a_caption(value: str) -> None:
+    assert require_text(value, "row 3") == value
+
+
+@pytest.mark.parametrize("value", [True, "8", 8.0, NAN, None, [8], 0, -1, 9])
+def test_what_is_no_whole_number_within_the_limits_is_refused(value) -> None:
+    with pytest.raises(ConfigError, match=r"^evaluate: limit=.* was given; expected a whole"):
+        require_int("evaluate: limit", value, 1, 8)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    found = require_int("evaluate: limit", np.int64(8), 1, 8)
+    assert (found, type(found)) == (8, int)
+
+
+@pytest.mark.parametrize("value", [True, "0.5", NAN, float("inf"), None, 0, 1.0, 1j])
+def test_what_is_no_finite_number_within_the_limits_is_refused(value) -> None:
+    with pytest.raises(ConfigError, match="expected a number above 0 and below 1"):
+        require_number("confidence", value, above=0, below=1)
+
+
+def test_errors_do_not_import_pydantic() -> None:
+    code = "import sys, capdistill.errors; assert 'pydantic' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
