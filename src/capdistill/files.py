@@ -1,56 +1,106 @@
-"""Atomic writes: a reader, or a killed writer, never sees half a file. Also what JSON can hold."""
+"""Paths, text and files: every path a user gives, every text file written or printed.
+
+Text files are UTF-8, whatever the locale. A lone surrogate (half an emoji, found in broken JSON)
+has no UTF-8 form and is written as its escape, such as `\\ud83d`. The file stays valid UTF-8, and
+in JSON that escape is the character itself. Files are written atomically: a reader never sees half
+a file, even if the writer is killed.
+"""
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 import secrets
+import stat
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from capdistill.errors import ConfigError
+from capdistill.errors import CapdistillError, ConfigError
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one move.
+def user_path(path: str | os.PathLike[str], error: type[CapdistillError] = ConfigError) -> Path:
+    """A path as a user gives it, with `~` expanded, checked as far as the file system can tell.
+
+    The file need not exist. What comes back can be tested with `exists`, `is_file` and `is_dir`
+    without an exception.
 
     Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder, "new", "a.txt")
-        ...     write_atomically(file, lambda temporary: temporary.write_text("whole"))
-        ...     file.read_text(), len(list(file.parent.iterdir()))
-        ('whole', 1)
+        >>> user_path("runs/teacher")
+        PosixPath('runs/teacher')
+        >>> user_path("~/runs").is_absolute()
+        True
 
     Args:
-        path: The file; its directory is made where there is none.
-        write: Given the temporary path, writes all content to it.
+        path: A string or path object.
+        error: The class to raise: `DataError` for data that are read, else `ConfigError`.
 
     Raises:
-        ConfigError: the directory cannot be written (read-only, full, or a file); what stood
-            at `path` stays as it was, as it does whatever else `write` raises.
+        CapdistillError: (of the class `error`) it is no path, is empty or holds a NUL character; a
+            name in it is too long; the user may not enter one of its directories; it begins with
+            `~` and there is no home directory.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    given = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    if not isinstance(given, str):
+        raise error(f"{type(path).__name__} was given as a path; expected a string or a Path.")
+    if not given:
+        raise error("An empty path was given. Name a file or directory; '.' is the current one.")
+    expanded = os.path.expanduser(given)  # leaves '~name' alone where there is no such user
+    if expanded == "~" or expanded.startswith(("~/", f"~{os.sep}")):
+        raise error(f"{given}: there is no home directory (HOME is not set). Give the full path.")
+    reason = _why_unusable(expanded)
+    if reason:
+        raise error(f"{_shortened(given)}: the path cannot be used ({reason}). Give another path.")
+    return Path(expanded)
+
+
+def _why_unusable(path: str) -> str | None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)  # with the permissions of any new file
-        try:
-            write(temporary)
-            _sync(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write {path}: {error.strerror or error}. Give a directory that exists or "
-            "can be made, is writable and has space; files written earlier were left as they are."
-        ) from error
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None  # whoever reads it reports that, and whoever writes it may create it
+    except OSError as problem:  # name too long, permission denied, a loop of links
+        return problem.strerror or str(problem)
+    except UnicodeEncodeError as problem:
+        return f"{path[problem.start]!r} cannot be part of a file name here"
+    except ValueError as problem:  # a NUL character
+        return str(problem)
+    if stat.S_ISDIR(mode) and not os.access(path, os.X_OK):
+        return "permission denied: the directory cannot be entered"
+    return None
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically, line ends as they are.
+def _shortened(path: str) -> str:
+    shown = path if path.isprintable() else repr(path)
+    return shown if len(shown) <= 120 else f"{shown[:80]}...{shown[-30:]}"
+
+
+def printable(text: str, stream: IO[str] | None = None) -> str:
+    """The text with characters that the stream cannot encode escaped, so that printing succeeds.
+
+    Example:
+        >>> import io
+        >>> printable("un café 🐕", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+        'un café \\\\U0001f415'
+        >>> printable("half an emoji: \\ud83d", io.StringIO())
+        'half an emoji: \\\\ud83d'
+
+    Args:
+        text: Any text.
+        stream: Where it will be printed; default standard output.
+    """
+    encoding = getattr(sys.stdout if stream is None else stream, "encoding", None) or "utf-8"
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        encoding = "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write text atomically as UTF-8. Line ends stay as they are; lone surrogates are escaped.
 
     Example:
         >>> import tempfile
@@ -62,7 +112,47 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         ConfigError: as `write_atomically`.
     """
-    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
+    data = text.encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one move.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "new", "a.txt")
+        ...     write_atomically(file, lambda temporary: temporary.write_text("whole"))
+        ...     file.read_text(), len(list(file.parent.iterdir()))
+        ('whole', 1)
+
+    Args:
+        path: The file. Its directory is created where it does not exist.
+        write: Called with the temporary path; writes all content to it.
+
+    Raises:
+        ConfigError: the path cannot be used, or the directory cannot be written (read-only, full,
+            or a file). The file at `path` then stays as it was, as it does whatever `write` raises.
+    """
+    path = user_path(path)
+    if not path.name:
+        raise ConfigError(f"Cannot write {path}: it is a directory. Add a file name.")
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)  # with the permissions of any new file
+        try:
+            write(temporary)
+            _sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write {path}: {error.strerror or error}. Give a directory that exists or can "
+            "be created, is writable and has space; files written earlier were left as they are."
+        ) from error
 
 
 def finite_or_none(value: Any) -> Any:
