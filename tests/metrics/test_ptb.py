@@ -25,7 +25,7 @@ RULES = {
     ),
     "two words in one": (
         "cannot gonna gotta lemme gimme wanna 'tis 'twas wannabe cannot's",
-        "cannot gon na got ta lem me gim me wan na 't is 't was wannabe cannot 's",
+        "can not gon na got ta lem me gim me wan na 't is 't was wannabe cannot 's",
     ),
     "apostrophes inside": (
         "rock 'n' roll o'clock ma'am O'Neil d'Orsay ol' 'em '90s '90 y'all c'mon",

@@ -24,10 +24,10 @@ COMMANDS = {
     "check": ("train", "try a teacher, a student and their losses before a long run"),
     "train": ("train", "train a captioner by cross-entropy"),
     "distill": ("train", "train a student with a teacher"),
-    "evaluate": ("score", "score and measure a saved captioner"),
-    "compare": ("score", "set a teacher and a student side by side"),
+    "evaluate": ("evaluate", "score and measure a saved captioner"),
+    "compare": ("evaluate", "set a teacher and a student side by side"),
     "caption": ("caption", "caption photos"),
-    "score": ("coco_score", "score captions in COCO's own files, as the COCO tool does"),
+    "score": ("evaluate", "score captions in COCO's own files, as the COCO tool does"),
 }
 _CLOSING = """\
 example:

@@ -330,6 +330,8 @@ def _distiller(run: DistillRun, data: Splits) -> Distiller:
 
 def _preset(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner:
 
+    from capdistill.captioner import Captioner
+
     changes = {}
     for kind, part in (("encoder", section.encoder), ("decoder", section.decoder)):
         if part is not None and part.name is not None:

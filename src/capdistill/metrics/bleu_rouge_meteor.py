@@ -102,7 +102,7 @@ class Bleu:
         return best
 
 
-_BETA = 1.2  # the COCO tool's weight of recall
+_RECALL_WEIGHT = 1.2  # beta of the COCO tool's F-score
 
 
 class RougeL:
@@ -140,7 +140,8 @@ def _f_score(tokens: Tokens, references: Sequence[Tokens]) -> float:
         return 0.0
     precision = max(common) / len(tokens)
     recall = max(c / len(ref) for c, ref in zip(common, references, strict=True) if c)
-    return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
+    beta2 = _RECALL_WEIGHT**2
+    return (1 + beta2) * precision * recall / (recall + beta2 * precision)
 
 
 def _common(places: Mapping[str, int], length: int, reference: Tokens) -> int:
