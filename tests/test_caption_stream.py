@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from toy_captioner import Patches, pictures, toy
 
 from capdistill import Captioner, encoders
 from capdistill.errors import ConfigError, DataError
 from capdistill.generation.hypotheses import CaptionResult
 from capdistill.outputs import Batch, CaptionerOutput
+from tests.toy_captioner import Patches, pictures, toy
 
 
 @pytest.fixture(autouse=True)

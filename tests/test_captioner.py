@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
-from toy_captioner import WORDS, LetterTokenizer, Patches, batch_of, pictures, tokenizer, toy
 
 import capdistill as cd
 from capdistill import decoders, encoders
 from capdistill.errors import ConfigError, DataError, IncompatibleModels, UnknownName
 from capdistill.runtime import evaluating
+from tests.toy_captioner import WORDS, LetterTokenizer, Patches, batch_of, pictures, tokenizer, toy
 
 BOTH = frozenset({"hidden", "attention"})
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_captioner import Patches, batch_of, pictures, toy
 
 import capdistill as cd
 from capdistill import encoders
 from capdistill.errors import ConfigError
 from capdistill.generation import GenerationConfig
+from tests.toy_captioner import Patches, batch_of, pictures, toy
 
 
 @pytest.fixture(autouse=True)

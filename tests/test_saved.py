@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from toy_captioner import WORDS, LetterTokenizer, Patches, batch_of, pictures, tokenizer, toy
 
 import capdistill as cd
 from capdistill import decoders, encoders
 from capdistill.captioner import Captioner
 from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
 from capdistill.tokenizer import WordTokenizer
+from tests.toy_captioner import WORDS, LetterTokenizer, Patches, batch_of, pictures, tokenizer, toy
 
 FILES = ["captioner.json", "model.safetensors", "tokenizer.json"]
 
@@ -223,7 +223,7 @@ def test_a_foreign_tokenizer_must_be_given_and_then_all_is_the_same(tmp_path):
     captioner = toy(LetterTokenizer())
     captioner.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES[:2]
-    message = r"of the class toy_captioner\.LetterTokenizer, .*load\(directory, tokenizer=\.\.\.\)"
+    message = r"of the class tests\.toy_captioner\.LetterTokenizer, .*load\(directory, tokenizer=\.\.\.\)"
     with pytest.raises(CheckpointError, match=message):
         Captioner.load(tmp_path)
     again = Captioner.load(tmp_path, tokenizer=LetterTokenizer())

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cli_commands import TINY, distill
 
 from capdistill.cli import main
+from tests.cli.cli_commands import TINY, distill
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_commands import refused
 
 from capdistill.cli import main
 from capdistill.metrics import CaptionScorer, paired_bootstrap
+from tests.cli.cli_commands import refused
 
 REFERENCES = {
     "images": [{"id": 7}, {"id": 12}, {"id": 25}, {"id": 31}],

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from cli_commands import TINY, distill, final_weights, refused
 
 from capdistill import Captioner, Trainer
 from capdistill.cli import main
 from capdistill.training import History
+from tests.cli.cli_commands import TINY, distill, final_weights, refused
 
 
 def test_train_says_what_came_out_as_json(

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from data_pictures import picture
 
 from capdistill.data import CaptionData, Example
 from capdistill.tokenizer import WordTokenizer
+from tests.data.data_pictures import picture
 
 COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta")
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_pictures import picture
 
 from capdistill.data import CocoCaptions, sample
 from capdistill.errors import DataError
+from tests.data.data_pictures import picture
 
 
 def coco(root: Path, images: list[Any], annotations: list[Any]) -> Path:

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_pictures import picture
 
 from capdistill.data import Flickr8k
 from capdistill.data.flickr8k import LISTS
 from capdistill.errors import DataError
+from tests.data.data_pictures import picture
 
 ROWS = [
     "1001.jpg#0\tA brown dog runs .",

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from data_pictures import picture
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from capdistill.data import Folder
 from capdistill.data.caption_files import Report
 from capdistill.data.folder import separated_rows
 from capdistill.errors import DataError
+from tests.data.data_pictures import picture
 
 CHINESE = "\u4e00\u53ea\u72d7\u5728\u5954\u8dd1 \U0001f415"
 TEXT = (

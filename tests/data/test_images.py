@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_pictures import broken_files, noise
 from PIL import Image, ImageFile
 
 from capdistill.data import CaptionData, Example, read_image
 from capdistill.data import images as images_module
 from capdistill.errors import DataError
+from tests.data.data_pictures import broken_files, noise
 
 T = Image.Transpose
 UNDO = {

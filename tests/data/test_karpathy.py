@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_pictures import picture
 
 from capdistill.data import CaptionData, Karpathy, Loader
 from capdistill.errors import DataError
 from capdistill.tokenizer import WordTokenizer
+from tests.data.data_pictures import picture
 
 IMAGES = [
     ("a.jpg", "train2014", "train", 9, 5),

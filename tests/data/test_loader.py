@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from data_pictures import broken_files, noise, picture
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +20,7 @@ from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
 from capdistill.runtime import generator
 from capdistill.tokenizer import WordTokenizer
+from tests.data.data_pictures import broken_files, noise, picture
 
 
 def same(one: Batch, other: Batch) -> bool:

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_pictures import broken_files
 
 from capdistill.data import CaptionData, Example, Problem, Report, Splits
 from capdistill.errors import ConfigError, DataError
+from tests.data.data_pictures import broken_files
 
 
 def many(n: int) -> CaptionData:

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data_pictures import noise
 from hypothesis import given
 from hypothesis import strategies as st
 
 from capdistill.data import read_image
 from capdistill.data.images import centre_square, random_square
+from tests.data.data_pictures import noise
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 50))

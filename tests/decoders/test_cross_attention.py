@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from decoder_cases import DIM, TOKENS
 from torch.testing import assert_close
 
 from capdistill.decoders.attention import CrossAttention, attend
+from tests.decoders.decoder_cases import DIM, TOKENS
 
 WIDTH, INNER = 6, 12
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoder_cases import inputs, make
 from torch.testing import assert_close
 
 from capdistill.decoders.attention import ROOM, Cache
+from tests.decoders.decoder_cases import inputs, make
 
 
 @pytest.mark.parametrize("grad", [True, False])

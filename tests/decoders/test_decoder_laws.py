@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from decoder_cases import DIM, FORMS, TOKENS, VOCABULARY, every_form, inputs, make
 from torch import nn
 from torch.testing import assert_close
 
 from capdistill import decoders
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
+from tests.decoders.decoder_cases import DIM, FORMS, TOKENS, VOCABULARY, every_form, inputs, make
 
 BOTH = frozenset({"hidden", "attention"})
 

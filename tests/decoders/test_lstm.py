@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_cases import inputs, make
 from torch.testing import assert_close
+
+from tests.decoders.decoder_cases import inputs, make
 
 
 def cell(layer, x, state):

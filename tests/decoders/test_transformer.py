@@ -4,10 +4,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from decoder_cases import every_form, inputs, make
 from torch.testing import assert_close
 
 from capdistill.decoders.transformer import sinusoids
+from tests.decoders.decoder_cases import every_form, inputs, make
 
 
 def heads_of(x, heads):

@@ -2,11 +2,11 @@ import html.parser
 import json
 
 import pytest
-from tiny_captioner import TinyCaptioner, batch_of
 
 from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
 from capdistill.evaluation.comparison import Comparison, compare
 from capdistill.metrics import Metric, paired_bootstrap
+from tests.evaluation.tiny_captioner import TinyCaptioner, batch_of
 
 OPTIONS = {"metrics": ("bleu",), "measure": False, "device": "cpu"}
 BATCHES = [batch_of([0, 1, 3])]

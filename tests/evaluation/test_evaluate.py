@@ -3,12 +3,12 @@ import re
 
 import pytest
 import torch
-from tiny_captioner import SAYINGS, TinyCaptioner, batch_of
 
 import capdistill as cd
 from capdistill.errors import ConfigError, DataError
 from capdistill.evaluation import compare, evaluate
 from capdistill.metrics import CaptionScorer, diversity
+from tests.evaluation.tiny_captioner import SAYINGS, TinyCaptioner, batch_of
 
 PLAIN = {"metrics": ("bleu", "cider_d"), "measure": False, "device": "cpu"}
 

@@ -7,7 +7,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from decoding_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capdistill.errors import ConfigError
+from capdistill.generation import GenerationConfig, Plan, beam_search, generate, search
+from capdistill.generation.hypotheses import _keys, best, staying
+from capdistill.generation.search import Beams
+from tests.generation.decoding_cases import (
     END,
     FORMS,
     LIMIT,
@@ -27,13 +34,6 @@ from decoding_cases import (
     run_toy,
     same,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from capdistill.errors import ConfigError
-from capdistill.generation import GenerationConfig, Plan, beam_search, generate, search
-from capdistill.generation.hypotheses import _keys, best, staying
-from capdistill.generation.search import Beams
 
 NORMALISATIONS = st.sampled_from(["none", "average", "gnmt"])
 

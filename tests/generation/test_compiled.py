@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from decoding_cases import END, PAD, START, pictures, real, same
 
 from capdistill.generation import GenerationConfig, Plan, generate
+from tests.generation.decoding_cases import END, PAD, START, pictures, real, same
 
 pytestmark = pytest.mark.slow
 compiler = pytest.mark.skipif(

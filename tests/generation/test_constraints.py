@@ -6,7 +6,14 @@ import math
 
 import pytest
 import torch
-from decoding_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capdistill.errors import ConfigError
+from capdistill.generation import GenerationConfig, Hypothesis, Plan, generate
+from capdistill.generation.config import FUNCTION_WORDS
+from capdistill.tokenizer import WordTokenizer
+from tests.generation.decoding_cases import (
     END,
     FORMS,
     LIMIT,
@@ -20,13 +27,6 @@ from decoding_cases import (
     real,
     run_toy,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from capdistill.errors import ConfigError
-from capdistill.generation import GenerationConfig, Hypothesis, Plan, generate
-from capdistill.generation.config import FUNCTION_WORDS
-from capdistill.tokenizer import WordTokenizer
 
 MODES = {
     "greedy": {},

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from decoding_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from capdistill.decoders import Decoder
+from capdistill.errors import ConfigError
+from capdistill.generation import Hypothesis, greedy
+from tests.generation.decoding_cases import (
     END,
     FORMS,
     LIMIT,
@@ -21,13 +28,6 @@ from decoding_cases import (
     ends_after,
     real,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-from capdistill.decoders import Decoder
-from capdistill.errors import ConfigError
-from capdistill.generation import Hypothesis, greedy
 
 
 def run(table, max_length: int, numbers: Sequence[float] = (0.0,), **options):

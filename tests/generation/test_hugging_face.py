@@ -10,12 +10,21 @@ import warnings
 
 import pytest
 import torch
-from decoding_cases import END, FORMS, LIMIT, PAD, START, VOCABULARY, pictures, real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capdistill.generation import GenerationConfig, Plan, generate
 from capdistill.generation.search import warp
+from tests.generation.decoding_cases import (
+    END,
+    FORMS,
+    LIMIT,
+    PAD,
+    START,
+    VOCABULARY,
+    pictures,
+    real,
+)
 
 transformers = pytest.importorskip("transformers", reason="transformers (extra 'test') is absent")
 

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_cases import END, LIMIT, PAD, START, A, decoder_b, pictures, real, run_toy
 
 from capdistill.generation import GenerationConfig, Plan, generate
 from capdistill.generation.search import draw, image_keys, row_keys, uniforms
+from tests.generation.decoding_cases import (
+    END,
+    LIMIT,
+    PAD,
+    START,
+    A,
+    decoder_b,
+    pictures,
+    real,
+    run_toy,
+)
 
 
 def sampled(seed: int = 0, keys: torch.Tensor | None = None, images: int = 4, **options):

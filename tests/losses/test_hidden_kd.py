@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from toy_pair import STUDENT, TEACHER, make_batch, make_output
 
 from capdistill.errors import ConfigError, IncompatibleModels
 from capdistill.losses.hidden import HiddenKD, uniform_pairs
+from tests.losses.toy_pair import STUDENT, TEACHER, make_batch, make_output
 
 
 def built(student=STUDENT, teacher=TEACHER, **options):

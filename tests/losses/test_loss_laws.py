@@ -8,12 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from toy_pair import STUDENT, TEACHER, cast, gradients, leaves, make_batch, make_output, pad, part
 
 from capdistill.errors import ConfigError
 from capdistill.losses.feature import FeatureKD
 from capdistill.losses.hidden import HiddenKD
 from capdistill.losses.token import TokenKD
+from tests.losses.toy_pair import (
+    STUDENT,
+    TEACHER,
+    cast,
+    gradients,
+    leaves,
+    make_batch,
+    make_output,
+    pad,
+    part,
+)
 
 LOSSES = {
     "token": (TokenKD, {"temperature": 4.0}),

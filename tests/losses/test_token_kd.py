@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.testing import assert_close
-from toy_pair import STUDENT, TEACHER, make_batch, make_output, pad
 
 from capdistill.errors import IncompatibleModels
 from capdistill.losses.divergence import kl_divergence
 from capdistill.losses.token import TokenKD
 from capdistill.outputs import Batch, CaptionerOutput
+from tests.losses.toy_pair import STUDENT, TEACHER, make_batch, make_output, pad
 
 
 def padding_is_the_end_token():

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 from PIL import Image
 
 from capdistill import Captioner, encoders
 from capdistill.data import CaptionData, Example
+from tests.training import tiny_models as tiny
 
 COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models as tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from capdistill import Captioner, Trainer
 from capdistill.errors import UnknownName
 from capdistill.metrics import Metric
 from capdistill.training.callbacks import Monitor, resolve_monitor
+from tests.training import tiny_models as tiny
 
 NAN = math.nan
 TABLE = [

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models as tiny
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -20,6 +19,7 @@ from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 from capdistill.teachers import normalised, wrap
 from capdistill.tokenizer import WordTokenizer
+from tests.training import tiny_models as tiny
 
 TRAIN = [tiny.make_batch([3, 1]), tiny.make_batch([2, 2], first=2)]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models as tiny
 import torch
 from torch import Tensor
 from torch.testing import assert_close
@@ -19,6 +18,7 @@ from capdistill.data import CaptionData
 from capdistill.data.loader import FixedBatches
 from capdistill.errors import ConfigError, DataError
 from capdistill.training.sources import TrunkStore, cache_trunk
+from tests.training import tiny_models as tiny
 
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "batch_size": 2, "epochs": 2, "learning_rate": 0.01}
 

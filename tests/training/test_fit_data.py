@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models as tiny
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
@@ -21,6 +20,7 @@ from capdistill.data import CaptionData, Example
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
 from capdistill.tokenizer import WordTokenizer
+from tests.training import tiny_models as tiny
 
 COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta")
 BAD = {"half.jpg", "empty.jpg", "page.jpg", "stub.png", "flip.png"}

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models as tiny
 import torch
 
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.errors import ConfigError
 from capdistill.training.history import History
+from tests.training import tiny_models as tiny
 
 Make = Callable[..., Captioner]
 TRAIN = [tiny.make_batch([3, 1]), tiny.make_batch([2, 2], first=2)]

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_models as tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from capdistill.errors import ConfigError
 from capdistill.outputs import Batch, DecoderOutput
 from capdistill.runtime import evaluating
 from capdistill.training.decoder_inputs import AlteredInputs, chances, sample, word_mask
+from tests.training import tiny_models as tiny
 
 BOTH = {"word_dropout": 0.3, "scheduled_sampling": 0.8}
 UNK, FIRST_WORD = tiny.TOKENIZER.unk_id, 4

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-import tiny_models as tiny
 
 from capdistill import Distiller
 from capdistill.errors import UnknownName
 from capdistill.training import recipe
+from tests.training import tiny_models as tiny
 
 
 def test_the_reference_is_a_distiller_as_it_was_written():

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models as tiny
 import torch
 
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.data import CaptionData
 from capdistill.errors import CheckpointError, ConfigError, NotFiniteLoss
 from capdistill.training.checkpoint import load_state, save_state
+from tests.training import tiny_models as tiny
 
 Make = Callable[..., Captioner]
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "batch_size": 2, "epochs": 4, "learning_rate": 0.01}

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny_models as tiny
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
@@ -19,6 +18,7 @@ from capdistill.generation import Hypothesis
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch
 from capdistill.runtime import evaluating
+from tests.training import tiny_models as tiny
 
 WEIGHTS = {"ce": 0.5, "token": 0.7, "feature": 0.4, "hidden": 0.3}
 SEVEN = [3, 1, 2, 4, 1, 5, 2]  # words of the captions, case 10

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import pytest
-import tiny_models as tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from capdistill import Distiller, Trainer
 from capdistill.errors import ConfigError, UnknownName
 from capdistill.training.config import TrainConfig
 from capdistill.training.optim import make_schedule, parameter_groups, share_of_rate
+from tests.training import tiny_models as tiny
 
 
 def pair() -> tuple[Any, Any]:
