@@ -110,11 +110,11 @@ def seeded(seed: int) -> Iterator[None]:
 SAFE_SEED = 2**63
 
 
-def hashed(*key: object) -> int:
+def stable_hash(*key: object) -> int:
     """A number in [0, 2**63) that depends on the key alone, on every machine.
 
     Example:
-        >>> hashed(0, "dog.jpg") == hashed(0, "dog.jpg") != hashed(1, "dog.jpg")
+        >>> stable_hash(0, "dog.jpg") == stable_hash(0, "dog.jpg") != stable_hash(1, "dog.jpg")
         True
     """
     digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -129,7 +129,7 @@ def generator(*key: object) -> torch.Generator:
         >>> bool(a == b)
         True
     """
-    return torch.Generator().manual_seed(hashed(*key))
+    return torch.Generator().manual_seed(stable_hash(*key))
 
 
 @contextmanager

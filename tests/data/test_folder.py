@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capdistill.data import Folder
-from capdistill.data.caption_files import Report
+from capdistill.data.caption_files import DataReport
 from capdistill.data.folder import separated_rows
 from capdistill.errors import DataError
 from tests.data.data_pictures import picture
@@ -128,4 +128,4 @@ unquoted = st.text(st.characters(exclude_characters="\r\n", codec="utf-8"), min_
 @given(st.lists(unquoted, max_size=5))
 def test_captions_without_quotes_survive_whole(captions: list[str]) -> None:
     text = "image,caption\n" + "".join(f"1.jpg,{caption}\n" for caption in captions)
-    assert [row.caption for row in separated_rows(Path("c.csv"), text, Report())] == captions
+    assert [row.caption for row in separated_rows(Path("c.csv"), text, DataReport())] == captions

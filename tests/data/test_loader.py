@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from capdistill.data import CaptionData, Example, Loader
-from capdistill.data.collate import choose
+from capdistill.data.collate import sample_captions
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
 from capdistill.runtime import generator
@@ -228,7 +228,7 @@ def test_ids_are_cut_to_the_length_asked_for(
     st.integers(0, 99),
 )
 def test_captions_repeat_only_when_all_are_used(texts: list[str], k: int, seed: int) -> None:
-    chosen = choose(texts, k, generator(seed))
+    chosen = sample_captions(texts, k, generator(seed))
     counts = Counter(chosen)
     assert len(chosen) == k
     assert max(counts.values()) - min(counts.get(text, 0) for text in texts) <= 1
@@ -259,7 +259,7 @@ def test_stores_ride_along_and_images_stay_unread(
 ) -> None:
     good = [name for name in half_broken.image_ids if name not in BAD]
     store = {name: torch.full((2, 3), float(n)) for n, name in enumerate(good)}
-    loader = Loader(half_broken, tokenizer, image_size=16, stores={"f": store}, with_images=False)
+    loader = Loader(half_broken, tokenizer, image_size=16, caches={"f": store}, with_images=False)
     (batch,) = loader
     assert batch.images.shape == (6, 3, 0, 0)
     assert batch.cached["f"][:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
@@ -351,7 +351,7 @@ def test_a_step_sees_as_many_captions_as_images_usually_have(
         for n, count in enumerate(captions)
     ]
     loader = Loader(CaptionData(examples), WordTokenizer(["caption"]), image_size=8, train=True)
-    assert loader.assembler.k == expected
+    assert loader.collator.k == expected
 
 
 def test_the_first_usable_image_decides_where_there_are_no_records(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from capdistill.data import CaptionData, Example, Problem, Report, Splits
+from capdistill.data import CaptionData, DataReport, Example, Problem, Splits
 from capdistill.errors import ConfigError, DataError
 from tests.data.data_pictures import broken_files
 
@@ -68,7 +68,7 @@ def test_verify_names_every_broken_image(tmp_path: Path) -> None:
 
 
 def test_a_report_counts_each_problem_once_and_shows_the_first() -> None:
-    report = Report()
+    report = DataReport()
     for n in (*range(30), 0):
         report.add(Problem("empty caption", "c.csv", f"row {n}"))
     assert len(report) == 30
@@ -77,4 +77,4 @@ def test_a_report_counts_each_problem_once_and_shows_the_first() -> None:
 
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="errors='skip' or 'raise'"):
-        Report("ignore")  # type: ignore[arg-type]
+        DataReport("ignore")  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capdistill.data.caption_files import Problem, Report
+    from capdistill.data.caption_files import DataReport, Problem
     from capdistill.data.coco import CocoCaptions, Karpathy, sample
     from capdistill.data.dataset import CaptionData, Example, Splits
     from capdistill.data.flickr8k import Flickr8k
@@ -28,7 +28,7 @@ _PUBLIC = {
     "Karpathy": "coco",
     "Loader": "loader",
     "Problem": "caption_files",
-    "Report": "caption_files",
+    "DataReport": "caption_files",
     "Splits": "dataset",
     "read_image": "images",
     "sample": "coco",
@@ -37,13 +37,13 @@ _PUBLIC = {
 __all__ = [
     "CaptionData",
     "CocoCaptions",
+    "DataReport",
     "Example",
     "Flickr8k",
     "Folder",
     "Karpathy",
     "Loader",
     "Problem",
-    "Report",
     "Splits",
     "read_image",
     "sample",

@@ -141,8 +141,8 @@ def read_lists(path: Path, *keys: str, form: str) -> dict[str, list[Any]]:
     return {key: content[key] for key in keys}
 
 
-def entries(
-    rows: list[Any], key: str, needs: tuple[str, ...], file: Path, report: Report
+def json_entries(
+    rows: list[Any], key: str, needs: tuple[str, ...], file: Path, report: DataReport
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, entry) of those that are objects with the needed fields; the others are reported."""
     for number, entry in enumerate(rows):
@@ -187,11 +187,11 @@ class Problem:
 
 
 @dataclass
-class Report:
+class DataReport:
     """The problems found so far, each once.
 
     Example:
-        >>> report = Report()
+        >>> report = DataReport()
         >>> report.add(Problem("missing image", "captions.csv", "row 2", "cat.jpg"))
         >>> print(report)
         1 problem: 1 missing image
@@ -238,7 +238,7 @@ class Report:
         if not self.problems:
             return "no problems"
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
-        return f"{many(len(self), 'problem')}: {kinds}"
+        return f"{pluralize(len(self), 'problem')}: {kinds}"
 
     def __str__(self) -> str:
         lines = [self.summary(), *(f"  {problem}" for problem in self.problems[:_SHOWN])]
@@ -247,11 +247,11 @@ class Report:
         return "\n".join(lines)
 
 
-def many(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """A count with its noun.
 
     Example:
-        >>> many(1, "image"), many(2, "image")
+        >>> pluralize(1, "image"), pluralize(2, "image")
         ('1 image', '2 images')
     """
     return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -7,8 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from capdistill.data.caption_files import Policy, Problem, Report, Row, entries, read_lists
-from capdistill.data.dataset import CaptionData, Example, Splits, finder, gather, require_some
+from capdistill.data.caption_files import DataReport, Policy, Problem, Row, json_entries, read_lists
+from capdistill.data.dataset import (
+    CaptionData,
+    Example,
+    Splits,
+    image_finder,
+    require_some,
+    to_examples,
+)
 
 
 class CocoCaptions(CaptionData):
@@ -30,25 +37,25 @@ class CocoCaptions(CaptionData):
     """
 
     def __init__(self, json: str | Path, images: str | Path, *, errors: Policy = "skip") -> None:
-        path, folder, report = Path(json), Path(images), Report(errors)
+        path, folder, report = Path(json), Path(images), DataReport(errors)
         examples = list(_examples(path, folder, report))
         require_some(examples, path.stem, report, f"Images were looked for in {folder}.")
         super().__init__(examples, name=path.stem, report=report)
 
 
-def _examples(path: Path, folder: Path, report: Report) -> Iterator[Example]:
+def _examples(path: Path, folder: Path, report: DataReport) -> Iterator[Example]:
     lists = read_lists(path, "images", "annotations", form="COCO captions")
     names = _names(lists["images"], path, report)
     rows = _rows(lists["annotations"], names, path, report)
-    places, find = {name: image_id for image_id, name in names.items()}, finder(folder)
-    for name, example in gather(rows, str(path), find, report).items():
+    places, find = {name: image_id for image_id, name in names.items()}, image_finder(folder)
+    for name, example in to_examples(rows, str(path), find, report).items():
         yield Example(places[name], example.path, example.captions)
 
 
-def _names(images: list[Any], path: Path, report: Report) -> dict[str, str]:
+def _names(images: list[Any], path: Path, report: DataReport) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: set[str] = set()
-    for place, entry in entries(images, "images", ("id", "file_name"), path, report):
+    for place, entry in json_entries(images, "images", ("id", "file_name"), path, report):
         image_id, name = str(entry["id"]), str(entry["file_name"])
         if image_id in names or name in taken:
             report.add(Problem("duplicate id", str(path), place, f"{image_id}, {name}"))
@@ -58,10 +65,10 @@ def _names(images: list[Any], path: Path, report: Report) -> dict[str, str]:
     return names
 
 
-def _rows(rows: list[Any], names: dict[str, str], path: Path, report: Report) -> Iterator[Row]:
+def _rows(rows: list[Any], names: dict[str, str], path: Path, report: DataReport) -> Iterator[Row]:
     captioned = set()
     needs = ("image_id", "caption")
-    for place, entry in entries(rows, "annotations", needs, path, report):
+    for place, entry in json_entries(rows, "annotations", needs, path, report):
         image_id = str(entry["image_id"])
         if image_id in names:
             captioned.add(image_id)
@@ -108,19 +115,20 @@ class Karpathy(Splits):
         restval: bool = True,
         errors: Policy = "skip",
     ) -> None:
-        report = Report(errors)
+        report = DataReport(errors)
         made = read_karpathy(Path(json), Path(images), restval=restval, report=report)
         super().__init__(made.parts, name=made.name, note=made.note, report=report)
 
 
-def read_karpathy(path: Path, images: Path, *, restval: bool, report: Report) -> Splits:
+def read_karpathy(path: Path, images: Path, *, restval: bool, report: DataReport) -> Splits:
     """The splits of a file; what cannot be used goes to the report."""
     rows = read_lists(path, "images", form="Karpathy")["images"]
     parts: dict[str, list[Example]] = {name: [] for name in _SPLITS}
     taken: set[str] = set()
     rest = 0
-    find = finder(images)
-    for place, entry in entries(rows, "images", ("filename", "split", "sentences"), path, report):
+    find = image_finder(images)
+    needs = ("filename", "split", "sentences")
+    for place, entry in json_entries(rows, "images", needs, path, report):
         split = _ALSO.get(entry["split"], entry["split"])
         rest += split == "restval"
         if split == "restval" and not restval:
@@ -150,7 +158,7 @@ def _example(
     place: str,
     path: Path,
     find: Callable[[str], Path | None],
-    report: Report,
+    report: DataReport,
 ) -> list[Example]:
     """One example, or none where its image or all of its captions are missing."""
     name = str(entry["filename"])
@@ -160,7 +168,7 @@ def _example(
     rows = [Row(full, text, f"{place}.sentences[{n}]") for n, text in enumerate(texts)]
     if not rows:
         report.add(Problem("image without caption", str(path), place, full))
-    found = gather(rows, str(path), lambda full: find(full) or find(name), report)
+    found = to_examples(rows, str(path), lambda full: find(full) or find(name), report)
     return [Example(image_id, example.path, example.captions) for example in found.values()]
 
 

@@ -29,8 +29,8 @@ from capdistill.runtime import (
     generator,
 )
 
-Job: TypeAlias = "tuple[int, tuple[int, ...]]"  # epoch, image numbers
-Made: TypeAlias = "tuple[Batch | None, list[Problem]]"
+BatchIndex: TypeAlias = "tuple[int, tuple[int, ...]]"  # epoch, image numbers
+BatchResult: TypeAlias = "tuple[Batch | None, list[Problem]]"
 
 _READ_ERRORS = (DataError, OSError, SyntaxError)  # Pillow calls a broken PNG a SyntaxError
 _ROOM = 1.16  # a cached image is this much larger than the crop, so that crops are not blown up
@@ -70,8 +70,8 @@ class Item(NamedTuple):
     place: str
 
 
-class Assembler(Dataset[Made]):
-    """`assembler[epoch, images]` is (Batch or None, problems). For the arguments see `Loader`."""
+class Collator(Dataset[BatchResult]):
+    """`collator[epoch, images]` is (Batch or None, problems). For the arguments see `Loader`."""
 
     def __init__(
         self,
@@ -85,13 +85,13 @@ class Assembler(Dataset[Made]):
         flip: bool,
         crop: bool,
         cache_images: bool,
-        stores: Mapping[str, Any],
+        caches: Mapping[str, Any],
         with_images: bool,
         max_length: int | None,
         views: int,
         view: int,
     ) -> None:
-        self.data, self.tokenizer, self.stores = data, tokenizer, stores
+        self.data, self.tokenizer, self.caches = data, tokenizer, caches
         self.image_size, self.train, self.seed = image_size, train, seed
         self.flip, self.random_crop = flip and (train or view > 0), train and crop
         self.with_images, self.max_length = with_images, max_length
@@ -100,7 +100,7 @@ class Assembler(Dataset[Made]):
         self.cache: dict[int, Tensor] | None = {} if cache_images else None
         self._k = captions_per_image
 
-    def __getitem__(self, job: Job) -> Made:
+    def __getitem__(self, job: BatchIndex) -> BatchResult:
         epoch, numbers = job
         parts, problems = [], []
         for number in numbers:
@@ -131,11 +131,11 @@ class Assembler(Dataset[Made]):
     def _part(self, number: int, epoch: int) -> _Part:
         item = self._item(number)
         rng = generator(self.seed, epoch, item.image_id)
-        chosen = choose(item.captions, self.k, rng if self.train else None)
+        chosen = sample_captions(item.captions, self.k, rng if self.train else None)
         view = view_of(epoch, item.image_id, self.views) if self.views > 1 else self.view
         pixels = self._pixels(number, item, rng, view)
-        stores = {key: self._at(store, view) for key, store in self.stores.items()}
-        cached = {key: _fetch(store, key, item) for key, store in stores.items()}
+        caches = {key: self._at(store, view) for key, store in self.caches.items()}
+        cached = {key: _fetch(store, key, item) for key, store in caches.items()}
         return _Part(item.image_id, item.captions, chosen, pixels, cached)
 
     def _at(self, store: Any, view: int) -> Any:
@@ -193,7 +193,7 @@ class Assembler(Dataset[Made]):
             captions=captions,
             image_ids=tuple(part.image_id for part in parts),
             references=None if self.train else tuple(part.captions for part in parts),
-            cached={key: torch.stack([p.cached[key] for p in parts]) for key in self.stores},
+            cached={key: torch.stack([p.cached[key] for p in parts]) for key in self.caches},
         )
 
 
@@ -243,13 +243,15 @@ def _fetch(store: Any, key: str, item: Item) -> Tensor:
     return tokens
 
 
-def choose(captions: Sequence[str], k: int, rng: torch.Generator | None = None) -> list[str]:
+def sample_captions(
+    captions: Sequence[str], k: int, rng: torch.Generator | None = None
+) -> list[str]:
     """k captions, none twice before all are used; the first k where there is no generator.
 
     Example:
-        >>> choose(["a", "b"], 3)
+        >>> sample_captions(["a", "b"], 3)
         ['a', 'b', 'a']
-        >>> sorted(choose(["a", "b", "c"], 3, generator(0)))
+        >>> sorted(sample_captions(["a", "b", "c"], 3, generator(0)))
         ['a', 'b', 'c']
     """
     chosen: list[str] = []

@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from capdistill.data.caption_files import Problem, Report, Row, clean, many
+from capdistill.data.caption_files import DataReport, Problem, Row, clean, pluralize
 from capdistill.errors import DataError
-from capdistill.runtime import hashed
+from capdistill.runtime import stable_hash
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
     """
 
     def __init__(
-        self, examples: Iterable[Example], *, name: str = "data", report: Report | None = None
+        self, examples: Iterable[Example], *, name: str = "data", report: DataReport | None = None
     ) -> None:
         self.examples = tuple(examples)
         self.name = name
-        self.report = Report() if report is None else report
+        self.report = DataReport() if report is None else report
         self.image_ids = tuple(example.image_id for example in self.examples)
         _refuse_unusable(self)
 
@@ -109,7 +109,7 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
                 f"{self.name}: {len(self)} images cannot be split into val={val}, test={test} and "
                 "a training part. Give more images or smaller shares."
             )
-        order = sorted(self.examples, key=lambda e: (hashed(seed, e.image_id), e.image_id))
+        order = sorted(self.examples, key=lambda e: (stable_hash(seed, e.image_id), e.image_id))
         parts, begin = {}, 0
         for part, size in sizes.items():
             chosen = order[begin : (begin := begin + size)]
@@ -118,11 +118,11 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
         present = {part: data for part, data in parts.items() if len(data)}
         return Splits(present, name=self.name, note=note, report=self.report)
 
-    def verify(self) -> Report:
+    def verify(self) -> DataReport:
         """Read every image; the report names those that cannot be decoded, and why."""
         from capdistill.data.images import read_image
 
-        found = Report()
+        found = DataReport()
         for example in self.examples:
             try:
                 read_image(example.path)
@@ -133,7 +133,7 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
 
     def __str__(self) -> str:
         problems = f", {self.report.summary()}" if self.report.problems else ""
-        return f"{self.name}: {many(len(self), 'image')}, {_captions(self)}{problems}"
+        return f"{self.name}: {pluralize(len(self), 'image')}, {_captions(self)}{problems}"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self}>"
@@ -164,13 +164,13 @@ class Splits:
         name: str = "data",
         note: str = "",
         absent: Mapping[str, str] | None = None,
-        report: Report | None = None,
+        report: DataReport | None = None,
     ) -> None:
         self.parts = dict(parts)
         self.name = name
         self.note = note
         self.absent = dict(absent or {})
-        self.report = Report() if report is None else report
+        self.report = DataReport() if report is None else report
 
     @property
     def train(self) -> CaptionData:
@@ -215,7 +215,7 @@ class Splits:
         """Images and captions of each split, absent splits, and problems."""
         lines = [f"{self.name}" + (f" ({self.note})" if self.note else "")]
         for name, part in self.parts.items():
-            lines.append(f"  {name}: {many(len(part), 'image')}, {_captions(part)}")
+            lines.append(f"  {name}: {pluralize(len(part), 'image')}, {_captions(part)}")
         lines += [f"  {name}: absent, {why}" for name, why in self.absent.items()]
         if self.report.problems:
             lines.append(f"  {self.report.summary()}")
@@ -242,11 +242,11 @@ def _share(share: float, n: int) -> int:
 
 
 def _captions(part: CaptionData) -> str:
-    return many(sum(len(example.captions) for example in part.examples), "caption")
+    return pluralize(sum(len(example.captions) for example in part.examples), "caption")
 
 
-def gather(
-    rows: Iterable[Row], file: str, find: Callable[[str], Path | None], report: Report
+def to_examples(
+    rows: Iterable[Row], file: str, find: Callable[[str], Path | None], report: DataReport
 ) -> dict[str, Example]:
     """Rows to examples by image, in the order of the file; what cannot be used is reported."""
     paths: dict[str, Path | None] = {}
@@ -270,7 +270,7 @@ def gather(
     return {image: Example(image, found[image], tuple(texts)) for image, texts in captions.items()}
 
 
-def finder(*roots: Path) -> Callable[[str], Path | None]:
+def image_finder(*roots: Path) -> Callable[[str], Path | None]:
     """A function from a name in a caption file to the image file of that very name, or None."""
 
     def find(name: str) -> Path | None:
@@ -280,7 +280,7 @@ def finder(*roots: Path) -> Callable[[str], Path | None]:
     return find
 
 
-def require_some(examples: Sequence[object], name: str, report: Report, fix: str) -> None:
+def require_some(examples: Sequence[object], name: str, report: DataReport, fix: str) -> None:
     """Refuse a data set of which nothing can be used, with the reasons and the fix."""
     if not examples:
         raise DataError(f"{name}: no image with a caption can be used. {fix}\n{report}")

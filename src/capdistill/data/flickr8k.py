@@ -6,8 +6,23 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from capdistill.data.caption_files import Policy, Problem, Report, Row, lines, many, read_text
-from capdistill.data.dataset import CaptionData, Example, Splits, finder, gather, require_some
+from capdistill.data.caption_files import (
+    DataReport,
+    Policy,
+    Problem,
+    Row,
+    lines,
+    pluralize,
+    read_text,
+)
+from capdistill.data.dataset import (
+    CaptionData,
+    Example,
+    Splits,
+    image_finder,
+    require_some,
+    to_examples,
+)
 from capdistill.errors import DataError
 
 PHANTOM = "2258277193_586949ec62.jpg.1"  # the official file captions this image; nobody has it
@@ -56,16 +71,16 @@ class Flickr8k(Splits):
         encoding: str = "utf-8",
         seed: int = 0,
     ) -> None:
-        folder, report = Path(root), Report(errors)
+        folder, report = Path(root), DataReport(errors)
         made = _read(folder, encoding, seed, report)
         super().__init__(
             made.parts, name="Flickr8k", note=made.note, absent=made.absent, report=report
         )
 
 
-def _read(root: Path, encoding: str, seed: int, report: Report) -> Splits:
+def _read(root: Path, encoding: str, seed: int, report: DataReport) -> Splits:
     images = _first(root, _IMAGES, Path.is_dir) or root
-    find = finder(images, images / images.name, root)  # unpacked archives often nest it
+    find = image_finder(images, images / images.name, root)  # unpacked archives often nest it
     tokens = _first(root, _TOKENS, Path.is_file)
     lists = {
         name: _first(root, (file, f"Flickr8k_text/{file}"), Path.is_file)
@@ -84,7 +99,7 @@ def _read(root: Path, encoding: str, seed: int, report: Report) -> Splits:
 
         rows = separated_rows(kaggle, read_text(kaggle, encoding), report)
         return _by_chance(
-            gather(_no_phantom(rows, kaggle, report), str(kaggle), find, report),
+            to_examples(_no_phantom(rows, kaggle, report), str(kaggle), find, report),
             images,
             seed,
             report,
@@ -101,20 +116,20 @@ def _first(root: Path, names: tuple[str, ...], test: Callable[[Path], bool]) -> 
 
 
 def _tokens(
-    path: Path, encoding: str, find: Callable[[str], Path | None], report: Report
+    path: Path, encoding: str, find: Callable[[str], Path | None], report: DataReport
 ) -> dict[str, Example]:
     rows = token_rows(read_text(path, encoding), str(path), find, report)
-    return gather(_no_phantom(rows, path, report), str(path), find, report)
+    return to_examples(_no_phantom(rows, path, report), str(path), find, report)
 
 
 def token_rows(
-    text: str, file: str, find: Callable[[str], Path | None], report: Report
+    text: str, file: str, find: Callable[[str], Path | None], report: DataReport
 ) -> Iterator[Row]:
     """Rows `name.jpg#i<TAB>caption`; the name may hold `#`, the caption may hold tabs.
 
     Example:
         >>> text = "my #1 dog.jpg#0\\tA dog\\trunning ."
-        >>> list(token_rows(text, "tokens", lambda name: None, Report()))
+        >>> list(token_rows(text, "tokens", lambda name: None, DataReport()))
         [Row(image='my #1 dog.jpg', caption='A dog\\trunning .', place='row 1')]
     """
     seen: dict[str, str] = {}
@@ -134,7 +149,7 @@ def token_rows(
         seen.setdefault(key, caption)
 
 
-def _no_phantom(rows: Iterator[Row], file: Path, report: Report) -> Iterator[Row]:
+def _no_phantom(rows: Iterator[Row], file: Path, report: DataReport) -> Iterator[Row]:
     for row in rows:
         if row.image == PHANTOM:
             report.add(Problem("phantom row", str(file), row.place, f"{PHANTOM}, no such image"))
@@ -143,7 +158,7 @@ def _no_phantom(rows: Iterator[Row], file: Path, report: Report) -> Iterator[Row
 
 
 def _official(
-    examples: dict[str, Example], lists: dict[str, Path | None], encoding: str, report: Report
+    examples: dict[str, Example], lists: dict[str, Path | None], encoding: str, report: DataReport
 ) -> Splits:
     parts, absent, taken = {}, {}, dict[str, str]()
     for name, path in lists.items():
@@ -158,7 +173,7 @@ def _official(
             absent[name] = f"no image of {LISTS[name]} is there with captions"
     require_some(list(taken), "Flickr8k", report, "Are the images where they should be?")
     rest = len(examples) - len(taken)
-    note = "official split" + (f"; {many(rest, 'image')} more in no list" if rest else "")
+    note = "official split" + (f"; {pluralize(rest, 'image')} more in no list" if rest else "")
     return Splits(parts, note=note, absent=absent, report=report)
 
 
@@ -168,7 +183,7 @@ def _listed(
     split: str,
     examples: dict[str, Example],
     taken: dict[str, str],
-    report: Report,
+    report: DataReport,
 ) -> Iterator[Example]:
     for number, line in listed:
         name, place = line.strip(), f"row {number}"
@@ -182,7 +197,7 @@ def _listed(
             yield examples[name]
 
 
-def _by_chance(examples: dict[str, Example], images: Path, seed: int, report: Report) -> Splits:
+def _by_chance(examples: dict[str, Example], images: Path, seed: int, report: DataReport) -> Splits:
     chosen = list(examples.values())
     require_some(chosen, "Flickr8k", report, f"Images were looked for in {images}.")
     data = CaptionData(chosen, name="Flickr8k", report=report)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from capdistill.data.caption_files import (
+    DataReport,
     Policy,
     Problem,
-    Report,
     Row,
     lines,
     read_text,
     split_fields,
 )
-from capdistill.data.dataset import CaptionData, finder, gather, require_some
+from capdistill.data.dataset import CaptionData, image_finder, require_some, to_examples
 from capdistill.errors import DataError
 
 IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name", "file", "image_path", "path")
@@ -67,12 +67,12 @@ class Folder(CaptionData):
         errors: Policy = "skip",
         encoding: str = "utf-8",
     ) -> None:
-        folder, report = Path(root), Report(errors)
+        folder, report = Path(root), DataReport(errors)
         path = _caption_file(folder) if captions is None else folder / captions
         text = read_text(path, encoding)
         read = json_rows if path.suffix in (".jsonl", ".ndjson") else separated_rows
-        find = finder(folder, folder / "images", folder / "Images")
-        examples = list(gather(read(path, text, report), str(path), find, report).values())
+        find = image_finder(folder, folder / "images", folder / "Images")
+        examples = list(to_examples(read(path, text, report), str(path), find, report).values())
         require_some(examples, str(path), report, f"Images were looked for in {folder}.")
         super().__init__(examples, name=folder.name or str(folder), report=report)
 
@@ -88,7 +88,7 @@ def _caption_file(folder: Path) -> Path:
     )
 
 
-def separated_rows(path: Path, text: str, report: Report) -> Iterator[Row]:
+def separated_rows(path: Path, text: str, report: DataReport) -> Iterator[Row]:
     """Rows of a CSV file whose first row names the columns.
 
     A caption with commas and without quotes is kept whole where there are just two columns; with
@@ -130,7 +130,7 @@ def _named(names: list[str], wanted: tuple[str, ...]) -> int | None:
     return next((names.index(name) for name in wanted if name in names), None)
 
 
-def json_rows(path: Path, text: str, report: Report) -> Iterator[Row]:
+def json_rows(path: Path, text: str, report: DataReport) -> Iterator[Row]:
     """Rows of a JSON Lines file; the caption may be a list."""
     for number, line in lines(text):
         place = f"row {number}"

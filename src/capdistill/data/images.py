@@ -16,9 +16,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from capdistill.data.caption_files import Policy, Report
+from capdistill.data.caption_files import DataReport, Policy
 from capdistill.errors import DataError
-from capdistill.runtime import generator, hashed
+from capdistill.runtime import generator, stable_hash
 
 Encoded: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | IO[bytes]"
 ImageSource: TypeAlias = "Encoded | Image.Image | npt.NDArray[Any] | Tensor"
@@ -306,7 +306,7 @@ def view_of(epoch: int, image_id: str, views: int) -> int:
         >>> sorted(view_of(epoch, "dog.jpg", views=4) for epoch in range(4))
         [0, 1, 2, 3]
     """
-    return (epoch + hashed("view", image_id)) % views
+    return (epoch + stable_hash("view", image_id)) % views
 
 
 def _cut(image: Tensor, top: int, left: int, rows: int, columns: int, size: int) -> Tensor:
@@ -329,7 +329,7 @@ def read_batches(
     Raises:
         DataError: an image that cannot be read, by name, unless it is skipped.
     """
-    Report(errors)
+    DataReport(errors)
     place = 0
     for chunk in chunks(images, batch_size):
         yield [_read(image, size, place + i, errors) for i, image in enumerate(chunk)]

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from capdistill.data.caption_files import Policy, Report
-from capdistill.data.collate import Assembler, Job, Made, SupportsEncode
+from capdistill.data.caption_files import DataReport, Policy
+from capdistill.data.collate import BatchIndex, BatchResult, Collator, SupportsEncode
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
 from capdistill.runtime import generator
@@ -54,11 +54,11 @@ class Loader:
         cache_images: Keep the images in memory, at the size needed: in every worker its own, so
             best with num_workers=0. Random crops are then taken from the centred square.
         errors: "skip" or "raise", for an image that cannot be read.
-        stores: Encoder fingerprint -> trunk tokens by image id; batches carry them in `cached`.
+        caches: Encoder fingerprint -> trunk tokens by image id; batches carry them in `cached`.
         with_images: False gives images of (I, 3, 0, 0) and opens no file of a `CaptionData`.
         max_length: Cut ids to this many tokens; default as the tokenizer gives them.
         views: How many views of an image the epochs take in turn: the centre, and random crops
-            that are always the same. Each of `stores` is then a sequence, one store a view.
+            that are always the same. Each of `caches` is then a sequence, one store a view.
         view: Show this view in every epoch.
         start_method: How workers start: "fork", "spawn", "forkserver"; default Python's own.
 
@@ -77,12 +77,12 @@ class Loader:
         train: bool = False,
         captions_per_image: int | None = None,
         seed: int = 0,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         flip: bool = False,
         crop: bool = True,
         cache_images: bool = False,
         errors: Policy = "skip",
-        stores: Mapping[str, Any] | None = None,
+        caches: Mapping[str, Any] | None = None,
         with_images: bool = True,
         max_length: int | None = None,
         views: int = 1,
@@ -98,14 +98,14 @@ class Loader:
             batch_size,
             train,
             seed,
-            num_workers,
+            num_workers or 0,
         )
-        self.errors: Policy = Report(errors).errors
-        self.skipped = Report()
+        self.errors: Policy = DataReport(errors).errors
+        self.skipped = DataReport()
         self._start_method = start_method
-        self._pool: DataLoader[Made] | None = None
+        self._pool: DataLoader[BatchResult] | None = None
         self._busy = False
-        self.assembler = Assembler(
+        self.collator = Collator(
             data,
             tokenizer,
             image_size=image_size,
@@ -115,7 +115,7 @@ class Loader:
             flip=flip,
             crop=crop,
             cache_images=cache_images,
-            stores=dict(stores or {}),
+            caches=dict(caches or {}),
             with_images=with_images,
             max_length=max_length,
             views=views,
@@ -152,7 +152,7 @@ class Loader:
         if jobs and not seen and start == 0:
             raise DataError(f"None of the {self.num_images} images can be used.\n{self.skipped}")
 
-    def _plan(self, epoch: int) -> list[Job]:
+    def _plan(self, epoch: int) -> list[BatchIndex]:
         order: list[int] = list(range(self.num_images))
         if self.train:
             rng = generator(self.seed, "order", epoch)
@@ -160,15 +160,15 @@ class Loader:
         size = self.batch_size
         return [(epoch, tuple(order[i : i + size])) for i in range(0, len(order), size)]
 
-    def _made(self, jobs: list[Job]) -> Iterator[Made]:
+    def _made(self, jobs: list[BatchIndex]) -> Iterator[BatchResult]:
         if self.num_workers == 0:
-            yield from map(self.assembler.__getitem__, jobs)
+            yield from map(self.collator.__getitem__, jobs)
             return
         if self._busy:  # another epoch is under way in the pool
             yield from self._new_pool(jobs)
             return
         if self._pool is None:
-            self._pool = self._new_pool(list[Job]())
+            self._pool = self._new_pool(list[BatchIndex]())
         self._busy = True
         try:
             self._pool.sampler[:] = jobs  # type: ignore[index]
@@ -176,10 +176,10 @@ class Loader:
         finally:
             self._busy = False
 
-    def _new_pool(self, jobs: list[Job]) -> DataLoader[Made]:
+    def _new_pool(self, jobs: list[BatchIndex]) -> DataLoader[BatchResult]:
         """Workers that stay for all epochs; each job names its epoch."""
         return DataLoader(
-            self.assembler,
+            self.collator,
             batch_size=None,
             sampler=jobs,
             num_workers=self.num_workers,
@@ -288,17 +288,18 @@ def make_source(
     tokenizer: Tokenizer,
     *,
     image_size: int,
-    stores: Mapping[str, Any] | None = None,
+    caches: Mapping[str, Any] | None = None,
     with_images: bool = True,
     **options: Any,
 ) -> Source:
-    """A data set, a torch Dataset of (image, captions), or an iterable of `Batch` to a source.
+    """What `fit` and `evaluate` take as data, as a source of epochs.
 
     Args:
-        data: One of these.
+        data: An object with `epoch(n, start)`, such as a `Loader`, which is used as it is; a data
+            set or a torch Dataset of (image, captions); or an iterable of `Batch`.
         tokenizer: Makes the ids of the captions.
         image_size: Side in pixels of the images in a batch.
-        stores: fingerprint -> cached trunk tokens by image id.
+        caches: fingerprint -> cached trunk tokens by image id.
         with_images: Whether any model still reads pixels.
         options: Of `capdistill.data.Loader`.
 
@@ -306,14 +307,14 @@ def make_source(
         DataError: the data are empty.
         ConfigError: they are none of these.
     """
-    from capdistill.data import Loader
-
+    if callable(getattr(data, "epoch", None)):
+        return data  # type: ignore[no-any-return]
     if _has_items(data):
         return Loader(
             data,
             tokenizer,
             image_size=image_size,
-            stores=stores or {},
+            caches=caches or {},
             with_images=with_images,
             **options,
         )
@@ -321,7 +322,8 @@ def make_source(
         return FixedBatches(data)
     raise ConfigError(
         f"{type(data).__name__} is no data. Give a capdistill data set, a torch Dataset that "
-        "yields (image, captions), or an iterable of capdistill.Batch."
+        "yields (image, captions), a Loader or another object with epoch(n, start), or an "
+        "iterable of capdistill.Batch."
     )
 
 

@@ -55,7 +55,7 @@ def prepare_sources(trainer: Trainer, train: Any, val: Any) -> tuple[Source, Sou
 def _record_captions(trainer: Trainer, source: Source) -> None:
     """The number that the data decided goes into what is written of the run."""
     if trainer.config.captions_per_image is None and isinstance(source, Loader):
-        k = source.assembler.k
+        k = source.collator.k
         trainer.config = trainer.config.model_copy(update={"captions_per_image": k})
         trainer.config.model_fields_set.discard("captions_per_image")  # other data decide anew
 
@@ -110,7 +110,7 @@ def _source(trainer: Trainer, data: Any, **options: Any) -> Source:
         data,
         tokenizer,
         image_size=size,
-        stores=_stores(trainer, frozen, list(_views(trainer, data, views, size, options))),
+        caches=_stores(trainer, frozen, list(_views(trainer, data, views, size, options))),
         with_images=len(frozen) < len(trainer.models),
         **options,
         views=views,
