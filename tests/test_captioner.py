@@ -52,6 +52,20 @@ def test_forward_joins_encoder_and_decoder_and_is_aligned_with_the_targets(batch
     assert captioner(batch).hidden is captioner(batch).attention is None
 
 
+def test_features_alone_do_not_run_the_decoder(batch):
+    captioner = toy()
+    features = captioner.encoder(batch.images)
+    captioner.decoder.forward = None  # calling it is a TypeError
+    out = captioner(batch, need=frozenset({"features"}))
+    assert torch.equal(out.features, features)
+    assert out.logits is out.hidden is out.attention is None
+
+
+def test_an_output_that_no_captioner_has_is_refused_with_a_suggestion(batch):
+    with pytest.raises(ConfigError, match=r"no output 'hiden'. Did you mean 'hidden'"):
+        toy()(batch, need=frozenset({"hiden"}))
+
+
 def test_a_longer_padding_leaves_the_logits_of_real_words(batch):
     captioner = toy().double()
     longer = replace(

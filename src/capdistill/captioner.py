@@ -13,12 +13,12 @@ from capdistill import saving
 from capdistill.data.images import is_many, read_batches
 from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
-from capdistill.errors import ConfigError, DataError, IncompatibleModels
+from capdistill.errors import ConfigError, DataError, IncompatibleModels, suggest
 from capdistill.generation.config import GenerationConfig, Plan, resolve
 from capdistill.generation.decode import captions
 from capdistill.generation.hypotheses import CaptionResult, Hypothesis
-from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
-from capdistill.runtime import evaluating
+from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
+from capdistill.runtime import inference
 from capdistill.tokenizer import Tokenizer
 from capdistill.weights import load_exactly, read_state_dict, strip_prefixes
 
@@ -88,18 +88,28 @@ class Captioner(nn.Module):
         self,
         batch: Batch,
         need: frozenset[str] = frozenset(),
-        read: Callable[[Batch, Tensor], Tensor] | None = None,
+        input_fn: Callable[[Batch, Tensor], Tensor] | None = None,
     ) -> CaptionerOutput:
-        """Teacher-forced logits for a batch, aligned with `batch.targets`.
+        """Teacher-forced outputs for a batch, aligned with `batch.targets`.
 
         Args:
             batch: B = I * k captions.
-            need: Of "hidden" and "attention", what is wanted beside logits and features.
-            read: `read(batch, features)` gives the (B, T - 1) ids that the decoder reads; those
-                of the batch unless given.
+            need: What the caller will use, of "logits", "features", "hidden" and "attention".
+                Logits and features are there in any case, the other two only on request. But
+                {"features"} means features alone: the decoder does not run, and logits are None.
+            input_fn: `input_fn(batch, features)` gives the (B, T - 1) ids that the decoder reads;
+                those of the batch by default.
+
+        Raises:
+            ConfigError: `need` names something else.
         """
+        if not OUTPUTS.issuperset(need):
+            unknown = min(set(need) - OUTPUTS)
+            raise ConfigError(f"need: there is no output '{unknown}'. {suggest(unknown, OUTPUTS)}")
         features = self.encode(batch)
-        inputs = batch.inputs if read is None else read(batch, features)
+        if need == FEATURES_ONLY:
+            return CaptionerOutput(features=features, mask=batch.target_mask)
+        inputs = batch.inputs if input_fn is None else input_fn(batch, features)
         out = self.decoder(inputs, features, need)
         return CaptionerOutput(out.logits, out.hidden, features, out.attention, batch.target_mask)
 
@@ -141,7 +151,7 @@ class Captioner(nn.Module):
             ConfigError: options that cannot be.
         """
         plan = Plan.of(resolve(generation, options), self.tokenizer)
-        with evaluating(self), torch.no_grad():
+        with inference(self):
             features = self.encode(batch) if isinstance(batch, Batch) else self.encoder(batch)
             return captions(self.decoder, features, self.tokenizer, plan, batch)
 
@@ -351,7 +361,7 @@ def attention_of(
     tokenizer = captioner.tokenizer
     rows = [[tokenizer.start_id, *hypothesis.tokens] for hypothesis in hypotheses]
     ids = pad_batch(rows, tokenizer.pad_id)[0].to(captioner.device)  # (I, T + 1)
-    with evaluating(captioner), torch.no_grad():
+    with inference(captioner):
         features = captioner.encoder(pixels.to(captioner.device))
         weights = captioner.decoder(ids, features, frozenset({"attention"})).attention
     if weights is None:

@@ -1,10 +1,9 @@
-"""One batch through the models before anything is trained, and what must come out."""
+"""Does a model keep its specification, and do two models fit each other?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,17 +14,23 @@ from capdistill.errors import IncompatibleModels
 from capdistill.losses.base import DistillationLoss
 from capdistill.losses.token import first_difference
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
-from capdistill.runtime import asking
+from capdistill.runtime import inference
 from capdistill.tokenizer import pad_batch
 
-Shape = tuple[int | None, ...]
+
+def image_size(*models: Any) -> int:
+    """Side in pixels of the images to load: the largest that a model or its encoder reads, or 224.
+
+    Each model downsizes for itself.
+    """
+    parts = [part for model in models for part in (model, getattr(model, "encoder", None))]
+    sizes = [getattr(part, "image_size", None) for part in parts]
+    return max((int(size) for size in sizes if size), default=224)
 
 
-def probe_batch(captioner: Captioner, models: list[nn.Module]) -> Batch:
+def probe_batch(captioner: Captioner, models: Iterable[nn.Module]) -> Batch:
     """Two grey images with two captions each, of two lengths, at the size the models share."""
-    pass
-
-    size = image_size(models)
+    size = image_size(*models)
     tokenizer = captioner.tokenizer
     words = [tokenizer.start_id, *[len(tokenizer.vocabulary) - 1] * 2, tokenizer.end_id]
     ids, mask = pad_batch([words, words[1:], words[1:], words], tokenizer.pad_id)
@@ -38,58 +43,108 @@ def probe_batch(captioner: Captioner, models: list[nn.Module]) -> Batch:
     )
 
 
-def ask(model: Any, batch: Batch, need: frozenset[str]) -> CaptionerOutput:
-    """A model's output for a batch, its shapes checked, on the CPU; nothing is changed by it.
+def checked_forward(model: Any, batch: Batch, needed: frozenset[str]) -> CaptionerOutput:
+    """A model's output for a batch, on the CPU, once its shapes are checked.
+
+    Runs in evaluation mode without gradients; flags, buffers and random state do not change.
 
     Raises:
         IncompatibleModels: the output is not what the model's specification promises.
     """
-    device = _device_of(model)
-    batch = batch.to(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), asking(model):
-        output: CaptionerOutput = model(batch, need=need)
-    require_output(model, output, batch, need)
-    return _moved(output, torch.device("cpu"))
+    batch = batch.to(_device_of(model))
+    with inference(model, fork_rng=True):
+        output: CaptionerOutput = model(batch, need=needed)
+    spec = model.spec(batch)
+    required = needed or frozenset({"logits"})
+    if not spec.has_attention:  # FeatureKD("auto") does without
+        required -= {"attention"}
+    require_output(f"'{spec.name}' gives", output, batch, required, len(spec.vocabulary), spec)
+    return _to(output, torch.device("cpu"))
 
 
-def require_output(model: Any, output: CaptionerOutput, batch: Batch, need: frozenset[str]) -> None:
-    """Compare the shapes a model gives with those it promises.
+def require_output(
+    source: str,
+    output: object,
+    batch: Batch,
+    needed: Set[str],
+    vocabulary: int,
+    spec: ModelSpec | None = None,
+) -> None:
+    """Compare every shape of an output with the batch, the vocabulary and the specification.
+
+    Example:
+        >>> batch = Batch(
+        ...     images=torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        ...     input_ids=torch.tensor([[1, 5, 2]]), mask=torch.ones(1, 3, dtype=torch.bool),
+        ...     captions=("dog",), image_ids=("a.jpg",),
+        ... )
+        >>> output = CaptionerOutput(logits=torch.zeros(1, 2, 6))
+        >>> require_output("theirs: adapt returned", output, batch, {"logits"}, vocabulary=6)
+
+    Args:
+        source: How messages begin, such as "theirs: adapt returned".
+        output: What came back; anything but a `CaptionerOutput` is refused.
+        batch: What went in.
+        needed: Fields that must not be None.
+        vocabulary: V.
+        spec: Number of tokens and widths, where they are known.
 
     Raises:
-        IncompatibleModels: they differ; names the tensor, what came and what was expected.
+        IncompatibleModels: names what was given, the expected shape and its meaning.
     """
-    spec = model.spec(batch)
-    rows, words = batch.targets.shape
-    expected: dict[str, tuple[Tensor | None, Shape]] = {
-        "logits": (output.logits, (rows, words, len(spec.vocabulary)))
+    if not isinstance(output, CaptionerOutput):
+        raise IncompatibleModels(
+            f"{source} {type(output).__name__}, but must return a CaptionerOutput."
+        )
+    for what in sorted(needed):
+        if getattr(output, what) is None:
+            raise IncompatibleModels(
+                f"{source} None for {what}, which is needed.\n"
+                f"Return CaptionerOutput(..., {what}=...), or leave out the loss that needs it."
+            )
+    rows, length = batch.targets.shape
+    tokens, width = (spec.tokens, spec.feature_dim) if spec else (None, None)
+    if output.features is not None and tokens is None and output.features.ndim == 3:
+        tokens = output.features.shape[1]
+    expected: dict[str, tuple[Tensor | None, tuple[int | None, ...]]] = {
+        "logits": (output.logits, (rows, length, vocabulary)),
+        "mask": (output.mask, (rows, length)),
+        "features": (output.features, (batch.num_images, tokens, width)),
+        "attention": (output.attention, (rows, length, tokens)),
     }
-    if output.features is not None:
-        wanted = (batch.num_images, spec.tokens, spec.feature_dim)
-        expected["features"] = (output.features, wanted)
-    if "attention" in need and spec.has_attention:
-        expected["attention"] = (output.attention, (rows, words, spec.tokens))
-    if "hidden" in need:
-        widths: list[int | None] = list(spec.hidden_dims)
-        for i, (vector, width) in enumerate(zip_longest(output.hidden or (), widths)):
-            promised: Shape = (rows, words, width) if i < len(widths) else ()
-            expected[f"hidden[{i}]"] = (vector, promised)
-    for name, (tensor, shape) in expected.items():
-        _require_shape(spec.name, name, tensor, shape, batch)
+    hidden = output.hidden
+    widths = spec.hidden_dims if spec else (None,) * len(hidden or ())
+    if hidden is not None and len(hidden) != len(widths):
+        raise IncompatibleModels(
+            f"{source} {len(hidden)} hidden states, but the spec has {len(widths)}. "
+            "Return one per layer, then the input of the vocabulary projection."
+        )
+    for place, layer in enumerate(hidden or ()):
+        expected[f"hidden[{place}]"] = (layer, (rows, length, widths[place]))
+    for what, (value, shape) in expected.items():
+        if value is not None:
+            _require_shape(source, what, value, shape)
 
 
-def _require_shape(
-    model: str, name: str, tensor: Tensor | None, shape: Shape, batch: Batch
-) -> None:
-    given = None if tensor is None else tuple(tensor.shape)
-    fits = given is not None and len(given) == len(shape)
-    if fits and all(w in (None, g) for g, w in zip(given or (), shape, strict=True)):
+_MEANING = {
+    "logits": "captions, target positions (batch.targets), entries of tokenizer.vocabulary",
+    "mask": "captions, target positions; return batch.target_mask or leave it out",
+    "features": "images (not captions), visual tokens, width",
+    "attention": "captions, target positions, visual tokens",
+    "hidden": "captions, target positions, width",
+}
+
+
+def _require_shape(source: str, what: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
+    """None in `shape` stands for any size."""
+    found = tuple(value.shape)
+    fits = len(found) == len(shape)
+    if fits and all(size in (None, given) for size, given in zip(shape, found, strict=True)):
         return
     shown = ", ".join("any" if size is None else str(size) for size in shape)
-    wanted = f"({shown})" if shape else "none, by its specification"
     raise IncompatibleModels(
-        f"'{model}' gives {name} of shape {given}, but a batch of {batch.num_images} images with "
-        f"{batch.captions_per_image} captions each needs {wanted}. Correct the model's forward, "
-        "or its specification."
+        f"{source} {what} of shape {found}, but this batch needs ({shown}): "
+        f"{_MEANING[what.split('[')[0]]}. Correct the model's output, or its specification."
     )
 
 
@@ -109,8 +164,8 @@ def require_one_vocabulary(student: ModelSpec, teacher: ModelSpec) -> None:
     raise IncompatibleModels(
         f"The vocabularies differ at entry {place}: '{student.name}' has {mine} "
         f"({len(student.vocabulary)} entries), '{teacher.name}' has {theirs} "
-        f"({len(teacher.vocabulary)} entries), so that the teacher would read other words than "
-        "were written. Build both models with one tokenizer, or compare features alone: "
+        f"({len(teacher.vocabulary)} entries). The teacher would read other words than those of "
+        "the captions. Build both models with one tokenizer, or compare features alone: "
         'losses={"feature": {"name": "feature", "match": "pooled"}}.'
     )
 
@@ -121,15 +176,22 @@ def require_scalars(
     teacher: CaptionerOutput,
     batch: Batch,
 ) -> None:
-    """Every loss gives one number for these outputs; nothing is changed by it.
+    """Every built loss gets what it needs and gives one number; nothing is changed by it.
 
     Raises:
-        IncompatibleModels: it gives something else.
+        IncompatibleModels: a model lacks an output, or the loss gives something else.
     """
     for name, loss in losses.items():
+        for role, output in (("student", student), ("teacher", teacher)):
+            for what in sorted(loss.needs):
+                if getattr(output, what) is None:
+                    raise IncompatibleModels(
+                        f"The loss '{name}' ({type(loss).__name__}) needs {what}, which the "
+                        f"{role} does not give. Leave the loss out, or use a {role} that has it."
+                    )
         device = _device_of(loss)
-        with torch.random.fork_rng(devices=[]), asking(loss):
-            value = loss(_moved(student, device), _moved(teacher, device), batch.to(device))
+        with inference(loss, fork_rng=True):
+            value = loss(_to(student, device), _to(teacher, device), batch.to(device))
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
             raise IncompatibleModels(
@@ -142,132 +204,15 @@ def _device_of(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def _moved(output: CaptionerOutput, device: torch.device) -> CaptionerOutput:
+def _to(output: CaptionerOutput, device: torch.device) -> CaptionerOutput:
+    def move(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(device)
+
     return replace(
         output,
-        logits=output.logits.to(device),
+        logits=move(output.logits),
         hidden=None if output.hidden is None else tuple(h.to(device) for h in output.hidden),
-        features=None if output.features is None else output.features.to(device),
-        attention=None if output.attention is None else output.attention.to(device),
-        mask=output.mask.to(device),
+        features=move(output.features),
+        attention=move(output.attention),
+        mask=move(output.mask),
     )
-
-
-_MEANING = {
-    "logits": "captions, target positions (batch.targets), entries of tokenizer.vocabulary",
-    "mask": "captions, target positions; return batch.target_mask",
-    "features": "images (not captions), visual tokens, width",
-    "attention": "captions, target positions, visual tokens",
-    "hidden": "captions, target positions, width",
-}
-
-
-def check_layout(
-    name: str,
-    output: object,
-    batch: Batch,
-    need: frozenset[str],
-    vocabulary: int,
-    spec: ModelSpec | None = None,
-) -> None:
-    """Every shape of an output against the batch, the vocabulary and, where known, the spec.
-
-    Example:
-        >>> import torch
-        >>> batch = Batch(
-        ...     images=torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
-        ...     input_ids=torch.tensor([[1, 5, 2]]), mask=torch.ones(1, 3, dtype=torch.bool),
-        ...     captions=("dog",), image_ids=("a.jpg",),
-        ... )
-        >>> output = CaptionerOutput(torch.zeros(1, 2, 6), None, None, None, batch.target_mask)
-        >>> check_layout("theirs", output, batch, frozenset(), vocabulary=6)
-
-    Args:
-        name: How messages call the model.
-        output: What came back; anything but a `CaptionerOutput` is refused.
-        batch: What went in.
-        need: Fields that must not be None.
-        vocabulary: V.
-        spec: Number of tokens and widths that were declared or probed.
-
-    Raises:
-        IncompatibleModels: names what was given, the shape that is wanted and what it means.
-    """
-    if not isinstance(output, CaptionerOutput):
-        raise IncompatibleModels(
-            f"{name}: adapt returned {type(output).__name__}, but must return a CaptionerOutput."
-        )
-    for what in sorted(need):
-        if getattr(output, what) is None:
-            raise IncompatibleModels(
-                f"{name}: {what} needed, but adapt returned None.\n"
-                f"Return CaptionerOutput(..., {what}=...), or leave out the loss that needs it."
-            )
-    rows, length = batch.targets.shape
-    _require(name, "logits", output.logits, (rows, length, vocabulary))
-    _require(name, "mask", output.mask, (rows, length))
-    tokens, width = (spec.tokens, spec.feature_dim) if spec else (None, None)
-    if output.features is not None:
-        _require(name, "features", output.features, (batch.num_images, tokens, width))
-        tokens = output.features.shape[1]
-    if output.attention is not None:
-        _require(name, "attention", output.attention, (rows, length, tokens))
-    if output.hidden is not None:
-        widths = spec.hidden_dims if spec else (None,) * len(output.hidden)
-        _check_hidden(name, output.hidden, (rows, length), widths)
-
-
-def check_vocabulary(name: str, spec: ModelSpec, vocabulary: Sequence[str]) -> None:
-    """A declared spec must list the tokenizer's entries.
-
-    Raises:
-        IncompatibleModels: it does not.
-    """
-    if list(spec.vocabulary) != list(vocabulary):
-        raise IncompatibleModels(
-            f"{name}: the declared spec lists {len(spec.vocabulary)} vocabulary entries that are "
-            f"not the tokenizer's {len(vocabulary)}. Give ModelSpec tokenizer.vocabulary."
-        )
-
-
-def _check_hidden(
-    name: str,
-    hidden: Sequence[Tensor],
-    start: tuple[int, int],
-    widths: Sequence[int | None],
-) -> None:
-    if len(hidden) != len(widths):
-        raise IncompatibleModels(
-            f"{name}: adapt returned {len(hidden)} hidden states, but the spec has {len(widths)}. "
-            "Return one a layer, then what the vocabulary projection sees."
-        )
-    for place, (layer, width) in enumerate(zip(hidden, widths, strict=True)):
-        _require(name, f"hidden[{place}]", layer, (*start, width))
-
-
-def _require(name: str, what: str, value: Tensor, wanted: tuple[int | None, ...]) -> None:
-    """None in `wanted` stands for any size."""
-    found = tuple(value.shape)
-    if len(found) == len(wanted) and all(
-        size in (None, here) for size, here in zip(wanted, found, strict=True)
-    ):
-        return
-    shown = ", ".join("any" if size is None else str(size) for size in wanted)
-    raise IncompatibleModels(
-        f"{name}: adapt returned {what} of shape {found}, but this batch needs ({shown}): "
-        f"{_MEANING[what.split('[')[0]]}."
-    )
-
-
-def size_of(captioner: Any) -> int:
-    """Side in pixels of the images it reads; 224 where neither it nor its encoder says."""
-    size: Any = getattr(captioner, "image_size", None)
-    if size is None:
-        size = getattr(getattr(captioner, "encoder", None), "image_size", 224)
-    return int(size)
-
-
-def image_size(models: list[Any]) -> int:
-    """The larger image size of the models: each downsizes for itself."""
-    sizes = [getattr(model, "image_size", None) for model in models]
-    return max([int(size) for size in sizes if size] or [224])

@@ -120,21 +120,25 @@ class DecoderOutput:
 
 @dataclass(frozen=True)
 class CaptionerOutput:
-    """What a captioner gives for a batch, aligned with `batch.targets`.
+    """What a captioner computes for a batch, aligned with `batch.targets`.
 
     Args:
-        logits: (B, T - 1, V).
+        logits: (B, T - 1, V); None where only features were needed.
         hidden: As in `DecoderOutput`, or None.
-        features: (I, N, D), the encoder's output.
+        features: (I, N, D), the encoder's output, or None.
         attention: (B, T - 1, N), or None.
-        mask: (B, T - 1), `batch.target_mask`.
+        mask: (B, T - 1), `batch.target_mask`; losses read it from the batch.
     """
 
-    logits: Tensor
-    hidden: tuple[Tensor, ...] | None
-    features: Tensor | None
-    attention: Tensor | None
-    mask: Tensor
+    logits: Tensor | None = None
+    hidden: tuple[Tensor, ...] | None = None
+    features: Tensor | None = None
+    attention: Tensor | None = None
+    mask: Tensor | None = None
+
+
+OUTPUTS = frozenset({"logits", "features", "hidden", "attention"})
+FEATURES_ONLY = frozenset({"features"})
 
 
 @dataclass(frozen=True)

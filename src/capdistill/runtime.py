@@ -1,12 +1,11 @@
-"""Where and how precisely a model runs: devices, autocast, seeds."""
+"""Where and how a model runs: devices, precision, seeds, evaluation mode."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -146,22 +145,42 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def asking(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside, whatever the caller did; every flag comes back."""
-    with evaluating(model), torch.no_grad():
+def inference(*modules: nn.Module, fork_rng: bool = False) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the block; every submodule's own flag comes back.
+
+    Example:
+        >>> layer = nn.Dropout()
+        >>> with inference(layer):
+        ...     layer.training, torch.is_grad_enabled()
+        (False, False)
+        >>> layer.training
+        True
+
+    Args:
+        modules: Models that the block runs.
+        fork_rng: Also restore the random state afterwards, on the CPU and on their CUDA devices.
+    """
+    cuda = {p.device for module in modules for p in module.parameters() if p.device.type == "cuda"}
+    forked = torch.random.fork_rng(devices=[*cuda]) if fork_rng else nullcontext()
+    with forked, evaluating(*modules), torch.no_grad():
         yield
 
 
 @contextmanager
-def moved(captioners: Sequence[Any], device: torch.device) -> Iterator[None]:
-    """Models on `device` and in evaluation mode; flags and devices come back afterwards."""
-    modules = [model for model in captioners if isinstance(model, torch.nn.Module)]
-    homes = [next((p.device for p in module.parameters()), device) for module in modules]
+def on_device(models: Iterable[object], device: torch.device) -> Iterator[None]:
+    """Modules on `device` and in evaluation mode; flags and devices come back after the block.
+
+    Args:
+        models: Those that are no modules are left alone.
+        device: Where the modules go.
+    """
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    origins = [next((p.device for p in module.parameters()), device) for module in modules]
     try:
         with evaluating(*modules):
             for module in modules:
                 module.to(device)
             yield
     finally:
-        for module, home in zip(modules, homes, strict=True):
-            module.to(home)
+        for module, origin in zip(modules, origins, strict=True):
+            module.to(origin)

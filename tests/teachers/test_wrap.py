@@ -177,7 +177,7 @@ def test_a_missing_layer_is_refused(teacher, batch):
 
 
 def test_what_a_loss_needs_and_adapt_lacks_is_named(teacher, batch):
-    with pytest.raises(IncompatibleModels, match="theirs: attention needed, but adapt returned"):
+    with pytest.raises(IncompatibleModels, match="theirs: adapt returned None for attention"):
         teacher(batch, frozenset({"logits", "attention"}))
 
 
@@ -260,5 +260,35 @@ def test_a_foreign_captioner_is_evaluated_and_compared(teacher, batch):
 def test_loaders_give_the_size_that_a_foreign_captioner_asks_for():
     from capdistill.compatibility import image_size
 
-    assert image_size([wrap(TheirCaptioner(), adapt, TOKENIZER, image_size=300)]) == 300
-    assert image_size([wrap(TheirCaptioner(), adapt, TOKENIZER)]) == 224
+    assert image_size(wrap(TheirCaptioner(), adapt, TOKENIZER, image_size=300)) == 300
+    assert image_size(wrap(TheirCaptioner(), adapt, TOKENIZER)) == 224
+
+
+def test_features_alone_come_from_a_teacher_that_knows_fewer_words(teacher, batch):
+    expected = teacher.eval()(batch).features
+    beyond = replace(batch, input_ids=batch.input_ids.masked_fill(batch.input_ids == 2, 11))
+    output = teacher(beyond, frozenset({"features"}))
+    assert_close(output.features, expected)
+    assert output.logits is None
+    assert teacher.spec(beyond).feature_dim == 6
+
+
+def test_a_teacher_may_have_features_alone(batch):
+    def features_alone(module, batch):
+        seen = module.see(normalised(batch, MEAN, STD, size=8))
+        return CaptionerOutput(features=seen.flatten(2).transpose(1, 2))
+
+    teacher = wrap(TheirCaptioner().eval(), features_alone, TOKENIZER, name="theirs")
+    assert teacher(batch, frozenset({"features"})).features.shape == (2, 4, 6)
+    assert (teacher.spec(batch).feature_dim, teacher.spec().hidden_dims) == (6, ())
+    with pytest.raises(IncompatibleModels, match="adapt returned None for logits"):
+        teacher(batch)
+    with pytest.raises(IncompatibleModels, match="adapt returned None for logits"):
+        teacher.generate(batch)
+
+
+def test_a_mask_is_no_duty_of_a_foreign_teacher(teacher, batch):
+    teacher.adapt = returns(mask=lambda o: None)
+    loss = TokenKD()
+    student = wrap(TheirCaptioner(), adapt, TOKENIZER)
+    assert loss(student(batch), teacher(batch), batch) > 0

@@ -395,6 +395,58 @@ def test_a_foreign_teacher_is_checked_with_projectors_that_are_not_kept():
     assert not list(one.objective.losses.parameters())
 
 
+def unattended_teacher(words=WORDS):
+    """A foreign teacher that shows no attention: FeatureKD("auto") compares pooled features."""
+    model = captioner(words, name="theirs")
+    need = frozenset({"hidden"})
+    return cd.teachers.wrap(model, lambda m, batch: m(batch, need=need), model.tokenizer)
+
+
+@pytest.mark.parametrize("data", [None, Pictures()], ids=["made up", "data"])
+def test_a_foreign_teacher_without_attention_passes_the_check_and_the_fit(data):
+    one = distiller(unattended_teacher())
+    report = check_training(one, data)
+    assert report.ok, str(report)
+    assert one.fit(Pictures(), epochs=1).epochs
+    assert check_training(one, data).ok
+
+
+def fewer_words_cases():
+    fewer = WORDS[:4]
+    pooled = {"feature": cd.FeatureKD(match="pooled")}
+    yield "captioner", lambda: captioner(fewer, name="theirs"), pooled
+    yield "wrapped", lambda: foreign_teacher(fewer), pooled
+    yield "wrapped, auto", lambda: unattended_teacher(fewer), {"feature": cd.FeatureKD()}
+
+
+@pytest.mark.parametrize(
+    ("make", "losses"),
+    [pytest.param(make, losses, id=name) for name, make, losses in fewer_words_cases()],
+)
+def test_features_alone_are_compared_with_a_teacher_that_knows_fewer_words(make, losses):
+    one = distiller(make(), losses=losses)
+    report = check_training(one, Pictures())
+    assert report.ok, str(report)
+    assert only(report, "vocabulary", "note")
+    history = one.fit(Pictures(), Pictures(), epochs=1)
+    assert history.epochs[0]["train"]["terms"]["feature"]["raw"] > 0
+
+
+def test_the_teachers_decoder_does_not_run_for_features_alone():
+    teacher = captioner(name="teacher")
+    one = distiller(teacher, losses={"feature": cd.FeatureKD(match="pooled")})
+    teacher.decoder.forward = None  # calling it is a TypeError
+    assert one.fit(Pictures(), epochs=1).epochs
+
+
+def test_attention_wanted_from_a_teacher_with_other_words_fails_in_check_and_in_fit():
+    losses = {"feature": cd.FeatureKD(match="attention")}
+    one = distiller(foreign_teacher(WORDS[:4]), losses=losses)
+    assert "vocabularies differ" in only(check_training(one, Pictures()), "losses", "fail").finding
+    with pytest.raises(cd.errors.IncompatibleModels, match="vocabularies differ"):
+        one.fit(Pictures(), epochs=1)
+
+
 def test_a_report_reads_as_an_aligned_table_and_as_json():
     fine = CheckRow("options", "ok", "cpu")
     bad = CheckRow("memory", "fail", "word " * 30, "Lower batch_size.")

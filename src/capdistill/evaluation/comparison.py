@@ -20,7 +20,7 @@ from capdistill.evaluation.table import Row, figures
 from capdistill.files import finite_or_none, write_text
 from capdistill.metrics.bootstrap import PairedScores, check_samples, paired
 from capdistill.plots import require_matplotlib
-from capdistill.runtime import autocast, moved
+from capdistill.runtime import autocast, on_device
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -251,7 +251,7 @@ def _timed_in_turn(
         return dict(found)
     teacher = found["teacher"]
     device = torch.device(teacher.device)
-    with moved(list(models.values()), device):
+    with on_device(list(models.values()), device):
         batches = [each.timed for each in found.values()]
         how = teacher.precision, teacher.generation
         times = time_captions(list(models.values()), batches, device, *how)
@@ -319,7 +319,7 @@ def pictures(
 
 def _looks(role: str, model: Any, found: Evaluation, images: int) -> Iterator[tuple[str, str]]:
     device = torch.device(found.device)
-    with moved([model], device), autocast(device, found.precision):
+    with on_device([model], device), autocast(device, found.precision):
         for batch in found.timed[:images]:
             for result in model.caption(batch.images, details=True, generation=found.generation):
                 title = f"{role}: where it looked in {batch.image_ids[0]}"

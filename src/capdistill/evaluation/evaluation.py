@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from capdistill.compatibility import size_of
+from capdistill.compatibility import image_size
 from capdistill.errors import CapdistillError, ConfigError, DataError
 from capdistill.evaluation.measure import (
     Latency,
@@ -26,7 +26,7 @@ from capdistill.evaluation.report import Gallery
 from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.metrics import CaptionScorer, Diversity, Metric, Scores, diversity
 from capdistill.outputs import Batch, part
-from capdistill.runtime import autocast, moved, pick_device, pick_precision
+from capdistill.runtime import autocast, on_device, pick_device, pick_precision
 
 SCHEMA = "capdistill.evaluation/1"
 
@@ -179,7 +179,7 @@ def evaluate(
     how = None if generation is None and not options else resolve(generation, options)
     source = open_source(captioner, data, batch_size, num_workers)
     run = Pass(captioner, source, limit, progress, how)
-    with moved([captioner], where):
+    with on_device([captioner], where):
         with autocast(where, precise):
             run.caption(where)
         costs = _costs(captioner, data, run.timed, where, precise, how) if measure else {}
@@ -238,7 +238,7 @@ def _preprocessing(captioner: Any, data: Any) -> Latency | None:
     """Time an image from file to pixels, where the data name files."""
     from capdistill.data.images import centre_square, read_image
 
-    size = size_of(captioner)
+    size = image_size(captioner)
     paths = [example.path for example in getattr(data, "examples", ())[:TIMED]]
     readable = [path for path in paths if _readable(path)]
     if not readable:
@@ -344,7 +344,7 @@ def open_source(captioner: Any, data: Any, batch_size: int, num_workers: int) ->
         )
     if isinstance(data, Iterator):
         return data
-    size = size_of(captioner)
+    size = image_size(captioner)
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": num_workers,

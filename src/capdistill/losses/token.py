@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from capdistill.errors import ConfigError, IncompatibleModels
-from capdistill.losses.base import DistillationLoss
+from capdistill.losses.base import DistillationLoss, given
 from capdistill.losses.divergence import kl_divergence
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 
@@ -72,8 +72,9 @@ class TokenKD(DistillationLoss):
 
     def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
         """T² times the sum of KL(teacher || student) over valid tokens."""
-        mask = batch.target_mask  # (B, T)
-        divergence = kl_divergence(student.logits, teacher.logits, mask, self.temperature)
+        ours = given("TokenKD", "logits", "student", student.logits)  # (B, T, V)
+        theirs = given("TokenKD", "logits", "teacher", teacher.logits)
+        divergence = kl_divergence(ours, theirs, batch.target_mask, self.temperature)
         return self.temperature**2 * divergence
 
     def extra_repr(self) -> str:

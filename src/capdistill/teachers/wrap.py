@@ -6,21 +6,28 @@ error that names shapes, never a silently wrong target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capdistill.compatibility import check_layout, check_vocabulary
+from capdistill.compatibility import require_output
 from capdistill.decoders.base import Decoder, State
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, IncompatibleModels
 from capdistill.generation.config import GenerationConfig, Plan, resolve
 from capdistill.generation.decode import captions
 from capdistill.generation.hypotheses import Hypothesis
-from capdistill.outputs import Batch, CaptionerOutput, DecoderOutput, ModelSpec
+from capdistill.outputs import (
+    FEATURES_ONLY,
+    Batch,
+    CaptionerOutput,
+    DecoderOutput,
+    ModelSpec,
+)
+from capdistill.runtime import inference
 from capdistill.tokenizer import Tokenizer
 
 Adapt = Callable[[Any, Batch], CaptionerOutput]
@@ -47,8 +54,12 @@ class ForeignTeacher(nn.Module):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        if spec is not None:
-            check_vocabulary(name, spec, tokenizer.vocabulary)
+        if spec is not None and list(spec.vocabulary) != list(tokenizer.vocabulary):
+            raise IncompatibleModels(
+                f"{name}: the declared spec lists {len(spec.vocabulary)} vocabulary entries that "
+                f"are not the tokenizer's {len(tokenizer.vocabulary)}. Give ModelSpec "
+                "tokenizer.vocabulary."
+            )
         self.module = module
         self.adapt = adapt
         self.tokenizer = tokenizer
@@ -61,14 +72,30 @@ class ForeignTeacher(nn.Module):
 
         Args:
             batch: B = I * k captions, on the module's device.
-            need: What the caller will use, of "features", "hidden" and "attention".
+            need: What the caller will use, of "logits", "features", "hidden" and "attention". For
+                {"features"} the words do not matter: those that the teacher does not know are
+                replaced, and the output holds features alone.
 
         Raises:
             IncompatibleModels: `adapt` returned other shapes, or None for something needed.
         """
+        if need == FEATURES_ONLY:
+            output = self._run(self._with_known_words(batch), need)
+            return CaptionerOutput(features=output.features)
+        return self._run(batch, need or frozenset({"logits"}))
+
+    def _run(self, batch: Batch, needed: frozenset[str]) -> CaptionerOutput:
         output = self.adapt(self.module, batch)
-        check_layout(self.name, output, batch, need, len(self.tokenizer.vocabulary), self._spec)
+        vocabulary = len(self.tokenizer.vocabulary)
+        source = f"{self.name}: adapt returned"
+        require_output(source, output, batch, needed, vocabulary, self._spec)
         return output
+
+    def _with_known_words(self, batch: Batch) -> Batch:
+        unknown = batch.input_ids >= len(self.tokenizer.vocabulary)
+        return replace(
+            batch, input_ids=batch.input_ids.masked_fill(unknown, self.tokenizer.start_id)
+        )
 
     def spec(self, batch: Batch | None = None) -> ModelSpec:
         """What the losses must know of it: declared, or probed on the first batch given.
@@ -92,7 +119,6 @@ class ForeignTeacher(nn.Module):
             self._spec = self._probe(batch)
         return self._spec
 
-    @torch.no_grad()
     def generate(
         self,
         batch: Batch | Tensor,
@@ -114,7 +140,7 @@ class ForeignTeacher(nn.Module):
         """
         images = batch.images if isinstance(batch, Batch) else batch
         plan = Plan.of(resolve(generation, options), self.tokenizer)
-        with _undisturbed(self, images.device):
+        with inference(self, fork_rng=True):
             return captions(PrefixDecoder(self), images, self.tokenizer, plan, batch)
 
     def num_parameters(self, trainable: bool = False) -> int:
@@ -122,8 +148,8 @@ class ForeignTeacher(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
 
     def _probe(self, batch: Batch) -> ModelSpec:
-        with _undisturbed(self, batch.input_ids.device):
-            output = self(batch)
+        with inference(self, fork_rng=True):
+            output = self._run(self._with_known_words(batch), frozenset())
         features = output.features
         return ModelSpec(
             feature_dim=None if features is None else features.shape[2],
@@ -228,20 +254,6 @@ def normalised(
     return (pixels - middle) / (pixels.new_tensor(std).view(1, -1, 1, 1) * 255)  # (I, 3, S, S)
 
 
-@contextmanager
-def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode, no gradients and a forked random state; modes are restored one by one."""
-    training = [part for part in module.modules() if part.training]
-    devices = [device] if device.type == "cuda" else []
-    module.eval()
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True
-
-
 class PrefixDecoder(Decoder):
     """Reads the whole caption so far again for every word: slow, but it asks for `adapt` alone.
 
@@ -255,7 +267,7 @@ class PrefixDecoder(Decoder):
 
     def __init__(self, teacher: Any) -> None:
         super().__init__()
-        self.ask = teacher.forward
+        self.teacher_forward = teacher.forward
         self.vocabulary = len(teacher.tokenizer.vocabulary)
 
     def build_vocabulary(self, vocabulary: int) -> None:
@@ -273,7 +285,7 @@ class PrefixDecoder(Decoder):
             captions=("",) * len(ids),
             image_ids=tuple(map(str, range(len(features)))),
         )
-        return DecoderOutput(self.ask(batch).logits)
+        return DecoderOutput(self.teacher_forward(batch).logits)
 
     def start(self, features: Tensor) -> State:
         """No word has been read yet."""

@@ -10,11 +10,16 @@ from torch import nn
 
 from capdistill import losses as loss_registry
 from capdistill.captioner import Captioner
-from capdistill.compatibility import ask, probe_batch, require_one_vocabulary, require_scalars
+from capdistill.compatibility import (
+    checked_forward,
+    probe_batch,
+    require_one_vocabulary,
+    require_scalars,
+)
 from capdistill.errors import ConfigError
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput
-from capdistill.runtime import asking, seeded
+from capdistill.runtime import inference, seeded
 from capdistill.training.config import DistillConfig
 from capdistill.training.objective import Weight
 from capdistill.training.trainer import Trainer
@@ -88,7 +93,7 @@ class Distiller(Trainer):
         """What the teacher says of a batch: evaluation mode, no gradients, no dropout."""
         if not self.objective.losses:
             return None
-        with asking(self.teacher):
+        with inference(self.teacher):
             output: CaptionerOutput = self.teacher(batch, need=self.objective.need)
         return output
 
@@ -131,11 +136,13 @@ class Distiller(Trainer):
         if isinstance(self.teacher, Captioner):
             self._try_losses(batch)
         else:
-            ask(self.captioner, batch, self.objective.need)
+            checked_forward(self.captioner, batch, self.objective.need)
 
     def _try_losses(self, batch: Batch) -> None:
         """A batch through both models and every loss."""
-        student, teacher = (ask(model, batch, self.objective.need) for model in self.models)
+        student, teacher = (
+            checked_forward(model, batch, self.objective.need) for model in self.models
+        )
         require_scalars(self._losses, student, teacher, batch)
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError, suggest
-from capdistill.losses.base import DistillationLoss
+from capdistill.losses.base import DistillationLoss, given
 from capdistill.losses.divergence import cross_entropy
 from capdistill.outputs import Batch, CaptionerOutput
 
@@ -67,12 +67,14 @@ class Objective(nn.Module):
             teacher: What it says of the batch.
             read: What the student reads in place of `batch.inputs`; see `Captioner.forward`.
         """
-        reading = {} if read is None else {"read": read}
-        student = self.student(batch, need=self.need, **reading)
+        reading = {} if read is None else {"input_fn": read}
+        needed = self.need | {"logits"} if "ce" in self.weights else self.need
+        student: CaptionerOutput = self.student(batch, need=needed, **reading)
         sums = {}
         if "ce" in self.weights:
+            logits = given("cross-entropy", "logits", "student", student.logits)
             sums["ce"] = cross_entropy(
-                student.logits, batch.targets, batch.target_mask, self.label_smoothing
+                logits, batch.targets, batch.target_mask, self.label_smoothing
             )
         for name, loss in self._losses():
             sums[name] = loss(student, teacher, batch)

@@ -101,7 +101,7 @@ def wants_crops(config: TrainConfig) -> bool:
 
 
 def _source(trainer: Trainer, data: Any, **options: Any) -> Source:
-    tokenizer, size = trainer.captioner.tokenizer, image_size(trainer.models)
+    tokenizer, size = trainer.captioner.tokenizer, image_size(*trainer.models)
     if not trainer.config.cache_features:
         return make_source(data, tokenizer, image_size=size, **options)
     frozen = [model for model in trainer.models if _is_cacheable(model, trainer.captioner)]

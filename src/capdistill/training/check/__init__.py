@@ -13,6 +13,7 @@ import torch
 from capdistill.errors import CapdistillError
 from capdistill.training.check.costs import check_data, check_memory, check_options, check_time
 from capdistill.training.check.models import (
+    check_outputs,
     check_projectors,
     check_shapes,
     check_sizes,
@@ -62,7 +63,7 @@ def check_training(trainer: Trainer, train: Any = None, val: Any = None) -> Chec
         trainer.config = trainer.config.model_copy(update=direct)
         if train is not None:
             _attempt(rows, "data", check_data, trial, train, val)
-        for topic, check in _CHECKS.items():
+        for topic, check in _CHECKS:
             if not _attempt(rows, topic, check, trial):
                 break  # the next would meet the same trouble
     return CheckReport(tuple(rows))
@@ -100,16 +101,17 @@ def _failure(topic: str, error: Exception, about: Any) -> CheckRow:
     return CheckRow(topic, "fail", finding, fix or _USUAL.get(topic, "Correct what it names."))
 
 
-_CHECKS: dict[str, Callable[[Trial], Iterable[CheckRow]]] = {
-    "models": check_sizes,
-    "vocabulary": check_vocabularies,
-    "shapes": check_shapes,
-    "weights": check_weights,
-    "losses": check_projectors,
-    "trained": check_trained,
-    "terms": check_terms,
-    "memory": check_memory,
-    "time": check_time,
-}
+_CHECKS: tuple[tuple[str, Callable[[Trial], Iterable[CheckRow]]], ...] = (
+    ("models", check_sizes),
+    ("vocabulary", check_vocabularies),
+    ("shapes", check_shapes),
+    ("losses", check_projectors),  # what they need is known once they are built
+    ("shapes", check_outputs),
+    ("weights", check_weights),
+    ("trained", check_trained),
+    ("terms", check_terms),
+    ("memory", check_memory),
+    ("time", check_time),
+)
 
 __all__ = ["CheckReport", "CheckRow", "check_training"]

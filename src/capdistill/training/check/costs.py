@@ -237,7 +237,7 @@ def _check_unreadable(trial: Trial, source: Source, data: Any) -> Iterator[Check
 def _check_image_sizes(trial: Trial, data: Any) -> Iterator[CheckRow]:
     """Images smaller than what the models work at are blown up: time spent on no detail."""
     sides = _sides(trial, data)
-    wanted = image_size(trial.trainer.models)
+    wanted = image_size(*trial.trainer.models)
     small = [side for side in sides if side < wanted]
     if small:
         finding = (

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
-from capdistill.compatibility import ask, probe_batch
+from capdistill.compatibility import checked_forward, probe_batch
 from capdistill.encoders.base import Encoder
 from capdistill.errors import IncompatibleModels
 from capdistill.losses.divergence import cross_entropy
 from capdistill.losses.token import first_difference
 from capdistill.outputs import LossTerm, ModelSpec
 from capdistill.registry import stamp_of
-from capdistill.runtime import asking, autocast
+from capdistill.runtime import autocast, inference
 from capdistill.training.check.trial import CheckRow, Trial, listed, millions, name_of, numel
 
 if TYPE_CHECKING:
@@ -54,21 +54,30 @@ def check_vocabularies(trial: Trial) -> Iterator[CheckRow]:
         return
     finding = (
         f"student and teacher differ at entry {place} ({len(student)} and {len(teachers[0])} "
-        "entries), so that the teacher reads other words than were written"
+        "entries): the teacher reads other words than those of the captions"
     )
-    if trial.need - {"features"}:  # ids that the teacher lacks would break even a CUDA context
+    # Ids that the teacher lacks would break even a CUDA context. Whether attention is needed is
+    # known once the losses are built.
+    if trial.need - {"features", "attention"}:
         raise IncompatibleModels(f"{finding}. Build both models with one tokenizer.")
     fix = "Compare features alone, as here, or build both models with one tokenizer."
     yield CheckRow("vocabulary", "note", finding, fix)
 
 
 def check_shapes(trial: Trial) -> Iterator[CheckRow]:
-    """Compare what each model gives with what it promises; a foreign one may need a real batch."""
-    tiny = probe_batch(trial.trainer.captioner, trial.trainer.models)
+    """What each model promises; the specification of a foreign one is probed on the batch."""
     for role, model in trial.roles.items():
+        spec = model.spec(trial.batch.to(trial.trainer.device))
+        yield CheckRow("shapes", "ok", f"{role}: {_describe(spec)}")
+
+
+def check_outputs(trial: Trial) -> Iterator[CheckRow]:
+    """Compare each model's output with its promise, once the losses know what they need."""
+    tiny = probe_batch(trial.trainer.captioner, trial.trainer.models)
+    for model in trial.roles.values():
         batch = tiny if isinstance(model, Captioner) else trial.batch
-        ask(model, batch, trial.need)
-        yield CheckRow("shapes", "ok", f"{role}: {_describe(model.spec())}")
+        checked_forward(model, batch, trial.need)
+    yield CheckRow("shapes", "ok", "every output has the shape its specification promises")
 
 
 def _describe(spec: ModelSpec) -> str:
@@ -96,7 +105,8 @@ def check_weights(trial: Trial) -> Iterator[CheckRow]:
         finding += " and is frozen, so that it never learns to see" if stuck else ""
         fix = "Create it with weights=True (from the hub) or weights='a local file'."
         yield CheckRow("weights", "note", finding, fix)
-    if "teacher" in trial.roles and trial.source is not None:
+    one_vocabulary = trial.need - {"features"}  # otherwise the teacher may know other words
+    if one_vocabulary and "teacher" in trial.roles and trial.source is not None:
         yield from _check_teacher_knows(trial)
 
 
@@ -120,8 +130,8 @@ def _check_teacher_knows(trial: Trial) -> Iterator[CheckRow]:
     """A teacher no better than chance on real captions teaches noise."""
     trainer, batch = trial.trainer, trial.batch.to(trial.trainer.device)
     teacher = trial.roles["teacher"]
-    with asking(teacher), autocast(trainer.device, trainer.precision):
-        output = teacher(batch, need=trial.need)
+    with inference(teacher), autocast(trainer.device, trainer.precision):
+        output = teacher(batch)
     surprise = float(cross_entropy(output.logits, batch.targets, batch.target_mask))
     surprise /= max(int(batch.target_mask.sum()), 1)
     chance = math.log(output.logits.shape[-1])
