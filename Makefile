@@ -19,11 +19,13 @@ help:
 demo: $(VENV)/.installed-demo
 	$(BIN)/capdistill demo
 
+# One process of tests a core (at most 8, each holds PyTorch), one thread in each.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --cov=capdistill $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov=capdistill $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -223,7 +223,10 @@ def test_a_foreign_tokenizer_must_be_given_and_then_all_is_the_same(tmp_path):
     captioner = toy(LetterTokenizer())
     captioner.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES[:2]
-    message = r"of the class tests\.toy_captioner\.LetterTokenizer, .*load\(directory, tokenizer=\.\.\.\)"
+    message = (
+        r"of the class tests\.toy_captioner\.LetterTokenizer, "
+        r".*load\(directory, tokenizer=\.\.\.\)"
+    )
     with pytest.raises(CheckpointError, match=message):
         Captioner.load(tmp_path)
     again = Captioner.load(tmp_path, tokenizer=LetterTokenizer())

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,6 @@ from capdistill.tokenizer import WordTokenizer
 from tests.data.data_pictures import picture
 
 COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta")
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    default = Path(__file__).resolve().parents[3] / "shared"
-    root = Path(os.environ.get("CAPDISTILL_SHARED", default))
-    if not (root / "data").is_dir():
-        pytest.skip(f"no data at {root}; set CAPDISTILL_SHARED")
-    return root
 
 
 @pytest.fixture

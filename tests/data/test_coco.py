@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ def test_every_photo_of_the_sample_can_be_read() -> None:
 
 
 @pytest.mark.shared
-def test_the_full_size_photos_give_the_same_captions(shared: Path) -> None:
-    root = shared / "data" / "coco_ccby"
+def test_the_full_size_photos_give_the_same_captions(shared: Callable[[str], Path]) -> None:
+    root = shared("data/coco_ccby")
     data = CocoCaptions(root / "captions.json", root / "images", errors="raise")
     assert {k: sorted(v) for k, v in data.references.items()} == {
         k: sorted(v) for k, v in sample().all.references.items()

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -204,8 +205,8 @@ def test_a_data_set_can_be_pickled(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
-def test_the_real_flickr8k_has_its_known_size(shared: Path) -> None:
-    data = Flickr8k(shared / "data" / "flickr8k")
+def test_the_real_flickr8k_has_its_known_size(shared: Callable[[str], Path]) -> None:
+    data = Flickr8k(shared("data/flickr8k"))
     assert (len(data.train), len(data.train.captions)) == (6000, 30000)
     assert (len(data.val), len(data.val.captions)) == (1000, 5000)
     assert not data.report.problems

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,10 +42,6 @@ def tiny_vit() -> Callable[..., TimmEncoder]:
 
 
 @pytest.fixture(scope="session")
-def shared_weights() -> Path:
+def shared_weights(shared: Callable[[str], Path]) -> Path:
     """The folder of real weights, or a skip."""
-    beside = Path(__file__).resolve().parents[2].parent / "shared"
-    folder = Path(os.environ.get("CAPDISTILL_SHARED", beside)) / "weights"
-    if not folder.is_dir():
-        pytest.skip(f"no real weights at {folder} (set CAPDISTILL_SHARED)")
-    return folder
+    return shared("weights")

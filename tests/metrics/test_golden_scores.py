@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from capdistill.metrics import CaptionScorer, DocumentFrequencies, cider_d
 
-SHARED = Path(os.environ.get("CAPDISTILL_SHARED", Path(__file__).parents[3] / "shared"))
-GOLDEN = SHARED / "golden" / "flickr8k_dev_scores.json"
 COCO = ("bleu", "rouge_l", "cider_d")
 NO_TABLE = (*COCO, "meteor_nltk", "meteor_1_5_nopara")
 REFERENCES = {
@@ -141,10 +139,8 @@ def test_published_figures_of_nlg_eval_are_reproduced() -> None:
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict:
-    if not GOLDEN.exists():
-        pytest.skip("the golden scores are not beside the repository")
-    return json.loads(GOLDEN.read_text(encoding="utf-8"))
+def golden(shared: Callable[[str], Path]) -> dict:
+    return json.loads(shared("golden/flickr8k_dev_scores.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.shared

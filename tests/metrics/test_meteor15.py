@@ -2,13 +2,12 @@
 
 import gzip
 import json
-import os
 import pickle
 import random
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import combinations
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from capdistill.metrics.meteor15.alignment import PARAPHRASE, find_matches
 from capdistill.metrics.meteor15.sentence import Sentence, normalize, stem
 from capdistill.metrics.meteor15.tables import senses
 
-SHARED = Path(os.environ.get("CAPDISTILL_SHARED", Path(__file__).parents[3] / "shared"))
-GOLDEN = SHARED / "golden" / "flickr8k_dev_scores.json"
 TABLE = find_paraphrases()
 TOOL = TABLE.parents[1] / "meteor-1.5.jar" if TABLE else None
 needs_table = pytest.mark.skipif(TABLE is None, reason="needs pycocoevalcap (extra `coco`)")
@@ -165,9 +162,10 @@ def test_nlg_evals_published_value_is_met() -> None:
 @needs_table
 @pytest.mark.shared
 @pytest.mark.slow
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the golden scores are not beside the repository")
-def test_golden_scores_are_met_for_the_corpus_and_for_every_image() -> None:
-    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+def test_golden_scores_are_met_for_the_corpus_and_for_every_image(
+    shared: Callable[[str], Path],
+) -> None:
+    golden = json.loads(shared("golden/flickr8k_dev_scores.json").read_text(encoding="utf-8"))
     images = list(golden["references"])
     meteor = Meteor15([[t.split() for t in golden["references"][i]] for i in images], TABLE)
     for wanted in golden["sets"].values():

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,6 @@ from hypothesis import strategies as st
 
 from capdistill.metrics import ptb, ptb_tokenize
 from capdistill.metrics.ptb import Rule
-
-SHARED = Path(os.environ.get("CAPDISTILL_SHARED", Path(__file__).parents[3] / "shared"))
-GOLDEN = SHARED / "golden" / "flickr8k_dev_ptb.json"
 
 # Expected tokens: Stanford's PTBTokenizer 3.4.1 (in Java) as the COCO tool runs it, read off its
 # output.
@@ -228,9 +225,8 @@ def test_text_without_words_gives_no_token(text: str) -> None:
 
 
 @pytest.mark.shared
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the golden tokens are not beside the repository")
-def test_all_golden_captions_are_tokenised_alike() -> None:
-    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+def test_all_golden_captions_are_tokenised_alike(shared: Callable[[str], Path]) -> None:
+    golden = json.loads(shared("golden/flickr8k_dev_ptb.json").read_text(encoding="utf-8"))
     pairs = [p for each in golden.values() for p in zip(each["raw"], each["ptb"], strict=True)]
     assert len(pairs) == 5000
     differing = [raw for raw, ptb in pairs if " ".join(ptb_tokenize(raw)) != ptb]

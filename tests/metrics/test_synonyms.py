@@ -1,8 +1,7 @@
 """The synonym table against WordNet 3.0 as NLTK reads it."""
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 from capdistill.metrics import MeteorNltk
 from capdistill.metrics.bleu_rouge_meteor import synonyms
 
-SHARED = Path(os.environ.get("CAPDISTILL_SHARED", Path(__file__).parents[3] / "shared"))
-WORDNET = SHARED / "nltk_data"
 TABLE = Path(synonyms.__wrapped__.__code__.co_filename).with_name("wordnet")
 RANDOM = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 
@@ -43,27 +40,25 @@ def test_the_table_is_small_and_its_licence_lies_beside_it() -> None:
 
 
 @pytest.fixture(scope="module")
-def wordnet() -> Iterator[Any]:
-    if not WORDNET.exists():
-        pytest.skip("WordNet is not beside the repository")
+def wordnet(shared: Callable[[str], Path]) -> Iterator[Any]:
     import nltk
     from nltk.corpus import wordnet
 
     before = list(nltk.data.path)
-    nltk.data.path.append(str(WORDNET))
+    nltk.data.path.append(str(shared("nltk_data")))
     wordnet.ensure_loaded()
     yield wordnet
     nltk.data.path[:] = before
 
 
 @pytest.fixture(scope="module")
-def vocabulary(wordnet: Any) -> list[str]:
+def vocabulary(wordnet: Any, shared: Callable[[str], Path]) -> list[str]:
     """Words of captions, WordNet's lemmas, and forms that its rules and exceptions undo."""
     lemmas = sorted(wordnet.all_lemma_names())[::37]
     odd = sorted({form for each in wordnet._exception_map.values() for form in each})[::7]
     endings = ("s", "es", "ed", "ing", "er", "est")
     forms = [lemma + end for lemma in lemmas[::5] for end in endings]
-    golden = json.loads((SHARED / "golden" / "flickr8k_dev_ptb.json").read_text(encoding="utf-8"))
+    golden = json.loads(shared("golden/flickr8k_dev_ptb.json").read_text(encoding="utf-8"))
     said = {word for each in golden.values() for text in each["ptb"] for word in text.split()}
     return [*lemmas, *odd, *forms, *sorted(said)]
 
