@@ -28,7 +28,13 @@ def shared() -> Callable[[str], Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m "not shared"` leaves out every test that uses the data, directly or by a fixture."""
+    """Mark every test that uses the data `shared`; refuse ids that change with the process.
+
+    pytest-xdist runs a test by its id, so an object's address must not be part of it.
+    """
+    unstable = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if unstable:
+        raise pytest.UsageError("give these cases fixed ids:\n" + "\n".join(unstable))
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.shared)

@@ -13,7 +13,17 @@ from capdistill.errors import (
 )
 
 NAN = float("nan")
-NO_TEXT = [None, NAN, 3, True, ["a dog", "a cat"], ("a dog",), {"raw": "a dog"}, b"a dog", object()]
+NO_TEXT = [
+    None,
+    NAN,
+    3,
+    True,
+    ["a dog", "a cat"],
+    ("a dog",),
+    {"raw": "a dog"},
+    b"a dog",
+    pytest.param(object(), id="object()"),
+]
 PRINTED = [
     "['a dog', 'a cat']",
     '["a dog"]',

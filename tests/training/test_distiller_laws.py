@@ -197,7 +197,7 @@ def test_a_model_that_gives_other_shapes_than_it_promises_is_refused() -> None:
         Distiller(teacher, student)
     student.encoder.tokens = 4
     student.decoder.hidden_dims = (8, 6, 6)
-    with pytest.raises(IncompatibleModels, match="'student' gives 2 hidden states, but .* 3"):
+    with pytest.raises(IncompatibleModels, match=r"'student' gives 2 hidden states, but .* 3"):
         Distiller(teacher, student)
 
 
