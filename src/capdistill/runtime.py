@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -81,6 +82,26 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
     """
     dtype = _DTYPES.get(pick_precision(device, precision))
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def require_single_process() -> None:
+    """Training runs in one process; refuse to run as one of several.
+
+    Raises:
+        ConfigError: this process was started as one of several, by torchrun or the like.
+    """
+    launched = os.environ.get("WORLD_SIZE", "1")
+    ranks = torch.distributed.get_world_size() if _distributed() else 1
+    if ranks > 1 or (launched.isdigit() and int(launched) > 1):
+        raise ConfigError(
+            f"This is one of {max(ranks, int(launched or 1))} processes (WORLD_SIZE is set), but "
+            "capdistill trains in one process: each would train everything, alone. Start it "
+            "without torchrun, with one process."
+        )
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def seed_everything(seed: int) -> None:

@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from capdistill.training.stepper import directions
 
 from capdistill.errors import ConfigError, DataError, UnknownName
 from capdistill.metrics import (
@@ -19,7 +20,6 @@ from capdistill.metrics import (
     rouge_l,
 )
 from capdistill.training.callbacks import resolve_monitor
-from capdistill.training.stepper import directions
 
 REFERENCES = {"a": ["a dog runs", "the dog is running"], "b": ["a red car", "one car"]}
 CAPTIONS = {"a": "a dog runs", "b": "a blue car"}

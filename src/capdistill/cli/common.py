@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from capdistill.errors import ConfigError, UnknownName, suggest
+from capdistill.errors import ConfigError, UnknownName, parse, suggest
 from capdistill.files import finite_or_none, write_text
 from capdistill.generation.config import GenerationConfig
-from capdistill.training.config import parse
 
 if TYPE_CHECKING:
     from capdistill.data import Splits

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from capdistill.cli.common import DataSection, FullPath, parse_data
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, parse
 from capdistill.files import write_text
-from capdistill.training.config import DistillConfig, TrainConfig, parse, recipe
+from capdistill.training.config import DistillConfig, TrainConfig, recipe
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Protocol
@@ -231,6 +231,17 @@ class Source(Protocol):
 
     def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch n; those before number `start` are not read."""
+
+
+def skipped_images(source: Any) -> Sequence[Any]:
+    """The images that a source left out so far; a source of your own may not keep them.
+
+    Example:
+        >>> skipped_images(object())
+        ()
+    """
+    skipped: Sequence[Any] = getattr(source, "skipped", ())
+    return skipped
 
 
 class FixedBatches:

@@ -21,8 +21,8 @@ from capdistill.training.config import TrainConfig
 _BELOW_ONE = 1 - 2.0**-20
 
 
-class AlteredInputs:
-    """`altered(batch, features)`: the ids that the student's decoder reads of a training batch.
+class NoisyInputs:
+    """`noisy(batch, features)`: the ids that the student's decoder reads of a training batch.
 
     Example:
         >>> import capdistill as cd
@@ -30,13 +30,13 @@ class AlteredInputs:
         >>> student = cd.Captioner.create("debug_student", tokenizer=tokenizer)
         >>> ids = torch.tensor([[1, 4, 5, 6, 2]])
         >>> batch = Batch(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ids, ids > 0, ("",), ("0",))
-        >>> altered = AlteredInputs(student, chances(batch, 0, 0), dropped=0.99)
-        >>> altered(batch, student.encode(batch)).tolist()   # start stays, words are unknown
+        >>> noisy = NoisyInputs(student, token_noise(batch, 0, 0), dropped=0.99)
+        >>> noisy(batch, student.encode(batch)).tolist()   # start stays, words are unknown
         [[1, 3, 3, 3]]
 
     Args:
         student: The captioner that reads.
-        draws: (3, B, T - 1), of `chances`.
+        draws: (3, B, T - 1), of `token_noise`.
         dropped: Probability that a word is read as the unknown one.
         sampled: Probability that a word is replaced by one that the student, having read the
             references so far, draws from its own distribution. It reads them in evaluation mode
@@ -55,34 +55,36 @@ class AlteredInputs:
         self.dropped, self.sampled = dropped, sampled
 
     def __call__(self, batch: Batch, features: Tensor) -> Tensor:
-        """(B, T - 1) ids; the start token, the end token and padding are never altered."""
+        """(B, T - 1) ids; the start token, the end token and padding are never noisy."""
         inputs, words = batch.inputs, word_mask(batch, self.student.tokenizer)
         take, draw, drop = self.draws.to(inputs.device)
         if self.sampled:
-            said = self._said(inputs, features, draw)
-            inputs = torch.where(words & (take < self.sampled), said, inputs)
+            generated = self._generated(inputs, features, draw)
+            inputs = torch.where(words & (take < self.sampled), generated, inputs)
         if self.dropped:
             tokenizer: Any = self.student.tokenizer  # with an unk_id: `require_unknown_word`
             inputs = inputs.masked_fill(words & (drop < self.dropped), tokenizer.unk_id)
         return inputs
 
-    def _said(self, inputs: Tensor, features: Tensor, draws: Tensor) -> Tensor:
-        """(B, T - 1) what the student would have said in the place of each word."""
-        with evaluating(self.student.decoder), torch.no_grad(), _forgetful(inputs.device):
+    def _generated(self, inputs: Tensor, features: Tensor, draws: Tensor) -> Tensor:
+        """(B, T - 1) what the student would have generated in the place of each word."""
+        with evaluating(self.student.decoder), torch.no_grad(), _without_cast_cache(inputs.device):
             logits = self.student.decoder(inputs, features).logits[:, :-1]  # (B, T - 2, V)
             never = _special(self.student.tokenizer)
-            said = sample(logits.index_fill(-1, never.to(logits.device), -torch.inf), draws[:, 1:])
-        return torch.cat([inputs[:, :1], said], dim=1)
+            generated = sample(
+                logits.index_fill(-1, never.to(logits.device), -torch.inf), draws[:, 1:]
+            )
+        return torch.cat([inputs[:, :1], generated], dim=1)
 
 
-def altered_inputs(
+def noisy_inputs(
     student: Captioner, batch: Batch, config: TrainConfig, epoch: int, progress: float
-) -> AlteredInputs | None:
+) -> NoisyInputs | None:
     """What the student reads of a training batch by the options of a run; None: the references.
 
     Args:
         student: The captioner that reads.
-        batch: Whose images and captions, with seed and epoch, decide what is altered.
+        batch: Whose images and captions, with seed and epoch, decide what is noisy.
         config: With `word_dropout`, `scheduled_sampling` and `seed`.
         epoch: Of the run.
         progress: Share of the run that is done; sampling grows with it from 0.
@@ -90,11 +92,11 @@ def altered_inputs(
     dropped, sampled = config.word_dropout, config.scheduled_sampling * progress
     if not dropped and not sampled:
         return None
-    draws = chances(batch, config.seed, epoch)
-    return AlteredInputs(student, draws, dropped=dropped, sampled=sampled)
+    draws = token_noise(batch, config.seed, epoch)
+    return NoisyInputs(student, draws, dropped=dropped, sampled=sampled)
 
 
-def chances(batch: Batch, seed: int, epoch: int) -> Tensor:
+def token_noise(batch: Batch, seed: int, epoch: int) -> Tensor:
     """(3, B, T - 1) draws from [0, 1) that depend on seed, epoch, image and caption alone; law 7.
 
     They are 1 where there is padding, which any number of columns may be.
@@ -152,7 +154,7 @@ def _special(tokenizer: Tokenizer) -> Tensor:
     return torch.tensor(sorted(each for each in ids if each is not None))
 
 
-def _forgetful(device: torch.device) -> torch.autocast:
+def _without_cast_cache(device: torch.device) -> torch.autocast:
     """Autocast as it is, but casts made without gradients are not kept for the pass with them.
 
     Older versions of torch (2.6 among them) would use them there, and train no decoder.

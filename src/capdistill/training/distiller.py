@@ -19,16 +19,14 @@ from capdistill.compatibility import (
 from capdistill.errors import ConfigError
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput
-from capdistill.runtime import inference, seeded
-from capdistill.training.config import DistillConfig
-from capdistill.training.objective import Weight
+from capdistill.runtime import evaluating, seeded
+from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig
+from capdistill.training.objective import Objective, Weight
 from capdistill.training.trainer import Trainer
-
-REFERENCE_WEIGHTS = {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1}
 
 
 class Distiller(Trainer):
-    """Train a student on the references and on what a teacher says of them.
+    """Train a student on the references and on the outputs of a teacher.
 
     Example:
         >>> import capdistill as cd
@@ -43,18 +41,20 @@ class Distiller(Trainer):
         ['ce', 'token']
 
     Args:
-        teacher: A captioner, or what `capdistill.teachers.wrap` gives. It is only asked: in
-            evaluation mode, without gradients; its flags are restored after each step.
+        teacher: A captioner, or the result of `capdistill.teachers.wrap`. It runs in evaluation
+            mode and without gradients; its flags are restored afterwards.
         student: The captioner that is trained.
-        losses: Term name -> loss, or a registered name, or {"name": ..., arguments}. The three of
-            the reference unless given: token, feature, hidden.
-        weights: Of "ce" and of each loss; see `Objective`. A loss without one gets the
-            reference's, or 1; a term of weight 0 is not built.
-        options: Fields of `DistillConfig`.
+        losses: Term name -> loss, or a registered name, or {"name": ..., arguments}. By default
+            token, feature and hidden.
+        weights: Of "ce" and of each loss; see `Objective`. A loss without a weight gets its
+            default: 0.3 for ce, 0.7 for token, 0.2 for feature, 0.1 for hidden, 1 for any other.
+            A term of weight 0 is not built.
+        config: A `DistillConfig` as a whole.
+        options: Fields of `DistillConfig`, instead of those of `config`.
 
     Raises:
         IncompatibleModels: the models do not fit each other or a loss; the message says what.
-        ConfigError: unknown names, or a parameter that both models would share and train.
+        ConfigError: unknown names, or a parameter that is both the teacher's and trained.
     """
 
     config_class = DistillConfig
@@ -65,18 +65,22 @@ class Distiller(Trainer):
         student: Captioner,
         losses: Mapping[str, DistillationLoss | str | Mapping[str, Any]] | None = None,
         weights: Mapping[str, Weight] | None = None,
+        config: DistillConfig | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(student, **options)
-        self.teacher = teacher
         require_teacher(teacher)
-        require_apart(teacher, student)
+        self.teacher = teacher
+        super().__init__(student, config, **options)
+        self._teacher_parts = list(teacher.modules())
         built = make_losses(losses)
-        self.objective = self._make_objective(built, complete_weights(weights, built))
-        self.objective.at_rest = shared_modules(teacher, student)
+        completed = complete_weights(weights, built)
+        self.objective = Objective(student, built, completed, self.config.label_smoothing)
+        require_apart(teacher, self.objective)
+        self.objective.kept_in_eval = shared_modules(teacher, self.objective)
         self._built = False
         if _spec_is_known(teacher):
             self._build_losses(None)
+        self.place()
         self._try_models()
 
     @property
@@ -89,32 +93,36 @@ class Distiller(Trainer):
         """Student and teacher."""
         return [self.captioner, self.teacher]
 
-    def teach(self, batch: Batch) -> CaptionerOutput | None:
-        """What the teacher says of a batch: evaluation mode, no gradients, no dropout."""
-        if not self.objective.losses:
-            return None
-        with inference(self.teacher):
-            output: CaptionerOutput = self.teacher(batch, need=self.objective.need)
-        return output
-
-    def _place(self) -> None:
-        super()._place()
-        self.teacher.to(self.device)
-
-    def _prepare(self, batch: Batch | None) -> None:
+    def prepare(self, batch: Batch) -> None:
         """Build the losses where the teacher's specification had to wait for a real batch."""
-        super()._prepare(batch)
-        if self._built or batch is None:
+        if self._built:
             return
         batch = batch.to(self.device)
         self._build_losses(batch)
         self.objective.to(self.device)
         self._try_losses(batch)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            require_apart(self.teacher, self.captioner)  # freezing may have changed
-        return super()._optimizer()
+    def teacher_output(self, batch: Batch) -> CaptionerOutput | None:
+        """The teacher's output for a batch: evaluation mode, no gradients, no dropout.
+
+        `fit` sets the mode once; elsewhere the teacher's flags are restored after each batch.
+        """
+        if not self.objective.losses:
+            return None
+        need = self.objective.needed_outputs
+        with torch.no_grad():
+            if not any(part.training for part in self._teacher_parts):
+                return cast(CaptionerOutput, self.teacher(batch, need=need))
+            with evaluating(self.teacher):
+                return cast(CaptionerOutput, self.teacher(batch, need=need))
+
+    def make_ready(self, batch: Batch | None = None) -> torch.optim.Optimizer:
+        """As `Stepper.make_ready`; nothing of the teacher may be trained."""
+        if batch is not None:
+            self.prepare(batch)
+        require_apart(self.teacher, self.objective)  # freezing may have changed
+        self.objective.kept_in_eval = shared_modules(self.teacher, self.objective)
+        return super().make_ready(batch)
 
     def _build_losses(self, batch: Batch | None) -> None:
         """Let every loss see both specifications and make its projectors from the run's seed."""
@@ -123,26 +131,25 @@ class Distiller(Trainer):
         with seeded(self.config.seed):
             for loss in self._losses.values():
                 loss.build(student_spec, teacher_spec)
-        if self.objective.need - {"features"}:
+        if self.objective.needed_outputs - {"features"}:
             require_one_vocabulary(student_spec, teacher_spec)
         self._built = True
 
     def _try_models(self) -> None:
-        """One tiny batch through the models that are ours; no random state, flag or buffer changes.
+        """Run one tiny batch through our models; no random state, flag or buffer changes.
 
-        A foreign teacher is tried on the first real batch: it may not like a made-up one.
+        A foreign teacher is tried on the first real batch: it may not accept a made-up one.
         """
         batch = probe_batch(self.captioner, self.models)
         if isinstance(self.teacher, Captioner):
             self._try_losses(batch)
         else:
-            checked_forward(self.captioner, batch, self.objective.need)
+            checked_forward(self.captioner, batch, self.objective.needed_outputs)
 
     def _try_losses(self, batch: Batch) -> None:
-        """A batch through both models and every loss."""
-        student, teacher = (
-            checked_forward(model, batch, self.objective.need) for model in self.models
-        )
+        """Run a batch through both models and every loss."""
+        need = self.objective.needed_outputs
+        student, teacher = (checked_forward(model, batch, need) for model in self.models)
         require_scalars(self._losses, student, teacher, batch)
 
     @property
@@ -163,15 +170,20 @@ def make_losses(
         ConfigError: something else, or a name that cannot name a term.
     """
     if losses is None:
-        losses = {name: name for name in REFERENCE_WEIGHTS if name != "ce"}
+        losses = {name: name for name in DEFAULT_WEIGHTS if name != "ce"}
+    if not isinstance(losses, Mapping):
+        raise ConfigError(
+            f"losses: {losses!r} was given. Give a mapping of term names to losses, for instance "
+            'losses={"token": "token"} or {"token": {"name": "token", "temperature": 2.0}}.'
+        )
     return {name: _make_loss(name, loss) for name, loss in losses.items()}
 
 
 def _make_loss(name: str, loss: DistillationLoss | str | Mapping[str, Any]) -> DistillationLoss:
-    if name == "ce" or not name.isidentifier() or hasattr(nn.ModuleDict, name):
+    if name == "ce" or not str(name).isidentifier() or hasattr(nn.ModuleDict, name):
         raise ConfigError(
-            f"losses: '{name}' cannot name a term. Use a word of your own such as 'token'; 'ce' "
-            "is the cross-entropy, which every trainer has."
+            f"losses: '{name}' cannot name a term. Use an identifier such as 'token'; 'ce' is the "
+            "cross-entropy, which every trainer has."
         )
     if isinstance(loss, DistillationLoss):
         return loss
@@ -189,18 +201,23 @@ def _make_loss(name: str, loss: DistillationLoss | str | Mapping[str, Any]) -> D
 def complete_weights(
     weights: Mapping[str, Weight] | None, losses: Mapping[str, object]
 ) -> dict[str, Weight]:
-    """The given weights, and for the terms without one the reference's, or 1.
+    """The given weights, and the defaults of the terms without one.
 
     Example:
         >>> complete_weights({"token": 1.0}, {"token": None, "mine": None})
         {'ce': 0.3, 'token': 1.0, 'mine': 1.0}
     """
-    defaults = {name: REFERENCE_WEIGHTS.get(name, 1.0) for name in ("ce", *losses)}
+    if weights is not None and not isinstance(weights, Mapping):
+        raise ConfigError(
+            f"weights: {weights!r} was given. Give a mapping of term names to weights, for "
+            'instance weights={"ce": 0.5, "token": 0.5}.'
+        )
+    defaults = {name: DEFAULT_WEIGHTS.get(name, 1.0) for name in ("ce", *losses)}
     return {**defaults, **(weights or {})}
 
 
 def require_teacher(teacher: Any) -> None:
-    """A teacher is a module that can be asked for its specification.
+    """A teacher is a module with a specification.
 
     Raises:
         ConfigError: it is not.
@@ -220,29 +237,29 @@ def _spec_is_known(teacher: Any) -> bool:
     return True
 
 
-def require_apart(teacher: nn.Module, student: nn.Module) -> None:
-    """Teacher and student may share frozen modules, but nothing that is trained.
+def require_apart(teacher: nn.Module, objective: nn.Module) -> None:
+    """What is trained, student and losses, may share frozen modules with the teacher, no others.
 
     Raises:
-        ConfigError: they do; names the parameters.
+        ConfigError: it shares trainable parameters; names them.
     """
     theirs = {id(p) for p in teacher.parameters()}
-    shared = [n for n, p in student.named_parameters() if p.requires_grad and id(p) in theirs]
+    shared = [n for n, p in objective.named_parameters() if p.requires_grad and id(p) in theirs]
     if shared:
         raise ConfigError(
-            f"Teacher and student share trainable parameters: {', '.join(shared[:5])}"
-            f"{' ...' if len(shared) > 5 else ''}. Give the student its own copy "
-            "(copy.deepcopy), or freeze them with requires_grad_(False)."
+            "Parameters of the teacher would be trained, because the student or a loss contains "
+            f"them: {', '.join(shared[:5])}{' ...' if len(shared) > 5 else ''}. Give the student "
+            "or the loss a copy (copy.deepcopy), or freeze them with requires_grad_(False)."
         )
 
 
-def shared_modules(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:
-    """Modules that are part of both.
+def shared_modules(teacher: nn.Module, objective: nn.Module) -> list[nn.Module]:
+    """Modules of the student or the losses that are also part of the teacher.
 
     Example:
-        >>> eye = nn.Linear(1, 1)
-        >>> shared_modules(nn.Sequential(eye, nn.ReLU()), nn.Sequential(eye, nn.ReLU())) == [eye]
+        >>> encoder = nn.Linear(1, 1)
+        >>> shared_modules(nn.Sequential(encoder, nn.ReLU()), nn.Sequential(encoder)) == [encoder]
         True
     """
     theirs = set(teacher.modules())
-    return [module for module in student.modules() if module in theirs]
+    return [module for module in objective.modules() if module in theirs]

@@ -1,20 +1,16 @@
-"""The history of a run: one row a logged step and one an epoch, written while training."""
+"""The history of a run, one row per logged step and per epoch, and the meters behind the rows."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from capdistill.errors import ConfigError
 from capdistill.files import finite_or_none, write_text
-from capdistill.outputs import LossTerm
 
 Row = dict[str, Any]
 
@@ -22,13 +18,20 @@ Row = dict[str, Any]
 class History:
     """Rows in memory and, where a path is given, as JSON Lines on disk.
 
-    A row holds `kind` ("step" or "epoch"), `step`, `epoch` and what was measured. Step rows:
-    `loss`, `terms` (each raw and weighted), `learning_rates` (those the step took),
-    `gradient_norm` (before clipping), `seconds`, `images`, `captions`, `images_per_second`. Epoch
-    rows: `train` (`loss` and `terms`), `val` (the same, with the number of `images` it covers and
-    of those `skipped`; empty without validation data), `scores`, `improved` and `best` (with
-    validation data), `images`, `skipped`, `problems` (images that could not be used, named in the
-    epoch that met them first), `images_per_second`, `seconds`. On disk NaN is null.
+    A row holds `kind` ("step" or "epoch"), `step`, `epoch` (from 0) and what was measured.
+
+    - Step rows: `loss`, `terms` (each raw and weighted), `learning_rates` (of that step),
+      `gradient_norm` (before clipping), `skipped_steps` (in a row, by loss scaling), `seconds`,
+      `images`, `captions`, `images_per_second`.
+    - Epoch rows: `train` (`loss` and `terms`), `val` (the same, with the number of `images` it
+      covers and of those `skipped`; empty without validation data), `scores`, `improved` and
+      `best` (with validation data), `images`, `skipped`, `problems` (images that could not be
+      used, named in the epoch that met them first), `skipped_steps`, `running_statistics`
+      (micro-batches of one image whose batch norms used running statistics),
+      `images_per_second`, `seconds`.
+    - The last row, of kind "end", holds `stopped`: why the run ended, and `interrupted`.
+
+    On disk NaN is null.
 
     Example:
         >>> history = History()
@@ -39,14 +42,20 @@ class History:
     Args:
         path: File that every row is appended to, or None.
         keep_until: Rows of an existing file up to this step are kept; None starts anew.
+
+    Attributes:
+        interrupted: Whether the run was interrupted (Ctrl-C or SIGTERM) before its end.
+        stopped: Why the run ended, in words; None while it goes on.
     """
 
     def __init__(self, path: str | Path | None = None, keep_until: int | None = None) -> None:
         self.path = None if path is None else Path(path)
         self.rows: list[Row] = []
         self.interrupted = False
+        self.stopped: str | None = None
         if self.path is not None:
-            self.rows = [] if keep_until is None else _read_until(self.path, keep_until)
+            rows = [] if keep_until is None else _read_until(self.path, keep_until)
+            self.rows = [row for row in rows if row.get("kind") != "end"]
             write_text(self.path, "".join(_line(row) for row in self.rows))
 
     def append(self, row: Row) -> None:
@@ -64,8 +73,13 @@ class History:
         except OSError as error:
             raise ConfigError(
                 f"Cannot write {self.path}: {error.strerror or error}. The checkpoints written "
-                "so far are as they were; make room, then go on with resume=True."
+                "so far are as they were; make room, then continue with resume=True."
             ) from error
+
+    def end(self, epoch: int, step: int) -> None:
+        """Record why the run ended: `stopped` and `interrupted`."""
+        ended = {"stopped": self.stopped, "interrupted": self.interrupted}
+        self.append({"kind": "end", "epoch": epoch, "step": step, **ended})
 
     @property
     def steps(self) -> list[Row]:
@@ -83,6 +97,16 @@ class History:
         chosen = [row for row in self.epochs if row.get("improved")]
         return chosen[-1] if chosen else None
 
+    def __repr__(self) -> str:
+        """One line: how far the run is, and its best epoch."""
+        parts = [f"{len(self.epochs)} epochs", f"{len(self.steps)} logged steps"]
+        if self.best is not None:
+            scores = {**self.best["scores"]} or {"val loss": self.best["val"].get("loss")}
+            name, value = next(reversed(scores.items()))
+            parts.append(f"best epoch {self.best['epoch'] + 1} ({name} {value:.4f})")
+        parts += [self.stopped] if self.stopped else []
+        return f"History({', '.join(parts)})"
+
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
@@ -94,6 +118,10 @@ class History:
         """Read a history file without writing to it; a half-written last line is left out."""
         history = cls()
         history.rows = _read_until(Path(path), math.inf)
+        ends = [row for row in history.rows if row.get("kind") == "end"]
+        if ends:
+            history.stopped = ends[-1]["stopped"]
+            history.interrupted = bool(ends[-1]["interrupted"])
         return history
 
 
@@ -114,134 +142,83 @@ def _read_until(path: Path, step: float) -> list[Row]:
     return rows
 
 
-Number = Tensor | float
-
-
-class Tally:
+class LossMeter:
     """Raw and weighted sums of terms, added over batches and divided once by their counts.
 
     Example:
-        >>> tally = Tally()
+        >>> meter = LossMeter()
         >>> for value in (6.0, 2.0):
-        ...     tally.add({"ce": LossTerm(torch.tensor(value), count=4.0, weight=0.5)}, {"ce": 2.0})
-        >>> tally.summary()
+        ...     meter.add({"ce": value}, weights={"ce": 0.5}, counts={"ce": 2.0})
+        >>> meter.summary()
         {'loss': 1.0, 'terms': {'ce': {'raw': 2.0, 'weighted': 1.0}}}
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Number] = {}
-        self.weighted: dict[str, Number] = {}
+        self.sums: dict[str, float] = {}
+        self.weighted: dict[str, float] = {}
         self.counts: dict[str, float] = {}
 
-    def add(self, terms: Mapping[str, LossTerm], counts: Mapping[str, float]) -> None:
-        """Add the terms of a batch, and what the batch counts for."""
-        for name, term in terms.items():
-            value = term.sum.detach()
-            _add(self.sums, name, value)
-            _add(self.weighted, name, term.weight * value)
-            self.counts[name] = self.counts.get(name, 0.0) + counts[name]
-
-    def add_means(
-        self, means: Mapping[str, Mapping[str, float]], counts: Mapping[str, float]
+    def add(
+        self,
+        sums: Mapping[str, float],
+        weights: Mapping[str, float],
+        counts: Mapping[str, float],
     ) -> None:
-        """Add what another tally came to: means times counts, so that every token weighs alike."""
-        for name, term in means.items():
-            _add(self.sums, name, term["raw"] * counts[name])
-            _add(self.weighted, name, term["weighted"] * counts[name])
+        """Add the sums of a batch, with the weights they had and what the batch counts for."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.weighted[name] = self.weighted.get(name, 0.0) + weights[name] * value
             self.counts[name] = self.counts.get(name, 0.0) + counts[name]
-
-    def read(self, *others: Tensor) -> list[float]:
-        """Turn all sums into plain numbers, and others with them, in one transfer."""
-        values = [*self.sums.values(), *self.weighted.values(), *others]
-        numbers = to_floats(values)
-        for sums in (self.sums, self.weighted):
-            for name in sums:
-                sums[name] = numbers.pop(0)
-        return numbers
 
     def summary(self) -> dict[str, Any]:
         """Each term's mean, raw and weighted, and the loss they add up to."""
-        self.read()
-        terms = {
-            name: {"raw": self._mean(name, self.sums), "weighted": self._mean(name, self.weighted)}
-            for name in self.sums
-        }
+        terms = {}
+        for name, value in self.sums.items():
+            count = max(self.counts[name], 1.0)
+            terms[name] = {"raw": value / count, "weighted": self.weighted[name] / count}
         return {"loss": sum(term["weighted"] for term in terms.values()), "terms": terms}
 
-    def _mean(self, name: str, sums: Mapping[str, Number]) -> float:
-        return float(sums[name]) / max(self.counts[name], 1.0)
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """The sums as plain numbers."""
-        self.read()
-        return {"sums": self.sums, "weighted": self.weighted, "counts": self.counts}
+class EpochMeter(LossMeter):
+    """What has been done of the current epoch, so that an interrupted run can continue there.
 
-    def load_state_dict(self, state: Mapping[str, dict[str, Any]]) -> None:
-        """Go on from saved sums."""
-        self.sums, self.weighted = dict(state["sums"]), dict(state["weighted"])
-        self.counts = dict(state["counts"])
-
-
-def to_floats(values: Sequence[Number]) -> list[float]:
-    """Scalars on a device to numbers here, with one synchronisation for all of them.
-
-    Example:
-        >>> to_floats([torch.tensor(1.5), 2.0])
-        [1.5, 2.0]
+    Attributes:
+        images, batches: Trained on so far in this epoch.
+        skipped_steps: Steps that loss scaling skipped because the gradient overflowed.
+        running_statistics: Micro-batches whose batch norms had one value per channel, and used
+            their running statistics.
     """
-    tensors = [value.detach() for value in values if isinstance(value, Tensor)]
-    read = iter(torch.stack(tensors).tolist() if tensors else ())
-    return [next(read) if isinstance(value, Tensor) else value for value in values]
 
-
-def _add(sums: dict[str, Number], name: str, value: Number) -> None:
-    sums[name] = sums[name] + value if name in sums else value
-
-
-class EpochSoFar:
-    """Sums, images, batches and seconds of the steps of one epoch.
-
-    Example:
-        >>> epoch = EpochSoFar()
-        >>> terms = {"ce": {"raw": 2.0, "weighted": 1.0}}
-        >>> row = epoch.add({"terms": terms, "counts": {"ce": 3.0}, "images": 4}, batches=1)
-        >>> epoch.row()["train"]["loss"], epoch.row()["images"], "counts" in row
-        (1.0, 4, False)
-    """
+    COUNTERS = ("images", "batches", "skipped_steps", "running_statistics")
 
     def __init__(self) -> None:
-        self.tally = Tally()
-        self.images = 0
-        self.batches = 0
+        super().__init__()
+        self.images = self.batches = self.skipped_steps = self.running_statistics = 0
         self.began = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Since the epoch began, the time before a stop included."""
+        """Seconds since the epoch began, including those before an interruption."""
         return time.perf_counter() - self.began
 
-    def add(self, row: Row, batches: int) -> Row:
-        """Add a step; its row without the counts, which only these sums need."""
-        self.tally.add_means(row["terms"], row.pop("counts"))
-        self.images += row["images"]
-        self.batches += batches
-        return row
-
     def row(self) -> Row:
-        """What the epoch's row says of its training."""
+        """What the epoch's row holds of its training."""
         return {
-            "train": self.tally.summary(),
+            "train": self.summary(),
             "images": self.images,
             "images_per_second": self.images / self.seconds,
+            "skipped_steps": self.skipped_steps,
+            "running_statistics": self.running_statistics,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        numbers = {"images": self.images, "batches": self.batches, "seconds": self.seconds}
-        return {"tally": self.tally.state_dict(), **numbers}
+        sums = {"sums": self.sums, "weighted": self.weighted, "counts": self.counts}
+        counters = {name: getattr(self, name) for name in self.COUNTERS}
+        return {**sums, **counters, "seconds": self.seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.tally.load_state_dict(state["tally"])
-        self.images, self.batches = state["images"], state["batches"]
+        """Continue from a saved state."""
+        for name in ("sums", "weighted", "counts", *self.COUNTERS):
+            setattr(self, name, state[name])
         self.began = time.perf_counter() - state["seconds"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -20,19 +21,19 @@ Weight = float | tuple[float, float] | Callable[[float], float]
 class Objective(nn.Module):
     """The terms of a step: cross-entropy, and the distillation losses on the same forward pass.
 
-    All trainable work happens in `forward`; the projectors of the losses are submodules, so that
+    All trainable work happens in `forward`. The projectors of the losses are submodules, so that
     optimizer, clipping, checkpoints and `to(device)` see them.
 
     Args:
         student: The captioner that is trained.
-        losses: Built distillation losses by term name.
-        weights: Of every term, "ce" among them: a number, a pair (first, last) that is
-            interpolated linearly over the run, or a function of the run's progress in [0, 1].
-            A term whose weight is 0 throughout is left out.
+        losses: Distillation losses by term name.
+        weights: Of every term, "ce" included: a number, a pair (first, last) that is interpolated
+            linearly over the run, or a function of the run's progress in [0, 1]. A term whose
+            weight is 0 throughout is left out.
         label_smoothing: Of the cross-entropy term.
 
     Attributes:
-        at_rest: Modules of the student that stay in evaluation mode: those shared with a teacher.
+        kept_in_eval: Modules that stay in evaluation mode: those shared with a teacher.
     """
 
     def __init__(
@@ -47,29 +48,29 @@ class Objective(nn.Module):
         self.student = student
         self.losses = nn.ModuleDict({k: loss for k, loss in losses.items() if k in self.weights})
         self.label_smoothing = label_smoothing
-        self.at_rest: Sequence[nn.Module] = ()
+        self.kept_in_eval: Sequence[nn.Module] = ()
 
     @property
-    def need(self) -> frozenset[str]:
-        """What the losses need of both models beside logits and features."""
+    def needed_outputs(self) -> frozenset[str]:
+        """The outputs of both models that the losses need; features alone do not run a decoder."""
         return frozenset[str]().union(*(loss.needs for _, loss in self._losses()))
 
     def forward(
         self,
         batch: Batch,
         teacher: CaptionerOutput | None = None,
-        read: Callable[[Batch, Tensor], Tensor] | None = None,
+        input_fn: Callable[[Batch, Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The sum of every term over the batch, unweighted, float32 scalars.
+        """The sum of every term over the batch, unweighted, as float32 scalars.
 
         Args:
             batch: Its targets are those of the cross-entropy.
-            teacher: What it says of the batch.
-            read: What the student reads in place of `batch.inputs`; see `Captioner.forward`.
+            teacher: The teacher's output for the batch.
+            input_fn: Gives what the student reads instead of `batch.inputs`; see
+                `Captioner.forward`.
         """
-        reading = {} if read is None else {"input_fn": read}
-        needed = self.need | {"logits"} if "ce" in self.weights else self.need
-        student: CaptionerOutput = self.student(batch, need=needed, **reading)
+        needed = self.needed_outputs | ({"logits"} if "ce" in self.weights else set())
+        student: CaptionerOutput = self.student(batch, need=needed, input_fn=input_fn)
         sums = {}
         if "ce" in self.weights:
             logits = given("cross-entropy", "logits", "student", student.logits)
@@ -81,22 +82,27 @@ class Objective(nn.Module):
         return sums
 
     def train(self, mode: bool = True) -> Objective:
-        """As `nn.Module.train`; what is shared with a teacher stays in evaluation mode."""
+        """As `nn.Module.train`; modules shared with a teacher stay in evaluation mode."""
         super().train(mode)
-        for module in self.at_rest:
+        for module in self.kept_in_eval:
             module.eval()
         return self
 
-    def counts(self, batch: Batch) -> dict[str, float]:
-        """What each term's sum is divided by."""
-        tokens = {"ce": float(batch.target_mask.sum())} if "ce" in self.weights else {}
-        return {**tokens, **{name: float(loss.count(batch)) for name, loss in self._losses()}}
+    def counts(self, *batches: Batch) -> dict[str, float]:
+        """What each term's sum over all these batches is divided by."""
+        counts = dict.fromkeys(self.weights, 0.0)
+        for batch in batches:
+            if "ce" in counts:
+                counts["ce"] += float(batch.target_mask.sum())
+            for name, loss in self._losses():
+                counts[name] += float(loss.count(batch))
+        return counts
 
     def weight(self, name: str, progress: float) -> float:
-        """A term's weight when `progress` (0 to 1) of the run is done.
+        """A term's weight at `progress` (0 to 1) of the run.
 
         Raises:
-            ConfigError: a function gave what is no weight.
+            ConfigError: a function returned something else than a finite number >= 0.
         """
         weight = self.weights[name]
         if isinstance(weight, tuple):
@@ -114,15 +120,15 @@ class Objective(nn.Module):
         return cast("Iterator[tuple[str, DistillationLoss]]", iter(self.losses.items()))
 
 
-def check_weights(weights: Mapping[str, Any], losses: Mapping[str, object]) -> dict[str, Weight]:
+def check_weights(weights: Mapping[str, Any], losses: Iterable[str]) -> dict[str, Weight]:
     """The weights of the terms to build: each has its term, none is negative, 0 is left out.
 
     Example:
-        >>> check_weights({"ce": 1, "token": [0.7, 0.1], "hidden": 0.0}, {"token": 1, "hidden": 2})
+        >>> check_weights({"ce": 1, "token": [0.7, 0.1], "hidden": 0.0}, ["token", "hidden"])
         {'ce': 1.0, 'token': (0.7, 0.1)}
 
     Raises:
-        ConfigError: otherwise, with the names there are.
+        ConfigError: otherwise, with the names that exist.
     """
     known = ["ce", *losses]
     for name in weights:
@@ -139,13 +145,12 @@ def _check_weight(name: str, weight: Any) -> Weight:
     if callable(weight):
         return cast(Weight, weight)
     pair = isinstance(weight, (tuple, list))
-    try:
-        values = tuple(float(value) for value in (weight if pair else (weight,)))
-    except (TypeError, ValueError):
-        values = ()
-    if len(values) != (2 if pair else 1) or not all(0 <= v < math.inf for v in values):
+    values = tuple(weight) if pair else (weight,)
+    numbers = [float(v) for v in values if isinstance(v, Real) and not isinstance(v, bool)]
+    valid = len(numbers) == len(values) == (2 if pair else 1)
+    if not valid or not all(0 <= v < math.inf for v in numbers):
         raise ConfigError(
             f"weights: '{name}' is {weight!r}; give a finite number >= 0, a pair (first, last) of "
             "them, or a function of the run's progress."
         )
-    return (values[0], values[1]) if pair else values[0]
+    return (numbers[0], numbers[1]) if pair else numbers[0]

@@ -20,11 +20,11 @@ Scheduler = lr_scheduler.LambdaLR
 def parameter_groups(
     module: nn.Module, captioner: Captioner, config: TrainConfig
 ) -> list[dict[str, object]]:
-    """Trainable parameters by learning rate (the encoder's trunk or the rest) and decay.
+    """Trainable parameters, grouped by learning rate (the encoder's trunk or the rest) and decay.
 
     Args:
         module: Everything that is trained: the captioner and the losses' projectors.
-        captioner: Whose trunk gets `encoder_lr_scale` of the learning rate.
+        captioner: Its trunk gets `encoder_lr_scale` times the learning rate.
         config: Rates and decay.
 
     Raises:
@@ -74,16 +74,21 @@ def _without_decay(module: nn.Module) -> set[int]:
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int, done: int = 0
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    steps_per_epoch: int | None,
+    done: int = 0,
 ) -> Scheduler:
     """The configured schedule, to be stepped after every optimizer step.
 
-    With the defaults (10 epochs, then 20) thirty epochs end at a minimum. The rate is a function
-    of the step alone, so that a run resumed with other options follows the new ones.
+    The rate is a function of the step alone, so that a run resumed with other options follows the
+    new ones. With "cosine_restarts" and its defaults (10 epochs, then 20), 30 epochs end at a
+    minimum.
 
     Example:
         >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-        >>> schedule = make_schedule(optimizer, TrainConfig(restart_epochs=2), steps_per_epoch=2)
+        >>> config = TrainConfig(schedule="cosine_restarts", restart_epochs=2)
+        >>> schedule = make_schedule(optimizer, config, steps_per_epoch=2)
         >>> rates = []
         >>> for _ in range(5):
         ...     rates.append(round(optimizer.param_groups[0]["lr"], 4))
@@ -95,8 +100,8 @@ def make_schedule(
     Args:
         optimizer: What is scheduled; each group starts from its own rate.
         config: Kind and lengths.
-        steps_per_epoch: Optimizer steps.
-        done: Steps that lie behind a resumed run.
+        steps_per_epoch: Optimizer steps; None keeps the rate constant.
+        done: Steps that a resumed run has done.
 
     Source:
         Loshchilov and Hutter (2017), SGDR, equation 5.
@@ -106,7 +111,7 @@ def make_schedule(
     return lr_scheduler.LambdaLR(optimizer, share_of_rate(config, steps_per_epoch), done - 1)
 
 
-def share_of_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+def share_of_rate(config: TrainConfig, steps_per_epoch: int | None) -> Callable[[int], float]:
     """Optimizer steps done -> the share of the learning rate that the next one takes.
 
     Example:
@@ -114,7 +119,7 @@ def share_of_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], 
         >>> [round(share(step), 3) for step in (0, 1, 2, 6, 10)]
         [0.5, 1.0, 1.0, 0.5, 0.0]
     """
-    if config.schedule == "constant":
+    if config.schedule == "constant" or steps_per_epoch is None:
         return lambda step: 1.0
     if config.schedule == "warmup_cosine":
         total = config.epochs * steps_per_epoch

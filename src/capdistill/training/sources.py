@@ -1,13 +1,15 @@
-"""What a run needs around its steps: sources of batches, cached features, its description."""
+"""The data of a run: sources of batches, and the cache of frozen features."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,121 +17,184 @@ from torch import Tensor
 
 from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
-from capdistill.data.loader import FixedBatches, Loader, Source, make_source
+from capdistill.data.loader import Loader, Source, make_source
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError
-from capdistill.files import write_atomically, write_text
+from capdistill.files import user_path, write_atomically, write_text
+from capdistill.outputs import Batch
 from capdistill.runtime import autocast, evaluating
 from capdistill.training.config import TrainConfig
-from capdistill.training.stepper import require_references
+from capdistill.training.step import Stepper, add_references
 
-if TYPE_CHECKING:
-    from capdistill.training.trainer import Trainer
+REPORT_SECONDS = 30
+AUTOMATIC_CACHE_BYTES = 4e9  # cache_features=None caches no more than this
 
 
-def prepare_sources(trainer: Trainer, train: Any, val: Any) -> tuple[Source, Source | None]:
-    """Sources of training and validation batches, with cached features where asked for."""
-    crops = wants_crops(trainer.config)
-    options: dict[str, Any] = {
-        "num_workers": trainer.config.num_workers,
-        "seed": trainer.config.seed,
-    }
-    options |= {"errors": trainer.config.errors, "cache_images": trainer.config.cache_images}
+def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source, Source | None]:
+    """Sources of training and validation batches, with cached features where they are wanted.
+
+    Args:
+        stepper: The trainer; its configuration and models decide how images are read.
+        train: A data set, a source (anything with `epoch(n, start)`), or an iterable of batches.
+        val: The same, or None.
+
+    Raises:
+        ConfigError: options that contradict each other or the data.
+        DataError: no usable image.
+    """
+    config = stepper.config
+    cached = wants_cache(stepper, train)
+    crops = wants_crops(config, cached)
+    options = {"seed": config.seed, "errors": config.errors, "cache_images": config.cache_images}
     training = _source(
-        trainer,
+        stepper,
         train,
+        cached,
         **options,
         train=True,
-        batch_size=trainer.config.batch_size,
-        captions_per_image=trainer.config.captions_per_image,
+        batch_size=config.batch_size,
+        captions_per_image=config.captions_per_image,
         crop=crops,
-        flip=trainer.config.flip,
+        flip=config.flip,
     )
-    _record_captions(trainer, training)
     if val is None:
         return training, None
-    size = trainer.config.eval_batch_size
-    return training, _source(trainer, val, **options, train=False, batch_size=size)
+    val_options = {**options, "train": False, "batch_size": config.eval_batch_size}
+    return training, _source(stepper, val, cached and not _is_source(val), **val_options)
 
 
-def _record_captions(trainer: Trainer, source: Source) -> None:
-    """The number that the data decided goes into what is written of the run."""
-    if trainer.config.captions_per_image is None and isinstance(source, Loader):
-        k = source.collator.k
-        trainer.config = trainer.config.model_copy(update={"captions_per_image": k})
-        trainer.config.model_fields_set.discard("captions_per_image")  # other data decide anew
+def require_usable(stepper: Stepper, train: Source, val: Source | None) -> Batch:
+    """Read a batch of each source, so that unusable data are reported before the first step.
 
-
-def require_usable(trainer: Trainer) -> None:
-    """Read a batch of each source: what cannot be used is said before the first step.
+    Returns:
+        The first training batch.
 
     Raises:
         DataError: no image can be used.
         ConfigError: validation batches without references.
     """
-    assert trainer.train_source is not None
-    if trainer.val_source is not None:
-        batch = next(trainer.val_source.epoch(0), None)
+    if val is not None:
+        batch = next(iter(val.epoch(0)), None)
         if batch is None:
             raise DataError("No usable validation image: the data are empty.")
-        require_references(batch)
-    trainer._prepare(next(trainer.train_source.epoch(0), None))
+        add_references({}, batch)
+    batch = next(iter(train.epoch(0)), None)
+    if batch is None:
+        raise DataError("No usable training image: the data are empty.")
+    return batch
 
 
-def wants_crops(config: TrainConfig) -> bool:
+def number_of_batches(source: Source) -> int:
+    """Batches per epoch. A source without a length is read once to count them."""
+    if hasattr(source, "__len__"):
+        return len(source)
+    return sum(1 for _ in source.epoch(0))
+
+
+def captions_per_image(source: Source, config: TrainConfig) -> int | None:
+    """Captions of an image in one training batch, as the data decided where the options did not."""
+    return source.collator.k if isinstance(source, Loader) else config.captions_per_image
+
+
+def wants_crops(config: TrainConfig, cached: bool | None = None) -> bool:
     """Whether training images are cropped at random, anew in every epoch.
 
+    Args:
+        config: The options.
+        cached: Whether features are cached; by default what the options say.
+
     Raises:
-        ConfigError: together with cached features, which know a few views of an image only; or
+        ConfigError: together with cached features, which hold a few views of an image only; or
             views that nothing would cache.
     """
-    if config.cache_views > 1 and (config.cache_images or not config.cache_features):
+    cached = bool(config.cache_features) if cached is None else cached
+    if config.cache_views > 1 and (config.cache_images or not cached):
         raise ConfigError(
             f"cache_views={config.cache_views} are views of cached features, but cache_features="
             f"{config.cache_features} and cache_images={config.cache_images}. Set "
             "cache_features=True and cache_images=False, or cache_views=1."
         )
-    if config.cache_features and config.cache_views == 1 and (config.augment or config.flip):
+    if cached and config.cache_views == 1 and (config.augment or config.flip):
         raise ConfigError(
-            "cache_features=True keeps one encoding an image, so it cannot go with random "
-            f"augmentation (augment={config.augment}, flip={config.flip}). Set cache_views=4 to "
-            "encode four views of each, or augment=False and flip=False, or cache_features=False."
+            "cache_features=True keeps one encoding per image, so it excludes random augmentation "
+            f"(augment={config.augment}, flip={config.flip}). Set cache_views=4 to encode four "
+            "views of each image, or augment=False and flip=False, or cache_features=False."
         )
-    if config.cache_features:
+    return not cached and config.augment is not False
+
+
+def wants_cache(stepper: Stepper, data: Any) -> bool:
+    """Whether this run caches features: as the options say, or by what the models and data allow.
+
+    Example:
+        >>> import capdistill as cd
+        >>> tokenizer = cd.WordTokenizer(["a", "dog", "runs"])
+        >>> captioner = cd.Captioner.create("debug_student", tokenizer=tokenizer)
+        >>> wants_cache(cd.Trainer(captioner, augment=True), cd.data.sample().train)
+        False
+    """
+    config = stepper.config
+    if config.cache_features is not None:
+        return config.cache_features
+    if config.cache_views > 1:
+        return True
+    if config.augment or config.flip or config.cache_images or not hasattr(data, "examples"):
         return False
-    return config.augment is not False
+    if not _is_cacheable(stepper.captioner, stepper.captioner):
+        return False
+    models: list[Any] = [m for m in stepper.models if _is_cacheable(m, stepper.captioner)]
+    needed = sum(2 * model.encoder.tokens * model.encoder.token_dim for model in models)
+    try:
+        default_cache_dir() if config.cache_dir is None else config.cache_dir
+    except ConfigError:
+        return False
+    return bool(needed * len(data) <= AUTOMATIC_CACHE_BYTES)
 
 
-def _source(trainer: Trainer, data: Any, **options: Any) -> Source:
-    tokenizer, size = trainer.captioner.tokenizer, image_size(*trainer.models)
-    if not trainer.config.cache_features:
-        return make_source(data, tokenizer, image_size=size, **options)
-    frozen = [model for model in trainer.models if _is_cacheable(model, trainer.captioner)]
-    views = trainer.config.cache_views if options["train"] else 1
+def _is_source(data: Any) -> bool:
+    return hasattr(data, "epoch")
+
+
+def _source(stepper: Stepper, data: Any, cached: bool, **options: Any) -> Source:
+    config, tokenizer = stepper.config, stepper.captioner.tokenizer
+    size = image_size(stepper.models)
+    if not cached:
+        return make_source(
+            data, tokenizer, image_size=size, num_workers=config.num_workers or 0, **options
+        )
+    frozen = [model for model in stepper.models if _is_cacheable(model, stepper.captioner)]
+    views = config.cache_views if options["train"] else 1
+    reads_images = len(frozen) < len(stepper.models)
     return make_source(
         data,
         tokenizer,
         image_size=size,
-        caches=_stores(trainer, frozen, list(_views(trainer, data, views, size, options))),
-        with_images=len(frozen) < len(trainer.models),
+        caches=_caches(stepper, frozen, list(_views(stepper, data, views, size, options))),
+        with_images=reads_images,
+        num_workers=config.num_workers or 0,
         **options,
         views=views,
     )
 
 
 def _views(
-    trainer: Trainer, data: Any, views: int, size: int, options: dict[str, Any]
+    stepper: Stepper, data: Any, views: int, size: int, options: dict[str, Any]
 ) -> Iterator[tuple[Source, str]]:
-    """A source of every view of the images, each once, with what stands for it in the cache."""
-    plain = {**options, "train": False, "batch_size": trainer.config.eval_batch_size}
+    """A source of every view of the images, each once, with its part of the cache key."""
+    config = stepper.config
+    plain = {**options, "train": False, "batch_size": config.eval_batch_size}
     plain |= {"cache_images": False, "crop": False, "captions_per_image": 1}
+    plain |= {"num_workers": config.num_workers or 0}
     key = ""
     for view in range(views):
-        source = make_source(data, trainer.captioner.tokenizer, image_size=size, view=view, **plain)
-        if isinstance(source, FixedBatches):
-            raise ConfigError("cache_features=True needs a data set; these are ready-made batches.")
+        source = make_source(data, stepper.captioner.tokenizer, image_size=size, view=view, **plain)
+        if not isinstance(source, Loader):
+            raise ConfigError(
+                "cache_features=True needs a data set, but ready-made batches were given. Give "
+                "the data set they come from, or set cache_features=False."
+            )
         key = key or data_key(data, source, size)
-        yield source, f"{key} view {view} flip {trainer.config.flip}" if view else key
+        yield source, f"{key} view {view} flip {config.flip}" if view else key
 
 
 def _is_cacheable(model: Any, trained: Captioner) -> bool:
@@ -139,30 +204,32 @@ def _is_cacheable(model: Any, trained: Captioner) -> bool:
     return model is not trained or model.encoder.trunk_frozen
 
 
-def _stores(
-    trainer: Trainer, models: list[Any], views: list[tuple[Source, str]]
-) -> dict[str, TrunkStore | list[TrunkStore]]:
-    """Trunk tokens by fingerprint; one store a view where there are several."""
-    directory = Path(trainer.config.cache_dir or default_cache_dir())
+def _caches(
+    stepper: Stepper, models: list[Any], views: list[tuple[Source, str]]
+) -> dict[str, FeatureCache | list[FeatureCache]]:
+    """Cached features by fingerprint; one cache per view where there are several."""
+    given = stepper.config.cache_dir
+    directory = default_cache_dir() if given is None else user_path(given)
     if not models:
         raise ConfigError(
             "cache_features=True but no model has a frozen trunk with a fingerprint(). Create the "
             "encoder with trainable='none', or set cache_features=False."
         )
-    stores: dict[str, TrunkStore | list[TrunkStore]] = {}
+    caches: dict[str, FeatureCache | list[FeatureCache]] = {}
     for model in models:
-        encoder = model.encoder.to(trainer.device)
+        encoder = model.encoder.to(stepper.device)
         trunk = encoder.fingerprint()
-        if trunk not in stores:
-            made = [cache_trunk(encoder, *view, directory, trainer.precision) for view in views]
-            stores[trunk] = made if len(made) > 1 else made[0]
-    return stores
+        if trunk not in caches:
+            show = stepper.config.progress is not False
+            made = [cache_trunk(encoder, *v, directory, stepper.precision, show) for v in views]
+            caches[trunk] = made if len(made) > 1 else made[0]
+    return caches
 
 
 _FORMAT = "capdistill.features/1"
 
 
-class TrunkStore:
+class FeatureCache:
     """Trunk tokens by image id.
 
     Args:
@@ -196,14 +263,30 @@ class TrunkStore:
 
 
 def default_cache_dir() -> Path:
-    """Where features lie unless the user says: capdistill's part of the user's cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "capdistill" / "features"
+    """The default directory of cached features, in the user's cache directory.
+
+    Raises:
+        ConfigError: there is no home directory.
+    """
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        home = Path(root) if root else Path.home() / ".cache"
+    except RuntimeError as error:  # HOME is not set and the user has no entry
+        raise ConfigError(
+            "Cached features need a directory, but this user has no home directory. Give "
+            "cache_dir=, or set cache_features=False."
+        ) from error
+    return home / "capdistill" / "features"
 
 
 def cache_trunk(
-    encoder: Encoder, source: Source, data_key: str, directory: Path, precision: str
-) -> TrunkStore:
+    encoder: Encoder,
+    source: Source,
+    data_key: str,
+    directory: Path,
+    precision: str,
+    progress: bool = False,
+) -> FeatureCache:
     """Encode every image of a source once, or open what an earlier run wrote.
 
     Args:
@@ -212,44 +295,47 @@ def cache_trunk(
         data_key: Stands for the images and their size; with the trunk's fingerprint it is the key.
         directory: Where the memory maps lie.
         precision: Of the forward passes.
+        progress: Report how far it is: a bar on a terminal, a line every 30 seconds elsewhere.
 
     Raises:
         ConfigError: the directory cannot be written, or tokens do not fit in float16.
     """
     key = hashlib.sha256(f"{encoder.fingerprint()} {data_key} {precision}".encode()).hexdigest()
     path = directory / f"{key[:32]}.f16"
-    return _stored(path) or _store(encoder, source, path, precision)
+    return _open_cache(path) or _write_cache(encoder, source, path, precision, progress)
 
 
-def _stored(path: Path) -> TrunkStore | None:
-    """What an earlier run wrote, if it is all there."""
+def _open_cache(path: Path) -> FeatureCache | None:
+    """The cache that an earlier run wrote, if it is complete."""
     try:
         index = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         ids, shape = index["image_ids"], (len(index["image_ids"]), *index["shape"])
         whole = index["format"] == _FORMAT and path.stat().st_size == 2 * int(np.prod(shape))
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return TrunkStore(_open(path, shape), ids) if whole else None
+    return FeatureCache(_open(path, shape), ids) if whole else None
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     return np.memmap(path, np.float16, "r", shape=shape)
 
 
-def _store(encoder: Encoder, source: Source, path: Path, precision: str) -> TrunkStore:
-    """Write the tokens, then the index: without it they count for nothing."""
+def _write_cache(
+    encoder: Encoder, source: Source, path: Path, precision: str, progress: bool
+) -> FeatureCache:
+    """Write the tokens, then the index, which makes them valid."""
     index: dict[str, Any] = {"format": _FORMAT, "image_ids": [], "shape": []}
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            for ids, tokens in _encoded(encoder, source, precision):
+            for ids, tokens in _report(_encoded(encoder, source, precision), source, progress):
                 index["image_ids"] += ids
                 index["shape"] = tokens.shape[1:]
                 file.write(tokens.tobytes())
 
     write_atomically(path, write)
     write_text(path.with_suffix(".json"), json.dumps(index))
-    return TrunkStore(_open(path, (len(index["image_ids"]), *index["shape"])), index["image_ids"])
+    return FeatureCache(_open(path, (len(index["image_ids"]), *index["shape"])), index["image_ids"])
 
 
 def _encoded(
@@ -271,10 +357,36 @@ def _encoded(
         yield batch.image_ids, tokens.cpu().numpy()
 
 
-def data_key(data: Any, source: Source, image_size: int) -> str:
-    """What stands for the images of a data set, at a size in pixels.
+def _report(parts: Iterator[Any], source: Source, show: bool) -> Iterator[Any]:
+    """The parts of a cache, with a progress bar on a terminal and a line now and then elsewhere."""
+    total = getattr(source, "num_images", None)
+    if show and sys.stderr.isatty():
+        from tqdm import tqdm
 
-    Files are known by name, size and time; images of any other data set are read and hashed.
+        with tqdm(total=total, desc="caching features", unit="image", file=sys.stderr) as bar:
+            for ids, tokens in parts:
+                yield ids, tokens
+                bar.update(len(ids))
+        return
+    done, began = 0, time.monotonic()
+    reported = began
+    for ids, tokens in parts:
+        yield ids, tokens
+        done += len(ids)
+        if show and time.monotonic() - reported > REPORT_SECONDS:
+            reported = time.monotonic()
+            whole = f" of {total}" if total else ""
+            print(f"caching features: {done}{whole} images", file=sys.stderr, flush=True)
+    seconds = time.monotonic() - began
+    if show and seconds > 2:
+        print(f"cached the features of {done} images in {seconds:.0f} s", file=sys.stderr)
+
+
+def data_key(data: Any, source: Source, image_size: int) -> str:
+    """A key for the images of a data set, at a size in pixels.
+
+    Files are known by name, size and modification time. Images of any other data set are read and
+    hashed.
     """
     digest = hashlib.sha256(str(image_size).encode())
     examples = getattr(data, "examples", None)

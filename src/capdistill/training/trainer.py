@@ -1,6 +1,6 @@
 """`Trainer`: cross-entropy training of a captioner; `Distiller` adds the teacher.
 
-`terms` and `step` are public, for loops of one's own (see `Stepper`); `fit` is a loop over `step`.
+`terms` and `step` are public, for loops of your own (see `Stepper`); `fit` is a loop over `step`.
 """
 
 from __future__ import annotations
@@ -17,28 +17,45 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from capdistill.captioner import Captioner
-from capdistill.data.loader import Source
+from capdistill.data.loader import skipped_images
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch
-from capdistill.runtime import seed_everything
-from capdistill.training import callbacks as cb
-from capdistill.training.callbacks import Checkpoints
+from capdistill.runtime import evaluating, require_single_process, seed_everything
+from capdistill.training.callbacks import (
+    MEANINGFUL,
+    BestEpoch,
+    Checkpoints,
+    Monitor,
+    Progress,
+    Recorder,
+    SkippedImages,
+    monitor_key,
+    resolve_monitor,
+)
 from capdistill.training.checkpoint import (
-    STATE,
+    Resume,
+    check_can_save,
+    clear_directory,
     describe_run,
-    forget_states,
-    load_state,
-    rehearse_saving,
+    identity,
+    open_directory,
     restore,
     snapshot,
 )
-from capdistill.training.config import parse
+from capdistill.training.config import TrainConfig
 from capdistill.training.decoder_inputs import require_unknown_word
-from capdistill.training.history import EpochSoFar, History, Row
-from capdistill.training.sources import prepare_sources, require_usable
-from capdistill.training.stepper import Scoring, Stepper, directions, validate
+from capdistill.training.history import EpochMeter, History, Row
+from capdistill.training.objective import Objective
+from capdistill.training.sources import (
+    captions_per_image,
+    number_of_batches,
+    open_sources,
+    require_usable,
+)
+from capdistill.training.step import Stepper, directions
 
 if TYPE_CHECKING:
+    from capdistill.data.loader import Source
     from capdistill.metrics import Metric
     from capdistill.training.check import CheckReport
 
@@ -58,31 +75,42 @@ class Trainer(Stepper):
 
     Args:
         captioner: The model; it is trained in place.
-        options: Fields of `TrainConfig`, for instance `epochs=20, label_smoothing=0.1`.
+        config: A `TrainConfig` as a whole.
+        options: Fields of `TrainConfig`, instead of those of `config`, for instance
+            `epochs=20, label_smoothing=0.1`.
 
     Attributes:
-        metrics: What validation computes: names, or a `Metric` of one's own, whose scores
-            `monitor` may name.
+        metrics: Metrics that validation computes, names or `Metric` objects of your own, instead
+            of `config.metrics`; `monitor` may name any of their scores.
         stopping: A callback sets it to end the run after the epoch.
 
     Raises:
-        ConfigError: an unknown option or a value that cannot be.
+        ConfigError: an unknown option, an invalid value, or a model that is not a `Captioner`.
     """
 
-    def __init__(self, captioner: Captioner, **options: Any) -> None:
-        super().__init__(captioner, **options)
-        self.metrics: Sequence[str | Metric] = ("bleu", "cider_d")
+    def __init__(
+        self, captioner: Captioner, config: TrainConfig | None = None, **options: Any
+    ) -> None:
+        if not isinstance(captioner, Captioner):
+            raise ConfigError(
+                f"{type(self).__name__} was given {type(captioner).__name__} to train. Give a "
+                "capdistill.Captioner; a model of another kind can be a teacher "
+                "(capdistill.teachers.wrap), not a student."
+            )
+        config = self.config_class.resolve(config, options, type(self).__name__)
+        objective = Objective(captioner, {}, {"ce": 1.0}, config.label_smoothing)
+        super().__init__(captioner, config, objective)
+        self.metrics: Sequence[str | Metric] | None = None
         self.history = History()
         self.callbacks: list[Any] = []
-        self.out: Path | None = None
+        self.checkpoints = Checkpoints(None)
         self.train_source: Source | None = None
         self.val_source: Source | None = None
-        self.so_far = EpochSoFar()
         self.stopping = False
-        self._scoring = Scoring()
+        self._identity: dict[str, Any] | None = None
         self._batches_are_lost = False
 
-    # -- a run ------------------------------------------------------------------------------
+    # -- a run ----------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -90,178 +118,194 @@ class Trainer(Stepper):
         val: Any = None,
         *,
         out: str | Path | None = None,
-        resume: bool = False,
+        resume: Resume = False,
+        overwrite: bool = False,
+        accept_changes: bool = False,
         callbacks: Sequence[Any] = (),
         **options: Any,
     ) -> History:
         """Train for the configured epochs, validating after each.
 
         Afterwards the captioner holds the weights of the best epoch by `monitor` (the last ones
-        without `val`), in evaluation mode. Ctrl-C finishes the step, saves and returns the history
-        with `interrupted` set; a second one stops at once.
+        without `val`), in evaluation mode. Ctrl-C and SIGTERM finish the step, save and return the
+        history with `interrupted` set; a second Ctrl-C stops at once.
 
         Args:
-            train: A capdistill data set, a torch Dataset of (image, captions), or an iterable of
-                `Batch`.
-            val: The same, with references; without it nothing is scored and none is the best.
-            out: Directory of the run: best/, final/, state.pt, history.jsonl, run.json. A run that
-                starts anew replaces what an earlier one left there.
-            resume: Go on from the state in `out`.
+            train: A capdistill data set, a torch Dataset of (image, captions), an iterable of
+                `Batch`, or anything with `epoch(n, start)`, which is used as it is.
+            val: The same, with references. Without it nothing is scored and no epoch is the best.
+            out: Directory of the run: best/, final/, state.pt, history.jsonl, run.json.
+            resume: True continues from the state in `out`; "auto" does so where there is one.
+            overwrite: Replace the results of an earlier run in `out`; they are refused otherwise.
+            accept_changes: Resume although losses, weights, teacher or data have changed.
             callbacks: Objects with any of on_fit_start, on_step, on_epoch, on_fit_end. They are
                 called before the row is written to the history, and may add to it.
-            options: Fields of the configuration, over those of the constructor.
+            options: Fields of the configuration; they hold for this fit alone.
 
         Raises:
-            ConfigError: options or data that cannot work, an `out` that cannot be written.
+            ConfigError: invalid options or data, or an `out` that holds a run or is not writable.
             DataError: no usable image.
-            CheckpointError: nothing to resume.
+            CheckpointError: nothing to resume, or the state of another run.
             NotFiniteLoss: a loss became NaN; the last good checkpoint stays.
         """
-        self._begin(train, val, None if out is None else Path(out), resume, callbacks, options)
-        with self._session():
-            while self.unfinished and not self.history.interrupted:
-                for group in self._groups():
-                    row = self.step(*group)
-                    self._emit("on_step", self.so_far.add(row, len(group)))
+        with self._options(options):
+            # What can be wrong is found before the first step.
+            require_single_process()
+            monitor = None if val is None else self.make_monitor()
+            directory, state = open_directory(out, resume, overwrite)
+            if directory is not None:
+                check_can_save(self.captioner, directory)
+            self.train_source, self.val_source = open_sources(self, train, val)
+            first = require_usable(self, self.train_source, self.val_source)
+
+            # A fresh run, or the state of the one to continue.
+            self.steps_per_epoch = math.ceil(
+                number_of_batches(self.train_source) / self.config.accumulation_steps
+            )
+            self.epoch = self.step_count = self.skipped_steps = 0
+            self.meter = EpochMeter()
+            self.stopping = self._batches_are_lost = False
+            self.history = History()
+            self.callbacks = self._make_callbacks(directory, monitor, callbacks)
+            self.make_ready(first)
+            self._identity = identity(self, self.train_source)
+            seed_everything(self.config.seed)
+            if state is not None:
+                self.load_state_dict(state, accept_changes=accept_changes)
+            if directory is not None:
+                clear_directory(directory, keep_results=state is not None)
+                captions = captions_per_image(self.train_source, self.config)
+                describe_run(self, self.train_source, captions, directory)
+                keep_until = self.step_count if state is not None else None
+                self.history = History(directory / "history.jsonl", keep_until)
+
+            # Epochs of steps.
+            with self._session():
+                while self.epoch < self.config.epochs and not self.stopping:
+                    for micro_batches in self._groups():
+                        row = self.step(*micro_batches)
+                        self._emit("on_step", row)
+                        if self.history.interrupted:
+                            break
+                    else:
+                        self._finish_epoch()
                     if self.history.interrupted:
                         break
-                else:
-                    self._finish_epoch()
-            self._end()
+                self._finish()
         return self.history
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether the run has epochs left."""
-        return self.epoch < self.config.epochs and not self.stopping
-
-    def _begin(
-        self,
-        train: Any,
-        val: Any,
-        out: Path | None,
-        resume: bool,
-        callbacks: Sequence[Any],
-        options: Mapping[str, Any],
-    ) -> None:
-        """Everything that can be wrong is found here, before the first step."""
-        self._configure(options)
-        self.out = out
-        monitor = self._make_monitor(val)
-        state = self._open(out, resume)
-        self.train_source, self.val_source = prepare_sources(self, train, val)
-        self.steps_per_epoch = math.ceil(len(self.train_source) / self.config.accumulation_steps)
-        self.epoch = self.step_count = 0
-        self.stopping = self._batches_are_lost = False
-        self.so_far = EpochSoFar()
-        require_usable(self)
-        self.callbacks = self._line_up(monitor, callbacks)
-        self.optimizer = None
-        self._optimizer()
-        seed_everything(self.config.seed)
-        if state is not None:
-            self.load_state_dict(state)
-        self._start_files(out, resume)
-
-    def _configure(self, options: Mapping[str, Any]) -> None:
-        values = {**self.config.model_dump(exclude_unset=True), **options}
-        self.config = parse(self.config_class, values, f"{type(self).__name__}.fit")
-        require_unknown_word(self.config, self.captioner.tokenizer)
-        self.objective.label_smoothing = self.config.label_smoothing
-        self._place()
-
-    def _make_monitor(self, val: Any) -> cb.Monitor | None:
-        name, higher = cb.resolve_monitor(self.config.monitor, directions(self.metrics))
-        if val is None:
-            return None
-        return cb.Monitor(name, higher=higher, patience=self.config.patience)
-
-    def _open(self, out: Path | None, resume: bool) -> dict[str, Any] | None:
-        """The state to go on from, if any, and an output directory that can be written."""
-        if out is None and resume:
-            raise ConfigError("resume=True needs out=, the directory of the run to go on with.")
-        state = load_state(out / STATE) if out is not None and resume else None
-        if out is not None:
-            rehearse_saving(self.captioner, out)
-        return state
-
-    def _line_up(self, monitor: cb.Monitor | None, callbacks: Sequence[Any]) -> list[Any]:
-        """The choice of the best comes first, what is written comes last."""
-        best = [] if monitor is None else [cb.BestEpoch(monitor)]
-        self._bar = cb.Progress(self.config.progress)
-        files = [cb.Recorder(), self._bar]
-        self.checkpoints = Checkpoints(self.out)
-        return [*best, cb.SkippedImages(), *callbacks, *files, self.checkpoints]
-
-    def _start_files(self, out: Path | None, resume: bool) -> None:
-        """Start the history and the run's description, or take up those that are there."""
-        if out is None:
-            self.history = History()
-            return
-        if not resume:
-            forget_states(out)
-        describe_run(self, out)
-        self.history = History(out / "history.jsonl", self.step_count if resume else None)
-
     def _groups(self) -> Iterator[list[Batch]]:
-        """The epoch's batches, those done left out, in groups; the last is short.
+        """The epoch's batches that are not done, in groups of micro-batches; the last is short.
 
         Where unreadable images emptied whole batches, numbers of batches do not tell their places.
         """
         assert self.train_source is not None
-        done = self.so_far.batches
+        done = self.meter.batches
         start, rest = (0, done) if self._batches_are_lost else (done, 0)
         batches = islice(self.train_source.epoch(self.epoch, start), rest, None)
         while group := list(islice(batches, self.config.accumulation_steps)):
             yield group
 
     def _finish_epoch(self) -> None:
-        """Validate, then let history, choice of the best and checkpoints have the epoch's row."""
+        """Validate; then the callbacks choose the best, write the history and save."""
         row: Row = {
             "kind": "epoch",
             "epoch": self.epoch,
             "step": self.step_count,
-            **self.so_far.row(),
-            "skipped": len(self.train_source.skipped) if self.train_source else 0,
+            **self.meter.row(),
+            "skipped": len(skipped_images(self.train_source)),
             "val": {},
             "scores": {},
         }
         if self.val_source is not None:
             row["val"], row["scores"] = self.validate(self.val_source)
-        row["seconds"] = self.so_far.seconds
-        self.epoch += 1  # what is saved goes on with the next
-        self.so_far = EpochSoFar()
+        row["seconds"] = self.meter.seconds
+        self.epoch += 1  # what is saved continues with the next
+        self.meter = EpochMeter()
         self._emit("on_epoch", row)
 
-    def _end(self) -> None:
-        """Finish the run; or, after Ctrl-C, save where we are and say so."""
-        if not self.unfinished:
+    def _finish(self) -> None:
+        """End the run; or, where it was interrupted, save where it is."""
+        done = self.epoch >= self.config.epochs
+        if done or self.stopping:
             self.history.interrupted = False  # it came too late to matter
-            self._emit("on_fit_end")
-            return
-        self.checkpoints.save(self)
+            if self.history.stopped is None:
+                asked = "a callback asked for it"
+                self.history.stopped = (
+                    f"all {self.config.epochs} epochs are done" if done else asked
+                )
+        else:
+            self.history.stopped = f"interrupted after step {self.step_count}"
+            self.checkpoints.save(self)
+            out = self.checkpoints.out
+            saved = f"The state is in {out}; continue with resume=True."
+            warnings.warn(
+                f"Interrupted after step {self.step_count}. "
+                + (saved if out else "Nothing was saved: no out= was given."),
+                stacklevel=3,
+            )
         self._emit("on_fit_end")
-        where = f"The state is in {self.out}; go on with resume=True."
-        nowhere = "Nothing was saved: no out= was given."
-        warnings.warn(
-            f"Interrupted after step {self.step_count}. {where if self.out else nowhere}",
-            stacklevel=3,
+        self.history.end(self.epoch, self.step_count)
+
+    def make_monitor(self) -> Monitor:
+        """The choice of the best epoch, by the configured score; its metric is measured too."""
+        measured = self._measured()
+        name, higher = resolve_monitor(self.config.monitor, directions(measured))
+        meaningful = MEANINGFUL.get(name, 0.0)
+        return Monitor(name, higher=higher, patience=self.config.patience, meaningful=meaningful)
+
+    def _measured(self) -> tuple[str | Metric, ...]:
+        """What validation computes: the chosen metrics, and the monitored one."""
+        from capdistill.metrics import DIRECTIONS
+
+        chosen = tuple(self.config.metrics if self.metrics is None else self.metrics)
+        key = monitor_key(self.config.monitor)
+        if key in DIRECTIONS and key not in directions(chosen):
+            return (*chosen, key)
+        return chosen
+
+    def _make_callbacks(
+        self, out: Path | None, monitor: Monitor | None, callbacks: Sequence[Any]
+    ) -> list[Any]:
+        """The choice of the best comes first; files come last."""
+        config = self.config
+        best = [] if monitor is None else [BestEpoch(monitor)]
+        self._progress = Progress(config.progress, monitor)
+        self.checkpoints = Checkpoints(
+            out, monitor, config.save_every_steps, config.save_every_minutes
         )
+        files = [Recorder(), self._progress, self.checkpoints]
+        return [*best, SkippedImages(), *callbacks, *files]
+
+    @contextmanager
+    def _options(self, options: Mapping[str, Any]) -> Iterator[None]:
+        """The options of a fit, in force inside the block only."""
+        before = self.config
+        self.config = self.config_class.resolve(before, options, f"{type(self).__name__}.fit")
+        try:
+            require_unknown_word(self.config, self.captioner.tokenizer)
+            self.objective.label_smoothing = self.config.label_smoothing
+            self.place()
+            yield
+        finally:
+            self.config = before
+            self.objective.label_smoothing = before.label_smoothing
 
     @contextmanager
     def _session(self) -> Iterator[None]:
-        """Ctrl-C asks for a stop inside; afterwards the captioner is ready to be used."""
+        """Training mode, and Ctrl-C asks for a stop; afterwards the captioner can be used."""
 
         def stop_soon() -> bool:
             first, self.history.interrupted = not self.history.interrupted, True
             return first
 
         try:
-            with noticing_ctrl_c(stop_soon):
+            with evaluating(*self.models[1:]), handle_interrupt(stop_soon):
+                self.objective.train()
                 self._emit("on_fit_start")
                 yield
         finally:
-            self._bar.close()
+            self._progress.close()
             self.captioner.eval()
 
     def _emit(self, event: str, *row: Row) -> None:
@@ -270,30 +314,47 @@ class Trainer(Stepper):
             if handler is not None:
                 handler(self, *row)
 
-    # -- validation and state ---------------------------------------------------------------
+    def describe(self) -> list[str]:
+        """Lines about the run: models, data, terms and rates."""
+        config, source = self.config, self.train_source
+        model = self.captioner
+        whole, trained = model.num_parameters(), model.num_parameters(trainable=True)
+        lines = [
+            f"training '{model.name}': {whole / 1e6:.2f} M parameters, {trained / 1e6:.2f} M "
+            f"trained, on {self.device} in {self.precision}"
+        ]
+        if source is not None:
+            images = getattr(source, "num_images", None)
+            captions = captions_per_image(source, config)
+            data = f"{images} images x {captions} captions" if images else "ready-made batches"
+            workers = getattr(source, "num_workers", None)
+            data += "" if workers is None else f", {workers} worker processes"
+            cached = ", cached features" if getattr(source, "caches", None) else ""
+            lines.append(f"  data    {data}{cached}; {self.steps_per_epoch} steps per epoch")
+        terms = []
+        for name in self.objective.weights:
+            first, last = (self.objective.weight(name, at) for at in (0.0, 1.0))
+            terms.append(f"{name} {first:g}" + (f" to {last:g}" if last != first else ""))
+        lines.append(f"  terms   {', '.join(terms)}")
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        rates = {str(group["name"]): group["initial_lr"] for group in groups}
+        shown = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        lines.append(f"  rates   {shown}; {config.schedule}, at most {config.epochs} epochs")
+        if self.val_source is not None:
+            waits = "none" if config.patience is None else f"{config.patience} epochs"
+            lines.append(f"  best    by {monitor_key(config.monitor)}, patience {waits}")
+        return lines
 
-    @property
-    def scores_measured(self) -> tuple[str, ...]:
-        """The scores that validation computes."""
-        return tuple(directions(self.metrics))
+    # -- validation and state -------------------------------------------------------------------
 
-    def validate(self, source: Source) -> tuple[dict[str, Any], dict[str, float]]:
-        """Terms and scores over a source whose batches have references, in evaluation mode.
-
-        Returns:
-            `{"loss": ..., "terms": ..., "images": ..., "skipped": ...}`, and the scores of greedy
-            captions.
-        """
-        return validate(self, source)
-
-    def score(
-        self, references: Mapping[str, Sequence[str]], captions: Mapping[str, str]
-    ) -> dict[str, float]:
-        """Scores of validation captions; references are prepared once."""
-        return self._scoring(references, captions, self.metrics)
+    def validate(
+        self, source: Source, metrics: Sequence[str | Metric] | None = None
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """As `Stepper.validate`, with the metrics of this trainer."""
+        return super().validate(source, self._measured() if metrics is None else metrics)
 
     def check(self, train: Any = None, val: Any = None) -> CheckReport:
-        """Try one step without changing anything, and say what does not fit and how to mend it.
+        """Try one step without changing anything; report what does not fit and how to fix it.
 
         Args:
             train: Data as for `fit`; a synthetic batch is used unless given.
@@ -304,36 +365,38 @@ class Trainer(Stepper):
         return check_training(self, train, val)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs beside the data."""
-        self._optimizer()
-        return snapshot(self)
+        """All that a resumed run needs besides the data."""
+        if self.optimizer is None:
+            self.make_ready()
+        return snapshot(self, self.train_source, self.callbacks, self._identity)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state.
+    def load_state_dict(self, state: Mapping[str, Any], accept_changes: bool = False) -> None:
+        """Continue from a saved state.
 
         Raises:
-            CheckpointError: it is of other models or losses.
+            CheckpointError: it is of other models, losses or data.
         """
-        self._optimizer()
-        restore(self, state)
+        if self.optimizer is None:
+            self.make_ready()
+        restore(self, state, self.train_source, self.callbacks, accept_changes)
         self._batches_are_lost = bool(state["skipped"])
 
 
 @contextmanager
-def noticing_ctrl_c(notice: Callable[[], bool]) -> Iterator[None]:
-    """Inside, Ctrl-C calls `notice`; what handled it before comes back afterwards.
+def handle_interrupt(notice: Callable[[], bool]) -> Iterator[None]:
+    """Inside the block Ctrl-C and SIGTERM call `notice`; the handlers before come back after it.
 
     Outside the main thread, where Python forbids handlers, nothing is changed.
 
     Example:
         >>> asked = []
-        >>> with noticing_ctrl_c(lambda: not asked and not asked.append("once")):
+        >>> with handle_interrupt(lambda: not asked and not asked.append("once")):
         ...     signal.raise_signal(signal.SIGINT)
         >>> asked
         ['once']
 
     Args:
-        notice: Whether the request is heeded; False is a KeyboardInterrupt at once.
+        notice: Returns whether the request is heeded; if not, it is a KeyboardInterrupt.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -343,8 +406,11 @@ def noticing_ctrl_c(notice: Callable[[], bool]) -> Iterator[None]:
         if not notice():
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, ask)
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.signal(kind, ask) for kind in kinds}
     try:
         yield
-    finally:  # None: the handler was not Python's own
-        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+    finally:
+        for kind, handler in before.items():
+            default = signal.default_int_handler if kind == signal.SIGINT else signal.SIG_DFL
+            signal.signal(kind, default if handler is None else handler)  # None: not Python's own

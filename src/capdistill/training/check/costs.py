@@ -27,8 +27,8 @@ from capdistill.training.check.trial import (
     megabytes,
     milliseconds,
 )
-from capdistill.training.sources import prepare_sources, wants_crops
-from capdistill.training.stepper import require_references, total
+from capdistill.training.sources import open_sources, wants_crops
+from capdistill.training.step import add_references
 
 if TYPE_CHECKING:
     from capdistill.training.trainer import Trainer
@@ -128,10 +128,11 @@ def check_time(trial: Trial) -> Iterator[CheckRow]:
 def _check_loading(trial: Trial) -> Iterator[CheckRow]:
     """Time that a step waits for its batch: all of the reading without workers."""
     config, load, step = trial.config, trial.load_seconds, trial.step_seconds
-    wait = load if config.num_workers == 0 else max(load / config.num_workers - step, 0.0)
+    workers = config.num_workers or 0
+    wait = load if workers == 0 else max(load / workers - step, 0.0)
     finding = (
         f"reading a batch takes {milliseconds(load)} in one process "
-        f"(num_workers={config.num_workers}), so that a step of "
+        f"(num_workers={workers}), so that a step of "
         f"{milliseconds(step)} waits {milliseconds(wait)}"
     )
     if config.cache_images or config.cache_features:
@@ -144,7 +145,7 @@ def _check_loading(trial: Trial) -> Iterator[CheckRow]:
 
 def _faster_loading(trial: Trial, needed: float) -> str:
     workers = max(1, min(math.ceil(needed), os.cpu_count() or 1))
-    ways = [f"num_workers={workers}"] if workers > trial.config.num_workers else []
+    ways = [f"num_workers={workers}"] if workers > (trial.config.num_workers or 0) else []
     ways += ["cache_images=True", "smaller image files"]
     if any(has_frozen_trunk(model) for model in trial.trainer.models):
         ways.insert(-1, "cache_features=True (the trunk is frozen)")
@@ -154,12 +155,13 @@ def _faster_loading(trial: Trial, needed: float) -> str:
 def _forward_backward(trial: Trial) -> None:
     trainer = trial.trainer
     trainer.objective.zero_grad(set_to_none=True)
-    trainer.scaler.scale(total(trainer.terms(trial.batch))).backward()  # type: ignore[no-untyped-call]
+    loss = torch.stack([term.weighted for term in trainer.terms(trial.batch).values()]).sum()
+    trainer.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
 
 def _teach(trainer: Trainer, batch: Batch) -> None:
     with autocast(trainer.device, trainer.precision):
-        trainer.teach(batch)
+        trainer.teacher_output(batch)
 
 
 def _seconds(device: torch.device, run: Callable[[], None]) -> float:
@@ -188,9 +190,8 @@ _TRUNCATED, _UNKNOWN = 0.01, 0.05  # shares of captions and of words that are wo
 def check_options(trainer: Trainer, val: Any) -> Iterator[CheckRow]:
     """Device, precision, monitor and caching, as `fit` would choose or refuse them."""
     config = trainer.config
-    if not hasattr(trainer, "device"):
-        trainer._place()
-    trainer._make_monitor(val)
+    if val is not None:
+        trainer.make_monitor()
     wants_crops(config)
     if config.cache_features and not any(has_frozen_trunk(model) for model in trainer.models):
         raise ConfigError(
@@ -203,7 +204,7 @@ def check_options(trainer: Trainer, val: Any) -> Iterator[CheckRow]:
 
 def check_data(trial: Trial, train: Any, val: Any) -> Iterator[CheckRow]:
     """Read some batches, in this process, and look at images and captions."""
-    trial.source, val_source = prepare_sources(trial.trainer, train, val)
+    trial.source, val_source = open_sources(trial.trainer, train, val)
     began = time.perf_counter()
     for batch in islice(trial.source.epoch(0), _READ):
         trial.read.append(batch)
@@ -295,5 +296,5 @@ def _check_validation(trial: Trial, data: Any, source: Source) -> Iterator[Check
     batches = list(islice(source.epoch(0), 1))
     if not batches:
         raise DataError("No usable validation image. Give a data set with at least one.")
-    require_references(batches[0])
+    add_references({}, batches[0])
     yield from _check_captions(trial, "val", data, batches)

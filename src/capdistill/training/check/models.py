@@ -148,7 +148,7 @@ _FAINT = 1e-3  # a term with a smaller share of the gradient teaches nothing
 
 def check_projectors(trial: Trial) -> Iterator[CheckRow]:
     """Let the losses create their projectors where they have not yet."""
-    trial.trainer._prepare(trial.batch.to(trial.trainer.device))
+    trial.trainer.prepare(trial.batch.to(trial.trainer.device))
     losses = trial.trainer.objective.losses
     made = [
         f"{name} {part.in_features} x {part.out_features}"
@@ -163,10 +163,17 @@ def check_projectors(trial: Trial) -> Iterator[CheckRow]:
 def check_trained(trial: Trial) -> Iterator[CheckRow]:
     """The optimizer's groups."""
     parts: dict[str, int] = {}
-    for group in trial.trainer._optimizer().param_groups:
-        key = f"{group.get('name', 'model')} at {group['lr']:.0e}"
+    for group in _optimizer(trial.trainer).param_groups:
+        key = f"{group.get('name', 'model')} at {group['initial_lr']:g}"
         parts[key] = parts.get(key, 0) + numel(group["params"])
     yield CheckRow("trained", "ok", "; ".join(f"{millions(n)} {key}" for key, n in parts.items()))
+
+
+def _optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+    """The trainer's optimizer; it is made without the warning about an unknown number of steps."""
+    if trainer.steps_per_epoch is None:
+        trainer.steps_per_epoch = 1
+    return trainer.optimizer or trainer.make_ready()
 
 
 def check_terms(trial: Trial) -> Iterator[CheckRow]:

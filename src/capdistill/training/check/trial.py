@@ -58,7 +58,7 @@ class Trial:
     @property
     def need(self) -> frozenset[str]:
         """What the losses ask of the models."""
-        return self.trainer.objective.need
+        return self.trainer.objective.needed_outputs
 
 
 def made_up_batch(trainer: Trainer) -> Batch:

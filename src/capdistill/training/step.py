@@ -1,0 +1,377 @@
+"""One optimizer step and one validation: `Stepper`, the part of `Trainer` below its run."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from capdistill.captioner import Captioner
+from capdistill.data.loader import Source, skipped_images
+from capdistill.errors import ConfigError, DataError, NotFiniteLoss
+from capdistill.metrics import CaptionScorer, Metric
+from capdistill.outputs import Batch, CaptionerOutput, LossTerm
+from capdistill.runtime import autocast, evaluating, pick_device, pick_precision
+from capdistill.training.config import TrainConfig
+from capdistill.training.decoder_inputs import noisy_inputs, require_unknown_word
+from capdistill.training.history import EpochMeter, LossMeter, Row
+from capdistill.training.objective import Objective
+from capdistill.training.optim import Scheduler, make_schedule, parameter_groups
+
+MAX_SKIPPED_STEPS = 10  # in a row; loss scaling needs a few at the start of a run, not more
+References = dict[str, tuple[str, ...]]
+
+
+class Stepper:
+    """The terms of a batch and the step over one or more: what a training loop of your own needs.
+
+    Args:
+        captioner: The model; it is trained in place.
+        config: Options of the training.
+
+    Attributes:
+        steps_per_epoch: Optimizer steps per epoch; `fit` sets it. In a loop of your own, set it
+            before the first step, or the learning rate stays constant.
+        meter: Sums over the steps since the epoch began.
+    """
+
+    config_class: type[TrainConfig] = TrainConfig
+
+    def __init__(self, captioner: Captioner, config: TrainConfig, objective: Objective) -> None:
+        require_unknown_word(config, captioner.tokenizer)
+        self.config = config
+        self.captioner = captioner
+        self.objective = objective
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.schedule: Scheduler
+        self.steps_per_epoch: int | None = None
+        self.step_count = 0
+        self.skipped_steps = 0  # in a row
+        self.epoch = 0
+        self.meter = EpochMeter()
+        self._prepared: tuple[object, CaptionScorer] | None = None
+        self.place()
+
+    def place(self) -> None:
+        """Choose device and precision by the configuration, and move models and losses there."""
+        self.device = pick_device(self.config.device)
+        self.precision = pick_precision(self.device, self.config.precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        for module in (self.objective, *self.models):
+            module.to(self.device)
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models that read a batch."""
+        return [self.captioner]
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's steps that is done, 0 to 1; 0 where their number is unknown."""
+        if self.steps_per_epoch is None:
+            return 0.0
+        return min(self.step_count / max(self.config.epochs * self.steps_per_epoch, 1), 1.0)
+
+    # -- what a subclass or a user may replace ------------------------------------------------
+
+    def prepare(self, batch: Batch) -> None:
+        """Build what must exist before the optimizer and needs a batch; here there is nothing."""
+
+    def prepare_batch(self, batch: Batch) -> Batch:
+        """The micro-batch to train on. Called once per micro-batch, before anything is counted.
+
+        Override it to replace captions or images (on-policy captions, mixed sequences): targets
+        and counts are those of the batch that it returns.
+        """
+        return batch
+
+    def teacher_output(self, batch: Batch) -> CaptionerOutput | None:
+        """The teacher's output for a batch on the device; a plain trainer has no teacher."""
+        return None
+
+    def make_optimizer(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+        """AdamW. Override it, or assign a function, for another optimizer.
+
+        Args:
+            groups: Parameter groups, each with its learning rate and weight decay.
+        """
+        return torch.optim.AdamW(groups)
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def terms(self, batch: Batch) -> dict[str, LossTerm]:
+        """The terms of a batch: forward only, with gradients, for a loop of your own.
+
+        Args:
+            batch: On any device.
+        """
+        self.prepare(batch)
+        if self.objective.training:
+            batch = self.prepare_batch(batch)
+        counts = self.objective.counts(batch)
+        return {
+            name: LossTerm(value, counts[name], self.objective.weight(name, self.progress))
+            for name, value in self._forward(batch).items()
+        }
+
+    def step(self, *micro_batches: Batch) -> Row:
+        """One optimizer step over all the given batches, as if they were one.
+
+        Each term is divided once, by its count over all of them.
+
+        Returns:
+            A row with loss, terms (raw and weighted), learning rates, gradient norm and speed.
+
+        Raises:
+            NotFiniteLoss: a term or the gradient is NaN or infinite; nothing was updated.
+        """
+        began = time.perf_counter()
+        if not micro_batches:
+            raise ConfigError("step() was given no batch. Give at least one.")
+        first = self.optimizer is None
+        optimizer = self.optimizer or self.make_ready(micro_batches[0])
+        if not (self.objective.training and self.captioner.training):
+            self.objective.train()
+
+        # Counts come first: each term is divided once, by its count over the whole step.
+        batches = [self.prepare_batch(batch) for batch in micro_batches]
+        counts = self.objective.counts(*batches)
+        progress = self.progress
+        weights = {name: self.objective.weight(name, progress) for name in counts}
+
+        # Forward and backward, one micro-batch after the other.
+        optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            raw = self._forward(batch)
+            weighted = [weights[n] * (raw[n] / max(counts[n], 1.0)) for n in raw]
+            loss = torch.stack(weighted).sum()
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            for name, value in raw.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        if first:
+            warn_of_untrained(self.objective)
+
+        # Clip, then read all numbers in one transfer: the only point where we wait for the device.
+        self.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        *values, norm_value = torch.stack([*(v.float() for v in sums.values()), norm]).tolist()
+        totals = dict(zip(sums, values, strict=True))
+        self._require_finite(totals, norm_value)
+
+        # Update; loss scaling skips a step whose gradient overflowed.
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        if math.isfinite(norm_value):
+            self.schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.step_count += 1
+
+        images = sum(batch.num_images for batch in batches)
+        self.meter.add(totals, weights, counts)
+        self.meter.images += images
+        self.meter.batches += len(batches)
+        step = LossMeter()
+        step.add(totals, weights, counts)
+        seconds = time.perf_counter() - began
+        return {
+            "kind": "step",
+            "step": self.step_count,
+            "epoch": self.epoch,
+            **step.summary(),
+            "learning_rates": rates,
+            "gradient_norm": norm_value,
+            "skipped_steps": self.skipped_steps,
+            "images": images,
+            "captions": sum(len(batch.captions) for batch in batches),
+            "seconds": seconds,
+            "images_per_second": images / seconds,
+        }
+
+    def make_ready(self, batch: Batch | None = None) -> torch.optim.Optimizer:
+        """Make optimizer and schedule: after the losses' projectors, before the first step.
+
+        Args:
+            batch: A batch of the run; losses that wait for one are built from it.
+        """
+        if batch is not None:
+            self.prepare(batch)
+        self.objective.to(self.device)
+        groups = parameter_groups(self.objective, self.captioner, self.config)
+        self.optimizer = self.make_optimizer(groups)
+        if self.steps_per_epoch is None and self.config.schedule != "constant":
+            warnings.warn(
+                f"The learning rate stays at {self.config.learning_rate:g}: the number of steps is "
+                f"not known, so that schedule='{self.config.schedule}' cannot be followed. Set "
+                "steps_per_epoch on the trainer, or schedule='constant'.",
+                stacklevel=3,
+            )
+        self.schedule = make_schedule(self.optimizer, self.config, self.steps_per_epoch)
+        return self.optimizer
+
+    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The sums of the terms; a single image that batch norm refuses uses running statistics."""
+        input_fn = None
+        if self.objective.training:
+            input_fn = noisy_inputs(self.captioner, batch, self.config, self.epoch, self.progress)
+        batch = batch.to(self.device)
+        with autocast(self.device, self.precision):
+            teacher = self.teacher_output(batch)
+            try:
+                return self.objective(batch, teacher, input_fn)  # type: ignore[no-any-return]
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+            self.meter.running_statistics += 1
+            with batch_norms_in_eval(self.objective):
+                return self.objective(batch, teacher, input_fn)  # type: ignore[no-any-return]
+
+    def _require_finite(self, totals: Mapping[str, float], norm: float) -> None:
+        bad = {name: value for name, value in totals.items() if not math.isfinite(value)}
+        if not bad and not math.isfinite(norm):
+            self.skipped_steps += 1
+            self.meter.skipped_steps += 1
+            if not self.scaler.is_enabled() or self.skipped_steps >= MAX_SKIPPED_STEPS:
+                bad = {"the gradient": norm}
+        elif not bad:
+            self.skipped_steps = 0
+        if not bad:
+            return
+        self.scaler.update()  # forgets the gradients it looked at
+        self.objective.zero_grad(set_to_none=True)
+        values = ", ".join(f"{name} is {value}" for name, value in bad.items())
+        repeated = self.scaler.is_enabled() and "the gradient" in bad
+        raise NotFiniteLoss(
+            f"Step {self.step_count + 1} (epoch {self.epoch + 1}): {values}"
+            + (f" for {self.skipped_steps} steps in a row" if repeated else "")
+            + ". The weights were not changed by this step and the last checkpoint is intact. Try "
+            "a smaller learning_rate, max_grad_norm=, or precision='fp32'."
+        )
+
+    # -- validation -----------------------------------------------------------------------------
+
+    def validate(
+        self, source: Source, metrics: Sequence[str | Metric] | None = None
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """Terms and scores over a source whose batches have references, in evaluation mode.
+
+        Returns:
+            `{"loss": ..., "terms": ..., "images": ..., "skipped": ...}`, and the scores of the
+            captions by name.
+
+        Raises:
+            ConfigError: a batch without references.
+            DataError: an image id that occurs twice.
+        """
+        meter, generated, references = LossMeter(), dict[str, str](), References()
+        with evaluating(self.objective), torch.no_grad():
+            for batch in source.epoch(0):
+                add_references(references, batch)
+                counts = self.objective.counts(batch)
+                batch = batch.to(self.device)
+                with autocast(self.device, self.precision):
+                    batch = with_trunk_tokens(self.captioner, batch)
+                    how: Any = self.config.generation
+                    texts = [found.text for found in self.captioner.generate(batch, how)]
+                generated |= zip(batch.image_ids, texts, strict=True)
+                sums = self._forward(batch)
+                values = torch.stack([value.float() for value in sums.values()]).tolist()
+                weights = {name: self.objective.weight(name, self.progress) for name in sums}
+                meter.add(dict(zip(sums, values, strict=True)), weights, counts)
+        found = {
+            **meter.summary(),
+            "images": len(generated),
+            "skipped": len(skipped_images(source)),
+        }
+        return found, self.score(references, generated, metrics)
+
+    def score(
+        self,
+        references: Mapping[str, Sequence[str]],
+        captions: Mapping[str, str],
+        metrics: Sequence[str | Metric] | None = None,
+    ) -> dict[str, float]:
+        """Scores of validation captions by name; references are prepared once."""
+        metrics = self.config.metrics if metrics is None else metrics
+        asked = (dict(references), tuple(metrics))
+        if self._prepared is None or self._prepared[0] != asked:
+            self._prepared = asked, CaptionScorer(references, metrics=metrics)
+        return {name: float(value) for name, value in self._prepared[1](captions).items()}
+
+
+def add_references(references: References, batch: Batch) -> None:
+    """Add the references of a validation batch, by image.
+
+    Raises:
+        ConfigError: the batch has none.
+        DataError: an image id that was there already.
+    """
+    if batch.references is None:
+        raise ConfigError(
+            "A validation batch has no references. Scores against truncated or unknown-word ids "
+            "would mislead: give Batch(references=...) with the raw captions of every image."
+        )
+    for image_id, texts in zip(batch.image_ids, batch.references, strict=True):
+        if image_id in references:
+            raise DataError(
+                f"The image id '{image_id}' occurs twice in the validation data, so that one of "
+                "the two would not be scored. Give every image an id of its own."
+            )
+        references[image_id] = texts
+
+
+def with_trunk_tokens(captioner: Captioner, batch: Batch) -> Batch:
+    """The batch with the trunk's tokens, so that loss and captions share one pass of the trunk."""
+    encoder = captioner.encoder
+    key = encoder.fingerprint()
+    if key is None or key in batch.cached:
+        return batch
+    return replace(batch, cached={**batch.cached, key: encoder.trunk(batch.images)})
+
+
+def directions(metrics: Sequence[str | Metric]) -> dict[str, bool]:
+    """Every score that the metrics give -> whether higher is better.
+
+    Example:
+        >>> directions(["bleu_4"])
+        {'bleu_4': True}
+    """
+    found = CaptionScorer([["a dog"]], metrics=metrics).directions
+    return {name: direction == "higher" for name, direction in found.items()}
+
+
+def warn_of_untrained(objective: nn.Module) -> None:
+    """Name the parameters that require a gradient and got none in a backward pass."""
+    trained = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+    left = [name for name, parameter in trained if parameter.grad is None]
+    if left:
+        warnings.warn(
+            f"{len(left)} of {len(trained)} trainable tensors get no gradient and will stay as "
+            f"they are: {', '.join(left[:10])}{' ...' if len(left) > 10 else ''}. Use them in "
+            "forward, remove them, or freeze them with requires_grad_(False).",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def batch_norms_in_eval(module: nn.Module) -> Iterator[None]:
+    """Batch norms use their running statistics inside the block and do not update them."""
+    kinds = (nn.modules.batchnorm._BatchNorm,)
+    norms = [part for part in module.modules() if isinstance(part, kinds) and part.training]
+    try:
+        for norm in norms:
+            norm.eval()
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
