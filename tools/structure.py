@@ -101,7 +101,7 @@ def _imports(
             base = ".".join([*parents, *([node.module] if node.module else [])])
             names = [_source(base, alias.name, modules, tables) for alias in node.names]
         elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
-            names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+            names = [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
         else:
             continue
         yield from ((name, node.lineno) for name in names if name in modules)
