@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def test_no_import_cycles(graph: structure.Graph) -> None:
 
 def test_the_architecture_page_lists_every_component(graph: structure.Graph) -> None:
     assert structure.unlisted_components(graph, structure.read_layers()) == []
+
+
+def test_files_that_the_architecture_page_names_exist(modules: dict[str, Path]) -> None:
+    page = (structure.ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[a-z0-9_]+/)*[a-z0-9_]+\.py)`", page))
+    package = structure.ROOT / "src" / "capdistill"
+    assert len(named) > 20
+    assert sorted(name for name in named if not (package / name).exists()) == []
 
 
 def test_imports_lead_to_lower_layers_only(graph: structure.Graph) -> None:
