@@ -23,7 +23,11 @@ from capdistill.training.config import DistillConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "examples" / "plugin" / "README.md", *DOCS]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    ROOT / "examples" / "plugin" / "README.md",
+    *DOCS,
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S
