@@ -7,6 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+
+import capdistill
 
 ROOT = Path(__file__).parents[1]
 OURS = re.compile(rb"(?<![\w.])/(?:work|root|home/\w+|Users/\w+)/\w")
@@ -28,3 +31,21 @@ def test_no_tracked_file_holds_a_path_of_one_machine() -> None:
 )
 def test_the_search_for_machine_paths_finds_them(parts: tuple[str, ...], found: bool) -> None:
     assert bool(OURS.search("/".join(parts).encode())) is found
+
+
+def test_files_of_the_forge_are_valid_yaml() -> None:
+    files = [ROOT / ".pre-commit-config.yaml", *(ROOT / ".github").rglob("*.yml")]
+    assert len(files) == 5
+    assert all(isinstance(yaml.safe_load(file.read_text("utf-8")), dict) for file in files)
+
+
+def test_ci_runs_every_python_that_the_package_supports() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
+    pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
+    supported = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', pyproject)
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == supported
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == capdistill.__version__
