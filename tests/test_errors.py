@@ -31,6 +31,12 @@ PRINTED = [
     "{'raw': 'a dog'}",
     "[{'raw': 'a dog'}]",
     "b'a dog'",
+    "['a dog', nan]",
+    '{"raw": "a dog", "id": null}',
+    "[None]",
+    "array(['a dog'], dtype='<U5')",
+    "deque(['a dog'])",
+    str(object()),
     str(np.array(["a dog", "a cat"])),
 ]
 
@@ -48,7 +54,23 @@ def test_a_container_printed_into_a_string_is_no_caption(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["", "a dog", "[a dog]", "(a man)", "[UNK]", "[1]", "(3)", "{}", "b'", "[", "('", "1"]
+    "value",
+    [
+        "",
+        "a dog",
+        "[a dog]",
+        "(a man)",
+        "[UNK]",
+        "<unk> a dog",
+        "array (of dogs)",
+        "[1]",
+        "(3)",
+        "{}",
+        "b'",
+        "[",
+        "('",
+        "1",
+    ],
 )
 def test_text_with_brackets_is_a_caption(value: str) -> None:
     assert require_text(value, "row 3") == value

@@ -9,6 +9,7 @@ import ast
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -207,18 +208,23 @@ def text_problem(value: object) -> str:
 
 
 def _printed_kind(text: str) -> str:
-    """The type whose `str` a text is, if it is one that holds text: list, tuple, dict, bytes."""
+    """The type of the value that was printed into a text: list, dict, bytes, object; "" if none."""
+    if re.fullmatch(r"<[\w.]+(?: object)? at 0x[0-9a-fA-F]+>", text):
+        return "object"
+    called = re.match(r"(array|deque|dict_values|dict_keys|frozenset)\([\[({]", text)
+    if called:
+        return called[1]
     if not text.startswith(("[", "(", "{", "b'", 'b"')) or text[-1] not in "])}'\"":
         return ""
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(re.sub(r"\b(?:nan|null|true|false)\b", "None", text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return ""
     if isinstance(value, bytes):
         return "bytes"
     parts = value.values() if isinstance(value, dict) else value
     holds_text = isinstance(value, (list, tuple, dict, set)) and any(
-        isinstance(part, (str, list, dict)) for part in parts
+        part is None or isinstance(part, (str, list, dict)) for part in parts
     )
     return type(value).__name__ if holds_text else ""
 

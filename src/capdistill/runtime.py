@@ -1,18 +1,24 @@
-"""Where and how a model runs: devices, precision, seeds, evaluation mode."""
+"""Where and how a model runs: devices, precision, seeds, evaluation mode, progress."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import random
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from capdistill.errors import ConfigError
+from capdistill.files import printable
+
+T = TypeVar("T")
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -205,3 +211,50 @@ def on_device(models: Iterable[object], device: torch.device) -> Iterator[None]:
     finally:
         for module, origin in zip(modules, origins, strict=True):
             module.to(origin)
+
+
+def progress(
+    items: Iterable[T],
+    total: int | None,
+    what: str,
+    *,
+    unit: str = "image",
+    show: bool = True,
+    seconds: float = 10.0,
+) -> Iterator[T]:
+    """Pass items on, showing a bar on a terminal and a line now and then elsewhere.
+
+    Both go to standard error. A loop shorter than `seconds` prints no line.
+
+    Example:
+        >>> sum(progress([1, 2, 3], 3, "Encoding", show=False))
+        6
+
+    Args:
+        items: What the loop runs over.
+        total: The number of items, if known.
+        what: The work, such as "Encoding images".
+        unit: What an item is.
+        show: False shows nothing.
+        seconds: The least time between two lines.
+    """
+    stream = sys.stderr
+    if not show or stream is None:
+        yield from items
+        return
+    if stream.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, desc=what, unit=unit, dynamic_ncols=True, leave=False)
+        return
+    of = f" of {total:,}" if total else ""
+    last, printed, count = time.monotonic(), False, 0
+    for count, item in enumerate(items, start=1):
+        yield item
+        if time.monotonic() - last >= seconds:
+            share = f" ({count / total:.0%})" if total else ""
+            line = f"{what}: {count:,}{of} {unit}s{share}"
+            print(printable(line, stream), file=stream, flush=True)
+            last, printed = time.monotonic(), True
+    if printed:
+        print(printable(f"{what}: {count:,} {unit}s, done", stream), file=stream, flush=True)

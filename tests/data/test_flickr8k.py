@@ -165,7 +165,7 @@ def test_kaggles_layout_is_split_by_a_seed_and_says_so(tmp_path: Path) -> None:
     data = Flickr8k(kaggle(tmp_path, 16), seed=3)
     sizes = {name: len(data.get(name)) for name in data}
     assert sizes == {"train": 12, "val": 2, "test": 2}
-    assert "split by chance 6 : 1 : 1 with seed 3" in str(data)
+    assert "random split 6 : 1 : 1 with seed 3" in str(data)
     assert data.train.image_ids == Flickr8k(tmp_path, seed=3).train.image_ids
     assert data.train.image_ids != Flickr8k(tmp_path, seed=4).train.image_ids
     assert sorted(data.all.references["7.jpg"]) == ["A dog , number 7 ."]

@@ -107,7 +107,8 @@ def test_bad_entries_are_reported_by_their_place(json_file: Path) -> None:
         "unknown split": 1,
         "image without caption": 1,
         "malformed row": 2,
-        "empty caption": 2,
+        "empty caption": 1,
+        "invalid caption": 1,
     }
     assert "images[4]: malformed row (no split, sentences)" in str(data.report)
     assert data.val.captions == ["a cat"]

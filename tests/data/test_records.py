@@ -44,9 +44,9 @@ def test_a_split_of_too_few_images_is_refused() -> None:
         many(1).split(val=0.1)
 
 
-def test_an_id_that_stands_twice_is_refused() -> None:
+def test_an_id_that_occurs_twice_is_refused() -> None:
     example = Example("a.jpg", Path("a.jpg"), ("a",))
-    with pytest.raises(DataError, match=r"'a\.jpg' stands twice"):
+    with pytest.raises(DataError, match=r"'a\.jpg' occurs twice"):
         CaptionData([example, example])
 
 
@@ -56,7 +56,7 @@ def test_an_image_without_caption_is_refused() -> None:
 
 
 def test_an_absent_split_lists_those_there_are() -> None:
-    with pytest.raises(DataError, match=r"mine has no split 'val': .* Splits there are: train"):
+    with pytest.raises(DataError, match=r"mine has no split 'val': .* Available splits: train"):
         Splits({"train": many(2)}, name="mine").val  # noqa: B018
 
 

@@ -1,4 +1,4 @@
-"""Caption files as rows: encodings, row ends, separated values, JSON.
+"""Caption files and their rows, what counts as a caption, and the report of what was left out.
 
 A row ends at \\n or \\r\\n and nowhere else (`str.splitlines` would also cut captions at U+2028,
 \\x85, \\x0c or \\x1c), and nothing depends on the locale.
@@ -14,17 +14,201 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from capdistill.errors import ConfigError, DataError
+from capdistill.errors import ConfigError, DataError, text_problem
+from capdistill.files import user_path
 
 MAX_BYTES = 2**30  # caption files are read whole; COCO's largest has 0.15 GB
 
 
+Policy = Literal["skip", "raise"]
+
+# Harmless: every copy of the official Flickr8k file has the first, and a header row is no caption.
+TOLERATED = frozenset({"phantom row", "header row"})
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in the data that cannot be used, and where it is.
+
+    Example:
+        >>> print(Problem("empty caption", "captions.csv", "row 4", "dog.jpg"))
+        captions.csv, row 4: empty caption (dog.jpg)
+
+    Args:
+        kind: What is wrong, such as "missing image", "corrupt image" or "empty caption".
+        file: The file in question, or the item of a data set.
+        place: The row or entry within the file, or "".
+        detail: The image or the reason.
+    """
+
+    kind: str
+    file: str
+    place: str = ""
+    detail: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.file}, {self.place}" if self.place else self.file
+        return f"{where}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(repr=False)
+class DataReport:
+    """The problems found so far, each listed once.
+
+    Example:
+        >>> report = DataReport()
+        >>> report.add(Problem("missing image", "captions.csv", "row 2", "cat.jpg"))
+        >>> print(report)
+        1 problem: 1 missing image
+          captions.csv, row 2: missing image (cat.jpg)
+
+    Args:
+        errors: "skip" collects the problems; "raise" raises the first one as an error.
+        problems: The problems in the order in which they were found.
+    """
+
+    errors: Policy = "skip"
+    problems: list[Problem] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.errors not in ("skip", "raise"):
+            raise ConfigError(f"errors={self.errors!r} was given; use errors='skip' or 'raise'.")
+        self._seen = set(self.problems)
+
+    def add(self, problem: Problem) -> None:
+        """Add a problem, or raise it if the policy is "raise".
+
+        Raises:
+            DataError: the policy is "raise" and the problem is not harmless.
+        """
+        if self.errors == "raise" and problem.kind not in TOLERATED:
+            raise DataError(f"{problem}. Fix it, or pass errors='skip' to leave it out.")
+        if problem not in self._seen:
+            self._seen.add(problem)
+            self.problems.append(problem)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Kind -> number of problems."""
+        return dict(Counter(problem.kind for problem in self.problems))
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def __iter__(self) -> Iterator[Problem]:
+        return iter(self.problems)
+
+    def summary(self) -> str:
+        """One line: the number of problems of each kind."""
+        if not self.problems:
+            return "no problems"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
+        return f"{pluralize(len(self), 'problem')}: {kinds}"
+
+    def __str__(self) -> str:
+        shown = [self.summary(), *(f"  {problem}" for problem in self.problems[:_SHOWN])]
+        if len(self) > _SHOWN:
+            shown.append(f"  ... and {len(self) - _SHOWN} more (see .problems)")
+        return "\n".join(shown)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.summary()}>"
+
+
+def pluralize(count: int, noun: str) -> str:
+    """A count and its noun, in the singular for 1.
+
+    Example:
+        >>> pluralize(1, "image"), pluralize(2, "image")
+        ('1 image', '2 images')
+    """
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 class Row(NamedTuple):
-    """A caption as it stands in a file: its image's name, the text, and where."""
+    """A caption as a file holds it: the name of its image, the caption, and its place.
+
+    JSON can hold anything under the key of a caption, so the caption is checked later.
+    """
 
     image: str
-    caption: str
+    caption: object
     place: str
+
+
+MISSING = frozenset({"None", "nan", "NaN", "null", "NULL", "<NA>"})  # printed by pandas and others
+
+
+def caption_problem(value: object) -> tuple[str, str] | None:
+    """(kind, reason) of what keeps a value from being a caption; None if it is one.
+
+    Every caption passes here: from a file, a data set, an `Example`. A caption is text. None, NaN,
+    a number, a list or an object is not, nor is one of them printed into a string.
+
+    Example:
+        >>> caption_problem("A dog runs .") is None
+        True
+        >>> print(*caption_problem("['a dog', 'a cat']"), sep=": ")
+        invalid caption: "['a dog', 'a cat']" (a list printed into a string)
+        >>> caption_problem("nan"), caption_problem("  ")
+        (('invalid caption', "'nan' (a missing value)"), ('empty caption', 'white space only'))
+
+    Args:
+        value: A caption as it was read or given.
+    """
+    reason = text_problem(value)
+    if not reason and str(value).strip() in MISSING:
+        reason = f"{value!r} (a missing value)"
+    if reason:
+        return "invalid caption", reason
+    return None if str(value).strip() else ("empty caption", "white space only")
+
+
+def require_caption(value: object, where: str) -> str:
+    """Return a caption that must be one.
+
+    Example:
+        >>> require_caption(None, "train: a caption of image '7'")
+        Traceback (most recent call last):
+        ...
+        capdistill.errors.DataError: train: a caption of image '7' is None (NoneType); expected \
+text.
+
+    Args:
+        value: A caption as it was given.
+        where: What it is; the error begins with it.
+
+    Raises:
+        DataError: it is not text, or blank.
+    """
+    problem = caption_problem(value)
+    if problem:
+        raise DataError(f"{where} is {problem[1]}; expected text.")
+    return str(value)
+
+
+def clean(caption: str) -> str:
+    """The raw caption on one line: line breaks become spaces, all other characters stay.
+
+    Example:
+        >>> clean("first line\\r\\nsecond line ")
+        'first line second line'
+    """
+    return re.sub(r"[\r\n]+", " ", caption).strip()
+
+
+def image_name(value: object) -> str | None:
+    """The name or id of an image as a string; a whole number is one; None for anything else.
+
+    Example:
+        >>> image_name("dog.jpg"), image_name(12), image_name(12.0), image_name(None)
+        ('dog.jpg', '12', '12', None)
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas turns a column of ids with a gap into floats
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if whole or (isinstance(value, str) and value.strip()) else None
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
@@ -41,15 +225,20 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
         row = data.count(b"\n", 0, error.start) + 1
         given = data[error.start : error.start + 1].hex()
         raise DataError(
-            f"{path}, row {row}: byte 0x{given} is not {encoding}. Say how the file is encoded, "
-            "for example encoding='cp1252' (Windows), 'latin-1' or 'utf-16', or save it as UTF-8."
+            f"{path}, row {row}: byte 0x{given} is not {encoding}. Name the encoding, for example "
+            "encoding='cp1252' (Windows), 'latin-1' or 'utf-16', or save the file as UTF-8."
         ) from error
-    except LookupError as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"encoding={encoding!r} is unknown to Python; try 'utf-8'.") from error
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole file, bounded in size."""
+    """The whole file, bounded in size.
+
+    Raises:
+        DataError: the file cannot be read, or is too large.
+    """
+    path = user_path(path, DataError)
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -64,16 +253,6 @@ def lines(text: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line.removesuffix("\r")
-
-
-def clean(caption: str) -> str:
-    """The raw caption on one line: line breaks are white space, other characters stay.
-
-    Example:
-        >>> clean("first line\\r\\nsecond line ")
-        'first line second line'
-    """
-    return re.sub(r"[\r\n]+", " ", caption).strip()
 
 
 def split_fields(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -132,7 +311,7 @@ def read_lists(path: Path, *keys: str, form: str) -> dict[str, list[Any]]:
     """The lists that a JSON file holds under the given keys.
 
     Raises:
-        DataError: the file is no JSON object with those lists; the message names what it holds.
+        DataError: the file is not a JSON object with those lists; the message names its content.
     """
     content = read_json(path)
     held = list(content)[:8] if isinstance(content, dict) else type(content).__name__
@@ -144,7 +323,7 @@ def read_lists(path: Path, *keys: str, form: str) -> dict[str, list[Any]]:
 def json_entries(
     rows: list[Any], key: str, needs: tuple[str, ...], file: Path, report: DataReport
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, entry) of those that are objects with the needed fields; the others are reported."""
+    """(place, entry) of every entry that is an object with these fields; others are reported."""
     for number, entry in enumerate(rows):
         place = f"{key}[{number}]"
         missing = [n for n in needs if n not in entry] if isinstance(entry, dict) else list(needs)
@@ -152,106 +331,3 @@ def json_entries(
             report.add(Problem("malformed row", str(file), place, f"no {', '.join(missing)}"))
         else:
             yield place, entry
-
-
-Policy = Literal["skip", "raise"]
-
-# Every copy of the official Flickr8k file has the first; a header row says nothing wrong.
-TOLERATED = frozenset({"phantom row", "header row"})
-_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that cannot be used, and where it stands.
-
-    Example:
-        >>> print(Problem("empty caption", "captions.csv", "row 4", "dog.jpg"))
-        captions.csv, row 4: empty caption (dog.jpg)
-
-    Args:
-        kind: What it is, such as "missing image", "corrupt image" or "empty caption".
-        file: The file that holds it.
-        place: The row or entry within the file, or "".
-        detail: The image or the reason.
-    """
-
-    kind: str
-    file: str
-    place: str = ""
-    detail: str = ""
-
-    def __str__(self) -> str:
-        where = f"{self.file}, {self.place}" if self.place else self.file
-        return f"{where}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
-
-
-@dataclass
-class DataReport:
-    """The problems found so far, each once.
-
-    Example:
-        >>> report = DataReport()
-        >>> report.add(Problem("missing image", "captions.csv", "row 2", "cat.jpg"))
-        >>> print(report)
-        1 problem: 1 missing image
-          captions.csv, row 2: missing image (cat.jpg)
-
-    Args:
-        errors: "skip" keeps what is wrong here; "raise" makes it an error at once.
-        problems: What was found, in the order of finding.
-    """
-
-    errors: Policy = "skip"
-    problems: list[Problem] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.errors not in ("skip", "raise"):
-            raise ConfigError(f"errors={self.errors!r} was given; use errors='skip' or 'raise'.")
-        self._seen = set(self.problems)
-
-    def add(self, problem: Problem) -> None:
-        """Count a problem, or raise it where that was asked for.
-
-        Raises:
-            DataError: the policy is "raise" and the problem is not a harmless one.
-        """
-        if self.errors == "raise" and problem.kind not in TOLERATED:
-            raise DataError(f"{problem}. Mend it, or pass errors='skip' to go on without it.")
-        if problem not in self._seen:
-            self._seen.add(problem)
-            self.problems.append(problem)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many problems there are of each kind."""
-        return dict(Counter(problem.kind for problem in self.problems))
-
-    def __len__(self) -> int:
-        return len(self.problems)
-
-    def __iter__(self) -> Iterator[Problem]:
-        return iter(self.problems)
-
-    def summary(self) -> str:
-        """One line: the number of problems of each kind."""
-        if not self.problems:
-            return "no problems"
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
-        return f"{pluralize(len(self), 'problem')}: {kinds}"
-
-    def __str__(self) -> str:
-        lines = [self.summary(), *(f"  {problem}" for problem in self.problems[:_SHOWN])]
-        if len(self) > _SHOWN:
-            lines.append(f"  ... and {len(self) - _SHOWN} more (see .problems)")
-        return "\n".join(lines)
-
-
-def pluralize(count: int, noun: str) -> str:
-    """A count with its noun.
-
-    Example:
-        >>> pluralize(1, "image"), pluralize(2, "image")
-        ('1 image', '2 images')
-    """
-    return f"{count} {noun}" + ("" if count == 1 else "s")

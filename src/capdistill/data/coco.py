@@ -1,21 +1,32 @@
-"""COCO's own caption files: one JSON a split."""
+"""COCO's caption files (one JSON file per split), Karpathy's, and the bundled sample."""
 
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from capdistill.data.caption_files import DataReport, Policy, Problem, Row, json_entries, read_lists
+from capdistill.data.caption_files import (
+    DataReport,
+    Policy,
+    Problem,
+    Row,
+    image_name,
+    json_entries,
+    read_lists,
+)
 from capdistill.data.dataset import (
     CaptionData,
     Example,
+    Finder,
     Splits,
     image_finder,
     require_some,
     to_examples,
 )
+from capdistill.errors import DataError, shortened
+from capdistill.files import user_path
 
 
 class CocoCaptions(CaptionData):
@@ -33,11 +44,12 @@ class CocoCaptions(CaptionData):
         errors: "skip" leaves out what cannot be used and reports it; "raise" raises it.
 
     Raises:
-        DataError: it is no such file, or nothing of it can be used.
+        DataError: it is not such a file, or nothing in it can be used.
     """
 
     def __init__(self, json: str | Path, images: str | Path, *, errors: Policy = "skip") -> None:
-        path, folder, report = Path(json), Path(images), DataReport(errors)
+        report = DataReport(errors)
+        path, folder = user_path(json, DataError), user_path(images, DataError)
         examples = list(_examples(path, folder, report))
         require_some(examples, path.stem, report, f"Images were looked for in {folder}.")
         super().__init__(examples, name=path.stem, report=report)
@@ -56,7 +68,11 @@ def _names(images: list[Any], path: Path, report: DataReport) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: set[str] = set()
     for place, entry in json_entries(images, "images", ("id", "file_name"), path, report):
-        image_id, name = str(entry["id"]), str(entry["file_name"])
+        image_id, name = image_name(entry["id"]), image_name(entry["file_name"])
+        if image_id is None or name is None:
+            reason = f"id {shortened(entry['id'])}, file_name {shortened(entry['file_name'])}"
+            report.add(Problem("malformed row", str(path), place, reason))
+            continue
         if image_id in names or name in taken:
             report.add(Problem("duplicate id", str(path), place, f"{image_id}, {name}"))
             continue
@@ -69,12 +85,13 @@ def _rows(rows: list[Any], names: dict[str, str], path: Path, report: DataReport
     captioned = set()
     needs = ("image_id", "caption")
     for place, entry in json_entries(rows, "annotations", needs, path, report):
-        image_id = str(entry["image_id"])
+        image_id = image_name(entry["image_id"])
         if image_id in names:
             captioned.add(image_id)
-            yield Row(names[image_id], str(entry["caption"]), place)
+            yield Row(names[image_id], entry["caption"], place)
         else:
-            report.add(Problem("caption without image", str(path), place, f"image id {image_id}"))
+            reason = f"image id {shortened(entry['image_id'])}"
+            report.add(Problem("caption without image", str(path), place, reason))
     for image_id, name in names.items():
         if image_id not in captioned:
             report.add(Problem("image without caption", str(path), "images", name))
@@ -87,7 +104,7 @@ _ALSO = {"dev": "val", "validation": "val"}
 class Karpathy(Splits):
     """Images, captions and splits of a Karpathy JSON file.
 
-    Image ids are COCO's where the file has them (`cocoid`), else the file names.
+    Image ids are COCO's (`cocoid`) if the file has them, else the file names.
 
     Example:
         >>> data = Karpathy("dataset_coco.json", "coco")           # doctest: +SKIP
@@ -100,11 +117,11 @@ class Karpathy(Splits):
     Args:
         json: The file.
         images: The folder that holds `filepath/filename`, or `filename`.
-        restval: Count COCO's `restval` images as training images, as is usual; else leave them out.
+        restval: Add COCO's `restval` images to the training images, as is usual, or leave them out.
         errors: "skip" leaves out what cannot be used and reports it; "raise" raises it.
 
     Raises:
-        DataError: it is no such file, or nothing of it can be used.
+        DataError: it is not such a file, or nothing in it can be used.
     """
 
     def __init__(
@@ -116,12 +133,13 @@ class Karpathy(Splits):
         errors: Policy = "skip",
     ) -> None:
         report = DataReport(errors)
-        made = read_karpathy(Path(json), Path(images), restval=restval, report=report)
+        path, folder = user_path(json, DataError), user_path(images, DataError)
+        made = read_karpathy(path, folder, restval=restval, report=report)
         super().__init__(made.parts, name=made.name, note=made.note, report=report)
 
 
 def read_karpathy(path: Path, images: Path, *, restval: bool, report: DataReport) -> Splits:
-    """The splits of a file; what cannot be used goes to the report."""
+    """The splits of a file. What cannot be used goes to the report."""
     rows = read_lists(path, "images", form="Karpathy")["images"]
     parts: dict[str, list[Example]] = {name: [] for name in _SPLITS}
     taken: set[str] = set()
@@ -129,12 +147,16 @@ def read_karpathy(path: Path, images: Path, *, restval: bool, report: DataReport
     find = image_finder(images)
     needs = ("filename", "split", "sentences")
     for place, entry in json_entries(rows, "images", needs, path, report):
-        split = _ALSO.get(entry["split"], entry["split"])
+        split, image_id = str(entry["split"]), image_name(entry.get("cocoid", entry["filename"]))
+        split = _ALSO.get(split, split)
         rest += split == "restval"
         if split == "restval" and not restval:
             continue
         split = "train" if split == "restval" else split
-        image_id = str(entry.get("cocoid", entry["filename"]))
+        wrong = _wrong_field(entry)
+        if wrong or image_id is None:
+            report.add(Problem("malformed row", str(path), place, wrong or "cocoid is no id"))
+            continue
         if split not in parts or image_id in taken:
             kind = "duplicate id" if image_id in taken else "unknown split"
             report.add(Problem(kind, str(path), place, f"{image_id}, split {split!r}"))
@@ -157,12 +179,11 @@ def _example(
     image_id: str,
     place: str,
     path: Path,
-    find: Callable[[str], Path | None],
+    find: Finder,
     report: DataReport,
 ) -> list[Example]:
-    """One example, or none where its image or all of its captions are missing."""
-    name = str(entry["filename"])
-    folder = str(entry.get("filepath") or "")
+    """One example, or none if its image or all of its captions are missing."""
+    name, folder = image_name(entry["filename"]) or "", entry.get("filepath") or ""
     full = f"{folder}/{name}" if folder else name
     texts = [_raw(sentence) for sentence in entry["sentences"]]
     rows = [Row(full, text, f"{place}.sentences[{n}]") for n, text in enumerate(texts)]
@@ -172,19 +193,32 @@ def _example(
     return [Example(image_id, example.path, example.captions) for example in found.values()]
 
 
-def _raw(sentence: Any) -> str:
-    if isinstance(sentence, str):
-        return sentence
+def _raw(sentence: Any) -> object:
+    """The caption of a sentence, of whatever type it is; its tokens if it has no raw text."""
     if not isinstance(sentence, dict):
-        return ""
-    return str(sentence.get("raw") or " ".join(map(str, sentence.get("tokens", ()))))
+        return sentence
+    tokens = sentence.get("tokens")
+    if "raw" in sentence or not isinstance(tokens, list):
+        return sentence.get("raw")
+    return " ".join(tokens) if all(isinstance(token, str) for token in tokens) else tokens
+
+
+def _wrong_field(entry: dict[str, Any]) -> str:
+    """What keeps an entry from being read, or ""."""
+    if image_name(entry["filename"]) is None:
+        return f"filename is {shortened(entry['filename'])}"
+    if not isinstance(entry["sentences"], list):
+        return f"sentences is {type(entry['sentences']).__name__}; expected a list"
+    if not isinstance(entry.get("filepath") or "", str):
+        return f"filepath is {shortened(entry['filepath'])}"
+    return ""
 
 
 def sample() -> Splits:
-    """47 COCO photos with five captions each, 39 to train and 8 to validate.
+    """47 COCO photos with five captions each, 39 for training and 8 for validation.
 
-    Photos are CC BY 2.0 (their addresses and licences stand in `sample/ATTRIBUTION.md` beside
-    them), captions CC BY 4.0 by the COCO Consortium.
+    The photos are CC BY 2.0 (`sample/ATTRIBUTION.md` beside them has their addresses and
+    licences), the captions CC BY 4.0 by the COCO Consortium.
 
     Example:
         >>> data = sample()

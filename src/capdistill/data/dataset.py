@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,24 +11,63 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from capdistill.data.caption_files import DataReport, Problem, Row, clean, pluralize
-from capdistill.errors import DataError
-from capdistill.runtime import stable_hash
+from capdistill.data.caption_files import (
+    DataReport,
+    Problem,
+    Row,
+    caption_problem,
+    clean,
+    image_name,
+    pluralize,
+    require_caption,
+)
+from capdistill.errors import DataError, require_int, require_number
+from capdistill.files import user_path
+from capdistill.outputs import require_unique_ids
+from capdistill.runtime import progress, stable_hash
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Example:
     """An image file and all its captions, as they were written.
 
+    Example:
+        >>> example = Example("dog", "photos/dog.jpg", ["A brown dog runs ."])
+        >>> example.path.name, example.captions
+        ('dog.jpg', ('A brown dog runs .',))
+
     Args:
-        image_id: What the data set calls the image.
-        path: The image file.
+        image_id: The name of the image in its data set.
+        path: The image file. It is opened when the image is read.
         captions: The raw captions, at least one.
+
+    Raises:
+        DataError: the id is no name, the path is none, or a caption is not text.
     """
 
     image_id: str
     path: Path
     captions: tuple[str, ...]
+
+    def __init__(
+        self, image_id: str | int, path: str | os.PathLike[str], captions: Sequence[str]
+    ) -> None:
+        name = image_name(image_id)
+        if name is None:
+            raise DataError(f"The image id {image_id!r} is not a name; expected a string.")
+        if isinstance(captions, str) or not isinstance(captions, Sequence):
+            raise DataError(
+                f"The captions of image '{name}' are {type(captions).__name__}; expected a list "
+                "of strings."
+            )
+        texts = tuple(require_caption(text, f"A caption of image '{name}'") for text in captions)
+        if not texts:
+            raise DataError(f"The image '{name}' has no caption; leave it out.")
+        object.__setattr__(self, "image_id", name)
+        object.__setattr__(
+            self, "path", path if isinstance(path, Path) else user_path(path, DataError)
+        )
+        object.__setattr__(self, "captions", texts)
 
 
 class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
@@ -36,14 +77,16 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
         >>> data = CaptionData([Example("dog.jpg", Path("dog.jpg"), ("a dog", "a pet"))])
         >>> len(data), data.captions, data.image_ids
         (1, ['a dog', 'a pet'], ('dog.jpg',))
+        >>> data
+        <CaptionData data: 1 image, 2 captions>
 
     Args:
         examples: The images with their captions.
-        name: How messages call it.
-        report: The problems met while its files were read.
+        name: The name of the data in messages.
+        report: The problems found while its files were read.
 
     Raises:
-        DataError: two examples have one id, or one has no caption.
+        DataError: two examples have the same id, or one is not an `Example`.
     """
 
     def __init__(
@@ -52,12 +95,18 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
         self.examples = tuple(examples)
         self.name = name
         self.report = DataReport() if report is None else report
+        other = next((e for e in self.examples if not isinstance(e, Example)), None)
+        if other is not None:
+            raise DataError(
+                f"{name}: {type(other).__name__} was given where an Example(image_id, path, "
+                "captions) was expected. A list of (image, captions) pairs is data as it is."
+            )
         self.image_ids = tuple(example.image_id for example in self.examples)
-        _refuse_unusable(self)
+        require_unique_ids(self.image_ids, name)
 
     @property
     def captions(self) -> list[str]:
-        """All raw captions, image by image; what a tokenizer is trained on."""
+        """All raw captions, image by image. A tokenizer is trained on them."""
         return [caption for example in self.examples for caption in example.captions]
 
     @property
@@ -81,12 +130,21 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
             >>> data = CaptionData(Example(str(i), Path(f"{i}.jpg"), ("x",)) for i in range(4))
             >>> data.subset(2).image_ids, data.subset([3, 0]).image_ids
             (('0', '1'), ('3', '0'))
+
+        Raises:
+            ConfigError: a number below 0.
+            DataError: there is no image at one of the positions.
         """
-        order = range(min(which, len(self))) if isinstance(which, int) else which
-        return CaptionData((self.examples[i] for i in order), name=self.name, report=self.report)
+        if isinstance(which, int):
+            which = range(min(require_int("subset", which, 0), len(self)))
+        try:
+            chosen = [self.examples[i] for i in which]
+        except IndexError as error:
+            raise DataError(f"{self.name}: {error}; there are {len(self)} images.") from error
+        return CaptionData(chosen, name=self.name, report=self.report)
 
     def split(self, *, val: float = 0.1, test: float = 0.0, seed: int = 0) -> Splits:
-        """Cut into train, val and test by chance that depends on the seed and the ids alone.
+        """Split at random into train, val and test, depending on the seed and the ids alone.
 
         Example:
             >>> data = CaptionData(Example(str(i), Path(f"{i}.jpg"), ("x",)) for i in range(10))
@@ -95,13 +153,16 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
             (8, 2)
 
         Args:
-            val: The share of images kept for validation; at least one image where it is not 0.
+            val: The share of images kept for validation: 0 for none, else at least one image.
             test: The share of images kept for testing, likewise.
-            seed: Another seed is another split.
+            seed: Another seed gives another split.
 
         Raises:
-            DataError: too few images for the parts that were asked for.
+            ConfigError: a share that is not in [0, 1).
+            DataError: too few images for these parts.
         """
+        for part, share in {"val": val, "test": test}.items():
+            require_number(f"split: {part}", share, 0, below=1)
         sizes = {"val": _share(val, len(self)), "test": _share(test, len(self))}
         sizes = {"train": len(self) - sum(sizes.values()), **sizes}
         if sizes["train"] < 1:
@@ -114,22 +175,22 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
         for part, size in sizes.items():
             chosen = order[begin : (begin := begin + size)]
             parts[part] = CaptionData(chosen, name=f"{self.name}/{part}", report=self.report)
-        note = f"split by chance with seed {seed}"
+        note = f"random split with seed {seed}"
         present = {part: data for part, data in parts.items() if len(data)}
         return Splits(present, name=self.name, note=note, report=self.report)
 
     def verify(self) -> DataReport:
-        """Read every image; the report names those that cannot be decoded, and why."""
+        """Read every image. The report names those that cannot be decoded, and why."""
         from capdistill.data.images import read_image
 
-        found = DataReport()
-        for example in self.examples:
+        report = DataReport()
+        for example in progress(self.examples, len(self), f"Reading the images of {self.name}"):
             try:
                 read_image(example.path)
             except DataError as error:
                 reason = str(error).removeprefix(f"{example.path}: ").removesuffix(".")
-                found.add(Problem("corrupt image", str(example.path), "", reason))
-        return found
+                report.add(Problem("corrupt image", str(example.path), "", reason))
+        return report
 
     def __str__(self) -> str:
         problems = f", {self.report.summary()}" if self.report.problems else ""
@@ -140,7 +201,7 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
 
 
 class Splits:
-    """The splits of a data set. One that is absent is an error only when it is asked for.
+    """The splits of a data set. An absent split is an error only when it is used.
 
     Example:
         >>> train = CaptionData([Example("a", Path("a.jpg"), ("a dog",))])
@@ -151,10 +212,10 @@ class Splits:
 
     Args:
         parts: Split name -> its images and captions.
-        name: How messages call the data set.
+        name: The name of the data set in messages.
         note: How the split was made, for the summary.
-        absent: Split name -> why it is not there.
-        report: The problems met while the files were read.
+        absent: Split name -> why it is absent.
+        report: The problems found while the files were read.
     """
 
     def __init__(
@@ -197,14 +258,14 @@ class Splits:
         """A split by its name.
 
         Raises:
-            DataError: there is no such split; the message says why and which there are.
+            DataError: there is no such split; the message gives the reason and lists the splits.
         """
         if name in self.parts:
             return self.parts[name]
         why = self.absent.get(name, "the files name no such split")
         raise DataError(
-            f"{self.name} has no split '{name}': {why}. Splits there are: "
-            f"{', '.join(self.parts) or '(none)'}. Use one of those, or cut one with "
+            f"{self.name} has no split '{name}': {why}. Available splits: "
+            f"{', '.join(self.parts) or '(none)'}. Use one of them, or make one with "
             "data.train.split(val=0.1)."
         )
 
@@ -225,16 +286,8 @@ class Splits:
         return self.summary()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.summary()}>"
-
-
-def _refuse_unusable(data: CaptionData) -> None:
-    if len(set(data.image_ids)) < len(data.image_ids):
-        twice = next(i for n, i in enumerate(data.image_ids) if i in data.image_ids[:n])
-        raise DataError(f"{data.name}: the image id '{twice}' stands twice; ids must differ.")
-    for example in data.examples:
-        if not example.captions:
-            raise DataError(f"{data.name}: the image '{example.image_id}' has no caption.")
+        sizes = ", ".join(f"{name} {len(part)}" for name, part in self.parts.items())
+        return f"<{type(self).__name__} {self.name}: {sizes or 'empty'}>"
 
 
 def _share(share: float, n: int) -> int:
@@ -245,48 +298,120 @@ def _captions(part: CaptionData) -> str:
     return pluralize(sum(len(example.captions) for example in part.examples), "caption")
 
 
+Finder = Callable[[str], list[Path]]
+
+
 def to_examples(
-    rows: Iterable[Row], file: str, find: Callable[[str], Path | None], report: DataReport
+    rows: Iterable[Row], file: str, find: Finder, report: DataReport
 ) -> dict[str, Example]:
-    """Rows to examples by image, in the order of the file; what cannot be used is reported."""
+    """Collect rows into one example per image, in file order; what cannot be used is reported.
+
+    Args:
+        rows: Names of images with one caption each.
+        file: The caption file, for the report.
+        find: Gives the files that a name may mean.
+        report: Where problems go.
+    """
     paths: dict[str, Path | None] = {}
+    first_names: dict[Path, str] = {}  # "dog" and "dog.jpg" may be one image
     captions: dict[str, list[str]] = {}
     for image, text, place in rows:
         if image not in paths:
-            paths[image] = find(image)
-            if paths[image] is None:
-                report.add(Problem("missing image", file, place, image))
-        if paths[image] is None:
+            files = find(image)
+            paths[image] = files[0] if len(files) == 1 else None
+            if len(files) != 1:
+                kind = "ambiguous image" if files else "missing image"
+                which = f"{image}: {', '.join(path.name for path in files[:4])}"
+                report.add(Problem(kind, file, place, which if files else image))
+        path = paths[image]
+        if path is None:
             continue
-        caption = clean(text)
-        if not caption:
-            report.add(Problem("empty caption", file, place, image))
-            continue
-        captions.setdefault(image, []).append(caption)
-    found = {image: path for image, path in paths.items() if path is not None}
+        image = first_names.setdefault(path, image)
+        problem = caption_problem(text)
+        if problem:
+            kind, reason = problem
+            detail = image if kind == "empty caption" else f"{image}: {reason}"
+            report.add(Problem(kind, file, place, detail))
+        else:
+            captions.setdefault(image, []).append(clean(str(text)))
+    found = {image: path for path, image in first_names.items()}
     for image in found:
         if image not in captions:
             report.add(Problem("image without caption", file, "", image))
-    return {image: Example(image, found[image], tuple(texts)) for image, texts in captions.items()}
+    return {image: Example(image, found[image], texts) for image, texts in captions.items()}
 
 
-def image_finder(*roots: Path) -> Callable[[str], Path | None]:
-    """A function from a name in a caption file to the image file of that very name, or None."""
+_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+    + (".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm")
+)
 
-    def find(name: str) -> Path | None:
-        inside = [root / name for root in roots if _stays_inside(root, name)]
-        return next((path for path in inside if path.is_file()), None)
+
+def image_finder(*roots: Path) -> Finder:
+    """A function from a name in a caption file to the image files that it may mean.
+
+    The file of that very name comes first. Otherwise the name may lack its suffix (`dog` for
+    `dog.jpg`), or be a number without its zeros (`12` for `00012.png`); it is then found if just
+    one file matches.
+
+    Args:
+        roots: The directories that names are relative to. No name leads out of them.
+    """
+    listings: dict[Path, list[Path]] = {}
+
+    def images_in(folder: Path) -> list[Path]:
+        if folder not in listings:
+            listings[folder] = _images(folder)
+        return listings[folder]
+
+    def find(name: str) -> list[Path]:
+        inside = [root / _file_name(name) for root in roots if _stays_inside(root, name)]
+        exact = next((path for path in inside if os.path.isfile(path)), None)
+        if exact is not None:
+            return [exact]
+        stem = _normal(Path(name).name)
+        near = [file for path in inside for file in images_in(path.parent)]
+        same = [file for file in near if stem in (_normal(file.stem), _normal(file.name))]
+        number = _number(stem)
+        if not same and number is not None:
+            same = [file for file in near if _number(file.stem) == number]
+        return list({os.path.realpath(file): file for file in same}.values())
 
     return find
 
 
-def require_some(examples: Sequence[object], name: str, report: DataReport, fix: str) -> None:
-    """Refuse a data set of which nothing can be used, with the reasons and the fix."""
-    if not examples:
-        raise DataError(f"{name}: no image with a caption can be used. {fix}\n{report}")
+def _images(folder: Path) -> list[Path]:
+    try:
+        return [file for file in sorted(folder.iterdir()) if file.suffix.lower() in _SUFFIXES]
+    except OSError:
+        return []
+
+
+def _file_name(name: str) -> str:
+    """The name as the operating system has it, also where the locale cannot encode it."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return os.fsdecode(name.encode("utf-8", "surrogatepass"))
+    return name
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # macOS stores accents as characters of their own
+
+
+def _number(name: str) -> int | None:
+    digits = name.removesuffix(".0")  # an id of a column that pandas turned into floats
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 40 else None
 
 
 def _stays_inside(root: Path, name: str) -> bool:
     if not name or "\0" in name or ".." in Path(name).parts:
         return False
     return not Path(name).is_absolute() or Path(name).is_relative_to(root)
+
+
+def require_some(examples: Sequence[object], name: str, report: DataReport, fix: str) -> None:
+    """Refuse a data set in which nothing can be used, with the reasons and the fix."""
+    if not examples:
+        raise DataError(f"{name}: no image with a caption can be used. {fix}\n{report}")

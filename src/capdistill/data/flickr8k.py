@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,14 +20,16 @@ from capdistill.data.caption_files import (
 from capdistill.data.dataset import (
     CaptionData,
     Example,
+    Finder,
     Splits,
     image_finder,
     require_some,
     to_examples,
 )
 from capdistill.errors import DataError
+from capdistill.files import user_path
 
-PHANTOM = "2258277193_586949ec62.jpg.1"  # the official file captions this image; nobody has it
+PHANTOM = "2258277193_586949ec62.jpg.1"  # in the official caption file; there is no such image
 LISTS = {
     "train": "Flickr_8k.trainImages.txt",
     "val": "Flickr_8k.devImages.txt",
@@ -41,8 +45,8 @@ class Flickr8k(Splits):
     """Flickr8k: about 8,000 photos with five captions each.
 
     The layout is recognised: the official one (`Flicker8k_Dataset/`, `Flickr8k.token.txt` and the
-    split lists), a Karpathy JSON beside the images, or Kaggle's (`Images/` and `captions.txt`),
-    which has no splits, so that it is cut 6 : 1 : 1 by the seed; the summary says so.
+    split lists), a Karpathy JSON beside the images, or Kaggle's (`Images/` and `captions.txt`).
+    Kaggle's has no splits: it is split 6 : 1 : 1 at random, by the seed; the summary reports it.
 
     Example:
         >>> data = Flickr8k("flickr8k")            # doctest: +SKIP
@@ -56,11 +60,11 @@ class Flickr8k(Splits):
     Args:
         root: The folder that holds the images' folder and the caption file.
         errors: "skip" leaves out what cannot be used and reports it; "raise" raises it.
-        encoding: How the caption file is encoded.
-        seed: For a layout without splits.
+        encoding: The encoding of the caption file.
+        seed: Of the random split, in a layout without splits.
 
     Raises:
-        DataError: nothing of the three layouts is there, or a file cannot be read.
+        DataError: the folder has none of the three layouts, or a file cannot be read.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Flickr8k(Splits):
         encoding: str = "utf-8",
         seed: int = 0,
     ) -> None:
-        folder, report = Path(root), DataReport(errors)
+        folder, report = user_path(root, DataError), DataReport(errors)
         made = _read(folder, encoding, seed, report)
         super().__init__(
             made.parts, name="Flickr8k", note=made.note, absent=made.absent, report=report
@@ -79,26 +83,26 @@ class Flickr8k(Splits):
 
 
 def _read(root: Path, encoding: str, seed: int, report: DataReport) -> Splits:
-    images = _first(root, _IMAGES, Path.is_dir) or root
+    images = _first(root, _IMAGES, os.path.isdir) or root
     find = image_finder(images, images / images.name, root)  # unpacked archives often nest it
-    tokens = _first(root, _TOKENS, Path.is_file)
+    tokens = _first(root, _TOKENS, os.path.isfile)
     lists = {
-        name: _first(root, (file, f"Flickr8k_text/{file}"), Path.is_file)
+        name: _first(root, (file, f"Flickr8k_text/{file}"), os.path.isfile)
         for name, file in LISTS.items()
     }
     if tokens and any(lists.values()):
         return _official(_tokens(tokens, encoding, find, report), lists, encoding, report)
-    if karpathy := _first(root, _KARPATHY, Path.is_file):
+    if karpathy := _first(root, _KARPATHY, os.path.isfile):
         from capdistill.data.coco import read_karpathy
 
         return read_karpathy(karpathy, images, restval=True, report=report)
     if tokens:
-        return _by_chance(_tokens(tokens, encoding, find, report), images, seed, report)
-    if kaggle := _first(root, _KAGGLE, Path.is_file):
+        return _random_split(_tokens(tokens, encoding, find, report), images, seed, report)
+    if kaggle := _first(root, _KAGGLE, os.path.isfile):
         from capdistill.data.folder import separated_rows
 
         rows = separated_rows(kaggle, read_text(kaggle, encoding), report)
-        return _by_chance(
+        return _random_split(
             to_examples(_no_phantom(rows, kaggle, report), str(kaggle), find, report),
             images,
             seed,
@@ -115,21 +119,17 @@ def _first(root: Path, names: tuple[str, ...], test: Callable[[Path], bool]) -> 
     return next((root / name for name in names if test(root / name)), None)
 
 
-def _tokens(
-    path: Path, encoding: str, find: Callable[[str], Path | None], report: DataReport
-) -> dict[str, Example]:
+def _tokens(path: Path, encoding: str, find: Finder, report: DataReport) -> dict[str, Example]:
     rows = token_rows(read_text(path, encoding), str(path), find, report)
     return to_examples(_no_phantom(rows, path, report), str(path), find, report)
 
 
-def token_rows(
-    text: str, file: str, find: Callable[[str], Path | None], report: DataReport
-) -> Iterator[Row]:
+def token_rows(text: str, file: str, find: Finder, report: DataReport) -> Iterator[Row]:
     """Rows `name.jpg#i<TAB>caption`; the name may hold `#`, the caption may hold tabs.
 
     Example:
         >>> text = "my #1 dog.jpg#0\\tA dog\\trunning ."
-        >>> list(token_rows(text, "tokens", lambda name: None, DataReport()))
+        >>> list(token_rows(text, "tokens", lambda name: [], DataReport()))
         [Row(image='my #1 dog.jpg', caption='A dog\\trunning .', place='row 1')]
     """
     seen: dict[str, str] = {}
@@ -171,7 +171,7 @@ def _official(
             parts[name] = CaptionData(chosen, name=f"Flickr8k/{name}", report=report)
         else:
             absent[name] = f"no image of {LISTS[name]} is there with captions"
-    require_some(list(taken), "Flickr8k", report, "Are the images where they should be?")
+    require_some(list(taken), "Flickr8k", report, "Check the images' folder.")
     rest = len(examples) - len(taken)
     note = "official split" + (f"; {pluralize(rest, 'image')} more in no list" if rest else "")
     return Splits(parts, note=note, absent=absent, report=report)
@@ -185,8 +185,11 @@ def _listed(
     taken: dict[str, str],
     report: DataReport,
 ) -> Iterator[Example]:
+    stems = Counter(os.path.splitext(name)[0] for name in examples)
+    by_stem = {s: name for name in examples if stems[s := os.path.splitext(name)[0]] == 1}
     for number, line in listed:
         name, place = line.strip(), f"row {number}"
+        name = name if name in examples else by_stem.get(name, name)  # some lists lack the suffix
         if name in taken:
             where = f"{name}, already in {taken[name]}"
             report.add(Problem("duplicate id", str(path), place, where))
@@ -197,7 +200,9 @@ def _listed(
             yield examples[name]
 
 
-def _by_chance(examples: dict[str, Example], images: Path, seed: int, report: DataReport) -> Splits:
+def _random_split(
+    examples: dict[str, Example], images: Path, seed: int, report: DataReport
+) -> Splits:
     chosen = list(examples.values())
     require_some(chosen, "Flickr8k", report, f"Images were looked for in {images}.")
     data = CaptionData(chosen, name="Flickr8k", report=report)
@@ -205,5 +210,5 @@ def _by_chance(examples: dict[str, Example], images: Path, seed: int, report: Da
         note = "too few images to split: all in train"
         return Splits({"train": data}, note=note, report=report)
     made = data.split(val=1 / 8, test=1 / 8, seed=seed)
-    made.note = f"no split lists: split by chance 6 : 1 : 1 with seed {seed}"
+    made.note = f"no split lists: random split 6 : 1 : 1 with seed {seed}"
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from capdistill.data.caption_files import (
     Policy,
     Problem,
     Row,
+    image_name,
     lines,
     read_text,
     split_fields,
 )
 from capdistill.data.dataset import CaptionData, image_finder, require_some, to_examples
 from capdistill.errors import DataError
+from capdistill.files import user_path
 
 IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name", "file", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "comment", "sentence", "raw")
@@ -37,7 +40,7 @@ class Folder(CaptionData):
 
     CSV: the first row names the columns (`image` and `caption`, or usual synonyms, in any order);
     comma, semicolon, tab or bar; quotes and line breaks within quotes as spreadsheets write them.
-    JSON Lines (`.jsonl`): an object a row with the same names; the caption may be a list.
+    JSON Lines (`.jsonl`): one object per row with the same names; the caption may be a list.
 
     Example:
         >>> import tempfile
@@ -50,13 +53,14 @@ class Folder(CaptionData):
         ['A dog , running']
 
     Args:
-        root: The folder; names in the file are relative to it, to `root/images` or `root/Images`.
-        captions: The caption file, relative to root; default `captions.csv` and its kin.
+        root: The folder. Names in the file are relative to it, to `root/images` or `root/Images`;
+            they may lack the suffix, or be numbers without leading zeros, if one file matches.
+        captions: The caption file, relative to root; by default `captions.csv` or a usual name.
         errors: "skip" leaves out what cannot be used and reports it; "raise" raises it.
-        encoding: How the caption file is encoded.
+        encoding: The encoding of the caption file.
 
     Raises:
-        DataError: the file is missing, its columns cannot be told, or nothing can be used.
+        DataError: the file is missing, its columns are unknown, or nothing can be used.
     """
 
     def __init__(
@@ -67,8 +71,8 @@ class Folder(CaptionData):
         errors: Policy = "skip",
         encoding: str = "utf-8",
     ) -> None:
-        folder, report = Path(root), DataReport(errors)
-        path = _caption_file(folder) if captions is None else folder / captions
+        folder, report = user_path(root, DataError), DataReport(errors)
+        path = _caption_file(folder, captions)
         text = read_text(path, encoding)
         read = json_rows if path.suffix in (".jsonl", ".ndjson") else separated_rows
         find = image_finder(folder, folder / "images", folder / "Images")
@@ -77,13 +81,16 @@ class Folder(CaptionData):
         super().__init__(examples, name=folder.name or str(folder), report=report)
 
 
-def _caption_file(folder: Path) -> Path:
+def _caption_file(folder: Path, given: str | Path | None) -> Path:
+    if given is not None:
+        return folder / user_path(given, DataError)
     for name in _USUAL:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             return folder / name
+    if not folder.is_dir():
+        raise DataError(f"Folder: {folder} is no folder. Give the folder that holds the images.")
     raise DataError(
-        f"Folder: {folder} {'holds' if folder.is_dir() else 'is no folder; expected one with'} "
-        f"{'none of ' if folder.is_dir() else ''}{', '.join(_USUAL)}. Name the caption file with "
+        f"Folder: {folder} holds none of {', '.join(_USUAL)}. Name the caption file with "
         "captions='...'."
     )
 
@@ -91,8 +98,8 @@ def _caption_file(folder: Path) -> Path:
 def separated_rows(path: Path, text: str, report: DataReport) -> Iterator[Row]:
     """Rows of a CSV file whose first row names the columns.
 
-    A caption with commas and without quotes is kept whole where there are just two columns; with
-    more columns its row is refused, since nobody can tell which column the comma belongs to.
+    An unquoted caption with commas is kept whole if there are just two columns. With more columns
+    its row is reported, because the comma could belong to any of them.
 
     Raises:
         DataError: no delimiter gives an image and a caption column; the message lists the columns.
@@ -131,28 +138,25 @@ def _named(names: list[str], wanted: tuple[str, ...]) -> int | None:
 
 
 def json_rows(path: Path, text: str, report: DataReport) -> Iterator[Row]:
-    """Rows of a JSON Lines file; the caption may be a list."""
+    """Rows of a JSON Lines file. The caption may be a list."""
     for number, line in lines(text):
         place = f"row {number}"
-        image, captions = _fields(line)
-        if image is None or captions is None:
+        entry = _entry(line)
+        image = image_name(next((entry[name] for name in IMAGE_COLUMNS if name in entry), None))
+        captions = [entry[name] for name in CAPTION_COLUMNS if name in entry][:1]
+        if image is None or not captions:
             reason = f"{line[:60]!r} is no object with an image and a caption"
             report.add(Problem("malformed row", str(path), place, reason))
-            continue
-        for caption in captions:
-            yield Row(image, caption, place)
+        elif captions == [[]]:
+            report.add(Problem("empty caption", str(path), place, image))
+        else:
+            several = captions[0] if isinstance(captions[0], list) else captions
+            yield from (Row(image, caption, place) for caption in several)
 
 
-def _fields(line: str) -> tuple[str | None, list[str] | None]:
+def _entry(line: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        return None, None
-    if not isinstance(entry, dict):
-        return None, None
-    image = next((entry[name] for name in IMAGE_COLUMNS if name in entry), None)
-    caption: Any = next((entry[name] for name in CAPTION_COLUMNS if name in entry), None)
-    several = caption if isinstance(caption, list) else [caption]
-    if not isinstance(image, str) or not all(isinstance(text, str) for text in several):
-        return None, None
-    return image, several
+    except (ValueError, RecursionError):  # also a number of thousands of digits
+        return {}
+    return entry if isinstance(entry, dict) else {}
