@@ -19,7 +19,7 @@ from capdistill.metrics import (
     meteor_nltk,
     rouge_l,
 )
-from capdistill.training.callbacks import resolve_monitor
+from capdistill.training.monitor import resolve_monitor
 
 REFERENCES = {"a": ["a dog runs", "the dog is running"], "b": ["a red car", "one car"]}
 CAPTIONS = {"a": "a dog runs", "b": "a blue car"}

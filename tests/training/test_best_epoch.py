@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from capdistill import Captioner, Trainer
 from capdistill.errors import UnknownName
 from capdistill.metrics import Metric
-from capdistill.training.callbacks import Monitor, resolve_monitor
+from capdistill.training.monitor import Monitor, resolve_monitor
 from tests.training import tiny_models as tiny
 
 NAN = math.nan

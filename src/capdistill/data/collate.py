@@ -5,10 +5,12 @@ Enter here from `Loader`; everything is picklable, so that workers can be spawne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -264,3 +266,41 @@ def sample_captions(
 def _permutation(n: int, rng: torch.Generator) -> list[int]:
     order: list[int] = torch.randperm(n, generator=rng).tolist()
     return order
+
+
+class FeatureCache:
+    """Trunk tokens by image id.
+
+    Args:
+        tokens: (images, N, D0) float16; a memory map is opened anew in every worker.
+        image_ids: In the order of the rows.
+    """
+
+    def __init__(self, tokens: np.ndarray[Any, Any], image_ids: Iterable[str]) -> None:
+        self.tokens = tokens
+        self.rows = {image_id: row for row, image_id in enumerate(image_ids)}
+
+    def __getitem__(self, image_id: str) -> Tensor:
+        return torch.from_numpy(np.array(self.tokens[self.rows[image_id]]))  # (N, D0)
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self.rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A memory map goes to another process as its file's name, not as its content."""
+        if not isinstance(self.tokens, np.memmap):
+            return vars(self)
+        return {"rows": self.rows, "file": self.tokens.filename, "shape": self.tokens.shape}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "file" in state:
+            state["tokens"] = open_features(state.pop("file"), state.pop("shape"))
+        vars(self).update(state)
+
+
+def open_features(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """The memory map of cached features, (images, N, D0) float16."""
+    return np.memmap(path, np.float16, "r", shape=shape)

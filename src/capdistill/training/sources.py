@@ -7,16 +7,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
+from capdistill.data.collate import FeatureCache, open_features
 from capdistill.data.loader import Loader, Source, make_source
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError
@@ -229,39 +229,6 @@ def _caches(
 _FORMAT = "capdistill.features/1"
 
 
-class FeatureCache:
-    """Trunk tokens by image id.
-
-    Args:
-        tokens: (images, N, D0) float16; a memory map is opened anew in every worker.
-        image_ids: In the order of the rows.
-    """
-
-    def __init__(self, tokens: np.ndarray[Any, Any], image_ids: Iterable[str]) -> None:
-        self.tokens = tokens
-        self.rows = {image_id: row for row, image_id in enumerate(image_ids)}
-
-    def __getitem__(self, image_id: str) -> Tensor:
-        return torch.from_numpy(np.array(self.tokens[self.rows[image_id]]))  # (N, D0)
-
-    def __contains__(self, image_id: object) -> bool:
-        return image_id in self.rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A memory map goes to another process as its file's name, not as its content."""
-        if not isinstance(self.tokens, np.memmap):
-            return vars(self)
-        return {"rows": self.rows, "file": self.tokens.filename, "shape": self.tokens.shape}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "file" in state:
-            state["tokens"] = _open(state.pop("file"), state.pop("shape"))
-        vars(self).update(state)
-
-
 def default_cache_dir() -> Path:
     """The default directory of cached features, in the user's cache directory.
 
@@ -313,11 +280,7 @@ def _open_cache(path: Path) -> FeatureCache | None:
         whole = index["format"] == _FORMAT and path.stat().st_size == 2 * int(np.prod(shape))
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return FeatureCache(_open(path, shape), ids) if whole else None
-
-
-def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    return np.memmap(path, np.float16, "r", shape=shape)
+    return FeatureCache(open_features(path, shape), ids) if whole else None
 
 
 def _write_cache(
@@ -335,7 +298,9 @@ def _write_cache(
 
     write_atomically(path, write)
     write_text(path.with_suffix(".json"), json.dumps(index))
-    return FeatureCache(_open(path, (len(index["image_ids"]), *index["shape"])), index["image_ids"])
+    return FeatureCache(
+        open_features(path, (len(index["image_ids"]), *index["shape"])), index["image_ids"]
+    )
 
 
 def _encoded(

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from capdistill.captioner import Captioner
 from capdistill.data.loader import Source, skipped_images
 from capdistill.errors import ConfigError, DataError, NotFiniteLoss
-from capdistill.metrics import CaptionScorer, Metric
+from capdistill.metrics import DIRECTIONS, CaptionScorer, Metric
 from capdistill.outputs import Batch, CaptionerOutput, LossTerm
 from capdistill.runtime import autocast, evaluating, pick_device, pick_precision
 from capdistill.training.config import TrainConfig
 from capdistill.training.decoder_inputs import noisy_inputs, require_unknown_word
 from capdistill.training.history import EpochMeter, LossMeter, Row
+from capdistill.training.monitor import MEANINGFUL, Monitor, monitor_key, resolve_monitor
 from capdistill.training.objective import Objective
 from capdistill.training.optim import Scheduler, make_schedule, parameter_groups
 
@@ -40,6 +41,8 @@ class Stepper:
         steps_per_epoch: Optimizer steps per epoch; `fit` sets it. In a loop of your own, set it
             before the first step, or the learning rate stays constant.
         meter: Sums over the steps since the epoch began.
+        metrics: Metrics that validation computes, names or `Metric` objects of your own, instead
+            of `config.metrics`; `monitor` may name any of their scores.
     """
 
     config_class: type[TrainConfig] = TrainConfig
@@ -56,6 +59,7 @@ class Stepper:
         self.skipped_steps = 0  # in a row
         self.epoch = 0
         self.meter = EpochMeter()
+        self.metrics: Sequence[str | Metric] | None = None
         self._prepared: tuple[object, CaptionScorer] | None = None
         self.place()
 
@@ -222,7 +226,8 @@ class Stepper:
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         """The sums of the terms; a single image that batch norm refuses uses running statistics."""
         input_fn = None
-        if self.objective.training:
+        noise = self.config.word_dropout or self.config.scheduled_sampling
+        if noise and self.objective.training:
             input_fn = noisy_inputs(self.captioner, batch, self.config, self.epoch, self.progress)
         batch = batch.to(self.device)
         with autocast(self.device, self.precision):
@@ -260,9 +265,22 @@ class Stepper:
 
     # -- validation -----------------------------------------------------------------------------
 
-    def validate(
-        self, source: Source, metrics: Sequence[str | Metric] | None = None
-    ) -> tuple[dict[str, Any], dict[str, float]]:
+    def make_monitor(self) -> Monitor:
+        """The choice of the best epoch, by the configured score; its metric is measured too."""
+        measured = self.measured()
+        name, higher = resolve_monitor(self.config.monitor, directions(measured))
+        meaningful = MEANINGFUL.get(name, 0.0)
+        return Monitor(name, higher=higher, patience=self.config.patience, meaningful=meaningful)
+
+    def measured(self) -> tuple[str | Metric, ...]:
+        """What validation computes: the chosen metrics, and the monitored one."""
+        chosen = tuple(self.config.metrics if self.metrics is None else self.metrics)
+        key = monitor_key(self.config.monitor)
+        if key in DIRECTIONS and key not in directions(chosen):
+            return (*chosen, key)
+        return chosen
+
+    def validate(self, source: Source) -> tuple[dict[str, Any], dict[str, float]]:
         """Terms and scores over a source whose batches have references, in evaluation mode.
 
         Returns:
@@ -293,16 +311,15 @@ class Stepper:
             "images": len(generated),
             "skipped": len(skipped_images(source)),
         }
-        return found, self.score(references, generated, metrics)
+        return found, self.score(references, generated)
 
     def score(
         self,
         references: Mapping[str, Sequence[str]],
         captions: Mapping[str, str],
-        metrics: Sequence[str | Metric] | None = None,
     ) -> dict[str, float]:
         """Scores of validation captions by name; references are prepared once."""
-        metrics = self.config.metrics if metrics is None else metrics
+        metrics = self.measured()
         asked = (dict(references), tuple(metrics))
         if self._prepared is None or self._prepared[0] != asked:
             self._prepared = asked, CaptionScorer(references, metrics=metrics)

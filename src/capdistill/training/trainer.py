@@ -21,42 +21,32 @@ from capdistill.data.loader import skipped_images
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch
 from capdistill.runtime import evaluating, require_single_process, seed_everything
-from capdistill.training.callbacks import (
-    MEANINGFUL,
-    BestEpoch,
-    Checkpoints,
-    Monitor,
-    Progress,
-    Recorder,
-    SkippedImages,
-    monitor_key,
-    resolve_monitor,
-)
-from capdistill.training.checkpoint import (
+from capdistill.training.callbacks import Checkpoints, Progress, Recorder, SkippedImages
+from capdistill.training.checkpoint import load_state, restore, snapshot
+from capdistill.training.config import TrainConfig
+from capdistill.training.decoder_inputs import require_unknown_word
+from capdistill.training.history import EpochMeter, History, Row
+from capdistill.training.monitor import BestEpoch, Monitor, monitor_key
+from capdistill.training.objective import Objective
+from capdistill.training.run_directory import (
+    STATE,
     Resume,
     check_can_save,
     clear_directory,
     describe_run,
     identity,
     open_directory,
-    restore,
-    snapshot,
 )
-from capdistill.training.config import TrainConfig
-from capdistill.training.decoder_inputs import require_unknown_word
-from capdistill.training.history import EpochMeter, History, Row
-from capdistill.training.objective import Objective
 from capdistill.training.sources import (
     captions_per_image,
     number_of_batches,
     open_sources,
     require_usable,
 )
-from capdistill.training.step import Stepper, directions
+from capdistill.training.step import Stepper
 
 if TYPE_CHECKING:
     from capdistill.data.loader import Source
-    from capdistill.metrics import Metric
     from capdistill.training.check import CheckReport
 
 
@@ -100,7 +90,6 @@ class Trainer(Stepper):
         config = self.config_class.resolve(config, options, type(self).__name__)
         objective = Objective(captioner, {}, {"ce": 1.0}, config.label_smoothing)
         super().__init__(captioner, config, objective)
-        self.metrics: Sequence[str | Metric] | None = None
         self.history = History()
         self.callbacks: list[Any] = []
         self.checkpoints = Checkpoints(None)
@@ -152,7 +141,8 @@ class Trainer(Stepper):
             # What can be wrong is found before the first step.
             require_single_process()
             monitor = None if val is None else self.make_monitor()
-            directory, state = open_directory(out, resume, overwrite)
+            directory, resumes = open_directory(out, resume, overwrite)
+            state = load_state(directory / STATE) if directory is not None and resumes else None
             if directory is not None:
                 check_can_save(self.captioner, directory)
             self.train_source, self.val_source = open_sources(self, train, val)
@@ -247,23 +237,6 @@ class Trainer(Stepper):
         self._emit("on_fit_end")
         self.history.end(self.epoch, self.step_count)
 
-    def make_monitor(self) -> Monitor:
-        """The choice of the best epoch, by the configured score; its metric is measured too."""
-        measured = self._measured()
-        name, higher = resolve_monitor(self.config.monitor, directions(measured))
-        meaningful = MEANINGFUL.get(name, 0.0)
-        return Monitor(name, higher=higher, patience=self.config.patience, meaningful=meaningful)
-
-    def _measured(self) -> tuple[str | Metric, ...]:
-        """What validation computes: the chosen metrics, and the monitored one."""
-        from capdistill.metrics import DIRECTIONS
-
-        chosen = tuple(self.config.metrics if self.metrics is None else self.metrics)
-        key = monitor_key(self.config.monitor)
-        if key in DIRECTIONS and key not in directions(chosen):
-            return (*chosen, key)
-        return chosen
-
     def _make_callbacks(
         self, out: Path | None, monitor: Monitor | None, callbacks: Sequence[Any]
     ) -> list[Any]:
@@ -346,12 +319,6 @@ class Trainer(Stepper):
         return lines
 
     # -- validation and state -------------------------------------------------------------------
-
-    def validate(
-        self, source: Source, metrics: Sequence[str | Metric] | None = None
-    ) -> tuple[dict[str, Any], dict[str, float]]:
-        """As `Stepper.validate`, with the metrics of this trainer."""
-        return super().validate(source, self._measured() if metrics is None else metrics)
 
     def check(self, train: Any = None, val: Any = None) -> CheckReport:
         """Try one step without changing anything; report what does not fit and how to fix it.

@@ -32,10 +32,10 @@ from capdistill.training.check.trial import (
 )
 
 if TYPE_CHECKING:
-    from capdistill.training.trainer import Trainer
+    from capdistill.training.step import Stepper
 
 
-def check_training(trainer: Trainer, train: Any = None, val: Any = None) -> CheckReport:
+def check_training(trainer: Stepper, train: Any = None, val: Any = None) -> CheckReport:
     """Look for what would go wrong in `trainer.fit(train, val)`; nothing is changed by it.
 
     Example:

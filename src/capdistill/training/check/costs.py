@@ -31,7 +31,7 @@ from capdistill.training.sources import open_sources, wants_crops
 from capdistill.training.step import add_references
 
 if TYPE_CHECKING:
-    from capdistill.training.trainer import Trainer
+    from capdistill.training.step import Stepper
 
 
 _WAIT = 0.25  # share of a step that may be spent waiting for data
@@ -71,7 +71,7 @@ def _against_memory(trial: Trial, total: int, how: str) -> Iterator[CheckRow]:
     yield CheckRow("memory", "fail" if full else "ok", finding, fix)
 
 
-def _bytes_kept_for_backward(trainer: Trainer, batch: Batch) -> int:
+def _bytes_kept_for_backward(trainer: Stepper, batch: Batch) -> int:
     """Bytes of distinct tensors that autograd saves in one forward, weights apart."""
     own = {p.untyped_storage().data_ptr() for p in trainer.objective.parameters()}
     kept: dict[int, int] = {}
@@ -159,7 +159,7 @@ def _forward_backward(trial: Trial) -> None:
     trainer.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
 
-def _teach(trainer: Trainer, batch: Batch) -> None:
+def _teach(trainer: Stepper, batch: Batch) -> None:
     with autocast(trainer.device, trainer.precision):
         trainer.teacher_output(batch)
 
@@ -187,7 +187,7 @@ _CAPTIONS = 20_000  # captions whose words are counted
 _TRUNCATED, _UNKNOWN = 0.01, 0.05  # shares of captions and of words that are worth a note
 
 
-def check_options(trainer: Trainer, val: Any) -> Iterator[CheckRow]:
+def check_options(trainer: Stepper, val: Any) -> Iterator[CheckRow]:
     """Device, precision, monitor and caching, as `fit` would choose or refuse them."""
     config = trainer.config
     if val is not None:

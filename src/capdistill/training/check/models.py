@@ -21,7 +21,7 @@ from capdistill.runtime import autocast, inference
 from capdistill.training.check.trial import CheckRow, Trial, listed, millions, name_of, numel
 
 if TYPE_CHECKING:
-    from capdistill.training.trainer import Trainer
+    from capdistill.training.step import Stepper
 
 
 _UNTAUGHT = 0.9  # of log V: the cross-entropy of a teacher that knows no words
@@ -169,7 +169,7 @@ def check_trained(trial: Trial) -> Iterator[CheckRow]:
     yield CheckRow("trained", "ok", "; ".join(f"{millions(n)} {key}" for key, n in parts.items()))
 
 
-def _optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+def _optimizer(trainer: Stepper) -> torch.optim.Optimizer:
     """The trainer's optimizer; it is made without the warning about an unknown number of steps."""
     if trainer.steps_per_epoch is None:
         trainer.steps_per_epoch = 1
@@ -203,12 +203,12 @@ def _not_finite(name: str, what: str) -> CheckRow:
     return CheckRow("terms", "fail", f"{name}: the term {what} on the first batch", fix)
 
 
-def _peak_weight(trainer: Trainer, name: str) -> float:
+def _peak_weight(trainer: Stepper, name: str) -> float:
     """The largest weight a term gets, so that one that starts at 0 is not called useless."""
     return max(trainer.objective.weight(name, progress) for progress in (0.0, 0.5, 1.0))
 
 
-def _backward(trainer: Trainer, term: LossTerm) -> tuple[float, set[int]]:
+def _backward(trainer: Stepper, term: LossTerm) -> tuple[float, set[int]]:
     """The norm of a term's unweighted gradient on the captioner, and all parameters it reaches."""
     trainer.objective.zero_grad(set_to_none=True)
     if not term.sum.requires_grad:

@@ -22,7 +22,7 @@ from capdistill.outputs import Batch
 from capdistill.runtime import seed_everything
 
 if TYPE_CHECKING:
-    from capdistill.training.trainer import Trainer
+    from capdistill.training.step import Stepper
 
 
 _CAPTIONS = 5  # of an image at most, where the data decide
@@ -41,7 +41,7 @@ class Trial:
         load_seconds, step_seconds: Of one batch; NaN until measured.
     """
 
-    trainer: Trainer
+    trainer: Stepper
     config: Any
     batch: Batch
     source: Source | None = None
@@ -61,7 +61,7 @@ class Trial:
         return self.trainer.objective.needed_outputs
 
 
-def made_up_batch(trainer: Trainer) -> Batch:
+def made_up_batch(trainer: Stepper) -> Batch:
     """Noise and random words, of the configured size; the caller's chance is not touched."""
     probe = probe_batch(trainer.captioner, trainer.models)
     images, tokenizer = trainer.config.batch_size, trainer.captioner.tokenizer
@@ -135,7 +135,7 @@ def less_memory(config: Any) -> str:
 
 
 @contextmanager
-def undisturbed(trainer: Trainer) -> Iterator[None]:
+def undisturbed(trainer: Stepper) -> Iterator[None]:
     """Afterwards weights, buffers, gradients, flags, chance, devices and trainer are as before."""
     about, losses = dict(vars(trainer)), trainer.objective.losses
     numbers, python = np.random.get_state(), random.getstate()

@@ -1,0 +1,200 @@
+"""The directory of a run: whose it is, what it holds, and whether a new run may use it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from capdistill.captioner import Captioner
+from capdistill.data.loader import Source
+from capdistill.errors import ConfigError
+from capdistill.files import user_path, write_text
+from capdistill.registry import stamp_of
+from capdistill.training.step import Stepper
+
+STATE = "state.pt"
+PREVIOUS = "state.previous.pt"
+_RESULTS = (STATE, PREVIOUS, "best", "final")  # a new run does not replace these unasked
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}|\.check\..+")
+LIBRARIES = ("capdistill", "torch", "torchvision", "timm", "numpy", "pydantic", "nltk")
+
+Resume = bool | Literal["auto"]
+
+
+def open_directory(
+    out: str | Path | None, resume: Resume, overwrite: bool
+) -> tuple[Path | None, bool]:
+    """The directory of a run, and whether to resume from the state in it. Nothing is written yet.
+
+    Args:
+        out: As given to `fit`.
+        resume: True needs a state; "auto" takes one where there is one.
+        overwrite: Whether a new run may replace the results of an earlier one.
+
+    Raises:
+        ConfigError: options that contradict each other, or a directory that holds a run.
+    """
+    if resume not in (True, False, "auto") or not isinstance(overwrite, bool):
+        raise ConfigError(
+            f"fit: resume={resume!r} and overwrite={overwrite!r} were given. Expected resume=True, "
+            "False or 'auto', and overwrite=True or False."
+        )
+    if resume is True and overwrite:
+        raise ConfigError("fit: resume=True and overwrite=True contradict each other. Choose one.")
+    if out is None:
+        if resume is True:
+            raise ConfigError("resume=True needs out=, the directory of the run to continue.")
+        return None, False
+    directory = user_path(out)
+    found = [name for name in _RESULTS if (directory / name).exists()]
+    if resume is True or (resume == "auto" and STATE in found and not overwrite):
+        return directory, True
+    if found and not overwrite:
+        raise ConfigError(
+            f"{directory} holds the results of an earlier run ({', '.join(found)}). Continue it "
+            "with resume=True, give another out=, or replace it with overwrite=True."
+        )
+    return directory, False
+
+
+def clear_directory(out: Path, keep_results: bool) -> None:
+    """Remove temporary files of interrupted writers and, for a new run, all an earlier one left."""
+    for path in out.iterdir() if out.is_dir() else ():
+        stale = _TEMPORARY.fullmatch(path.name) is not None
+        if stale or (not keep_results and path.name in (*_RESULTS, "run.json", "history.jsonl")):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def check_can_save(captioner: Captioner, out: Path) -> None:
+    """Save once to a temporary directory, so that what cannot be saved fails before training.
+
+    Raises:
+        ConfigError: `out` cannot be written, or a part could not be made again from a file.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".check.", dir=out) as folder:
+            captioner.save(Path(folder) / "captioner")
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write to {out}: {error.strerror or error}. Give an out= that exists or can "
+            "be made, is writable and has space."
+        ) from error
+
+
+def describe_run(stepper: Stepper, train: Source, captions: int | None, out: Path) -> None:
+    """Write run.json: resolved options, models, weights of the terms, versions and seed."""
+    content = {
+        "format": "capdistill.run/1",
+        "trainer": type(stepper).__name__,
+        "config": {**stepper.config.model_dump(), "captions_per_image": captions},
+        "device": str(stepper.device),
+        "precision": stepper.precision,
+        "num_workers": getattr(train, "num_workers", None),
+        "weights": {name: _plain(value) for name, value in stepper.objective.weights.items()},
+        "losses": {name: _part(loss) for name, loss in stepper.objective.losses.items()},
+        "models": [_model(model) for model in stepper.models],
+        "versions": versions(),
+    }
+    write_text(out / "run.json", json.dumps(content, indent=2, default=str))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _model(model: Any) -> dict[str, Any]:
+    if not isinstance(model, Captioner):
+        return {"name": getattr(model, "name", type(model).__name__)}
+    parts = {"encoder": _part(model.encoder), "decoder": _part(model.decoder)}
+    return {"name": model.name, "parameters": model.num_parameters(), **parts}
+
+
+def _part(part: Any) -> dict[str, Any]:
+    stamp = stamp_of(part)
+    if stamp is not None:
+        return {"name": stamp.name, **stamp.kwargs}
+    kind = f"{type(part).__module__}:{type(part).__qualname__}"
+    return {"class": kind, **_plain_attributes(part)}
+
+
+def _plain(weight: Any) -> Any:
+    if callable(weight):
+        return f"function {getattr(weight, '__qualname__', type(weight).__name__)}"
+    return list(weight) if isinstance(weight, tuple) else weight
+
+
+def _plain_attributes(module: Any) -> dict[str, Any]:
+    """Public attributes that are plain data: temperature, layers and the like."""
+    skipped = ("training", "registered_as")
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in skipped and is_plain(value)
+    }
+
+
+def identity(stepper: Stepper, train: Source | None) -> dict[str, Any]:
+    """What makes a run this run, as plain data: its objective, teacher, words and images."""
+    config, objective = stepper.config, stepper.objective
+    losses = {name: _part_of_state(loss) for name, loss in objective.losses.items()}
+    weights = {name: _plain(value) for name, value in objective.weights.items()}
+    found: dict[str, Any] = {f"losses.{name}": value for name, value in losses.items()}
+    found |= {f"weights.{name}": value for name, value in weights.items()}
+    found["label_smoothing"] = config.label_smoothing
+    found["monitor"] = config.monitor
+    found["vocabulary"] = _digest([repr(list(stepper.captioner.tokenizer.vocabulary))])
+    for number, teacher in enumerate(stepper.models[1:]):
+        found[f"teacher {number + 1}"] = _weights_digest(teacher)
+    if train is not None:
+        found["training images"] = getattr(train, "num_images", None)
+    return found
+
+
+def _part_of_state(part: nn.Module) -> str:
+    """A loss and its plain options, whether a registry made it or not."""
+    kind = f"{type(part).__module__}:{type(part).__qualname__}"
+    options = ", ".join(f"{k}={v!r}" for k, v in sorted(_plain_attributes(part).items()))
+    return f"{kind}({options})"
+
+
+def _weights_digest(module: nn.Module) -> str:
+    values = module.state_dict().items()
+    return _digest(
+        part
+        for name, value in values
+        for part in (name, value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    )
+
+
+def _digest(parts: Any) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is numbers, strings and tensors, in lists and dicts: readable as data."""
+    if isinstance(value, dict):
+        return all(is_plain(item) for pair in value.items() for item in pair)
+    if type(value) in (list, tuple):
+        return all(is_plain(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str, Tensor)
