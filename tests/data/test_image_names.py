@@ -25,7 +25,7 @@ def captioned(root: Path, *rows: str) -> Folder:
 
 def test_names_without_suffix_and_numbers_are_found(tmp_path: Path) -> None:
     for name in ("00012.png", "dog.one.JPG", "images/7.webp"):
-        picture(tmp_path / name) if "JPG" not in name else picture(tmp_path / name)
+        picture(tmp_path / name)
     rows = ("00012,a dog", "12,a pet", "dog.one,a cat", "7,a bird", "007,a wing", "12.0,an animal")
     data = captioned(tmp_path, *rows)
     assert not data.report.problems
@@ -66,15 +66,13 @@ def test_an_ambiguous_name_is_named_with_its_matches(tmp_path: Path) -> None:
 
 
 def test_the_very_name_wins_over_a_likely_one(tmp_path: Path) -> None:
-    for name in ("12.png", "012.png", "12"):
-        picture(tmp_path / f"{name}.png").rename(tmp_path / name)
+    for name in ("12", "12.png", "012.png"):
+        picture(tmp_path / "new.png").rename(tmp_path / name)
     data = captioned(tmp_path, "12,a dog", "012,a cat", "12.png,a bird")
     assert [example.path.name for example in data.examples] == ["12", "012.png", "12.png"]
 
 
-@pytest.mark.parametrize(
-    "name", ["13", "00012.jpg", "do", "dog.jpg.1", "dog.jpeg", "DOG2", ".", "/"]
-)
+@pytest.mark.parametrize("name", ["13", "00012.jpg", "do", "dog.jpg.1", "dog.jpeg", ".", "/"])
 def test_another_image_is_never_taken(tmp_path: Path, name: str) -> None:
     for file in ("00012.png", "dog.jpg", "notes.txt"):
         picture(tmp_path / f"{file}.png").rename(tmp_path / file)
@@ -145,9 +143,8 @@ def test_what_is_no_name_is_a_malformed_row(tmp_path: Path, value: Any) -> None:
 def test_a_karpathy_entry_of_another_form_is_a_malformed_row(tmp_path: Path, change: Any) -> None:
     picture(tmp_path / "a.jpg")
     good = {"filename": "a.jpg", "split": "train", "sentences": ["a dog"], "cocoid": 1}
-    (tmp_path / "k.json").write_text(
-        json.dumps({"images": [good, {**good, "cocoid": 2, **change}]})
-    )
+    content = {"images": [good, {**good, "cocoid": 2, **change}]}
+    (tmp_path / "k.json").write_text(json.dumps(content))
     data = Karpathy(tmp_path / "k.json", tmp_path)
     assert data.train.captions == ["a dog"]
     assert data.report.counts == {"malformed row": 1}
@@ -195,6 +192,6 @@ def test_every_reader_expands_the_home_directory(tmp_path: Path, monkeypatch: An
     (tmp_path / "captions.txt").write_text("image,caption\na.jpg,a dog\n")
     assert len(CocoCaptions("~/c.json", "~")) == 1
     assert len(Karpathy("~/k.json", "~").train) == 1
-    assert len(Folder("~")) == len(Folder("/", "~/captions.csv".replace("~", str(tmp_path)))) == 1
+    assert len(Folder("~")) == len(Folder("~", "~/captions.csv")) == 1
     assert len(Flickr8k("~").train) == 1
     assert Example("7", "~/a.jpg", ["a dog"]).path == tmp_path / "a.jpg"

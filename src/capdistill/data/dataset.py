@@ -341,10 +341,8 @@ def to_examples(
     return {image: Example(image, found[image], texts) for image, texts in captions.items()}
 
 
-_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-    + (".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm")
-)
+_PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_SUFFIXES = {*_PHOTOS, ".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm"}
 
 
 def image_finder(*roots: Path) -> Finder:

@@ -189,7 +189,9 @@ def _listed(
     by_stem = {s: name for name in examples if stems[s := os.path.splitext(name)[0]] == 1}
     for number, line in listed:
         name, place = line.strip(), f"row {number}"
-        name = name if name in examples else by_stem.get(name, name)  # some lists lack the suffix
+        if name not in examples:  # some lists or caption files lack the suffix
+            stem = os.path.splitext(name)[0]
+            name = by_stem.get(name, stem if stem in examples else name)
         if name in taken:
             where = f"{name}, already in {taken[name]}"
             report.add(Problem("duplicate id", str(path), place, where))
