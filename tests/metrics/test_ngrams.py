@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,26 +85,22 @@ def test_an_empty_caption_scores_0_even_where_a_reference_is_empty() -> None:
 
 
 def test_the_four_values_that_follow_from_published_counts() -> None:
-    import numpy as np
-
-    from capdistill.metrics.bleu_rouge_meteor import BleuMatches
-
     correct, guessed = (5732, 2510, 1043, 423), (9893, 8893, 7893, 6893)
-    scores = BleuMatches(*map(np.array, (correct, guessed, 9893, 9893))).scores()
+    scores = Bleu.scores_of_sums(np.array([*correct, *guessed, 9893, 9893]))
     assert scores.round(3).tolist() == [0.579, 0.404, 0.279, 0.191]
 
 
-def test_samples_of_matches_give_the_bleu_of_a_sample() -> None:
+def test_sums_of_counts_give_the_bleu_of_a_sample() -> None:
     references = [[["a", "dog", "runs", "far"]], [["a", "car"]], [["one", "more", "dog"]]]
     hypotheses = [["a", "dog"], ["the", "car"], ["one", "dog"]]
-    matches = Bleu(references)(hypotheses), Bleu(references).matches(hypotheses)
-    assert matches[1].total().scores().tolist() == [
-        matches[0][f"bleu_{n}"][0] for n in (1, 2, 3, 4)
-    ]
+    scores, counts = Bleu(references)(hypotheses), Bleu(references).counts(hypotheses)
+    corpus = Bleu.scores_of_sums(counts.sum(0))
+    assert corpus.tolist() == [scores[f"bleu_{n}"][0] for n in (1, 2, 3, 4)]
     some = [0, 2, 2]
     sample = Bleu([references[i] for i in some])([hypotheses[i] for i in some])
-    rows = type(matches[1])(*(column[some] for column in matches[1]))
-    assert rows.total().scores()[1] == pytest.approx(sample["bleu_2"][0], abs=1e-15)
+    assert Bleu.scores_of_sums(counts[some].sum(0))[1] == pytest.approx(
+        sample["bleu_2"][0], abs=1e-15
+    )
 
 
 def test_counted_references_are_shared_only_where_the_frequencies_are_known() -> None:

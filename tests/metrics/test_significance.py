@@ -191,7 +191,7 @@ def test_a_score_that_is_no_mean_over_images_has_a_note_and_no_interval(score: f
     references, a, b = corpus()
     found = paired_bootstrap(references, a, b, ["rouge_l", _metric(score)], samples=20)
     assert list(found) == ["rouge_l"]
-    assert found.notes == ("own has no interval: it is not the mean of its scores of the images.",)
+    assert found.notes == ("own has no interval: it is not the mean of its per-image scores.",)
     with pytest.raises(UnknownName, match=r"No interval for 'own'.*not the mean"):
         found["own"]
 
@@ -230,11 +230,46 @@ def test_what_was_found_prints_as_a_table_and_is_plain_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [({"samples": 0}, "0 samples"), ({"confidence": 95}, "95")]
+    ("option", "value"),
+    [
+        *(("samples", value) for value in (0, -5, True, 1e3, "1000", None, math.nan)),
+        *(("confidence", value) for value in (95, 0, 1, "0.9", True, math.nan, math.inf)),
+        *(("seed", value) for value in (-1, 1.5, "0", True)),
+    ],
 )
-def test_a_setting_out_of_range_is_an_error(wrong: dict, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        paired_bootstrap([["a"]], ["a"], ["a"], **wrong)
+def test_an_option_out_of_range_is_an_error(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"paired_bootstrap: {option}="):
+        paired_bootstrap([["a"]], ["a"], ["a"], **{option: value})
+
+
+def test_a_difference_within_rounding_has_no_p_value_below_1() -> None:
+    def nearly(references: dict, hypotheses: dict) -> dict:
+        each = {i: 0.5 + 1e-10 * (text == "b") for i, text in hypotheses.items()}
+        return {"nearly": (sum(each.values()) / len(each), each)}
+
+    references = [["x"]] * 20
+    own = Metric(nearly, {"nearly": "higher"})
+    found = paired_bootstrap(references, ["a"] * 20, ["b"] * 20, [own])["nearly"]
+    assert (found.interval, found.p_value) == ((0, 0), 1)
+
+
+def test_bleu_that_is_only_its_smoothing_does_not_differ() -> None:
+    references = [["a dog runs on the grass today"]] * 20
+    a, b = ["x y z v w"] * 20, ["x y z v w u t s r q"] * 20
+    found = paired_bootstrap(references, a, b, ["bleu"])
+    assert 0 < abs(found["bleu_4"].difference) < 1e-3
+    assert {each.p_value for each in found.values()} == {1}
+
+
+def test_the_bootstrap_aligns_no_caption_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from capdistill.metrics.meteor15 import metric
+
+    calls = []
+    align = metric.align
+    monkeypatch.setattr(metric, "align", lambda matches: calls.append(1) or align(matches))
+    references, a, b = corpus()
+    paired_bootstrap(references, a, b, ["meteor_1_5_nopara"], samples=10)
+    assert len(calls) == 2 * sum(map(len, references))
 
 
 def test_a_caption_too_few_is_an_error() -> None:

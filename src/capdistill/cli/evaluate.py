@@ -21,7 +21,7 @@ from capdistill.cli.common import (
     require_writable,
     say,
 )
-from capdistill.errors import ConfigError, DataError
+from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.files import write_text
 from capdistill.metrics import CaptionScorer, Scores, diversity, read_coco_results
 from capdistill.metrics.base import first
@@ -217,14 +217,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _samples(options: argparse.Namespace) -> int:
     """How many to draw; refused before the work where it is none, or there is nothing to draw."""
-    from capdistill.metrics.bootstrap import check_samples
-
     if options.bootstrap is None:
         return _SAMPLES
     if not options.against:
         raise ConfigError("--bootstrap compares two systems; name the other with --against FILE.")
-    check_samples(options.bootstrap)
-    return int(options.bootstrap)
+    return require_int("--bootstrap", options.bootstrap, minimum=1)
 
 
 def _require_other_file(out: Path | None, *inputs: str) -> None:
@@ -333,9 +330,9 @@ def score_files(
         **_system(read.captions, scores),
     }
     if other is not None:
-        systems = {"results": (read.captions, scores), "against": (other, scorer(other))}
-        found["against"] = _system(*systems["against"])
-        found |= _differences(read.references, systems, samples)
+        systems = {"results": scores, "against": scorer(other)}
+        found["against"] = _system(other, systems["against"])
+        found |= _differences(systems, samples)
     return found
 
 
@@ -347,11 +344,9 @@ def _system(captions: Mapping[str, str], scores: Scores) -> dict[str, Any]:
     }
 
 
-def _differences(
-    references: Mapping[str, list[str]], systems: Mapping[str, tuple[Any, Scores]], samples: int
-) -> dict[str, Any]:
+def _differences(systems: Mapping[str, Scores], samples: int) -> dict[str, Any]:
     """The results' scores minus the other's, in the words of a comparison's rows."""
-    drawn = paired(references, systems, [("against", "results")], samples)[0]
+    drawn = paired(systems, [("against", "results")], samples)[0]
     settings = drawn.to_json()
     return {
         "bootstrap": {key: settings[key] for key in ("samples", "seed", "confidence", "notes")},

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from capdistill import plots
-from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
+from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels, require_int
 from capdistill.evaluation.evaluation import Evaluation, evaluate
 from capdistill.evaluation.measure import time_captions
 from capdistill.evaluation.table import Row, figures
 from capdistill.files import finite_or_none, write_text
-from capdistill.metrics.bootstrap import PairedScores, check_samples, paired
+from capdistill.metrics.bootstrap import PairedScores, paired
 from capdistill.plots import require_matplotlib
 from capdistill.runtime import autocast, on_device
 
@@ -167,8 +167,8 @@ def compare(
         MissingExtra: pictures are wanted and matplotlib is not installed.
         IncompatibleModels: the models could not be scored on the same images.
     """
-    if bootstrap:
-        check_samples(bootstrap)
+    require_int("compare: bootstrap", bootstrap, minimum=0)
+    require_int("compare: attention", attention, minimum=0)
     models = {"teacher": teacher, "student": student}
     if baseline is not None:
         models["baseline"] = baseline
@@ -215,10 +215,9 @@ def _pictures(
 
 def _against(found: Mapping[str, Evaluation], samples: int) -> dict[str, PairedScores]:
     """Teacher and, where given, baseline -> the student beside it, on the same samples."""
-    systems = {role: (each.captions, each.scores) for role, each in found.items()}
+    systems = {role: each.scores for role, each in found.items()}
     others = [role for role in found if role != "student"]
-    pairs = [(role, "student") for role in others]
-    results = paired(found["student"].references, systems, pairs, samples)
+    results = paired(systems, [(role, "student") for role in others], samples)
     return dict(zip(others, results, strict=True))
 
 

@@ -1,44 +1,86 @@
-"""References and captions as users give them: dicts or lists, strings or tokens."""
+"""What metrics share: captions as users give them, tokens, scores, your own metrics."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from capdistill.errors import ConfigError, DataError, UnknownName, suggest
+import numpy as np
+from numpy.typing import NDArray
+
+from capdistill.errors import (
+    ConfigError,
+    DataError,
+    UnknownName,
+    require_text,
+    shortened,
+    suggest,
+)
 from capdistill.metrics.ptb import ptb_tokenize
 
 Caption = str | Sequence[str]
-Captions = Mapping[Any, Caption] | Sequence[Caption]
-References = Mapping[Any, Sequence[Caption]] | Sequence[Sequence[Caption]]
+Captions = Mapping[Any, Caption] | Iterable[tuple[Any, Caption]] | Sequence[Caption]
+References = (
+    Mapping[Any, Sequence[Caption]]
+    | Iterable[tuple[Any, Sequence[Caption]]]
+    | Sequence[Sequence[Caption]]
+)
 _SHOWN = 5
 
 
+def _is_pair_of_references(item: Any) -> bool:
+    return _is_pair(item) and isinstance(item[0], (str, int)) and isinstance(item[1], (list, tuple))
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2
+
+
+def _is_pair_by_number(item: Any) -> bool:
+    return _is_pair(item) and isinstance(item[0], int)  # two strings are a caption's tokens
+
+
 def prepare(references: References) -> dict[Any, list[Caption]]:
-    """References by image (0, 1, ... where a list was given), each image with at least one."""
-    items = dict(references if isinstance(references, Mapping) else enumerate(references))
+    """Check references and order them by image: 0, 1, ... where a list without ids was given.
+
+    Raises:
+        DataError: no image, an image given twice or without a reference, or a reference that is
+            neither text nor a list of tokens.
+    """
+    items = by_image(references, "The references", _is_pair_of_references)
     if not items:
         raise DataError("No references: give at least one image with one reference caption.")
     for image, captions in items.items():
-        if isinstance(captions, str):
+        if isinstance(captions, (str, bytes, Mapping)) or not isinstance(captions, Iterable):
+            kind = "the string " if isinstance(captions, str) else ""
             raise DataError(
-                f"References of image {image!r} are the string {captions!r}; expected a list of "
-                "captions. Put it into a list."
+                f"The references of image {image!r} are {kind}{shortened(captions)}; expected a "
+                "list of captions. Put a single caption into a list."
             )
-    without = [image for image, captions in items.items() if not len(captions)]
+        items[image] = [
+            checked(caption, f"Reference {number} of image {image!r}")
+            for number, caption in enumerate(captions, 1)
+        ]
+    without = [image for image, captions in items.items() if not captions]
     if without:
         raise DataError(
             f"{len(without)} images have no reference caption: {first(without)}. Give each "
             "image at least one, or leave it out."
         )
-    return {image: list(captions) for image, captions in items.items()}
+    return items
 
 
 def align(captions: Captions, images: Collection[Any]) -> list[Caption]:
-    """The captions in the order of `images`; every image has one and there are no others."""
-    items = dict(captions if isinstance(captions, Mapping) else enumerate(captions))
+    """Check captions and put them into the order of `images`: one for every image, no others.
+
+    Raises:
+        DataError: images that do not match or are given twice, or a caption that is neither text
+            nor a list of tokens.
+    """
+    numbered = list(images) == list(range(len(images)))
+    items = by_image(captions, "The captions", _is_pair_by_number if numbered else _is_pair)
     missing = [image for image in images if image not in items]
     foreign = [image for image in items if image not in images]
     if missing or foreign:
@@ -48,32 +90,74 @@ def align(captions: Captions, images: Collection[Any]) -> list[Caption]:
             f"Without references: {first(foreign)}. Give one caption for each image, by the same "
             "ids as the references (or both as lists in one order); '' is a caption."
         )
-    return [items[image] for image in images]
+    return [checked_caption(items[image], image) for image in images]
+
+
+def checked_caption(caption: Any, image: Any) -> Caption:
+    """The caption of an image: text, or a list of tokens.
+
+    Raises:
+        DataError: it is neither; the message names the image.
+    """
+    return checked(caption, f"The caption of image {image!r}")
+
+
+def by_image(
+    given: Any, what: str, is_pair: Callable[[Any], bool] = _is_pair_by_number
+) -> dict[Any, Any]:
+    """Items by image: of a mapping, of (image, item) pairs, or of a list numbered from 0.
+
+    Raises:
+        DataError: something else, or pairs that have an image twice.
+    """
+    if isinstance(given, Mapping):
+        return dict(given)
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise DataError(
+            f"{what} are {shortened(given)} ({type(given).__name__}); expected a mapping by image, "
+            "or a list with one entry per image."
+        )
+    items = list(given)
+    if not all(map(is_pair, items)):
+        return dict(enumerate(items))
+    found: dict[Any, Any] = {}
+    for image, item in items:
+        if image in found:
+            raise DataError(f"{what} have image {image!r} twice. Give each image one entry.")
+        found[image] = item
+    return found
+
+
+def checked(caption: Any, where: str) -> Caption:
+    """A caption: text, or a list of tokens.
+
+    Raises:
+        DataError: it is neither; the message begins with `where`.
+    """
+    if isinstance(caption, (str, bytes, bytearray)) or not isinstance(caption, Sequence):
+        return require_text(caption, where)
+    for token in caption:
+        if not isinstance(token, str):
+            raise DataError(
+                f"{where} is {shortened(caption)}, with the token {shortened(token)} "
+                f"({type(token).__name__}); expected a string or a list of tokens."
+            )
+        if " " in token:
+            raise DataError(
+                f"{where}: the token {shortened(token)} has a space in it. Give a caption as one "
+                "string or as a list of tokens; one image has one caption."
+            )
+    return caption
 
 
 def tokens_of(caption: Caption) -> Tokens:
-    """Tokens of a string by the PTB rules; tokens as they are."""
-    if isinstance(caption, str):
-        return ptb_tokenize(caption)
-    tokens = list(_strings(caption))
-    spaced = [token for token in tokens if " " in token]
-    if spaced:
-        raise DataError(
-            f"The token {spaced[0]!r} has a space in it. Give a caption as one string, or as a "
-            "list of tokens; one image takes one caption."
-        )
-    return tokens
+    """Tokens of a string by the rules of the Penn Treebank; a list of tokens as it is."""
+    return ptb_tokenize(caption) if isinstance(caption, str) else list(caption)
 
 
 def as_text(caption: Caption) -> str:
     """A string as it is; tokens joined by spaces."""
-    return caption if isinstance(caption, str) else " ".join(_strings(caption))
-
-
-def _strings(caption: Sequence[str]) -> Sequence[str]:
-    if isinstance(caption, Sequence) and all(isinstance(token, str) for token in caption):
-        return caption
-    raise DataError(f"A caption is {caption!r}; expected a string or a list of tokens.")
+    return caption if isinstance(caption, str) else " ".join(caption)
 
 
 def first(images: Sequence[Any]) -> str:
@@ -87,7 +171,7 @@ Direction = Literal["higher", "lower"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of the user's own.
+    """A metric of your own.
 
     Example:
         >>> def words(references, hypotheses):
@@ -135,11 +219,14 @@ class Scores(Mapping[str, float]):
         per_image: name -> image -> score.
         notes: What a reader of the figures must know: a metric that could not be computed and
             how to get it, a figure that means nothing here.
+        counts: Metric -> whole numbers of each image, (I, S), whose sums over a sample of the
+            images give the sample's score; for BLEU and METEOR 1.5.
     """
 
     corpus: Mapping[str, float]
     per_image: Mapping[str, Mapping[Any, float]]
     notes: tuple[str, ...] = ()
+    counts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> float:
         if name not in self.corpus:

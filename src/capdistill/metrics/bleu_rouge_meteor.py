@@ -1,4 +1,4 @@
-"""BLEU-1..4 as the COCO tool computes it: corpus level, closest length, its smoothing."""
+"""BLEU, ROUGE-L and NLTK's METEOR, with references that are prepared once."""
 
 from __future__ import annotations
 
@@ -24,28 +24,6 @@ from capdistill.metrics.ngram_counts import (
 _SMALL, _TINY = 1e-9, 1e-15  # the COCO tool's constants: they show in the tenth digit
 
 
-class BleuMatches(NamedTuple):
-    """What captions add to BLEU, one row each; sums over rows give the BLEU of a corpus."""
-
-    correct: Ints  # (I, 4)
-    guessed: Ints  # (I, 4)
-    length: Ints  # (I,)
-    reference_length: Ints  # (I,)
-
-    def total(self) -> BleuMatches:
-        """The matches of all captions together."""
-        return BleuMatches(*(column.sum(0) for column in self))
-
-    def scores(self) -> Floats:
-        """BLEU-1..4 of each row, (I, 4), or of a total, (4,)."""
-        shares = (self.correct + _TINY) / (self.guessed + _SMALL)
-        means = np.cumprod(shares, -1) ** (1.0 / np.arange(1, ORDER + 1))
-        ratio = (self.length + _TINY) / (self.reference_length + _SMALL)
-        penalty = np.where(ratio < 1.0, np.exp(1.0 - 1.0 / ratio), 1.0)
-        scores: Floats = means * penalty[..., None]
-        return scores
-
-
 class Bleu:
     """BLEU-1..4 against references that are counted once.
 
@@ -66,22 +44,39 @@ class Bleu:
         self._references = reference_ngrams(references)
 
     def __call__(self, hypotheses: Sequence[Tokens] | HypothesisNgrams) -> dict[str, Result]:
-        """Corpus and per-image scores of one tokenised caption an image, in the same order."""
-        matches = self.matches(hypotheses)
-        corpus, images = matches.total().scores().tolist(), matches.scores().T.tolist()
-        return {f"bleu_{n + 1}": (corpus[n], images[n]) for n in range(ORDER)}
+        """Corpus and per-image scores of one tokenised caption per image, in the same order."""
+        return self.scores(self.counts(hypotheses))
 
-    def matches(self, hypotheses: Sequence[Tokens] | HypothesisNgrams) -> BleuMatches:
-        """What each caption adds to BLEU; a sample of the rows gives the BLEU of a sample."""
+    def counts(self, hypotheses: Sequence[Tokens] | HypothesisNgrams) -> Ints:
+        """Whole numbers of each image, (I, 10), whose sums over images give their BLEU.
+
+        For n = 1 to 4 the matched n-grams, then the n-grams of the caption; its length; that of
+        the closest reference.
+        """
         if not isinstance(hypotheses, HypothesisNgrams):
             hypotheses = self._references.count(hypotheses)
         lengths = hypotheses.lengths
-        return BleuMatches(
-            correct=self._correct(hypotheses),
-            guessed=np.maximum(0, lengths[:, None] - np.arange(ORDER)),
-            length=lengths,
-            reference_length=self._closest(lengths),
+        guessed = np.maximum(0, lengths[:, None] - np.arange(ORDER))  # (I, 4)
+        return np.column_stack(
+            [self._correct(hypotheses), guessed, lengths, self._closest(lengths)]
         )
+
+    def scores(self, counts: Ints) -> dict[str, Result]:
+        """Corpus and per-image scores from `counts`."""
+        corpus = self.scores_of_sums(counts.sum(0)).tolist()
+        images = self.scores_of_sums(counts).T.tolist()
+        return {f"bleu_{n + 1}": (corpus[n], images[n]) for n in range(ORDER)}
+
+    @staticmethod
+    def scores_of_sums(sums: Ints) -> Floats:
+        """BLEU-1..4, (..., 4), of samples of images from the sums, (..., 10), of their counts."""
+        correct, guessed = sums[..., :ORDER], sums[..., ORDER : 2 * ORDER]
+        shares = (correct + _TINY) / (guessed + _SMALL)
+        means = np.cumprod(shares, -1) ** (1.0 / np.arange(1, ORDER + 1))
+        ratio = (sums[..., -2] + _TINY) / (sums[..., -1] + _SMALL)
+        penalty = np.where(ratio < 1.0, np.exp(1.0 - 1.0 / ratio), 1.0)
+        scores: Floats = means * penalty[..., None]
+        return scores
 
     def _correct(self, hypotheses: HypothesisNgrams) -> Ints:
         correct = np.zeros((self._references.images, ORDER), np.int64)

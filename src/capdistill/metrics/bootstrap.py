@@ -1,4 +1,4 @@
-"""Whether one system scores better than another, or by chance: the paired bootstrap."""
+"""Whether one system really scores better than another: the paired bootstrap."""
 
 from __future__ import annotations
 
@@ -8,30 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from capdistill.errors import ConfigError, UnknownName, suggest
-from capdistill.metrics.base import (
-    ORDER,
-    Captions,
-    Metric,
-    References,
-    Scores,
-    Tokens,
-    align,
-    prepare,
-    tokens_of,
-)
-from capdistill.metrics.bleu_rouge_meteor import Bleu, BleuMatches
-from capdistill.metrics.ngram_counts import Floats
-from capdistill.metrics.scorer import SCORES, CaptionScorer, make
+from capdistill.errors import UnknownName, require_int, require_number, suggest
+from capdistill.metrics.base import Captions, Metric, References, Scores
+from capdistill.metrics.bleu_rouge_meteor import Bleu
+from capdistill.metrics.meteor15 import Meteor15
+from capdistill.metrics.ngram_counts import Floats, Ints
+from capdistill.metrics.scorer import SCORES, CaptionScorer
 
-_TIE = 1e-12  # differences below it are rounding
-_LEAST_P = 0.001  # of those that are shown
+FLOOR = 1e-3
+"""Below it a score means that nothing matched: what is left is the smoothing of BLEU, or noise."""
+
+_TIE = 1e-9  # score differences up to this size are rounding
+_LEAST_P = 0.001  # smaller p-values are shown as "p < 0.001"
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class PairedScore:
-    """One score of two systems, and how sure their difference is.
+    """One score of two systems, and how certain their difference is.
 
     Args:
         a: The first system's score, of all images.
@@ -40,7 +34,7 @@ class PairedScore:
         a_interval: Low and high end of the interval of `a`.
         b_interval: Of `b`.
         interval: Of `difference`.
-        p_value: Two-sided, of no difference; from 2 / (samples + 1) to 1.
+        p_value: Two-sided, for no difference; from 2 / (samples + 1) to 1.
     """
 
     a: float
@@ -54,15 +48,15 @@ class PairedScore:
 
 @dataclass(frozen=True)
 class PairedScores(Mapping[str, PairedScore]):
-    """What `paired_bootstrap` found, a mapping by score; `print` shows it as a table.
+    """The result of `paired_bootstrap`, a mapping by score; `print` shows it as a table.
 
     Args:
-        found: Score -> what was found.
-        images: How many images there are.
-        samples: How many samples of them were drawn.
-        seed: What the samples depend on.
-        confidence: Of the intervals.
-        notes: Scores that have no interval, and why.
+        found: Score -> its values, intervals and p-value.
+        images: Number of images.
+        samples: Number of samples drawn from them.
+        seed: Seed of the samples.
+        confidence: Share of the samples that the intervals hold.
+        notes: Scores without an interval, and why.
     """
 
     found: Mapping[str, PairedScore]
@@ -117,18 +111,19 @@ def paired_bootstrap(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> PairedScores:
-    """Set two systems side by side on the same images: scores, intervals, p-values.
+    """Compare two systems on the same images: scores, intervals, p-values.
 
-    The images are drawn anew, with replacement, `samples` times, and both systems scored on each
-    sample. An interval is that of the percentiles of the sampled scores or differences. The
-    p-value is twice the share of the samples in which the difference is not above, or not below,
-    0, whichever is rarer, where one more sample is counted: `min(1, 2 * (rarer + 1) /
-    (samples + 1))`. So p < 0.05 goes with a 95 % interval without 0, and equal systems have p = 1.
+    The images are drawn anew, with replacement, `samples` times, and both systems are scored on
+    each sample. The ends of an interval are percentiles of the sampled scores or differences. The
+    p-value is `min(1, 2 * (rarer + 1) / (samples + 1))`, where `rarer` is the number of samples
+    whose difference is not above 0, or not below 0, whichever is smaller. So p < 0.05 goes with a
+    95 % interval without 0, and equal systems have p = 1. Differences up to 1e-9 count as 0, and so
+    do BLEU differences between two scores below 0.001, where no n-gram matched.
 
     BLEU and METEOR 1.5 of a sample come from the summed counts of its images. ROUGE-L, METEOR
-    (NLTK) and CIDEr-D are means over its images; CIDEr-D's document frequencies stay those of all
-    images. A metric of your own is resampled where its corpus score is the mean of its scores of
-    the images.
+    (NLTK) and CIDEr-D are means over its images; CIDEr-D keeps the document frequencies of all
+    images. A metric of your own is resampled if its corpus score is the mean of its per-image
+    scores.
 
     Example:
         >>> references = [["a dog runs"], ["a red car"], ["two children play"]]
@@ -139,34 +134,32 @@ def paired_bootstrap(
 
     Args:
         references: As for `CaptionScorer`.
-        a: The first system's captions, one an image.
+        a: The first system's captions, one per image.
         b: The second system's.
         metrics: As for `CaptionScorer`.
-        samples: How many samples to draw. 1,000 place a p-value of 0.05 to about 0.01.
+        samples: Number of samples. 1,000 determine a p-value of 0.05 to about 0.01.
         seed: The same seed draws the same samples.
-        confidence: Of the intervals, between 0 and 1.
+        confidence: Share of the samples that an interval holds, between 0 and 1.
 
     Raises:
-        ConfigError: samples or confidence out of range.
+        ConfigError: samples, seed or confidence are not numbers in range.
         DataError: as `CaptionScorer`.
 
     Source:
-        Koehn (2004), "Statistical significance tests for machine translation evaluation", for the
-        paired samples; Efron and Tibshirani (1993), chapters 13 (percentile intervals) and 15.4
-        (the test that belongs to an interval); Davison and Hinkley (1997), chapter 4, for the
-        sample that is added.
+        Koehn (2004), "Statistical Significance Tests for Machine Translation Evaluation", for the
+        paired samples; Efron and Tibshirani (1993), "An Introduction to the Bootstrap", for
+        percentile intervals and the test that belongs to them; Davison and Hinkley (1997),
+        "Bootstrap Methods and their Application", for the sample that is added to the count.
     """
-    check_samples(samples)
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence={confidence!r} was given; expected a share such as 0.95.")
+    require_int("paired_bootstrap: samples", samples, minimum=1)
+    require_int("paired_bootstrap: seed", seed, minimum=0)
+    require_number("paired_bootstrap: confidence", confidence, above=0, below=1)
     scorer = CaptionScorer(references, metrics=metrics)
-    systems = {"a": (a, scorer(a)), "b": (b, scorer(b))}
-    return paired(references, systems, [("a", "b")], samples, seed, confidence)[0]
+    return paired({"a": scorer(a), "b": scorer(b)}, [("a", "b")], samples, seed, confidence)[0]
 
 
 def paired(
-    references: References,
-    systems: Mapping[str, tuple[Captions, Scores]],
+    systems: Mapping[str, Scores],
     pairs: Iterable[tuple[str, str]],
     samples: int,
     seed: int = 0,
@@ -175,46 +168,35 @@ def paired(
     """As `paired_bootstrap`, for pairs of systems that are scored already, all on the same samples.
 
     Args:
-        references: Those they were scored against.
-        systems: Name -> its captions and their scores.
+        systems: Name -> its scores; all of the same images and metrics.
         pairs: Names of the two systems of each comparison.
-        samples: How many samples to draw.
+        samples: Number of samples.
         seed: The same seed draws the same samples.
-        confidence: Of the intervals.
+        confidence: Share of the samples that an interval holds.
     """
-    ready, others = statistics(references, systems)
-    drawn = resample(ready, samples, seed)
+    images, ready, others = _statistics(systems)
+    drawn = _resample(ready, len(images), samples, seed)
     names = [name for each in next(iter(ready.values())) for name in each.names]
     columns = {name: n for n, name in enumerate(names)}
-    settings = len(references), samples, seed, confidence
-    notes = tuple(map(_without, others)) + (_ONE_IMAGE,) * (len(references) == 1)
+    settings = len(images), samples, seed, confidence
+    notes = [
+        f"{name} has no interval: it is not the mean of its per-image scores." for name in others
+    ]
+    notes += [_ONE_IMAGE] * (len(images) == 1)
     results = []
     for a, b in pairs:
-        both = systems[a][1], systems[b][1]
+        both = systems[a], systems[b]
         found = {
             name: _pair(*both, name, drawn[a][:, n], drawn[b][:, n], confidence)
             for name in both[0]
             if (n := columns.get(name)) is not None
         }
-        results.append(PairedScores(found, *settings, notes))
+        results.append(PairedScores(found, *settings, tuple(notes)))
     return results
 
 
-def check_samples(samples: int) -> None:
-    """Refuse what is no number of samples.
-
-    Raises:
-        ConfigError: not a whole number, or less than one.
-    """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ConfigError(
-            f"A bootstrap of {samples!r} samples was asked for; expected a number from 1 on. Use "
-            "1000 or more."
-        )
-
-
 def bracketed(interval: Sequence[float]) -> str:
-    """An interval for readers.
+    """An interval as text.
 
     Example:
         >>> bracketed((0.25, 0.5))
@@ -225,7 +207,7 @@ def bracketed(interval: Sequence[float]) -> str:
 
 
 def changed(difference: float, interval: Sequence[float], p_value: float) -> str:
-    """A difference for readers.
+    """A difference as text.
 
     Example:
         >>> changed(0.05, (0.01, 0.09), 0.0123)
@@ -236,7 +218,7 @@ def changed(difference: float, interval: Sequence[float], p_value: float) -> str
 
 
 def remark(samples: int, confidence: float) -> str:
-    """What intervals and p-values are, for readers."""
+    """The sentence that explains intervals and p-values below a table."""
     return (
         f"In brackets: {100 * confidence:g} % intervals from {samples:,} paired bootstrap samples "
         "of the images, CIDEr-D with the document frequencies of all images; p is two-sided."
@@ -246,15 +228,13 @@ def remark(samples: int, confidence: float) -> str:
 _ONE_IMAGE = "With a single image every sample is the same: the intervals mean nothing."
 
 
-def _without(name: str) -> str:
-    return f"{name} has no interval: it is not the mean of its scores of the images."
-
-
 def _pair(
     a: Scores, b: Scores, name: str, ours: Floats, theirs: Floats, sure: float
 ) -> PairedScore:
     differences = theirs - ours
     differences[np.abs(differences) <= _TIE] = 0.0
+    if name in SCORES["bleu"]:
+        differences[(ours < FLOOR) & (theirs < FLOOR)] = 0.0
     rarer = min((differences <= 0).sum(), (differences >= 0).sum())
     return PairedScore(
         a=a[name],
@@ -273,17 +253,21 @@ def _interval(drawn: Floats, confidence: float) -> Interval:
 
 
 _CELLS = 1 << 20  # of a matrix of samples x images at a time: 8 MB
-_METEORS = ("meteor_1_5", "meteor_1_5_nopara")
-_MEAN = 1e-9  # how far a mean of the scores of images may be from the score of the corpus
+_MEAN = 1e-9  # how far a mean of per-image scores may be from the corpus score
+_FROM_COUNTS: dict[str, Callable[[Ints], Floats]] = {
+    "bleu": Bleu.scores_of_sums,
+    "meteor_1_5": Meteor15.scores_of_sums,
+    "meteor_1_5_nopara": Meteor15.scores_of_sums,
+}
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Figures of each image whose sums over a sample of the images give the sample's scores.
+class _Statistics:
+    """Numbers of each image whose sums over a sample of the images give the sample's scores.
 
     Args:
         names: The scores.
-        rows: The figures, (I, S).
+        rows: The numbers, (I, S).
         score: From their sums, (n, S), to the scores of n samples, (n, names).
     """
 
@@ -292,102 +276,75 @@ class Statistics:
     score: Callable[[Floats], Floats]
 
 
-def statistics(
-    references: References, systems: Mapping[str, tuple[Captions, Scores]]
-) -> tuple[dict[str, list[Statistics]], tuple[str, ...]]:
-    """Every system -> its statistics, and the names of the scores that have none.
+def _statistics(
+    systems: Mapping[str, Scores],
+) -> tuple[list[Any], dict[str, list[_Statistics]], list[str]]:
+    """The images, each system's statistics, and the names of the scores that have none.
 
-    Those of BLEU and METEOR 1.5 are counts. Another score has them where it is the mean of its
-    images' scores in all systems.
+    Those of BLEU and METEOR 1.5 are counts. Another score has them if it is the mean of its
+    per-image scores in all systems.
     """
-    prepared = prepare(references)
-    scored = [scores for _, scores in systems.values()]
-    bleu = tuple(name for name in scored[0] if name in SCORES["bleu"])
-    meteor = [name for name in scored[0] if name in _METEORS]
-    rest = [name for name in scored[0] if name not in (*bleu, *meteor)]
-    means, others = _means(rest, scored)
-    found: dict[str, list[Statistics]] = {system: [] for system in systems}
-    said = {
-        system: [tokens_of(caption) for caption in align(captions, prepared)]
-        for system, (captions, _) in systems.items()
-        if bleu or meteor
-    }
-    tokens = [[tokens_of(caption) for caption in image] for image in prepared.values() if said]
-    if bleu:
-        counted = Bleu(tokens)
-        for system, captions in said.items():
-            found[system].append(_of_bleu(bleu, counted.matches(captions)))
-    for name in meteor:
-        aligned: Any = make(name, tokens, None, None)
-        for system, captions in said.items():
-            found[system].append(_of_meteor(name, aligned, captions))
-    if means:
-        for system, (_, scores) in systems.items():
-            found[system].append(_of_means(means, scores, list(prepared)))
-    return found, others
+    scored = list(systems.values())
+    images = list(next(iter(scored[0].per_image.values()), {}))
+    counted = {metric: _wanted(metric, scored[0]) for metric in scored[0].counts}
+    rest = [n for n in scored[0] if not any(n in names for names in counted.values())]
+    means = tuple(name for name in rest if all(_is_mean(scores, name) for scores in scored))
+    found: dict[str, list[_Statistics]] = {}
+    for system, scores in systems.items():
+        found[system] = [_of_counts(m, names, scores, images) for m, names in counted.items()]
+        if means:
+            found[system].append(_of_means(means, scores, images))
+    return images, found, [name for name in rest if name not in means]
 
 
-def resample(
-    systems: Mapping[str, Sequence[Statistics]], samples: int, seed: int
-) -> dict[str, Floats]:
-    """Every system -> the scores, (samples, names), of the same samples of the images."""
-    images = next((len(each.rows) for found in systems.values() for each in found), 0)
-    drawn: dict[str, list[Floats]] = {system: [] for system in systems}
-    for weights in _weights(images, samples, seed):
-        for system, found in systems.items():
-            scores = [each.score(weights @ each.rows) for each in found]
-            drawn[system].append(np.concatenate(scores, -1))
-    return {system: np.concatenate(chunks) for system, chunks in drawn.items() if chunks}
+def _wanted(metric: str, scores: Scores) -> tuple[str, ...]:
+    return tuple(name for name in SCORES[metric] if name in scores)
 
 
-def _weights(images: int, samples: int, seed: int) -> Iterator[Floats]:
-    """How often each sample has each image, some samples at a time: (n, I)."""
-    chance = np.random.default_rng(seed)
-    step = max(1, _CELLS // max(images, 1))
-    for start in range(0, samples if images else 0, step):
-        rows = min(step, samples - start)
-        cells = chance.integers(images, size=(rows, images)) + images * np.arange(rows)[:, None]
-        counts = np.bincount(cells.ravel(), minlength=rows * images)
-        yield counts.reshape(rows, images).astype(np.float64)
-
-
-def _of_bleu(names: tuple[str, ...], matches: BleuMatches) -> Statistics:
-    wanted = [SCORES["bleu"].index(name) for name in names]
+def _of_counts(
+    metric: str, names: tuple[str, ...], scores: Scores, images: Sequence[Any]
+) -> _Statistics:
+    columns = [SCORES[metric].index(name) for name in names]
+    order = {image: row for row, image in enumerate(next(iter(scores.per_image.values())))}
+    rows = scores.counts[metric][[order[image] for image in images]].astype(np.float64)
 
     def score(sums: Floats) -> Floats:
         whole = sums.astype(np.int64)  # sums of whole numbers are exact
-        correct, guessed = whole[:, :ORDER], whole[:, ORDER : 2 * ORDER]
-        return BleuMatches(correct, guessed, whole[:, -2], whole[:, -1]).scores()[:, wanted]
+        return _FROM_COUNTS[metric](whole)[:, columns]
 
-    rows = np.column_stack(matches).astype(np.float64)
-    return Statistics(names, rows, score)
+    return _Statistics(names, rows, score)
 
 
-def _of_meteor(name: str, metric: Any, captions: Sequence[Tokens]) -> Statistics:
-    rows = np.array(metric.statistics(captions), np.float64)
-
-    def score(sums: Floats) -> Floats:
-        whole = sums.astype(np.int64).tolist()
-        return np.array([[metric.score(each)] for each in whole])
-
-    return Statistics((name,), rows, score)
-
-
-def _of_means(names: tuple[str, ...], scores: Scores, images: Sequence[Any]) -> Statistics:
+def _of_means(names: tuple[str, ...], scores: Scores, images: Sequence[Any]) -> _Statistics:
     columns = [[scores.per_image[name][image] for image in images] for name in names]
     rows = np.array(columns, np.float64).T.copy()  # (I, names)
-    return Statistics(names, rows, lambda sums: sums / len(images))
-
-
-def _means(
-    names: Sequence[str], scored: Sequence[Scores]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The scores that are means of the images' scores, and the others."""
-    mean = {name: all(_is_mean(scores, name) for scores in scored) for name in names}
-    return tuple(n for n in names if mean[n]), tuple(n for n in names if not mean[n])
+    return _Statistics(names, rows, lambda sums: sums / len(images))
 
 
 def _is_mean(scores: Scores, name: str) -> bool:
     each = scores.per_image[name]
     mean = sum(each.values()) / len(each)
     return abs(mean - scores[name]) <= _MEAN * max(1.0, abs(mean))  # False for NaN
+
+
+def _resample(
+    systems: Mapping[str, Sequence[_Statistics]], images: int, samples: int, seed: int
+) -> dict[str, Floats]:
+    """Every system -> the scores, (samples, names), of the same samples of the images."""
+    drawn: dict[str, list[Floats]] = {system: [] for system, found in systems.items() if found}
+    for weights in _weights(images, samples, seed):
+        for system, chunks in drawn.items():
+            scores = [each.score(weights @ each.rows) for each in systems[system]]
+            chunks.append(np.concatenate(scores, -1))
+    return {system: np.concatenate(chunks) for system, chunks in drawn.items() if chunks}
+
+
+def _weights(images: int, samples: int, seed: int) -> Iterator[Floats]:
+    """How often each sample has each image, some samples at a time: (n, I)."""
+    rng = np.random.default_rng(seed)
+    step = max(1, _CELLS // max(images, 1))
+    for start in range(0, samples if images else 0, step):
+        rows = min(step, samples - start)
+        cells = rng.integers(images, size=(rows, images)) + images * np.arange(rows)[:, None]
+        counts = np.bincount(cells.ravel(), minlength=rows * images)
+        yield counts.reshape(rows, images).astype(np.float64)

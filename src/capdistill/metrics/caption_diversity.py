@@ -1,4 +1,4 @@
-"""How varied captions are, and whether they are well: what no comparison with references shows."""
+"""How varied captions are, and how many are empty, repetitive or cut off."""
 
 from __future__ import annotations
 
@@ -7,28 +7,36 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from capdistill.errors import DataError
-from capdistill.metrics.base import Caption, Captions, tokens_of, words
+from capdistill.errors import DataError, shortened
+from capdistill.metrics.base import (
+    Caption,
+    Captions,
+    by_image,
+    checked,
+    checked_caption,
+    tokens_of,
+    words,
+)
 
 Words = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """What `diversity` found. Shares are of all captions, 0 where there is none.
+    """The result of `diversity`. Shares are of all captions; 0 without captions.
 
     Args:
         captions: Number of captions.
         words: Words in all captions together.
         vocabulary: Different words.
-        mean_length: Words a caption.
+        mean_length: Words per caption.
         distinct_1: Different words over words.
         distinct_2: Different pairs of neighbouring words over words.
         distinct_captions: Different captions over captions.
-        repeats: Share of captions in which a pair of neighbouring words stands twice.
+        repeats: Share of captions with a pair of neighbouring words that occurs twice.
         empty: Share of captions without a word.
-        novel: Share of captions with words that are no training caption; None where not known.
-        unfinished: Share of captions cut at the length limit; None where not known.
+        novel: Share of captions with words that are not training captions; None if unknown.
+        unfinished: Share of captions cut at the length limit; None if unknown.
     """
 
     captions: int
@@ -44,7 +52,7 @@ class Diversity:
     unfinished: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The figures by name, for `json.dump`."""
+        """The values by name, for `json.dump`."""
         return asdict(self)
 
 
@@ -64,40 +72,43 @@ def diversity(
         (7, 0.75, 0.25, 0.25, 0.25)
 
     Args:
-        hypotheses: One caption an image, by image or as a list. A caption is a string, or a list
-            of tokens, which are taken as they are. Words are those of `ptb_tokenize`.
-        training_captions: What the model was trained on; novelty is against these.
+        hypotheses: One caption per image: a mapping by image, (image, caption) pairs or a list. A
+            caption is a string, or a list of tokens, which are taken as they are. Words are the
+            tokens of `ptb_tokenize`.
+        training_captions: The captions the model was trained on; the others are novel.
         finished: Which captions ended by themselves, by the same ids or in the same order.
 
     Raises:
-        DataError: captions of another type, or `finished` of other captions.
+        DataError: captions that are not text, an image given twice, or `finished` for other
+            captions.
 
     Source:
         Li et al. (2016), "A Diversity-Promoting Objective Function for Neural Conversation
-        Models", section 5: distinct-1 and distinct-2, both over the number of words. They fall
-        as captions are added, so compare them for the same images only.
+        Models", for distinct-1 and distinct-2, both over the number of words. They fall as
+        captions are added, so compare them for the same images only.
         van Miltenburg, Elliott and Vossen (2018), "Measuring the Diversity of Automatic Image
         Descriptions": length, vocabulary (types) and the share of novel captions. Welleck et al.
         (2020), "Neural Text Generation with Unlikelihood Training", count repeated n-grams over
         all of them; `repeats` is the share of captions that have one.
     """
-    said = [_words(caption) for caption in _listed(hypotheses, "hypotheses")]
-    pairs = [list(pairwise(each)) for each in said]
+    captions = by_image(hypotheses, "diversity: the captions")
+    generated = [_words(checked_caption(text, image)) for image, text in captions.items()]
+    pairs = [list(pairwise(each)) for each in generated]
     seen = None if training_captions is None else _known(training_captions)
-    ended = None if finished is None else _flags(finished, hypotheses)
-    total, kinds = sum(map(len, said)), {word for each in said for word in each}
+    ended = None if finished is None else _flags(finished, hypotheses, captions)
+    total, kinds = sum(map(len, generated)), {word for each in generated for word in each}
     return Diversity(
-        captions=len(said),
+        captions=len(generated),
         words=total,
         vocabulary=len(kinds),
-        mean_length=_share(total, len(said)),
+        mean_length=_share(total, len(generated)),
         distinct_1=_share(len(kinds), total),
         distinct_2=_share(len({pair for each in pairs for pair in each}), total),
-        distinct_captions=_share(len(set(said)), len(said)),
-        repeats=_share(sum(len(set(each)) < len(each) for each in pairs), len(said)),
-        empty=_share(said.count(()), len(said)),
-        novel=None if seen is None else _share(sum(s not in seen for s in said if s), len(said)),
-        unfinished=None if ended is None else _share(ended.count(False), len(said)),
+        distinct_captions=_share(len(set(generated)), len(generated)),
+        repeats=_share(sum(len(set(each)) < len(each) for each in pairs), len(generated)),
+        empty=_share(generated.count(()), len(generated)),
+        novel=None if seen is None else _novel(generated, seen),
+        unfinished=None if ended is None else _share(ended.count(False), len(generated)),
     )
 
 
@@ -109,23 +120,34 @@ def _words(caption: Caption) -> Words:
     return tuple(words(tokens_of(caption)))
 
 
+def _novel(generated: Sequence[Words], seen: set[Words]) -> float:
+    return _share(sum(words not in seen for words in generated if words), len(generated))
+
+
 def _known(training_captions: Iterable[Caption]) -> set[Words]:
-    return {_words(caption) for caption in _listed(training_captions, "training_captions")}
-
-
-def _listed(captions: Any, name: str) -> list[Caption]:
-    if isinstance(captions, str):
-        raise DataError(f"diversity: {name} are the string {captions!r}; put it into a list.")
-    return list(captions.values() if isinstance(captions, Mapping) else captions)
-
-
-def _flags(finished: Mapping[Any, bool] | Sequence[bool], captions: Captions) -> list[bool]:
-    both = isinstance(finished, Mapping) and isinstance(captions, Mapping)
-    same = set(finished) == set(captions) if both else len(finished) == len(captions)
-    if not same or isinstance(finished, Mapping) != isinstance(captions, Mapping):
+    if isinstance(training_captions, (str, bytes)) or not isinstance(training_captions, Iterable):
         raise DataError(
-            f"diversity: finished is a {type(finished).__name__} of {len(finished)}, hypotheses a "
-            f"{type(captions).__name__} of {len(captions)}. Give both by the same ids, or both "
-            "as lists in one order."
+            f"diversity: training_captions are {shortened(training_captions)}; expected a list of "
+            "captions."
         )
-    return [bool(flag) for flag in _listed(finished, "finished")]
+    listed = (
+        training_captions.values() if isinstance(training_captions, Mapping) else training_captions
+    )
+    return {
+        _words(checked(caption, f"Training caption {number}"))
+        for number, caption in enumerate(listed, 1)
+    }
+
+
+def _flags(finished: Any, hypotheses: Any, captions: Mapping[Any, Caption]) -> list[bool]:
+    keyed = isinstance(finished, Mapping)
+    if keyed == isinstance(hypotheses, Mapping) and len(finished) == len(captions):
+        if not keyed:
+            return [bool(flag) for flag in finished]
+        if set(finished) == set(captions):
+            return [bool(finished[image]) for image in captions]
+    raise DataError(
+        f"diversity: finished is a {type(finished).__name__} of {len(finished)}, hypotheses a "
+        f"{type(hypotheses).__name__} of {len(captions)}. Give both by the same ids, or both "
+        "as lists in one order."
+    )

@@ -1,11 +1,12 @@
-"""Score captions against references that are prepared once: what training and evaluation use."""
+"""Score captions against references that are prepared once, as training and evaluation do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from capdistill.errors import DataError, UnknownName, suggest
+from capdistill.errors import ConfigError, DataError, UnknownName, shortened, suggest
+from capdistill.metrics import meteor15
 from capdistill.metrics.base import (
     Caption,
     Captions,
@@ -17,12 +18,14 @@ from capdistill.metrics.base import (
     Tokens,
     align,
     as_text,
+    checked_caption,
     first,
     prepare,
     tokens_of,
 )
 from capdistill.metrics.bleu_rouge_meteor import Bleu, MeteorNltk, RougeL
 from capdistill.metrics.cider import CiderD, DocumentFrequencies
+from capdistill.metrics.meteor15 import Meteor15
 from capdistill.metrics.ngram_counts import ReferenceNgrams
 
 _ONE_IMAGE = (
@@ -48,16 +51,19 @@ class CaptionScorer:
         (1.0, ['1', '2'])
 
     Args:
-        references: Image -> its references, or one list of references an image. A caption is
-            a string, or a list of tokens, which are taken as they are.
+        references: Image -> its references; or (image, references) pairs; or a list with the
+            references of each image. A caption is a string, or a list of tokens, which are taken
+            as they are.
         metrics: Which to compute: "bleu", "rouge_l", "cider_d", "meteor_nltk", "meteor_1_5", or a
             score's own name such as "bleu_4", or a `Metric` of your own. None is all the built-in
             ones. "meteor_1_5" is called "meteor_1_5_nopara" where there is no paraphrase table.
         document_frequencies: What CIDEr-D weighs n-grams by; None counts them in `references`.
 
     Raises:
-        DataError: no image, an image without a reference, or a caption of another type.
-        UnknownName: a metric that there is not.
+        DataError: no image, an image given twice or without a reference, or a caption of another
+            type.
+        UnknownName: an unknown metric; the message suggests the nearest name.
+        ConfigError: metrics of another type, or two that give one score.
     """
 
     def __init__(
@@ -68,9 +74,7 @@ class CaptionScorer:
         document_frequencies: DocumentFrequencies | None = None,
     ) -> None:
         self._references = prepare(references)
-        chosen = None if metrics is None else list(metrics)
-        self._own = [metric for metric in chosen or () if isinstance(metric, Metric)]
-        names = None if chosen is None else [m for m in chosen if not isinstance(m, Metric)]
+        names, self._own = _by_kind(metrics)
         self._wanted = select(names)
         self.notes = self._notes(names, document_frequencies)
         tokens = [[tokens_of(caption) for caption in image] for image in self._references.values()]
@@ -96,20 +100,22 @@ class CaptionScorer:
         return found | {name: way for own in self._own for name, way in own.directions.items()}
 
     def __call__(self, hypotheses: Captions) -> Scores:
-        """Score one caption an image.
+        """Score one caption per image.
 
         Args:
-            hypotheses: Image -> caption, by the same ids as the references; or a list in their
-                order where they were a list. "" is a caption and scores 0.
+            hypotheses: Image -> caption, or (image, caption) pairs, by the same ids as the
+                references; or a list in their order where they were a list. "" is a caption and
+                scores 0.
 
         Raises:
-            DataError: ids that do not match; the message lists the first ones.
+            DataError: ids that do not match or come twice (the message lists the first ones), or
+                a caption that is not text.
         """
         captions = align(hypotheses, self._references)
         return self._score(captions, [tokens_of(caption) for caption in captions])
 
     def update(self, hypotheses: Mapping[Any, Caption]) -> None:
-        """Take the captions of some images; `compute` scores them when all have come.
+        """Add the captions of some images; `compute` scores them once all are there.
 
         Example:
             >>> scorer = CaptionScorer({"1": ["a dog"], "2": ["a car"]}, metrics=["rouge_l"])
@@ -122,26 +128,27 @@ class CaptionScorer:
             hypotheses: Image -> caption. Where the references were a list, an image is its place.
 
         Raises:
-            DataError: an image without references, or one that has its caption already; then
-                none of these captions is taken.
+            DataError: an image without references, one that has its caption already, or a
+                caption that is not text; then none of these captions is taken.
         """
         if not isinstance(hypotheses, Mapping):
             raise DataError(
                 f"update: a {type(hypotheses).__name__} was given; expected {{image: caption}}, "
-                "since some of the captions alone do not say which images they are of."
+                "because a list does not name the images."
             )
         foreign = [image for image in hypotheses if image not in self._references]
         twice = [image for image in hypotheses if image in self._collected]
         if foreign or twice:
             raise DataError(
                 f"update: without references: {first(foreign)}. Captioned already: "
-                f"{first(twice)}. Give each image of the references one caption; reset() begins "
-                "anew."
+                f"{first(twice)}. Give each image of the references one caption; reset() starts "
+                "over."
             )
-        self._collected |= {i: (text, tokens_of(text)) for i, text in hypotheses.items()}
+        checked = {image: checked_caption(text, image) for image, text in hypotheses.items()}
+        self._collected |= {image: (text, tokens_of(text)) for image, text in checked.items()}
 
     def compute(self) -> Scores:
-        """The scores of the captions that `update` took; they stay until `reset`.
+        """Score the captions that `update` added; they stay until `reset`.
 
         Raises:
             DataError: images without a caption; the message lists the first ones.
@@ -156,22 +163,28 @@ class CaptionScorer:
         return self._score([caption for caption, _ in pairs], [tokens for _, tokens in pairs])
 
     def reset(self) -> None:
-        """Forget the captions that `update` took; the references stay."""
+        """Drop the captions that `update` added; the references stay."""
         self._collected = {}
 
     def _score(self, captions: Sequence[Caption], tokens: Sequence[Tokens]) -> Scores:
-        counted = self._ngrams.count(tokens) if self._ngrams else None
+        ngrams = self._ngrams.count(tokens) if self._ngrams else None
         corpus: dict[str, float] = {}
         per_image: dict[str, dict[Any, float]] = {}
-        for metric, names in self._wanted.items():
-            computed = self._metrics[metric](counted if metric in ON_NGRAMS else tokens)
-            for name in names:
-                corpus[name], each = computed[name]
-                per_image[name] = dict(zip(self._references, each, strict=True))
+        counts = {}
+        for name, scores in self._wanted.items():
+            metric, given = self._metrics[name], ngrams if name in ON_NGRAMS else tokens
+            if isinstance(metric, (Bleu, Meteor15)):
+                counts[name] = metric.counts(given)  # type: ignore[arg-type]
+                computed = metric.scores(counts[name])
+            else:
+                computed = metric(given)
+            for score in scores:
+                corpus[score], each = computed[score]
+                per_image[score] = dict(zip(self._references, each, strict=True))
         for own in self._own:
-            for name, (total, scores) in self._call(own, captions).items():
-                corpus[name], per_image[name] = float(total), self._by_image(name, scores)
-        return Scores(corpus, per_image, self.notes)
+            for score, (total, by_image) in self._call(own, captions).items():
+                corpus[score], per_image[score] = float(total), self._by_image(score, by_image)
+        return Scores(corpus, per_image, self.notes, counts)
 
     def _notes(
         self, names: Sequence[str] | None, frequencies: DocumentFrequencies | None
@@ -186,8 +199,8 @@ class CaptionScorer:
         results = dict(metric.function(references, hypotheses))
         if set(results) != set(metric.directions):
             raise DataError(
-                f"The metric {metric.function!r} gave {sorted(results)} but its directions are "
-                f"of {sorted(metric.directions)}; give every score its direction."
+                f"The metric {metric.function!r} returned the scores {sorted(results)}, but it "
+                f"declares directions for {sorted(metric.directions)}. Declare one for each score."
             )
         return results
 
@@ -196,8 +209,8 @@ class CaptionScorer:
         items = dict(zip(self._references, scores, strict=False) if listed else scores)
         if len(scores) != len(self._references) or set(items) != set(self._references):
             raise DataError(
-                f"'{name}' has scores of {len(scores)} images; expected one for each of the "
-                f"{len(self._references)} images, by the same ids or in their order."
+                f"The metric's '{name}' has scores of {len(scores)} images; expected one for each "
+                f"of the {len(self._references)} images, by the same ids or in their order."
             )
         return {image: float(items[image]) for image in self._references}
 
@@ -212,17 +225,46 @@ SCORES: dict[str, tuple[str, ...]] = {
     "meteor_1_5": ("meteor_1_5",),
     "meteor_1_5_nopara": ("meteor_1_5_nopara",),
 }
-"""Every built-in metric -> the scores that it gives."""
+"""Every built-in metric -> its scores."""
 
 DIRECTIONS: dict[str, Direction] = {score: "higher" for each in SCORES.values() for score in each}
 """Every built-in score -> the direction in which it gets better."""
 
 ON_NGRAMS = ("bleu", "cider_d")
-"""Those that take counted n-grams in place of tokens."""
+"""Metrics that read counted n-grams instead of tokens."""
+
+
+def _by_kind(metrics: Iterable[str | Metric] | None) -> tuple[list[str] | None, list[Metric]]:
+    """The names of built-in metrics, or None for all of them, and the metrics of the user's own."""
+    if metrics is None:
+        return None, []
+    if isinstance(metrics, (str, Metric)) or not isinstance(metrics, Iterable):
+        raise ConfigError(
+            f"metrics={shortened(metrics)} was given; expected a list such as "
+            "['bleu', 'cider_d'], or None for all."
+        )
+    names, own = [], list[Metric]()
+    for metric in metrics:
+        if isinstance(metric, Metric):
+            own.append(metric)
+        elif isinstance(metric, str):
+            names.append(metric)
+        else:
+            raise ConfigError(
+                f"metrics: {shortened(metric)} is a {type(metric).__name__}; expected a name, or "
+                "Metric(function, {'name of its score': 'higher'}) for one of your own."
+            )
+    scores = [score for metric in own for score in metric.directions]
+    twice = [s for n, s in enumerate(scores) if s in DIRECTIONS or s in scores[:n]]
+    if twice:
+        raise ConfigError(
+            f"metrics: two metrics give a score called '{twice[0]}'. Rename that of your own."
+        )
+    return names, own
 
 
 def select(names: Iterable[str] | None) -> dict[str, list[str]]:
-    """Metric -> those of its scores that are asked for; None asks for all that can be had.
+    """Metric -> those of its scores that are wanted; None is all that can be computed here.
 
     METEOR 1.5 becomes its variant without paraphrases where there is no table of them.
 
@@ -231,13 +273,13 @@ def select(names: Iterable[str] | None) -> dict[str, list[str]]:
         {'bleu': ['bleu_4'], 'rouge_l': ['rouge_l']}
 
     Raises:
-        UnknownName: a metric that there is not.
+        UnknownName: an unknown metric; the message suggests the nearest name.
     """
     wanted: dict[str, list[str]] = {}
     for name in list(SCORES)[:-1] if names is None else names:
         metric = _metric_of(name)
         scores = [name] if name in SCORES[metric] else SCORES[metric]
-        if metric == "meteor_1_5" and not _has_paraphrases():
+        if metric == "meteor_1_5" and meteor15.find_paraphrases() is None:
             metric, scores = "meteor_1_5_nopara", SCORES["meteor_1_5_nopara"]
         found = wanted.setdefault(metric, [])
         found += [score for score in scores if score not in found]
@@ -259,26 +301,20 @@ def make(
         return RougeL(tokens)
     if metric == "meteor_nltk":
         return MeteorNltk(tokens)
-    from capdistill.metrics.meteor15 import Meteor15, find_paraphrases
-
-    return Meteor15(tokens, find_paraphrases() if metric == "meteor_1_5" else None)
+    return Meteor15(tokens, meteor15.find_paraphrases() if metric == "meteor_1_5" else None)
 
 
 def _metric_of(name: str) -> str:
     for metric, scores in SCORES.items():
         if name == metric or name in scores:
             return metric
-    raise UnknownName(f"No metric '{name}'. {suggest(name, dict.fromkeys([*SCORES, *DIRECTIONS]))}")
-
-
-def _has_paraphrases() -> bool:
-    from capdistill.metrics.meteor15 import find_paraphrases
-
-    return find_paraphrases() is not None
+    raise UnknownName(
+        f"Unknown metric '{name}'. {suggest(name, dict.fromkeys([*SCORES, *DIRECTIONS]))}"
+    )
 
 
 def bleu(references: References, hypotheses: Captions) -> Scores:
-    """BLEU-1 to 4 of one caption an image; arguments and errors as `CaptionScorer`'s.
+    """BLEU-1 to 4 of one caption per image; arguments and errors as `CaptionScorer`'s.
 
     Example:
         >>> round(bleu({"1": ["a dog runs"]}, {"1": "a dog ran"})["bleu_2"], 4)
@@ -288,7 +324,7 @@ def bleu(references: References, hypotheses: Captions) -> Scores:
 
 
 def rouge_l(references: References, hypotheses: Captions) -> Scores:
-    """ROUGE-L of one caption an image; arguments and errors as `CaptionScorer`'s.
+    """ROUGE-L of one caption per image; arguments and errors as `CaptionScorer`'s.
 
     Example:
         >>> round(rouge_l([["a dog runs"]], ["a dog"])["rouge_l"], 4)
@@ -303,7 +339,7 @@ def cider_d(
     *,
     document_frequencies: DocumentFrequencies | None = None,
 ) -> Scores:
-    """CIDEr-D of one caption an image; arguments and errors as `CaptionScorer`'s.
+    """CIDEr-D of one caption per image; arguments and errors as `CaptionScorer`'s.
 
     Example:
         >>> round(cider_d([["a dog runs"], ["a red car"]], ["a dog runs", "a red"])["cider_d"], 3)
@@ -326,7 +362,7 @@ def meteor_nltk(references: References, hypotheses: Captions) -> Scores:
 
 
 def meteor_1_5(references: References, hypotheses: Captions, *, paraphrases: bool = True) -> Scores:
-    """METEOR 1.5 of one caption an image; arguments and errors as `CaptionScorer`'s.
+    """METEOR 1.5 of one caption per image; arguments and errors as `CaptionScorer`'s.
 
     Without paraphrases, or where there is no table of them, the score is "meteor_1_5_nopara".
 

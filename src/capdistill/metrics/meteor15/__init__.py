@@ -1,8 +1,8 @@
 """METEOR 1.5 in Python, equal to the Java tool: words matched by form, stem, synonym, paraphrase.
 
-`Meteor15` is the metric; the other modules follow its path: words are normalised
-(`normalizer`), prepared (`sentence`: `stemmer`, `synonyms`), matched (`matching`,
-`paraphrases`), aligned (`aligner`) and scored (`metric`).
+`Meteor15` is the metric (`metric`). A caption becomes a `Sentence` (`sentence`: words, stems), its
+words are matched with a reference's and the matches aligned (`alignment`), with the synonyms and
+paraphrases of `tables`.
 """
 
 from capdistill.metrics.meteor15.metric import Meteor15

@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from capdistill.metrics.base import Result, Tokens
 from capdistill.metrics.meteor15.alignment import Match, align, find_matches
 from capdistill.metrics.meteor15.sentence import Sentence
 from capdistill.metrics.meteor15.tables import Rewrites, read_paraphrases
+from capdistill.metrics.ngram_counts import Floats, Ints
 
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75  # the tool's, for English
 _WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # exact, stem, synonym, paraphrase
 _STAGES = len(_WEIGHTS)
+_COUNTS = 2 * (2 + 2 * _STAGES) + 1  # numbers in `_Statistics.numbers()`
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,6 @@ class _Side:
         words, function_words, *matches = numbers
         return cls(words, function_words, tuple(matches[:_STAGES]), tuple(matches[_STAGES:]))
 
-    def __add__(self, other: _Side) -> _Side:
-        return _Side(
-            self.words + other.words,
-            self.function_words + other.function_words,
-            _sums(self.content_matches, other.content_matches),
-            _sums(self.function_matches, other.function_matches),
-        )
-
 
 @dataclass(frozen=True)
 class _Statistics:
@@ -91,19 +87,12 @@ class _Statistics:
         half = len(sides) // 2
         return cls(_Side.of(sides[:half]), _Side.of(sides[half:]), chunks)
 
-    def __add__(self, other: _Statistics) -> _Statistics:
-        return _Statistics(
-            self.hypothesis + other.hypothesis,
-            self.reference + other.reference,
-            self.chunks + other.chunks,
-        )
-
 
 class Meteor15:
     """METEOR 1.5 against references that are prepared once, as `meteor-1.5.jar -l en -norm`.
 
     The score of a caption is that with its best reference; the corpus score comes from the summed
-    statistics of these, not from the mean. Tokens are lower-cased first.
+    counts of these, not from the mean. Tokens are lower-cased.
 
     Example:
         >>> meteor = Meteor15([[["a", "dog", "runs"], ["the", "dogs", "run", "fast"]]])
@@ -133,26 +122,28 @@ class Meteor15:
         self._rewrites: Rewrites | None = None
 
     def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
-        """Corpus and per-image scores of one tokenized caption an image, in the same order."""
-        best = self._best(hypotheses)
-        corpus = sum(best, _Statistics())
-        return {self.name: (corpus.score(), [statistics.score() for statistics in best])}
+        """Corpus and per-image scores of one tokenized caption per image, in the same order."""
+        return self.scores(self.counts(hypotheses))
 
-    def statistics(self, hypotheses: Sequence[Tokens]) -> list[tuple[int, ...]]:
-        """Whole numbers of each image, whose sums over any images `score` makes their score."""
-        return [each.numbers() for each in self._best(hypotheses)]
-
-    @staticmethod
-    def score(sums: Sequence[int]) -> float:
-        """The score of the images whose `statistics` have these sums."""
-        return _Statistics.of(sums).score()
-
-    def _best(self, hypotheses: Sequence[Tokens]) -> list[_Statistics]:
+    def counts(self, hypotheses: Sequence[Tokens]) -> Ints:
+        """Align each caption with its best reference: whole numbers of each image, (I, S)."""
         rewrites = self._paraphrases()
-        return [
-            _best(Sentence(tokens), references, rewrites)
+        rows = [
+            _best(Sentence(tokens), references, rewrites).numbers()
             for tokens, references in zip(hypotheses, self._references, strict=True)
         ]
+        return np.array(rows, np.int64).reshape(len(rows), _COUNTS)
+
+    def scores(self, counts: Ints) -> dict[str, Result]:
+        """Corpus and per-image scores from `counts`."""
+        corpus = self.scores_of_sums(counts.sum(0, keepdims=True))[0, 0] if len(counts) else 0.0
+        return {self.name: (float(corpus), self.scores_of_sums(counts)[:, 0].tolist())}
+
+    @staticmethod
+    def scores_of_sums(sums: Ints) -> Floats:
+        """The score, (n, 1), of n samples of images from the sums, (n, S), of their counts."""
+        scores = [[_Statistics.of(each).score()] for each in sums.tolist()]
+        return np.array(scores, np.float64).reshape(-1, 1)
 
     def _paraphrases(self) -> Rewrites | None:
         if self._rewrites is None and self._table is not None:
@@ -204,7 +195,3 @@ def _chunks(matches: Sequence[Match]) -> int:
             match.hypothesis + match.hypothesis_length,
         )
     return chunks
-
-
-def _sums(ours: Sequence[int], theirs: Sequence[int]) -> tuple[int, ...]:
-    return tuple(a + b for a, b in zip(ours, theirs, strict=True))

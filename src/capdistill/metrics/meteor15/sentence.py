@@ -57,23 +57,28 @@ _DOTS = re.compile(r"\.{2,}")
 _BREAKS = re.compile(r"[ \t\n\r\f]+")
 _SPACES = re.compile(r"[ \t\n\r\f\xa0\u2000-\u200a\u202f\u205f\u3000]+")
 _HAS_LETTER = re.compile(f"[{_LETTER}]")
-_PREFIXES = {"v", "vs", "rev"}  # of the tool's abbreviations those without capitals ...
-_NUMBER_PREFIXES = {"pp"}  # ... and those that are one only before a number
+# Abbreviations that keep their dot, and those that keep it only before a number.
+_ABBREVIATIONS = """A B C D E F G H I J K L M N O P Q R S T U V W X Y Z Adj Adm Adv Asst Bart Bldg
+Brig Bros Capt Cmdr Col Comdr Con Corp Cpl DR Dr Drs Ens Gen Gov Hon Hr Hosp Insp Lt MM MR MRS MS Maj
+Messrs Mlle Mme Mr Mrs Ms Msgr Op Ord Pfc Ph Prof Pvt Rep Reps Res Rev Rt Sen Sens Sfc Sgt Sr St
+Supt Surg v vs rev Nos Nr"""
+_PREFIXES = frozenset(_ABBREVIATIONS.split())
+_NUMBER_PREFIXES = frozenset({"No", "Art", "pp"})
 
 
 def normalize(tokens: Tokens) -> list[str]:
-    """The words of a caption as METEOR sees them, lower-cased.
+    """The words of a caption as METEOR sees them: split from their punctuation, then lower-cased.
 
     Example:
         >>> normalize(["a", "well-known", "dog", "(brown)", "n't"])
         ['a', 'well', 'known', 'dog', '(', 'brown', ')', 'n', "'t"]
-        >>> normalize("the u.s. team , no. 1 at 3 p.m.".split())
-        ['the', 'us', 'team', ',', 'no', '.', '1', 'at', '3', 'pm']
+        >>> normalize("the U.S. team , No. 1 of Dr. Who".split())  # "No." keeps its dot before 1
+        ['the', 'us', 'team', ',', 'no.', '1', 'of', 'dr.', 'who']
     """
-    text = f" {' '.join(tokens)} ".lower()
+    text = f" {' '.join(tokens)} "
     if not text.isascii() or not text.replace(" ", "").isalnum():
         text = _separate(text)
-    return [word for word in _SPACES.split(text) if word]
+    return [word for word in _SPACES.split(text.lower()) if word]
 
 
 def _separate(text: str) -> str:
@@ -89,7 +94,7 @@ def _separate(text: str) -> str:
 
 
 def _final_dot(word: str, following: str) -> str:
-    """A dot ends a sentence, or belongs to an abbreviation, or is dropped from initials."""
+    """Cut off the dot that ends a sentence; keep an abbreviation's; drop those of initials."""
     if len(word) == 1 or not word.endswith("."):
         return word
     stem = word[:-1]
@@ -207,11 +212,11 @@ def _past(word: str, r1: int) -> str:
     for suffix in ("ingly", "edly", "ing", "ed"):
         if word.endswith(suffix):
             rest = word[: -len(suffix)]
-            return _mend(rest, r1) if _has_vowel(rest) else word
+            return _restore_ending(rest, r1) if _has_vowel(rest) else word
     return word
 
 
-def _mend(word: str, r1: int) -> str:
+def _restore_ending(word: str, r1: int) -> str:
     """What is left after -ed or -ing: hop(p), lik(e), creat(e)."""
     if word.endswith(("at", "bl", "iz")):
         return word + "e"
