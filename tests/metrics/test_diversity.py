@@ -75,7 +75,7 @@ def test_flags_of_other_captions_are_refused(finished: object) -> None:
 
 @pytest.mark.parametrize("texts", [("a dog", None), (["a dog"], "a dog")])
 def test_a_lone_string_is_refused(texts: tuple) -> None:
-    with pytest.raises(DataError, match="expected a (list|mapping)"):
+    with pytest.raises(DataError, match=r"expected a (list|mapping)"):
         diversity(*texts)
 
 

@@ -21,6 +21,7 @@ from capdistill.metrics.meteor15.tables import senses
 
 TABLE = find_paraphrases()
 TOOL = TABLE.parents[1] / "meteor-1.5.jar" if TABLE else None
+NORMALIZER = "edu.cmu.meteor.util.Normalizer"
 needs_table = pytest.mark.skipif(TABLE is None, reason="needs pycocoevalcap (extra `coco`)")
 needs_tool = pytest.mark.skipif(
     not (TOOL and TOOL.exists() and shutil.which("java")),
@@ -291,6 +292,37 @@ def test_punctuation_is_separated_as_by_the_tool() -> None:
         "us vs. them pp. 5 st. john no . 5 dr ."
     )
     assert normalize(["3\u00a01/2", "Cups"]) == ["3", "1", "/", "2", "cups"]
+
+
+def test_capitals_decide_on_a_dot_before_they_are_lower_cased() -> None:
+    # `Normalizer.normalizeLine` of the tool, then lower case, as its `getMeteorStats` does
+    text = "Dr. Who and St. John at No. 5 , A. B. Smith Jr. The U.S. said End. The dr. The"
+    assert normalize(_split(text)) == _split(
+        "dr. who and st. john at no. 5 , a. b. smith jr . the us said end . the dr . the"
+    )
+
+
+@needs_tool
+@pytest.mark.slow
+def test_capitals_are_normalised_as_by_the_tool() -> None:
+    draw = random.Random(7)
+    words = _split(
+        "The the Dr. dr. Mr. Smith smith No. no. 5 Art. pp. 7 U.S. u.s. Jr. St. John A. B. x. A.M. "
+        "p.m. DOGS dog's DOG'S , . Nos. Nr. I.e. Vs. vs. É. Café Straße O'Neil MRS. Sen. End. "
+        "rock'N'Roll 3,000 State-Of-Art"
+    )
+    lines = [" ".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(1000)]
+    assert TOOL is not None
+    answer = subprocess.run(
+        [*_split("java -Dfile.encoding=UTF-8 -cp meteor-1.5.jar"), NORMALIZER, "en", "true"],
+        input="\n".join(lines) + "\n",
+        cwd=TOOL.parent,
+        capture_output=True,
+        check=True,
+        encoding="utf-8",
+    )
+    wanted = [line.lower().split() for line in answer.stdout.splitlines()]
+    assert [normalize(line.split()) for line in lines] == wanted
 
 
 def test_a_reference_without_words_scores_zero() -> None:

@@ -1,4 +1,5 @@
 import gzip
+import math
 import pickle
 import socket
 from pathlib import Path
@@ -15,8 +16,10 @@ from capdistill.metrics import (
     Metric,
     bleu,
     cider_d,
+    diversity,
     meteor_1_5,
     meteor_nltk,
+    paired_bootstrap,
     rouge_l,
 )
 from capdistill.training.monitor import resolve_monitor
@@ -236,3 +239,89 @@ def test_a_metric_that_leaves_out_an_image_is_refused() -> None:
 def test_scores_show_the_corpus_and_not_every_image():
     scores = CaptionScorer({"a": ["a dog"]}, metrics=["rouge_l"])({"a": "a dog"})
     assert repr(scores) == "Scores(rouge_l=1.0000)"
+
+
+NO_TEXT = [None, math.nan, 3, True, b"a dog", b"", {"raw": "a dog"}, object(), [3], ["a", None]]
+PRINTED = ["['a dog', 'a cat']", "{'raw': 'a dog'}", "b'a dog'"]
+
+
+@pytest.mark.parametrize("value", [*NO_TEXT, *PRINTED], ids=repr)
+def test_a_caption_that_is_not_text_is_refused_with_its_image(value: object) -> None:
+    captions, references = {"a": "a dog", "b": value}, {**REFERENCES, "b": ["a red car", value]}
+    scorer = CaptionScorer(REFERENCES, metrics=["bleu"])
+    for refused in (
+        lambda: scorer(captions),
+        lambda: scorer.update(captions),
+        lambda: CaptionScorer(references, metrics=["bleu"]),
+        lambda: DocumentFrequencies.count(references),
+        lambda: paired_bootstrap(REFERENCES, CAPTIONS, captions, ["bleu"]),
+        lambda: diversity(captions),
+        *(lambda score=score: score(REFERENCES, captions) for score in (bleu, rouge_l, cider_d)),
+        *(lambda score=score: score(references, CAPTIONS) for score in (meteor_nltk, meteor_1_5)),
+    ):
+        with pytest.raises(DataError, match=r"image 'b'.*expected a string"):
+            refused()
+    with pytest.raises(DataError, match=r"Training caption 2 .*expected a string"):
+        diversity(CAPTIONS, training_captions=["a dog", value])
+
+
+@pytest.mark.parametrize("value", [None, math.nan, 3, b"a dog", {"raw": "a dog"}], ids=repr)
+def test_references_that_are_no_list_are_refused_with_their_image(value: object) -> None:
+    with pytest.raises(DataError, match=r"references of image 'b' are .*expected a list"):
+        CaptionScorer({**REFERENCES, "b": value})
+
+
+@pytest.mark.parametrize("value", [None, 3, "ab", b"ab"], ids=repr)
+def test_captions_that_are_no_list_are_refused(value: object) -> None:
+    with pytest.raises(DataError, match="expected a mapping by image"):
+        CaptionScorer([["a"], ["b"]], metrics=["bleu"])(value)
+    with pytest.raises(DataError, match="expected a mapping by image"):
+        CaptionScorer(value)
+
+
+def test_pairs_give_the_scores_of_a_mapping() -> None:
+    expected = CaptionScorer(REFERENCES, metrics=["cider_d"])(CAPTIONS)
+    scorer = CaptionScorer(list(REFERENCES.items()), metrics=["cider_d"])
+    for pairs in (list(CAPTIONS.items()), CAPTIONS.items(), iter(CAPTIONS.items())):
+        assert scorer(pairs).per_image == expected.per_image
+    numbered = CaptionScorer(list(REFERENCES.values()), metrics=["cider_d"])
+    assert numbered(list(enumerate(CAPTIONS.values())))["cider_d"] == expected["cider_d"]
+
+
+def test_an_image_given_twice_is_refused_by_its_id() -> None:
+    references, captions = list(REFERENCES.items()), list(CAPTIONS.items())
+    scorer = CaptionScorer(REFERENCES, metrics=["bleu"])
+    for refused in (
+        lambda: CaptionScorer([*references, references[1]]),
+        lambda: scorer([*captions, ("b", "a car")]),
+        lambda: paired_bootstrap(references, captions, [*captions, captions[1]], ["bleu"]),
+        lambda: DocumentFrequencies.count([*references, references[1]]),
+    ):
+        with pytest.raises(DataError, match="image 'b' twice"):
+            refused()
+    with pytest.raises(DataError, match="image 1 twice"):
+        diversity([(1, "a dog"), (1, "a cat")])
+
+
+def test_two_tokens_of_a_listed_caption_are_no_pair() -> None:
+    scorer = CaptionScorer([["a dog"], ["a cat"]], metrics=["bleu_1"])
+    assert scorer([("a", "dog"), ("a", "cat")])["bleu_1"] == pytest.approx(1)
+
+
+def test_one_n_gram_counted_twice_is_refused() -> None:
+    with pytest.raises(DataError, match="'a dog' twice"):
+        DocumentFrequencies.from_counts({"a dog": 3, ("a", "dog"): 2}, documents=10)
+
+
+def test_two_metrics_that_give_one_score_are_refused() -> None:
+    own = Metric(_length, {"length": "lower"})
+    shadow = Metric(lambda references, hypotheses: {}, {"bleu_1": "higher"})
+    for metrics, name in (([own, own], "length"), (["bleu", shadow], "bleu_1")):
+        with pytest.raises(ConfigError, match=f"two metrics give a score called '{name}'"):
+            CaptionScorer(REFERENCES, metrics=metrics)
+
+
+@pytest.mark.parametrize("metrics", ["bleu", 3, [_length], [None]], ids=repr)
+def test_metrics_of_another_type_are_refused(metrics: object) -> None:
+    with pytest.raises(ConfigError, match=r"metrics.*expected"):
+        CaptionScorer(REFERENCES, metrics=metrics)

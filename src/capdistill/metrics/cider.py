@@ -187,14 +187,20 @@ class DocumentFrequencies:
             documents: How many documents they were counted in.
 
         Raises:
-            DataError: An n-gram of another length, or a frequency above the number of documents.
+            DataError: An n-gram of another length or given twice, or a frequency above the number
+                of documents.
         """
-        known = {_ngram(ngram): float(count) for ngram, count in counts.items()}
+        known: dict[Ngram, float] = {}
+        for given, count in counts.items():
+            ngram = _ngram(given)
+            if ngram in known:
+                raise DataError(f"The counts have the n-gram {' '.join(ngram)!r} twice.")
+            known[ngram] = float(count)
         ids = NgramIds()
         ids.count(list(known), keep=True)
         arrays = [np.zeros(size) for size in ids.sizes]
         for n, array in enumerate(arrays, 1):
-            of_n = {ngram: count for ngram, count in known.items() if len(ngram) == n}
+            of_n = {each: count for each, count in known.items() if len(each) == n}
             array[ids.count(list(of_n), keep=False)[n - 1].ids] = list(of_n.values())
         return cls(ids, arrays, documents)
 
