@@ -41,7 +41,7 @@ PRINTED = [
 ]
 
 
-@pytest.mark.parametrize("value", NO_TEXT, ids=repr)
+@pytest.mark.parametrize("value", NO_TEXT, ids=lambda value: type(value).__name__)
 def test_a_caption_that_is_not_text_is_refused_with_its_place_and_type(value) -> None:
     with pytest.raises(DataError, match=rf"^row 3 is .*\({type(value).__name__}\)"):
         require_text(value, "row 3")

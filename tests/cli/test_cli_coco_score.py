@@ -225,7 +225,7 @@ def test_systems_of_different_images_are_not_compared(
     ("words", "message"),
     [
         ((), "--against"),
-        (("--against", "missing.json"), "0 samples"),
+        (("--against", "missing.json"), "--bootstrap=0 was given"),
     ],
 )
 def test_samples_need_a_second_system_and_a_number(
@@ -252,9 +252,14 @@ BAD_RESULTS = {
     "two results": ([*RESULTS, RESULTS[0]], "results[3]: image '25' has a result already"),
     "two, one as text": (changed(1, image_id="25"), "results[1]: image '25' has a result"),
     "foreign ids": (changed(1, image_id=99), "1 of 3 results are of images that"),
+    "a key twice": ('{"7": "a dog", "7": "a cat"}', "an object has the key '7' twice"),
+    "a list printed": (changed(1, caption="['a dog', 'a cat']"), "printed into a string"),
     "two in an object": ({"7": ["a dog", "a cat"]}, "image '7' has a result already"),
-    "an object of others": ({"7": "a dog", "12": 3}, "found an object with ['7', '12']"),
-    "no text": (changed(1, caption=None), "results[1]: caption is None; expected a string"),
+    "an object of others": ({"7": "a dog", "12": 3}, "image '12': caption is 3 (int)"),
+    "no text": (
+        changed(1, caption=None),
+        "results[1]: caption is None (NoneType); expected a string",
+    ),
     "a list": (changed(1, caption=["a dog"]), "results[1]: caption is ['a dog']"),
     "fraction": (changed(0, image_id=25.0), "image_id is 25.0; expected a whole number"),
     "true": (changed(0, image_id=True), "image_id is True"),
@@ -265,7 +270,9 @@ BAD_REFERENCES = {
     "a list": (RESULTS, "no COCO captions file; expected the lists ('images', 'annotations')"),
     "no images": ({"annotations": []}, "found ['annotations']"),
     "no id": ({**REFERENCES, "images": [{}]}, "images[0]: expected an object with 'id'"),
-    "no text": (annotated(caption=3), "annotations[0]: caption is 3; expected a string"),
+    "two entries": ({**REFERENCES, "images": [{"id": 7}, {"id": "7"}]}, "'7' is listed already"),
+    "null in an object": ({"7": ["a dog"], "12": None}, "image '12': caption is None"),
+    "no text": (annotated(caption=3), "annotations[0]: caption is 3 (int); expected a string"),
     "no reference": (annotated(), "have no caption under 'annotations': '25', '12'"),
 }
 

@@ -299,12 +299,26 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """JSON text; `where` names it in the error."""
+    """JSON text; `where` names it in the error.
+
+    Raises:
+        DataError: it is not JSON, or an object has a key twice, of which JSON would keep the last.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
+    except DataError:
+        raise
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         line = getattr(error, "lineno", 1)
         raise DataError(f"{where} is not JSON (line {line}: {error}).") from error
+
+
+def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
+        raise DataError(f"{where}: an object has the key '{twice}' twice. Give each key once.")
+    return found
 
 
 def read_lists(path: Path, *keys: str, form: str) -> dict[str, list[Any]]:

@@ -1,6 +1,7 @@
-"""COCO's own files for scoring: references and results, read into what `CaptionScorer` takes.
+"""Read the two files of the COCO tool, references and results, for `CaptionScorer`.
 
-Also the same as JSON Lines (`.jsonl`, `.ndjson`), and as one object {image: caption or captions}.
+The same content may come as JSON Lines (`.jsonl`, `.ndjson`) or as one object {image: caption or
+captions}.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from capdistill.data.caption_files import lines, parse_json, read_json, read_lists, read_text
-from capdistill.errors import DataError
+from capdistill.errors import DataError, require_text, shortened
 from capdistill.metrics.base import first
 
 _LINES = (".jsonl", ".ndjson")
@@ -21,7 +22,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can name it alone; no output 
 
 @dataclass(frozen=True)
 class CocoResults:
-    """Captions with the references of their images. Ids are strings, also where the files' are not.
+    """Captions with the references of their images. Ids are strings, in the files often numbers.
 
     Args:
         references: Image -> its references, for each image that has a result.
@@ -40,11 +41,11 @@ def read_coco_results(references: str | Path, results: str | Path) -> CocoResult
     Example:
         >>> import json, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     given, said = Path(folder, "references.json"), Path(folder, "results.json")
+        ...     given, results = Path(folder, "references.json"), Path(folder, "results.json")
         ...     texts = [{"id": 1, "image_id": 7, "caption": "a dog"}]
         ...     _ = given.write_text(json.dumps({"images": [{"id": 7}], "annotations": texts}))
-        ...     _ = said.write_text(json.dumps(coco_results({"7": "a dog runs"})))
-        ...     found = read_coco_results(given, said)
+        ...     _ = results.write_text(json.dumps(coco_results({"7": "a dog runs"})))
+        ...     found = read_coco_results(given, results)
         >>> found.references, found.captions
         ({'7': ['a dog']}, {'7': 'a dog runs'})
 
@@ -54,8 +55,8 @@ def read_coco_results(references: str | Path, results: str | Path) -> CocoResult
         results: A list of objects with image_id and caption; or {image: caption}; or JSON Lines.
 
     Raises:
-        DataError: a file cannot be read, is no JSON or of another form; a caption that is no
-            text; an image with two results, without a reference, or not in the references.
+        DataError: a file cannot be read, is not JSON or has another form; a caption is not text;
+            an image has two results or two entries, no reference, or is not in the references.
     """
     images, texts = _references(Path(references))
     captions = _captions(Path(results))
@@ -69,25 +70,33 @@ def read_coco_results(references: str | Path, results: str | Path) -> CocoResult
     if bare:
         raise DataError(
             f"{references}: {len(bare)} images of {results} have no caption under 'annotations': "
-            f"{first(bare)}. An image can be scored where it has a reference."
+            f"{first(bare)}. Give each of them a reference, or leave out its result."
         )
     without = tuple(image for image in images if image not in captions)
     return CocoResults({image: texts[image] for image in captions}, captions, without)
 
 
 def coco_results(captions: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Captions as the COCO tool takes results. Ids become numbers again where all were numbers.
+    """Captions in the form of the COCO tool's results. Ids become numbers if all were numbers.
 
     Example:
         >>> coco_results({"391895": "a man on a bicycle"})
         [{'image_id': 391895, 'caption': 'a man on a bicycle'}]
         >>> coco_results({"dog.jpg": "a dog"})
         [{'image_id': 'dog.jpg', 'caption': 'a dog'}]
+
+    Raises:
+        DataError: a caption is not text, or two ids are the same text.
     """
-    numbers = all(_is_number(image) for image in captions)
+    texts: dict[str, str] = {}
+    for image, text in captions.items():
+        if str(image) in texts:
+            raise DataError(f"The captions have image {str(image)!r} twice. Give each image one.")
+        texts[str(image)] = require_text(text, f"The caption of image {image!r}")
+    numbers = all(map(_is_number, texts))
     return [
         {"image_id": int(image) if numbers else image, "caption": text}
-        for image, text in captions.items()
+        for image, text in texts.items()
     ]
 
 
@@ -96,50 +105,59 @@ def _is_number(image: str) -> bool:
     return image.isascii() and image.isdigit() and len(image) < 19 and str(int(image)) == image
 
 
-def _references(path: Path) -> tuple[dict[str, None], dict[str, list[str]]]:
+class _Row(NamedTuple):
+    place: str
+    image: str
+    caption: str
+
+
+def _references(path: Path) -> tuple[list[str], dict[str, list[str]]]:
     """The images, in order, and image -> captions."""
-    images: dict[str, None] | None = None
     try:
         lists = read_lists(path, "images", "annotations", form="COCO captions")
     except DataError:
-        rows = _lines(path) if path.suffix in _LINES else _of_object(read_json(path))
-        if rows is None:
+        content = _lines(path) if path.suffix in _LINES else read_json(path)
+        if path.suffix not in _LINES and not _is_by_image(content):
             raise
+        images, rows = None, _rows(path, "annotations", content)
     else:
-        rows = lists["annotations"]
-        listed = _rows(path, "images", lists["images"], "id")
-        images = {_id(place, row): None for place, row in listed}
+        images = _image_ids(path, lists["images"])
+        rows = _rows(path, "annotations", lists["annotations"])
     texts: dict[str, list[str]] = {}
-    for place, row in _rows(path, "annotations", rows, "image_id", "caption"):
-        texts.setdefault(_id(place, row, "image_id"), []).append(_caption(place, row))
-    return dict.fromkeys(texts) if images is None else images, texts
+    for row in rows:
+        texts.setdefault(row.image, []).append(row.caption)
+    return list(texts) if images is None else images, texts
+
+
+def _image_ids(path: Path, entries: list[Any]) -> list[str]:
+    ids: dict[str, None] = {}
+    for number, entry in enumerate(entries):
+        place = f"{path}, images[{number}]"
+        _require_fields(place, entry, "id")
+        image = _id(place, entry["id"], "id")
+        if image in ids:
+            raise DataError(f"{place}: image {image!r} is listed already; ids must differ.")
+        ids[image] = None
+    return list(ids)
 
 
 def _captions(path: Path) -> dict[str, str]:
-    rows = _result_rows(path)
-    if not rows:
-        raise DataError(f"{path} holds no result; expected one caption for each image to score.")
+    content = _lines(path) if path.suffix in _LINES else read_json(path)
+    if not isinstance(content, list) and not _is_by_image(content):
+        held = f"an object with {list(content)[:8]}" if isinstance(content, dict) else ""
+        raise DataError(
+            f"{path} is not a COCO results file; expected a list of "
+            f'{{"image_id": ..., "caption": ...}}, found {held or shortened(content)}. The '
+            "references come first, the results second."
+        )
     captions: dict[str, str] = {}
-    for place, row in _rows(path, "results", rows, "image_id", "caption"):
-        image = _id(place, row, "image_id")
+    for place, image, caption in _rows(path, "results", content):
         if image in captions:
             raise DataError(f"{place}: image {image!r} has a result already; give it one caption.")
-        captions[image] = _caption(place, row)
+        captions[image] = caption
+    if not captions:
+        raise DataError(f"{path} holds no result; expected one caption for each image to score.")
     return captions
-
-
-def _result_rows(path: Path) -> list[Any]:
-    content = _lines(path) if path.suffix in _LINES else read_json(path)
-    rows = content if isinstance(content, list) else _of_object(content)
-    if rows is None:
-        given = isinstance(content, dict)
-        held = f"an object with {list(content)[:8]}" if given else _short(content)
-        raise DataError(
-            f"{path}: no COCO results file; expected a list of "
-            f'{{"image_id": ..., "caption": ...}}, found {held}. The references come first, the '
-            "results second."
-        )
-    return rows
 
 
 def _lines(path: Path) -> list[Any]:
@@ -147,44 +165,48 @@ def _lines(path: Path) -> list[Any]:
     return [parse_json(row, f"{path}, row {number}") for number, row in lines(read_text(path))]
 
 
-def _of_object(content: Any) -> list[Any] | None:
-    """COCO's rows of an object {image: caption} or {image: [caption, ...]}; None of another."""
-    if not isinstance(content, dict) or not content:
-        return None
-    said = {image: [t] if isinstance(t, str) else t for image, t in content.items()}
-    if not all(isinstance(t, list) and t and isinstance(t[0], str) for t in said.values()):
-        return None
-    return [{"image_id": image, "caption": text} for image, t in said.items() for text in t]
+def _is_by_image(content: Any) -> bool:
+    """Whether this is one object {image: caption or captions}."""
+    if not isinstance(content, dict) or not content.keys().isdisjoint({"images", "annotations"}):
+        return False
+    return any(isinstance(value, str) or _holds_text(value) for value in content.values())
 
 
-def _rows(path: Path, key: str, rows: list[Any], *needs: str) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every row, each an object with what is needed."""
-    for number, row in enumerate(rows):
+def _holds_text(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(text, str) for text in value)
+
+
+def _rows(path: Path, key: str, content: Any) -> Iterator[_Row]:
+    """Every caption with its image: of a list of objects, or of {image: caption or captions}.
+
+    Raises:
+        DataError: a row without what is needed, an id or a caption of another type; the message
+            names the row.
+    """
+    if isinstance(content, dict):
+        for image, texts in content.items():
+            place = f"{path}, image {image!r}"
+            _id(place, image, "the id")
+            for text in texts if isinstance(texts, list) else [texts]:
+                yield _Row(place, image, require_text(text, f"{place}: caption"))
+        return
+    for number, row in enumerate(content):
         place = f"{path}, {key}[{number}]"
-        if not isinstance(row, dict) or not all(need in row for need in needs):
-            fields = " and ".join(f"'{need}'" for need in needs)
-            raise DataError(f"{place}: expected an object with {fields}, found {_short(row)}.")
-        yield place, row
+        _require_fields(place, row, "image_id", "caption")
+        image = _id(place, row["image_id"], "image_id")
+        yield _Row(place, image, require_text(row["caption"], f"{place}: caption"))
 
 
-def _id(place: str, row: Mapping[str, Any], key: str = "id") -> str:
-    value = row[key]
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, str))
-        or _SURROGATE.search(str(value))
-    ):
-        raise DataError(f"{place}: {key} is {_short(value)}; expected a whole number or a string.")
+def _require_fields(place: str, row: Any, *needs: str) -> None:
+    if not isinstance(row, dict) or not all(need in row for need in needs):
+        fields = " and ".join(f"'{need}'" for need in needs)
+        raise DataError(f"{place}: expected an object with {fields}, found {shortened(row)}.")
+
+
+def _id(place: str, value: Any, name: str) -> str:
+    number_or_text = isinstance(value, (int, str)) and not isinstance(value, bool)
+    if not number_or_text or _SURROGATE.search(str(value)):
+        raise DataError(
+            f"{place}: {name} is {shortened(value)}; expected a whole number or a string."
+        )
     return str(value)
-
-
-def _caption(place: str, row: Mapping[str, Any]) -> str:
-    text = row["caption"]
-    if not isinstance(text, str):
-        raise DataError(f"{place}: caption is {_short(text)}; expected a string ('' is one).")
-    return text
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."

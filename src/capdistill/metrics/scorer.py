@@ -308,9 +308,7 @@ def _metric_of(name: str) -> str:
     for metric, scores in SCORES.items():
         if name == metric or name in scores:
             return metric
-    raise UnknownName(
-        f"Unknown metric '{name}'. {suggest(name, dict.fromkeys([*SCORES, *DIRECTIONS]))}"
-    )
+    raise UnknownName(f"No metric '{name}'. {suggest(name, dict.fromkeys([*SCORES, *DIRECTIONS]))}")
 
 
 def bleu(references: References, hypotheses: Captions) -> Scores:
