@@ -1,0 +1,215 @@
+"""Training against a loop written by hand: what `step` and `fit` cost beside plain PyTorch.
+
+    python benchmarks/training.py step
+    python benchmarks/training.py fit --images flickr8k/images
+
+`step` alternates `Distiller.step` with a loop of the same modules in one process: same batch, same
+optimizer, same losses, and prints the ratio of the medians for micro-batches of 8 images x 2
+captions and of 1 x 1. `fit` trains on JPEG files with the default options for reading, beside a
+loop with a torch DataLoader whose data set decodes, crops and tokenises the same images in the
+same number of worker processes. Every figure is a ratio within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import capdistill as cd
+from capdistill.data.images import random_square, read_image
+from capdistill.losses.divergence import cross_entropy
+from capdistill.outputs import Batch
+from capdistill.runtime import autocast
+from capdistill.tokenizer import pad_batch
+
+WORDS = [f"word{n}" for n in range(500)]
+WEIGHTS = {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["step", "fit"])
+    parser.add_argument("--images", type=Path, help="directory of JPEG files, for `fit`")
+    parser.add_argument("--count", type=int, default=512, help="images of `fit`")
+    parser.add_argument("--steps", type=int, default=60, help="timed steps of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="timed epochs of each side of `fit`")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.what == "step":
+        for images, k in ((8, 2), (1, 1)):
+            print(f"{images} x {k}: {compare_steps(images, k, options.steps)}", flush=True)
+    elif options.images is None:
+        parser.error("fit needs --images, a directory of JPEG files")
+    else:
+        print(compare_fits(sorted(options.images.glob("*.jpg"))[: options.count], options.rounds))
+
+
+# -- one step -----------------------------------------------------------------------------------
+
+
+def make_pair() -> tuple[cd.Captioner, cd.Captioner]:
+    torch.manual_seed(0)
+    tokenizer = cd.WordTokenizer(WORDS)
+    teacher = cd.Captioner.create("debug_teacher", tokenizer=tokenizer)
+    return teacher, cd.Captioner.create("debug_student", tokenizer=tokenizer)
+
+
+def make_distiller() -> cd.Distiller:
+    teacher, student = make_pair()
+    return cd.Distiller(teacher, student, weights=WEIGHTS, schedule="constant", device="cpu")
+
+
+def make_batch(images: int, k: int, size: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, len(WORDS), (images * k, 14), generator=generator)
+    ids[:, 0], ids[:, -1] = 1, 2
+    return Batch(
+        images=torch.randint(256, (images, 3, size, size), dtype=torch.uint8, generator=generator),
+        input_ids=ids,
+        mask=torch.ones_like(ids, dtype=torch.bool),
+        captions=("",) * len(ids),
+        image_ids=tuple(map(str, range(images))),
+    )
+
+
+def hand_written(distiller: cd.Distiller, batch: Batch) -> Callable[[], float]:
+    """A loop of the same modules as one would write it without the library's trainer."""
+    student, teacher, losses = distiller.student, distiller.teacher, distiller.objective.losses
+    need = distiller.objective.needed_outputs | {"logits"}
+    parameters = [p for p in distiller.objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    teacher.eval()
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(distiller.device, distiller.precision):
+            with torch.no_grad():
+                wanted = teacher(batch, need=need)
+            output = student(batch, need=need)
+            tokens, images = batch.target_mask.sum(), batch.num_images
+            loss = cross_entropy(output.logits, batch.targets, batch.target_mask)
+            loss = WEIGHTS["ce"] * loss / tokens
+            for name, term in losses.items():
+                divisor = images if name == "feature" else tokens
+                loss = loss + WEIGHTS[name] * term(output, wanted, batch) / divisor
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def compare_steps(images: int, k: int, steps: int) -> str:
+    ours, theirs = make_distiller(), make_distiller()
+    size = max(ours.teacher.image_size, ours.student.image_size)
+    batch = make_batch(images, k, size)
+    plain = hand_written(theirs, batch)
+    theirs.objective.train()
+    ours.teacher.eval()  # as `fit` does once; otherwise every step restores its flags
+    for _ in range(5):
+        ours.step(batch)
+        plain()
+    mine, other = alternate([lambda: ours.step(batch), plain], steps)
+    return report(mine, other)
+
+
+# -- a whole fit ----------------------------------------------------------------------------------
+
+
+class Pictures(Dataset[tuple[Tensor, list[str], str]]):
+    """The same images for a plain loop: read, cropped and put together by hand."""
+
+    def __init__(self, examples: list[Any], size: int) -> None:
+        self.examples, self.size = examples, size
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, list[str], str]:
+        example = self.examples[number]
+        pixels = random_square(read_image(example.path), self.size, torch.Generator())
+        return pixels, list(example.captions), example.image_id
+
+
+def collate(tokenizer: cd.WordTokenizer, items: list[tuple[Tensor, list[str], str]]) -> Batch:
+    captions = [caption for _, texts, _ in items for caption in texts]
+    ids, mask = pad_batch([tokenizer.encode(text) for text in captions], tokenizer.pad_id)
+    return Batch(
+        images=torch.stack([pixels for pixels, _, _ in items]),
+        input_ids=ids,
+        mask=mask,
+        captions=tuple(captions),
+        image_ids=tuple(image_id for _, _, image_id in items),
+    )
+
+
+class Collate:
+    """Picklable, for worker processes that are spawned."""
+
+    def __init__(self, tokenizer: cd.WordTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, items: list[tuple[Tensor, list[str], str]]) -> Batch:
+        return collate(self.tokenizer, items)
+
+
+def compare_fits(files: list[Path], rounds: int) -> str:
+    rng = random.Random(0)
+    texts = [[" ".join(rng.choices(WORDS, k=10)) for _ in range(2)] for _ in files]
+    examples = [
+        cd.data.Example(file.name, file, tuple(captions))
+        for file, captions in zip(files, texts, strict=True)
+    ]
+    data = cd.data.CaptionData(examples)
+    ours, theirs = make_distiller(), make_distiller()
+    size = max(ours.teacher.image_size, ours.student.image_size)
+    options: dict[str, Any] = {"cache_features": False, "progress": False}
+    options |= {"batch_size": 16, "captions_per_image": 2, "precision": "fp32"}
+    ours.fit(data, epochs=1, **options)  # warm up, and see what the defaults choose
+    workers = int(getattr(ours.train_source, "num_workers", 0))
+    loader = DataLoader(
+        Pictures(examples, size),
+        batch_size=16,
+        shuffle=True,
+        num_workers=workers,
+        collate_fn=Collate(theirs.student.tokenizer),
+    )
+
+    def plain() -> None:
+        theirs.objective.train()
+        for batch in loader:
+            hand = hand_written(theirs, batch)
+            hand()
+
+    mine, other = alternate([lambda: ours.fit(data, epochs=1, **options), plain], rounds)
+    return f"fit, {len(files)} JPEG files, {workers} worker processes: {report(mine, other)}"
+
+
+def alternate(sides: list[Callable[[], Any]], times: int) -> list[list[float]]:
+    """Seconds of each side, run in turn."""
+    seconds: list[list[float]] = [[] for _ in sides]
+    for _ in range(times):
+        for side, kept in zip(sides, seconds, strict=True):
+            began = time.perf_counter()
+            side()
+            kept.append(time.perf_counter() - began)
+    return seconds
+
+
+def report(mine: list[float], other: list[float]) -> str:
+    ours, plain = statistics.median(mine), statistics.median(other)
+    return f"capdistill {ours * 1e3:.1f} ms, by hand {plain * 1e3:.1f} ms, ratio {ours / plain:.3f}"
+
+
+if __name__ == "__main__":
+    main()
