@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+import capdistill
+
+SOURCE = Path(capdistill.__file__).parents[1]
 PLUGIN = Path(__file__).parents[1] / "examples" / "plugin"
 
 LOSS = """
@@ -32,7 +35,7 @@ class Loss(DistillationLoss):
 
 def run(code: str, *paths: Path) -> Any:
     """Run code in a new process with folders on its path; what it prints last is JSON."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (SOURCE, *paths)))}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env=environment,
@@ -100,14 +103,14 @@ def seen(site: Path) -> dict[str, Any]:
                 cause = type(error.__cause__).__name__
                 return f"{type(error).__name__} from {cause}: {error}"
         import capdistill as cd
-        from capdistill.registry import stamp_of
+        from capdistill.registry import recipe_of
         seen = {}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             seen["names"] = cd.losses.names()
             seen["loaded after names"] = loaded()
             made = cd.losses.create("contrastive", tau=0.2)
-            seen["made"] = [type(made).__module__, made.tau, stamp_of(made).name]
+            seen["made"] = [type(made).__module__, made.tau, recipe_of(made).name]
             seen["loaded after create"] = loaded()
             seen["origin"] = cd.losses.describe("contrastive").origin
             seen["signature"] = cd.losses.describe("contrastive").signature

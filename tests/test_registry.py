@@ -13,7 +13,7 @@ import pytest
 
 import capdistill as cd
 from capdistill.errors import ConfigError, PluginError, UnknownName
-from capdistill.registry import Registry, Stamp, stamp_of
+from capdistill.registry import Recipe, Registry, recipe_of
 
 
 class Shape:
@@ -61,25 +61,25 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 GOOD = f"from {__name__} import Shape\nclass Plugged(Shape):\n    'From outside.'\n"
 
 
-def test_a_builtin_is_created_by_name_and_stamped(shapes: Registry[Shape]) -> None:
+def test_a_builtin_is_created_by_name_with_its_recipe(shapes: Registry[Shape]) -> None:
     square = shapes.create("square", side=2.0)
     assert type(square) is Square
     assert square.side == 2.0
-    assert stamp_of(square) == Stamp("square", {"side": 2.0})
+    assert recipe_of(square) == Recipe("square", {"side": 2.0})
 
 
 def test_an_argument_may_be_called_name(shapes: Registry[Shape]) -> None:
     assert shapes.create("square", name="mine").name == "mine"
 
 
-def test_a_stamp_survives_copy_and_pickle(shapes: Registry[Shape]) -> None:
+def test_a_recipe_survives_copy_and_pickle(shapes: Registry[Shape]) -> None:
     square = shapes.create("square", side=2.0)
-    assert stamp_of(copy.deepcopy(square)) == stamp_of(square)
-    assert stamp_of(pickle.loads(pickle.dumps(square))) == stamp_of(square)
+    assert recipe_of(copy.deepcopy(square)) == recipe_of(square)
+    assert recipe_of(pickle.loads(pickle.dumps(square))) == recipe_of(square)
 
 
-def test_what_no_registry_made_has_no_stamp() -> None:
-    assert stamp_of(Square()) is None
+def test_what_no_registry_made_has_no_recipe() -> None:
+    assert recipe_of(Square()) is None
 
 
 def test_a_decorator_adds_a_name(shapes: Registry[Shape]) -> None:

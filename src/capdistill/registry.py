@@ -1,100 +1,32 @@
-"""One registry a kind of part: names to classes, ours, the user's and those of plugins.
+"""Names to classes: built-in ones, the user's and those of plugins; and names to lazy imports.
 
-`capdistill.encoders`, `.decoders` and `.losses` each hold one; users meet its bound methods.
+`capdistill.encoders`, `.decoders` and `.losses` each hold one `Registry`. Plugins are entry points
+of other distributions: listing them imports none, and a broken one fails only when asked for.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from capdistill import plugins
-from capdistill.errors import ConfigError, UnknownName, suggest
+from capdistill.errors import ConfigError, PluginError, UnknownName, suggest
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution, EntryPoint
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
 
-_STAMP = "registered_as"
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """How an object was made: enough to make it again.
-
-    Example:
-        >>> Stamp("token", {"temperature": 2.0}).name
-        'token'
-    """
-
-    name: str
-    kwargs: dict[str, Any]
-
-
-def stamp_of(obj: object) -> Stamp | None:
-    """The stamp that `create` left on an object; None where no registry made it.
-
-    Example:
-        >>> stamp_of(object()) is None
-        True
-    """
-    stamp = getattr(obj, _STAMP, None)
-    return stamp if isinstance(stamp, Stamp) else None
-
-
-@dataclass(frozen=True)
-class Description:
-    """What is known of a name; `print` it.
-
-    Example:
-        >>> print(Description("loss", "token", "built-in", "token(temperature=4.0)", "Match."))
-        loss 'token' (built-in)
-        token(temperature=4.0)
-        Match.
-
-    Args:
-        kind: "encoder", "decoder" or "loss".
-        name: The name that was asked for.
-        origin: "built-in", "decorator (module)", or distribution and version.
-        signature: How to call it.
-        docstring: What it says of itself.
-        shadowed: Who else claims the name and is not used.
-        error: Why it cannot be used; empty where it can.
-    """
-
-    kind: str
-    name: str
-    origin: str
-    signature: str = ""
-    docstring: str = ""
-    shadowed: tuple[str, ...] = ()
-    error: str = ""
-
-    def __str__(self) -> str:
-        lines = [f"{self.kind} '{self.name}' ({self.origin})", self.signature, self.docstring]
-        lines += [f"shadows {claim}" for claim in self.shadowed]
-        lines += [f"cannot be used: {self.error}"] if self.error else []
-        return "\n".join(line for line in lines if line)
-
-
-@dataclass(frozen=True)
-class _Claim(Generic[T]):
-    """One class that wants a name: where it comes from, and how to get it."""
-
-    origin: str
-    target: str
-    load: Callable[[], type[T]]
-
-    def __str__(self) -> str:
-        return f"{self.origin} ({self.target})"
-
 
 class Registry(Generic[T]):
-    """Names to classes: a decorator's come first, then ours, then those of plugins.
+    """Names to classes. A decorator's class comes first, then ours, then a plugin's.
 
     Example:
         >>> shapes = Registry("shape", "example.shapes", object, {"path": "pathlib:Path"})
@@ -104,8 +36,8 @@ class Registry(Generic[T]):
         ...         self.side = side
         >>> shapes.names()
         ['path', 'square']
-        >>> stamp_of(shapes.create("square", side=2.0))
-        Stamp(name='square', kwargs={'side': 2.0})
+        >>> recipe_of(shapes.create("square", side=2.0))
+        Recipe(name='square', kwargs={'side': 2.0})
         >>> shapes.create("sqare")
         Traceback (most recent call last):
         ...
@@ -123,7 +55,7 @@ Available: path, square.
         self.kind, self.group, self.base = kind, group, base
         self._builtins = dict(builtins)
         self._decorated: dict[str, list[type[T]]] = {}
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def register(self, name: str | None = None, *, override: bool = False) -> Callable[[C], C]:
         """Decorator that gives a class a name (its own by default).
@@ -145,127 +77,14 @@ Available: path, square.
         return decorate
 
     def create(self, name: str, /, **kwargs: Any) -> T:
-        """Make one by name, and leave name and arguments on it (see `stamp_of`).
+        """Make an instance by name, and leave name and arguments on it (see `recipe_of`).
 
         Raises:
-            UnknownName: nobody has the name.
+            UnknownName: there is no such name.
             PluginError: the plugin that has it is broken.
             ConfigError: the arguments do not fit, or two plugins have the name.
         """
         cls = self.get(name)
-        self._check_arguments(name, cls, kwargs)
-        instance = cls(**kwargs)
-        setattr(instance, _STAMP, Stamp(name, kwargs))
-        return instance
-
-    def get(self, name: str, /) -> type[T]:
-        """The class behind a name; `"distribution:name"` selects one plugin's.
-
-        Raises:
-            UnknownName: nobody has the name.
-            PluginError: the plugin that has it is broken.
-            ConfigError: two plugins have the name.
-        """
-        return self._choose(name).load()
-
-    def names(self) -> list[str]:
-        """All names, sorted. Imports nothing."""
-        found = {plugin.entry.name for plugin in self._plugins()}
-        return sorted({*self._builtins, *self._decorated, *found})
-
-    def describe(self, name: str, /) -> Description:
-        """Where a name comes from and how to call it; a broken plugin is described, not raised.
-
-        Raises:
-            UnknownName: nobody has the name.
-        """
-        try:
-            chosen = self._choose(name)
-            cls = chosen.load()
-        except UnknownName:
-            raise
-        except Exception as error:
-            origin = " or ".join(claim.origin for claim in self._claims(name)) or "unknown"
-            return Description(self.kind, name, origin, error=str(error))
-        shadowed = [str(claim) for claim in self._claims(name) if claim.target != chosen.target]
-        signature, doc = f"{name}{_signature(cls) or '(...)'}", inspect.getdoc(cls) or ""
-        return Description(self.kind, name, chosen.origin, signature, doc, tuple(shadowed))
-
-    def _add(self, name: str, cls: type[T], override: bool) -> None:
-        if not (isinstance(cls, type) and issubclass(cls, self.base)):
-            raise ConfigError(
-                f"{cls!r} cannot be registered as {self.kind} '{name}': it does not subclass "
-                f"{self.base.__qualname__}. Derive it from "
-                f"{self.base.__module__}.{self.base.__qualname__}."
-            )
-        if not name or ":" in name:
-            raise ConfigError(f"'{name}' cannot name a {self.kind}: use a word without ':'.")
-        taken = self._own(name)
-        if taken and not override:
-            raise ConfigError(
-                f"The {self.kind} name '{name}' is taken: {taken[0]}. Choose another name, or "
-                f'replace it with register("{name}", override=True).'
-            )
-        self._decorated.setdefault(name, []).append(cls)
-
-    def _choose(self, name: str) -> _Claim[T]:
-        if not isinstance(name, str):
-            raise ConfigError(f"A {self.kind} is asked for by name (a string), not by {name!r}.")
-        own, foreign = self._own(name), self._foreign(name)
-        if own or len(foreign) == 1:
-            return (own or foreign)[0]
-        if not foreign:
-            raise UnknownName(f"There is no {self.kind} '{name}'. {suggest(name, self.names())}")
-        ways = " or ".join(f"'{p.qualified}'" for p in self._plugins() if p.answers_to(name))
-        raise ConfigError(
-            f"The {self.kind} name '{name}' is claimed by {' and by '.join(map(str, foreign))}. "
-            f"Ask for {ways}, or uninstall all but one."
-        )
-
-    def _claims(self, name: str) -> list[_Claim[T]]:
-        return self._own(name) + self._foreign(name)
-
-    def _own(self, name: str) -> list[_Claim[T]]:
-        """Claims of decorators, the latest first, and of ours."""
-        claims = [_decorator(cls) for cls in reversed(self._decorated.get(name, []))]
-        if name in self._builtins:
-            target = self._builtins[name]
-            claims.append(_Claim("built-in", target, partial(_import, target)))
-        return claims
-
-    def _foreign(self, name: str) -> list[_Claim[T]]:
-        """Claims of plugins."""
-        found = [plugin for plugin in self._plugins() if plugin.answers_to(name)]
-        return [_Claim(each.origin, each.entry.value, partial(self._load, each)) for each in found]
-
-    def _load(self, plugin: plugins.Plugin) -> type[T]:
-        before = {name: list(classes) for name, classes in self._decorated.items()}
-        try:
-            return plugin.load(self.base)
-        except BaseException:
-            self._decorated = before  # what fails half way leaves nothing behind
-            raise
-
-    def _plugins(self) -> list[plugins.Plugin]:
-        """What is installed now; the names that are not used are said once."""
-        found, unreadable = plugins.find(self.group)
-        for message in unreadable:
-            self._say(message)
-        for plugin in found:
-            own = self._own(plugin.entry.name)
-            if own and plugin.entry.value not in [claim.target for claim in own]:
-                self._say(
-                    f"The {self.kind} '{plugin.entry.name}' of {plugin.origin} is not used: the "
-                    f"name belongs to {own[0]}. Ask for '{plugin.qualified}' to get it."
-                )
-        return found
-
-    def _say(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            warnings.warn(message, UserWarning, stacklevel=2)
-
-    def _check_arguments(self, name: str, cls: type[T], kwargs: Mapping[str, Any]) -> None:
         signature = _signature(cls)
         try:
             if signature is not None:
@@ -276,22 +95,293 @@ Available: path, square.
                 f"The {self.kind} '{name}' cannot be created with ({given}): {error}. "
                 f"Its signature is {name}{signature}."
             ) from error
+        instance = cls(**kwargs)
+        setattr(instance, _RECIPE, Recipe(name, kwargs))
+        return instance
+
+    def get(self, name: str, /) -> type[T]:
+        """The class behind a name; `"distribution:name"` selects one plugin's.
+
+        Raises:
+            UnknownName: there is no such name.
+            PluginError: the plugin that has it is broken.
+            ConfigError: two plugins have the name.
+        """
+        return self._choose(name).load()
+
+    def names(self) -> list[str]:
+        """All names, sorted. Imports nothing."""
+        return sorted({*self._builtins, *self._decorated, *(c.name for c in self._plugins())})
+
+    @overload
+    def describe(self, name: str, /) -> Description: ...
+    @overload
+    def describe(self, /) -> str: ...
+    def describe(self, name: str | None = None, /) -> Description | str:
+        """Where a name comes from and how to call it; without a name, a line for each.
+
+        A broken plugin is described, not raised. The list of all names imports no plugin: it
+        shows where the class of one that is not loaded yet stands.
+
+        Raises:
+            UnknownName: there is no such name.
+        """
+        if name is None:
+            return self._listing()
+        try:
+            chosen = self._choose(name)
+            cls = chosen.load()
+        except UnknownName:
+            raise
+        except Exception as error:
+            origin = " or ".join(c.origin for c in self._candidates(name)) or "unknown"
+            return Description(self.kind, name, origin, error=str(error))
+        shadowed = tuple(str(c) for c in self._candidates(name) if c.target != chosen.target)
+        signature, doc = f"{name}{_signature(cls) or '(...)'}", inspect.getdoc(cls) or ""
+        return Description(self.kind, name, chosen.origin, signature, doc, shadowed)
+
+    def _listing(self) -> str:
+        rows = []
+        for name in self.names():
+            first, *others = candidates = self._candidates(name)
+            if first.distribution and (others or first.target.partition(":")[0] not in sys.modules):
+                rows.append((name, " or ".join(c.origin for c in candidates), first.target))
+                continue
+            about = self.describe(name)
+            rows.append((name, about.origin, (about.error or about.docstring).partition("\n")[0]))
+        names, origins, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+        lines = [f"{name:<{names}}  {where:<{origins}}  {what}" for name, where, what in rows]
+        return _Text("\n".join(map(str.rstrip, lines)))
+
+    def _add(self, name: str, cls: type[T], override: bool) -> None:
+        if not (isinstance(cls, type) and issubclass(cls, self.base)):
+            raise ConfigError(
+                f"{cls!r} cannot be registered as {self.kind} '{name}': it does not subclass "
+                f"{self.base.__qualname__}. Derive it from "
+                f"{self.base.__module__}.{self.base.__qualname__}."
+            )
+        if not name or ":" in name:
+            raise ConfigError(f"'{name}' cannot name a {self.kind}: use a word without ':'.")
+        taken = self._local(name)
+        if taken and not override:
+            raise ConfigError(
+                f"The {self.kind} name '{name}' is taken: {taken[0]}. Choose another name, or "
+                f'replace it with register("{name}", override=True).'
+            )
+        self._decorated.setdefault(name, []).append(cls)
+
+    def _choose(self, name: str) -> Candidate[T]:
+        if not isinstance(name, str):
+            raise ConfigError(f"A {self.kind} is asked for by name (a string), not by {name!r}.")
+        local, from_plugins = self._local(name), self._from_plugins(name)
+        if local or len(from_plugins) == 1:
+            return (local or from_plugins)[0]
+        if not from_plugins:
+            raise UnknownName(f"There is no {self.kind} '{name}'. {suggest(name, self.names())}")
+        raise ConfigError(
+            f"The {self.kind} name '{name}' is claimed by "
+            f"{' and by '.join(map(str, from_plugins))}. Ask for "
+            f"{' or '.join(repr(c.qualified) for c in from_plugins)}, or uninstall all but one."
+        )
+
+    def _candidates(self, name: str) -> list[Candidate[T]]:
+        return self._local(name) + self._from_plugins(name)
+
+    def _local(self, name: str) -> list[Candidate[T]]:
+        """Those of decorators, the latest first, and ours."""
+        candidates = []
+        for cls in reversed(self._decorated.get(name, [])):
+            origin, target = f"decorator ({cls.__module__})", f"{cls.__module__}:{cls.__qualname__}"
+            candidates.append(Candidate(name, origin, target, partial(_same, cls)))
+        if name in self._builtins:
+            target = self._builtins[name]
+            candidates.append(Candidate(name, "built-in", target, partial(_import, target)))
+        return candidates
+
+    def _from_plugins(self, name: str) -> list[Candidate[T]]:
+        asked = {name, _canonical(name)}
+        return [c for c in self._plugins() if {c.name, _canonical(c.qualified)} & asked]
+
+    def _plugins(self) -> list[Candidate[T]]:
+        """What is installed now, in the order of `sys.path`; warns once of names not used."""
+        unique: dict[str, Candidate[T]] = {}
+        for entry, distribution, version in self._entry_points():
+            origin = f"{distribution} {version}"
+            load = partial(self._load, entry, origin)
+            found = Candidate(entry.name, origin, entry.value, load, distribution)
+            unique.setdefault(_canonical(found.qualified), found)
+        for candidate in unique.values():
+            local = self._local(candidate.name)
+            if local and candidate.target not in [c.target for c in local]:
+                self._warn_once(
+                    f"The {self.kind} '{candidate.name}' of {candidate.origin} is not used: the "
+                    f"name belongs to {local[0]}. Ask for '{candidate.qualified}' to get it."
+                )
+        return list(unique.values())
+
+    def _entry_points(self) -> Iterator[tuple[EntryPoint, str, str]]:
+        """Each entry point of the group, with the name and version of its distribution."""
+        from importlib import metadata
+
+        try:
+            entries = list(metadata.entry_points(group=self.group))
+        except Exception:  # one distribution with unreadable metadata ends the whole listing
+            entries = []
+            for distribution in metadata.distributions():
+                try:
+                    entries += distribution.entry_points.select(group=self.group)
+                except Exception as cause:
+                    self._warn_once(
+                        f"The entry points of {' '.join(_identity(distribution))} cannot be read "
+                        f"({type(cause).__name__}: {cause}) and are left out of '{self.group}'. "
+                        "Reinstall or uninstall it."
+                    )
+        for entry in entries:
+            yield entry, *_identity(entry.dist)
+
+    def _load(self, entry: EntryPoint, origin: str) -> type[T]:
+        """Import a plugin's class; whatever ends the import, `sys.exit` included, is an error."""
+        before = {name: list(classes) for name, classes in self._decorated.items()}
+        try:
+            cls = entry.load()
+            if not (isinstance(cls, type) and issubclass(cls, self.base)):
+                base = f"{self.base.__module__}.{self.base.__qualname__}"
+                raise TypeError(f"{cls!r} is not a subclass of {base}")
+        except BaseException as cause:
+            self._decorated = before  # what fails half way leaves nothing behind
+            if isinstance(cause, KeyboardInterrupt):
+                raise
+            raise PluginError(
+                f"The plugin {origin} cannot be loaded: its entry point "
+                f"'{entry.name} = {entry.value}' in '{self.group}' ended with "
+                f"{type(cause).__name__}: {cause}. Fix, update or uninstall the plugin; all "
+                "other names still work."
+            ) from cause
+        return cls
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=2)
 
 
-class _Bare(str):
-    """An annotation that prints without quotes."""
+@dataclass(frozen=True)
+class Candidate(Generic[T]):
+    """One class that claims a name: where it comes from, and how to get it."""
+
+    name: str
+    origin: str  # "built-in", "decorator (module)", or distribution and version
+    target: str  # "module:Class"
+    load: Callable[[], type[T]]
+    distribution: str = ""  # of a plugin
+
+    @property
+    def qualified(self) -> str:
+        """`distribution:name`, which is unique."""
+        return f"{self.distribution}:{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.origin} ({self.target})"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an object was made: enough to make it again."""
+
+    name: str
+    kwargs: dict[str, Any]
+
+
+_RECIPE = "registered_as"
+
+
+def recipe_of(obj: object) -> Recipe | None:
+    """The recipe that `create` left on an object; None where no registry made it."""
+    recipe = getattr(obj, _RECIPE, None)
+    return recipe if isinstance(recipe, Recipe) else None
+
+
+@dataclass(frozen=True, repr=False)
+class Description:
+    """What is known of a name; `print` it.
+
+    Example:
+        >>> print(Description("loss", "token", "built-in", "token(temperature=4.0)", "Match."))
+        loss 'token' (built-in)
+        token(temperature=4.0)
+        Match.
+
+    Args:
+        kind: "encoder", "decoder" or "loss".
+        name: The name that was asked for.
+        origin: "built-in", "decorator (module)", or distribution and version.
+        signature: How to call it.
+        docstring: Of the class.
+        shadowed: Other claims to the name, which are not used.
+        error: Why it cannot be used; empty where it can.
+    """
+
+    kind: str
+    name: str
+    origin: str
+    signature: str = ""
+    docstring: str = ""
+    shadowed: tuple[str, ...] = ()
+    error: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.kind} '{self.name}' ({self.origin})", self.signature, self.docstring]
+        lines += [f"shadows {claim}" for claim in self.shadowed]
+        lines += [f"cannot be used: {self.error}"] if self.error else []
+        return "\n".join(line for line in lines if line)
+
+    __repr__ = __str__
+
+
+def lazy_exports(
+    package: str, modules: Mapping[str, str], *eager: str
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package that imports its exports on first use.
+
+    Example:
+        >>> get, dir_, names = lazy_exports("capdistill", {"TokenKD": "losses.token"}, "losses")
+        >>> get("TokenKD").__name__, dir_()
+        ('TokenKD', ['TokenKD', 'losses'])
+
+    Args:
+        package: Its `__name__`.
+        modules: Exported name -> module below the package that defines it; "" where the name is
+            itself such a module.
+        eager: Exported names that the package defines without delay.
+    """
+    exported = sorted([*modules, *eager])
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            hint = suggest(name, exported)
+            raise AttributeError(f"module '{package}' has no attribute '{name}'. {hint}")
+        module = importlib.import_module(f"{package}.{modules[name] or name}")
+        value = getattr(module, name) if modules[name] else module
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: list(exported), exported
+
+
+class _Text(str):
+    """Text whose repr has no quotes."""
 
     __repr__ = str.__str__
 
 
 def _signature(cls: type) -> inspect.Signature | None:
-    """How to call a class, readable where annotations are strings; None where nobody knows."""
+    """How to call a class, readable where annotations are strings; None where it is unknown."""
     try:
         signature = inspect.signature(cls)
     except (TypeError, ValueError):
         return None
     parameters = [
-        each.replace(annotation=_Bare(each.annotation))
+        each.replace(annotation=_Text(each.annotation))
         if isinstance(each.annotation, str)
         else each
         for each in signature.parameters.values()
@@ -299,11 +389,26 @@ def _signature(cls: type) -> inspect.Signature | None:
     return signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
 
 
-def _decorator(cls: type[T]) -> _Claim[T]:
-    target = f"{cls.__module__}:{cls.__qualname__}"
-    return _Claim(f"decorator ({cls.__module__})", target, lambda: cls)
+def _same(cls: type[T]) -> type[T]:
+    return cls
 
 
 def _import(target: str) -> Any:
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _identity(distribution: Distribution | None) -> tuple[str, str]:
+    """Name and version, also of a distribution whose metadata cannot be read."""
+    try:
+        found: Any = distribution.metadata if distribution else {}
+        name, version = found["Name"], found["Version"]
+    except Exception:
+        name = version = None
+    return name or "a distribution without a name", version or "(version unknown)"
+
+
+def _canonical(qualified: str) -> str:
+    """`distribution:name`; spellings of a distribution differ in case, dots and dashes."""
+    distribution, _, name = qualified.rpartition(":")
+    return f"{re.sub(r'[-_.]+', '-', distribution).lower()}:{name}"

@@ -19,7 +19,7 @@ from torch import nn
 from capdistill import decoders, encoders
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import write_atomically, write_text
-from capdistill.registry import stamp_of
+from capdistill.registry import recipe_of
 from capdistill.tokenizer import Tokenizer, WordTokenizer
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "captioner.json", "tokenizer.json"
@@ -42,9 +42,9 @@ def describe_part(part: nn.Module, kind: str, allow_unregistered: bool = False) 
     Raises:
         ConfigError: no registry made it, or its arguments do not fit in JSON.
     """
-    stamp = stamp_of(part)
-    if stamp is not None:
-        return {"name": stamp.name, "kwargs": _as_json(stamp.kwargs, kind)}
+    recipe = recipe_of(part)
+    if recipe is not None:
+        return {"name": recipe.name, "kwargs": _as_json(recipe.kwargs, kind)}
     if allow_unregistered:
         return None
     raise ConfigError(

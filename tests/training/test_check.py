@@ -237,7 +237,7 @@ def test_random_encoder_weights_are_a_note():
     assert "weights=True" in row.fix
 
 
-def test_trained_encoder_weights_are_no_note_though_the_stamp_says_weights_false():
+def test_trained_encoder_weights_are_no_note_though_the_recipe_has_weights_false():
     model = debug_student()
     for part in model.encoder.modules():
         if isinstance(part, nn.BatchNorm2d):

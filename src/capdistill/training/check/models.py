@@ -16,7 +16,7 @@ from capdistill.errors import IncompatibleModels
 from capdistill.losses.divergence import cross_entropy
 from capdistill.losses.token import first_difference
 from capdistill.outputs import LossTerm, ModelSpec
-from capdistill.registry import stamp_of
+from capdistill.registry import recipe_of
 from capdistill.runtime import autocast, inference
 from capdistill.training.check.trial import CheckRow, Trial, listed, millions, name_of, numel
 
@@ -122,8 +122,8 @@ def _looks_random(encoder: Encoder) -> bool:
     ]
     if biases:
         return not any(bool(bias.any()) for bias in biases)
-    stamp = stamp_of(encoder)
-    return stamp is not None and stamp.kwargs.get("weights") is False
+    recipe = recipe_of(encoder)
+    return recipe is not None and recipe.kwargs.get("weights") is False
 
 
 def _check_teacher_knows(trial: Trial) -> Iterator[CheckRow]:
