@@ -23,10 +23,10 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
-from capdistill.decoders.base import Decoder, State
+from capdistill.decoders.base import Decoder, DecoderState
 from capdistill.decoders.lstm import LSTMDecoder
 from capdistill.decoders.transformer import TransformerDecoder
-from capdistill.generation import GenerationConfig, Plan, generate
+from capdistill.generation import GenerationConfig, GenerationSpec, generate
 from capdistill.runtime import pick_device
 
 PAD, START, END = range(3)
@@ -89,11 +89,13 @@ def race(
 ) -> list[tuple[float, float]]:
     """Seconds of ours and theirs, pair after pair."""
     lengths = real_lengths(len(features), options.equal, features.device)
-    plan = Plan(START, END, options.limit, GenerationConfig(beam_size=beams), banned=(PAD, START))
+    spec = GenerationSpec(
+        START, END, options.limit, GenerationConfig(beam_size=beams), banned=(PAD, START)
+    )
     ending = Ending(ours, lengths)
 
     def we() -> None:
-        found = generate(ending, features, plan)
+        found = generate(ending, features, spec)
         assert [len(hypothesis.tokens) for hypothesis in found] == lengths.tolist()
 
     def they() -> None:
@@ -129,11 +131,11 @@ class Ending(Decoder):
     def forward(self, *_: object) -> None:
         raise NotImplementedError
 
-    def start(self, features: torch.Tensor) -> State:
+    def start(self, features: torch.Tensor) -> DecoderState:
         state = self.inner.start(features)
         return replace(state, image={**state.image, "length": self.lengths})
 
-    def step(self, tokens: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+    def step(self, tokens: torch.Tensor, state: DecoderState) -> tuple[torch.Tensor, DecoderState]:
         due = state.image["length"].repeat_interleave(state.beams) == state.position
         logits, after = self.inner.step(tokens, state)
         logits[:, END] = torch.where(due, 50.0, -50.0)

@@ -7,54 +7,73 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_PUBLIC = {
-    "Batch": "outputs",
-    "Captioner": "captioner",
-    "CaptionerOutput": "outputs",
-    "Decoder": "decoders.base",
-    "DecoderOutput": "outputs",
-    "DistillationLoss": "losses.base",
-    "Distiller": "training.distiller",
-    "Encoder": "encoders.base",
-    "FeatureKD": "losses.feature",
-    "GenerationConfig": "generation.config",
-    "HiddenKD": "losses.hidden",
-    "ModelSpec": "outputs",
-    "TokenKD": "losses.token",
-    "Trainer": "training.trainer",
-    "WordTokenizer": "tokenizer",
-    "compare": "evaluation.comparison",
-    "evaluate": "evaluation.evaluation",
-    "presets": "presets",
-}
-_PACKAGES = (
-    "data",
-    "decoders",
-    "encoders",
-    "errors",
-    "losses",
-    "metrics",
-    "plots",
-    "teachers",
-    "training",
-)
+from capdistill.registry import lazy_exports
+
+if TYPE_CHECKING:
+    from capdistill import data as data
+    from capdistill import decoders as decoders
+    from capdistill import encoders as encoders
+    from capdistill import errors as errors
+    from capdistill import losses as losses
+    from capdistill import metrics as metrics
+    from capdistill import plots as plots
+    from capdistill import presets as presets
+    from capdistill import teachers as teachers
+    from capdistill import training as training
+    from capdistill.captioner import Captioner as Captioner
+    from capdistill.decoders.base import Decoder as Decoder
+    from capdistill.decoders.base import DecoderState as DecoderState
+    from capdistill.encoders.base import Encoder as Encoder
+    from capdistill.evaluation.comparison import compare as compare
+    from capdistill.evaluation.evaluation import evaluate as evaluate
+    from capdistill.generation.config import GenerationConfig as GenerationConfig
+    from capdistill.losses.base import DistillationLoss as DistillationLoss
+    from capdistill.losses.feature import FeatureKD as FeatureKD
+    from capdistill.losses.hidden import HiddenKD as HiddenKD
+    from capdistill.losses.token import TokenKD as TokenKD
+    from capdistill.outputs import Batch as Batch
+    from capdistill.outputs import CaptionerOutput as CaptionerOutput
+    from capdistill.outputs import DecoderOutput as DecoderOutput
+    from capdistill.outputs import ModelSpec as ModelSpec
+    from capdistill.tokenizer import WordTokenizer as WordTokenizer
+    from capdistill.training.distiller import Distiller as Distiller
+    from capdistill.training.trainer import Trainer as Trainer
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(
+        __name__,
+        {
+            "Batch": "outputs",
+            "Captioner": "captioner",
+            "CaptionerOutput": "outputs",
+            "Decoder": "decoders.base",
+            "DecoderOutput": "outputs",
+            "DecoderState": "decoders.base",
+            "DistillationLoss": "losses.base",
+            "Distiller": "training.distiller",
+            "Encoder": "encoders.base",
+            "FeatureKD": "losses.feature",
+            "GenerationConfig": "generation.config",
+            "HiddenKD": "losses.hidden",
+            "ModelSpec": "outputs",
+            "TokenKD": "losses.token",
+            "Trainer": "training.trainer",
+            "WordTokenizer": "tokenizer",
+            "compare": "evaluation.comparison",
+            "data": "",
+            "decoders": "",
+            "encoders": "",
+            "errors": "",
+            "evaluate": "evaluation.evaluation",
+            "losses": "",
+            "metrics": "",
+            "plots": "",
+            "presets": "",
+            "teachers": "",
+            "training": "",
+        },
+        unlisted=("DecoderOutput", "plots"),
+    )
 
 __version__ = "0.1.0"
-__all__ = [*_PUBLIC, *_PACKAGES, "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PACKAGES or name == "presets":
-        return importlib.import_module(f"capdistill.{name}")
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(f"capdistill.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'capdistill' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

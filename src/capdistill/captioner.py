@@ -14,8 +14,8 @@ from capdistill.data.images import is_many, read_batches
 from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError, IncompatibleModels, suggest
-from capdistill.generation.config import GenerationConfig, Plan, resolve
-from capdistill.generation.decode import captions
+from capdistill.generation.config import GenerationConfig, GenerationSpec, resolve
+from capdistill.generation.decode import generate_text
 from capdistill.generation.hypotheses import CaptionResult, Hypothesis
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import inference
@@ -150,10 +150,10 @@ class Captioner(nn.Module):
         Raises:
             ConfigError: options that cannot be.
         """
-        plan = Plan.of(resolve(generation, options), self.tokenizer)
+        spec = GenerationSpec.of(resolve(generation, options), self.tokenizer)
         with inference(self):
             features = self.encode(batch) if isinstance(batch, Batch) else self.encoder(batch)
-            return captions(self.decoder, features, self.tokenizer, plan, batch)
+            return generate_text(self.decoder, features, self.tokenizer, spec, batch)
 
     def caption(
         self,

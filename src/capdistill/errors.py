@@ -16,6 +16,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
+__all__ = [
+    "CapdistillError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "IncompatibleModels",
+    "MissingExtra",
+    "NotFiniteLoss",
+    "PluginError",
+    "UnknownName",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 class CapdistillError(Exception):
     """Base of every error that capdistill raises on purpose.

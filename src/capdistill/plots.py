@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from capdistill.generation.hypotheses import CaptionResult
     from capdistill.training.history import History, Row
 
+__all__ = ["attention", "history"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 _TRAIN, _VAL = "#0072B2", "#D55E00"  # Okabe and Ito: for every kind of eye
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -14,6 +14,12 @@ from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
 from capdistill.errors import UnknownName, suggest
 
+__all__ = ["Preset", "Size", "describe", "names", "parts", "table"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -139,9 +145,9 @@ def _create(
     decoder: Mapping[str, Any] | None = None,
 ) -> tuple[Encoder, Decoder]:
     options = {**preset.encoder_kwargs, "weights": weights, **(encoder or {})}
-    looks = encoders.create(preset.encoder, **options)
-    options = {**preset.decoder_kwargs, "dim": looks.dim, **(decoder or {})}
-    return looks, decoders.create(preset.decoder, **options)
+    built = encoders.create(preset.encoder, **options)
+    options = {**preset.decoder_kwargs, "dim": built.dim, **(decoder or {})}
+    return built, decoders.create(preset.decoder, **options)
 
 
 def _built(preset: Preset, vocabulary: int) -> tuple[Encoder, Decoder]:
@@ -157,14 +163,14 @@ def _size(name: str, preset: Preset, vocabulary: int) -> Size:
             encoder, decoder = _built(preset, vocabulary)
     except (RuntimeError, NotImplementedError):  # older versions of timm read values while building
         encoder, decoder = _built(preset, vocabulary)
-    looks, says = list(encoder.parameters()), list(decoder.parameters())
+    of_encoder, of_decoder = list(encoder.parameters()), list(decoder.parameters())
     return Size(
         name=name,
         description=preset.description,
-        parameters=sum(p.numel() for p in looks + says),
-        encoder=sum(p.numel() for p in looks),
-        decoder=sum(p.numel() for p in says),
-        trainable=sum(p.numel() for p in looks + says if p.requires_grad),
+        parameters=sum(p.numel() for p in of_encoder + of_decoder),
+        encoder=sum(p.numel() for p in of_encoder),
+        decoder=sum(p.numel() for p in of_decoder),
+        trainable=sum(p.numel() for p in of_encoder + of_decoder if p.requires_grad),
         tokens=encoder.tokens,
         dim=encoder.dim,
         image_size=encoder.image_size,

@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
@@ -339,7 +339,7 @@ class Description:
 
 
 def lazy_exports(
-    package: str, modules: Mapping[str, str], *eager: str
+    package: str, modules: Mapping[str, str], *eager: str, unlisted: Container[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` of a package that imports its exports on first use.
 
@@ -353,8 +353,9 @@ def lazy_exports(
         modules: Exported name -> module below the package that defines it; "" where the name is
             itself such a module.
         eager: Exported names that the package defines without delay.
+        unlisted: Names that work but are not shown.
     """
-    exported = sorted([*modules, *eager])
+    exported = sorted(name for name in (*modules, *eager) if name not in unlisted)
 
     def get(name: str) -> Any:
         if name not in modules:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.decoders import Decoder
-from capdistill.decoders.base import State
+from capdistill.decoders.base import DecoderState
 from capdistill.decoders.lstm import LSTMDecoder
 from capdistill.decoders.transformer import TransformerDecoder
-from capdistill.generation import GenerationConfig, Hypothesis, Plan, generate
+from capdistill.generation import GenerationConfig, GenerationSpec, Hypothesis, generate
 from capdistill.outputs import DecoderOutput
 
 PAD, START, END, A, B = range(5)
@@ -40,13 +40,13 @@ class Toy(Decoder):
     def forward(self, input_ids, features, need=frozenset()) -> DecoderOutput:
         raise NotImplementedError
 
-    def start(self, features: Tensor) -> State:
-        return State({"number": features[:, 0, 0]}, {})
+    def start(self, features: Tensor) -> DecoderState:
+        return DecoderState({"number": features[:, 0, 0]}, {})
 
-    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         self.rows_seen.append(len(tokens))
         said = [self.table(state.position, float(n)) for n in state.image["number"]]
-        after = State(state.image, {}, state.beams, state.position + 1)
+        after = DecoderState(state.image, {}, state.beams, state.position + 1)
         logits = torch.tensor(said, dtype=torch.float64).log()
         return logits.repeat_interleave(state.beams, 0), after
 
@@ -71,7 +71,9 @@ def ends_after(position: int, number: float) -> Sequence[float]:
 def run_toy(table, max_length: int, numbers: Sequence[float] = (0.0,), **options):
     toy = table if isinstance(table, Toy) else Toy(table)
     features = torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1)
-    return generate(toy, features, Plan(START, END, max_length, GenerationConfig(**options)))
+    return generate(
+        toy, features, GenerationSpec(START, END, max_length, GenerationConfig(**options))
+    )
 
 
 FORMS = {
@@ -119,63 +121,63 @@ def divisor(config: GenerationConfig, length: int) -> float:
 
 
 def every_hypothesis(
-    decoder: Decoder, picture: Tensor, plan: Plan, vocabulary: int
+    decoder: Decoder, picture: Tensor, spec: GenerationSpec, vocabulary: int
 ) -> Iterator[Hypothesis]:
     """All captions there are, shorter ones first: the oracle of oracles."""
-    words = [i for i in range(vocabulary) if i != plan.end_id and i not in plan.banned]
-    for length in range(plan.max_length + 1):
+    words = [i for i in range(vocabulary) if i != spec.end_id and i not in spec.banned]
+    for length in range(spec.max_length + 1):
         for said in itertools.product(words, repeat=length):
-            ids = [*said, plan.end_id] if length < plan.max_length else [*said]
+            ids = [*said, spec.end_id] if length < spec.max_length else [*said]
             each = [
                 next_log_probs(decoder, picture, tuple(ids[:i]))[token]
                 for i, token in enumerate(ids)
             ]
             total = sum(each)
-            score = total / divisor(plan.config, len(ids))
-            ended = length < plan.max_length
+            score = total / divisor(spec.config, len(ids))
+            ended = length < spec.max_length
             yield Hypothesis(tuple(said), total, ended, "", score, tuple(each))
 
 
-def plain_beams(decoder: Decoder, picture: Tensor, plan: Plan) -> list[Hypothesis]:
+def plain_beams(decoder: Decoder, picture: Tensor, spec: GenerationSpec) -> list[Hypothesis]:
     """Beam search, one image, one beam and one word at a time (Vijayakumar et al. 2018, 3.1).
 
     Group after group; a word costs `diversity_penalty` for each beam of an earlier group that
     says it at the same place, and that stays in the beam's sum.
     """
-    config = plan.config
+    config = spec.config
     size = config.beam_size // config.beam_groups
     groups = [{"open": [(0.0, (), ())], "kept": [], "done": False}] * config.beam_groups
     groups = [dict(group, kept=[]) for group in groups]
-    for position in range(plan.max_length):
+    for position in range(spec.max_length):
         said = [0] * (decoder.vocabulary or 0)
         for group in groups:
             candidates = []
             for beam, (total, ids, each) in enumerate(group["open"]):
                 log_probs = next_log_probs(decoder, picture, ids)
                 for word, p in enumerate(log_probs):
-                    if word not in plan.banned:
+                    if word not in spec.banned:
                         score = total + (p - config.diversity_penalty * said[word])
                         candidates.append((score, -beam, -word, ids, each, p))
             candidates = sorted(candidates, reverse=True)[: 2 * size]
-            last = position + 1 == plan.max_length
+            last = position + 1 == spec.max_length
             for score, _, word, ids, each, p in candidates[:size]:
-                if not group["done"] and (last or -word == plan.end_id):
-                    words = ids if -word == plan.end_id else (*ids, -word)
+                if not group["done"] and (last or -word == spec.end_id):
+                    words = ids if -word == spec.end_id else (*ids, -word)
                     ranked = score / divisor(config, position + 1)
                     found = (*each, p)
                     group["kept"].append(
-                        Hypothesis(words, sum(found), -word == plan.end_id, "", ranked, found)
+                        Hypothesis(words, sum(found), -word == spec.end_id, "", ranked, found)
                     )
             group["kept"] = sorted(group["kept"], key=lambda h: -h.score)[:size]
             group["open"] = [
                 (score, (*ids, -word), (*each, p))
                 for score, _, word, ids, each, p in candidates
-                if -word != plan.end_id
+                if -word != spec.end_id
             ][:size]
             if not group["done"]:
                 for _, ids, _ in group["open"]:
                     said[ids[-1]] += 1
-            group["done"] |= nothing_better(group, config, position + 1, plan.max_length, size)
+            group["done"] |= nothing_better(group, config, position + 1, spec.max_length, size)
         if all(group["done"] for group in groups):
             break
     found = [hypothesis for group in groups for hypothesis in group["kept"]]

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capdistill.errors import ConfigError
-from capdistill.generation import GenerationConfig, Plan, beam_search, generate, search
-from capdistill.generation.hypotheses import _keys, best, staying
-from capdistill.generation.search import Beams
+from capdistill.generation import GenerationConfig, GenerationSpec, beam_search, generate, search
+from capdistill.generation.hypotheses import _keys, stable_topk, unfinished_images
+from capdistill.generation.search import BeamSearch
 from tests.generation.decoding_cases import (
     END,
     FORMS,
@@ -85,9 +85,9 @@ def test_law_8_as_many_beams_as_captions_find_the_best_of_all(
         length_penalty=alpha,
         early_stopping=stop,
     )
-    plan = Plan(START, END, 3, config, banned=(START,))
-    (found,) = generate(decoder, picture[None], plan)
-    every = sorted(every_hypothesis(decoder, picture, plan, 5), key=lambda h: -h.score)
+    spec = GenerationSpec(START, END, 3, config, banned=(START,))
+    (found,) = generate(decoder, picture[None], spec)
+    every = sorted(every_hypothesis(decoder, picture, spec, 5), key=lambda h: -h.score)
     assert len(every) == 1 + 3 + 9 + 27
     assert len(found.n_best) == 40
     assert all_same(found.n_best, every)
@@ -114,9 +114,9 @@ def test_the_batched_search_is_the_search_in_loops(
         length_penalty=alpha,
         early_stopping=stop,
     )
-    plan = Plan(START, END, LIMIT, config, banned=banned)
-    for found, picture in zip(generate(decoder, images, plan), images, strict=True):
-        expected = plain_beams(decoder, picture, plan)
+    spec = GenerationSpec(START, END, LIMIT, config, banned=banned)
+    for found, picture in zip(generate(decoder, images, spec), images, strict=True):
+        expected = plain_beams(decoder, picture, spec)
         assert same(found, expected[0])
         assert all_same(found.n_best, expected)
 
@@ -139,9 +139,9 @@ def test_diverse_groups_are_those_of_the_paper_in_loops(form, seed, groups, stre
         diversity_penalty=strength,
         early_stopping=stop,
     )
-    plan = Plan(START, END, LIMIT, config, banned=(PAD, START))
-    for found, picture in zip(generate(decoder, images, plan), images, strict=True):
-        expected = plain_beams(decoder, picture, plan)
+    spec = GenerationSpec(START, END, LIMIT, config, banned=(PAD, START))
+    for found, picture in zip(generate(decoder, images, spec), images, strict=True):
+        expected = plain_beams(decoder, picture, spec)
         assert all_same(found.n_best, expected)
 
 
@@ -171,11 +171,11 @@ def test_diverse_groups_say_other_words_at_the_same_place():
 )
 def test_law_8_an_image_alone_or_in_a_batch_gets_the_same_hypotheses(form, seed, images, options):
     decoder, features = real(form, seed), pictures(images, seed)
-    plan = Plan(START, END, LIMIT, GenerationConfig(**options), banned=(PAD, START))
+    spec = GenerationSpec(START, END, LIMIT, GenerationConfig(**options), banned=(PAD, START))
     keys = torch.arange(images) * 7
-    together = generate(decoder, features, plan, keys)
+    together = generate(decoder, features, spec, keys)
     for i in range(images):
-        (alone,) = generate(decoder, features[i : i + 1], plan, keys[i : i + 1])
+        (alone,) = generate(decoder, features[i : i + 1], spec, keys[i : i + 1])
         assert same(together[i], alone)
         assert all_same(together[i].n_best, alone.n_best)
 
@@ -191,16 +191,16 @@ def kept_of(kept, image: int) -> dict[tuple, float]:
 @given(form=st.sampled_from(sorted(FORMS)), seed=st.integers(0, 999))
 def test_what_is_kept_never_changes_and_is_displaced_by_better_alone(form, seed):
     decoder, images = real(form, seed), pictures(2, seed)
-    plan = Plan(START, END, LIMIT, GenerationConfig(beam_size=3, early_stopping="never"))
+    spec = GenerationSpec(START, END, LIMIT, GenerationConfig(beam_size=3, early_stopping="never"))
     seen: list[list[dict]] = []
 
-    class Watched(Beams):
+    class Watched(BeamSearch):
         def _keep(self, *args):
             super()._keep(*args)
             seen.append([kept_of(self.kept, i) for i in range(len(self.kept.images))])
 
     with torch.no_grad():
-        Watched(decoder, images, plan).run()
+        Watched(decoder, images, spec).run()
     for before, after in pairwise(seen):
         if len(before) == len(after):  # no image has left
             for old, new in zip(before, after, strict=True):
@@ -237,7 +237,7 @@ def test_ties_go_to_the_smaller_id_and_the_earlier_beam():
 )
 def test_the_best_are_those_of_a_stable_sort(rows, count, dtype):
     scores = torch.tensor(rows, dtype=dtype)
-    values, index = best(scores, count)
+    values, index = stable_topk(scores, count)
     for row, found, at in zip(rows, values.tolist(), index.tolist(), strict=True):
         expected = sorted(range(7), key=lambda i: (-row[i], i))[:count]
         alive = [i for i in expected if row[i] > -math.inf]
@@ -305,14 +305,14 @@ def test_whether_done_images_leave_at_once_late_or_never_changes_nothing(
 ):
     """An accelerator is looked at every few words only; here the CPU is treated so."""
     decoder, images = real("transformer", 5), pictures(7)
-    plan = Plan(START, END, 12, GenerationConfig(**options), banned=(PAD, START))
-    expected = generate(decoder, images, plan)
+    spec = GenerationSpec(START, END, 12, GenerationConfig(**options), banned=(PAD, START))
+    expected = generate(decoder, images, spec)
     assert len({len(hypothesis.tokens) for hypothesis in expected}) > 1
 
     def late(done, position):
-        return staying(done, position) if position % every == every - 1 else None
+        return unfinished_images(done, position) if position % every == every - 1 else None
 
-    monkeypatch.setattr(search, "staying", late)
-    for one, other in zip(generate(decoder, images, plan), expected, strict=True):
+    monkeypatch.setattr(search, "unfinished_images", late)
+    for one, other in zip(generate(decoder, images, spec), expected, strict=True):
         assert same(one, other)
         assert all_same(one.n_best, other.n_best)

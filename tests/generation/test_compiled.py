@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from capdistill.generation import GenerationConfig, Plan, generate
+from capdistill.generation import GenerationConfig, GenerationSpec, generate
 from tests.generation.decoding_cases import END, PAD, START, pictures, real, same
 
 pytestmark = pytest.mark.slow
@@ -26,12 +26,12 @@ compiler = pytest.mark.skipif(
     ],
 )
 def test_a_compiled_step_gives_the_same_captions(form, backend):
-    plan = Plan(START, END, 4, GenerationConfig(beam_size=2), banned=(PAD, START))
-    expected = generate(real(form, 3), pictures(2), plan)
+    spec = GenerationSpec(START, END, 4, GenerationConfig(beam_size=2), banned=(PAD, START))
+    expected = generate(real(form, 3), pictures(2), spec)
     decoder = real(form, 3)
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         decoder.step = torch.compile(decoder.step, dynamic=True, backend=backend)
-        found = generate(decoder, pictures(2), plan)
+        found = generate(decoder, pictures(2), spec)
     assert all(map(same, found, expected))

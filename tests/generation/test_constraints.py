@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capdistill.errors import ConfigError
-from capdistill.generation import GenerationConfig, Hypothesis, Plan, generate
+from capdistill.generation import GenerationConfig, GenerationSpec, Hypothesis, generate
 from capdistill.generation.config import FUNCTION_WORDS
 from capdistill.tokenizer import WordTokenizer
 from tests.generation.decoding_cases import (
@@ -39,12 +39,14 @@ some = given(form=st.sampled_from(sorted(FORMS)), seed=st.integers(0, 999))
 
 
 def decode(form: str, seed: int, mode: str, limit: int = LIMIT, **ids) -> list[Hypothesis]:
-    """All hypotheses of three pictures; options are the plan's, those of `GenerationConfig` too."""
-    plan_keys = {"banned", "phrases", "not_last", "prefix"}
-    plan = {"banned": (PAD, START), **{k: ids[k] for k in ids if k in plan_keys}}
-    options = {k: v for k, v in ids.items() if k not in plan_keys}
+    """All hypotheses of three pictures; options are the spec's, those of `GenerationConfig` too."""
+    spec_keys = {"banned", "phrases", "not_last", "prefix"}
+    spec = {"banned": (PAD, START), **{k: ids[k] for k in ids if k in spec_keys}}
+    options = {k: v for k, v in ids.items() if k not in spec_keys}
     config = GenerationConfig(**MODES[mode], **options)
-    found = generate(real(form, seed), pictures(3, seed), Plan(START, END, limit, config, **plan))
+    found = generate(
+        real(form, seed), pictures(3, seed), GenerationSpec(START, END, limit, config, **spec)
+    )
     return [each for best in found for each in (best.n_best or (best,))]
 
 
@@ -102,8 +104,8 @@ def test_every_caption_begins_with_the_prefix_which_counts_in_its_probability(mo
 def test_constraints_do_not_change_the_probability_of_what_is_said(mode, form, seed):
     decoder, images = real(form, seed), pictures(3, seed)
     config = GenerationConfig(**MODES[mode], no_repeat_ngram=2, min_length=2)
-    plan = Plan(START, END, 4, config, banned=(PAD, START, 5), not_last=(3,))
-    for best, picture in zip(generate(decoder, images, plan), images, strict=True):
+    spec = GenerationSpec(START, END, 4, config, banned=(PAD, START, 5), not_last=(3,))
+    for best, picture in zip(generate(decoder, images, spec), images, strict=True):
         for found in best.n_best or (best,):
             ids = (*found.tokens, *[END] * found.finished)
             each = [next_log_probs(decoder, picture, ids[:i])[t] for i, t in enumerate(ids)]
@@ -113,11 +115,11 @@ def test_constraints_do_not_change_the_probability_of_what_is_said(mode, form, s
 
 @every_mode
 def test_a_caption_that_no_word_can_continue_ends(mode):
-    plan_banned = (PAD, START, B)
+    banned = (PAD, START, B)
     config = GenerationConfig(**MODES[mode], no_repeat_ngram=1, min_length=4)
     decoder = real("parallel", 0, vocabulary=5)
-    plan = Plan(START, END, 6, config, banned=plan_banned)
-    for found in generate(decoder, pictures(2), plan):
+    spec = GenerationSpec(START, END, 6, config, banned=banned)
+    for found in generate(decoder, pictures(2), spec):
         assert (found.tokens, found.finished) == ((A,), True)
         assert math.isfinite(found.log_prob)
 
@@ -138,30 +140,30 @@ def ids(*words: str) -> tuple[int, ...]:
 
 def test_a_plan_holds_the_ids_of_the_words():
     config = GenerationConfig(banned_words=["grass", "a dog"], not_last=["on", "a"], prefix="A dog")
-    plan = Plan.of(config, WORDS)
-    assert plan.max_length == 7
-    assert plan.banned == tuple(sorted((WORDS.pad_id, WORDS.start_id, WORDS.unk_id, *ids("grass"))))
-    assert plan.phrases == (ids("a", "dog"),)
-    assert plan.not_last == ids("on", "a")
-    assert plan.prefix == ids("a", "dog")
+    spec = GenerationSpec.of(config, WORDS)
+    assert spec.max_length == 7
+    assert spec.banned == tuple(sorted((WORDS.pad_id, WORDS.start_id, WORDS.unk_id, *ids("grass"))))
+    assert spec.phrases == (ids("a", "dog"),)
+    assert spec.not_last == ids("on", "a")
+    assert spec.prefix == ids("a", "dog")
 
 
 def test_function_words_are_those_of_the_list_that_the_vocabulary_has():
-    plan = Plan.of(GenerationConfig(not_last="function_words"), WORDS)
-    assert set(plan.not_last) == set(ids("a", "on"))
+    spec = GenerationSpec.of(GenerationConfig(not_last="function_words"), WORDS)
+    assert set(spec.not_last) == set(ids("a", "on"))
     assert {"a", "on"} <= set(FUNCTION_WORDS)
 
 
 def test_unknown_words_are_said_on_request_alone():
-    assert WORDS.unk_id in Plan.of(GenerationConfig(), WORDS).banned
-    assert WORDS.unk_id not in Plan.of(GenerationConfig(allow_unknown=True), WORDS).banned
+    assert WORDS.unk_id in GenerationSpec.of(GenerationConfig(), WORDS).banned
+    assert WORDS.unk_id not in GenerationSpec.of(GenerationConfig(allow_unknown=True), WORDS).banned
 
 
 def test_banning_a_word_that_the_vocabulary_has_not_bans_nothing_more():
     config = GenerationConfig(banned_words=["zebra", "a zebra"], not_last=["zebra"])
-    plan = Plan.of(config, WORDS)
-    bare = Plan.of(GenerationConfig(), WORDS)
-    assert (plan.banned, plan.phrases, plan.not_last) == (bare.banned, (), ())
+    spec = GenerationSpec.of(config, WORDS)
+    bare = GenerationSpec.of(GenerationConfig(), WORDS)
+    assert (spec.banned, spec.phrases, spec.not_last) == (bare.banned, (), ())
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_banning_a_word_that_the_vocabulary_has_not_bans_nothing_more():
 )
 def test_words_that_can_not_be_meant_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        Plan.of(GenerationConfig(**options), WORDS)
+        GenerationSpec.of(GenerationConfig(**options), WORDS)
 
 
 def test_case_7_an_end_id_that_is_also_padding_and_start_stays_possible():
@@ -190,10 +192,12 @@ def test_case_7_an_end_id_that_is_also_padding_and_start_stays_possible():
         def decode(self, tokens):
             return " ".join(self.vocabulary[i] for i in tokens)
 
-    plan = Plan.of(GenerationConfig(beam_size=2, prefix="a", banned_words=["dog"]), Shared())
-    assert (plan.banned, plan.prefix, plan.end_id) == ((2,), (1,), 0)
+    spec = GenerationSpec.of(
+        GenerationConfig(beam_size=2, prefix="a", banned_words=["dog"]), Shared()
+    )
+    assert (spec.banned, spec.prefix, spec.end_id) == ((2,), (1,), 0)
     decoder = real("transformer", 1, vocabulary=3)
-    (found,) = generate(decoder, pictures(1), plan)
+    (found,) = generate(decoder, pictures(1), spec)
     assert 0 not in found.tokens
     assert found.tokens[0] == 1
     assert torch.isfinite(torch.tensor(found.log_prob))

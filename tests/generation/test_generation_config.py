@@ -7,7 +7,7 @@ import pytest
 import capdistill as cd
 from capdistill.errors import ConfigError
 from capdistill.generation.config import GenerationConfig, resolve
-from capdistill.generation.hypotheses import bound, penalty
+from capdistill.generation.hypotheses import best_divisor, length_divisor
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_something_else_in_its_place_is_refused():
 )
 def test_divisors_of_seven_tokens(form, alpha, expected):
     config = GenerationConfig(length_normalisation=form, length_penalty=alpha)
-    assert penalty(config, 7) == pytest.approx(expected, abs=1e-12)
+    assert length_divisor(config, 7) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(1.0, 20.0), (-1.0, 1 / 8)])
 def test_the_exact_bound_takes_the_most_favourable_length_still_to_come(alpha, expected):
     config = GenerationConfig(early_stopping="never", length_penalty=alpha)
-    assert bound(config, 7, longest=20) == pytest.approx(expected, abs=1e-12)
+    assert best_divisor(config, 7, longest=20) == pytest.approx(expected, abs=1e-12)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capdistill.generation import GenerationConfig, Plan, generate
+from capdistill.generation import GenerationConfig, GenerationSpec, generate
 from capdistill.generation.search import warp
 from tests.generation.decoding_cases import (
     END,
@@ -87,8 +87,8 @@ def read(ids: list[int]) -> tuple[tuple[int, ...], bool]:
 
 
 def ours(decoder, features, **options):
-    plan = Plan(START, END, LIMIT, GenerationConfig(**options), banned=(PAD, START))
-    return generate(decoder, features, plan)
+    spec = GenerationSpec(START, END, LIMIT, GenerationConfig(**options), banned=(PAD, START))
+    return generate(decoder, features, spec)
 
 
 @settings(deadline=None, max_examples=8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capdistill.generation import GenerationConfig, Plan, generate
+from capdistill.generation import GenerationConfig, GenerationSpec, generate
 from capdistill.generation.search import draw, image_keys, row_keys, uniforms
 from tests.generation.decoding_cases import (
     END,
@@ -22,8 +22,8 @@ from tests.generation.decoding_cases import (
 
 def sampled(seed: int = 0, keys: torch.Tensor | None = None, images: int = 4, **options):
     config = GenerationConfig(sample=True, seed=seed, **options)
-    plan = Plan(START, END, LIMIT, config, banned=(PAD, START))
-    return generate(real("transformer", 2), pictures(images), plan, keys)
+    spec = GenerationSpec(START, END, LIMIT, config, banned=(PAD, START))
+    return generate(real("transformer", 2), pictures(images), spec, keys)
 
 
 def test_the_same_seed_gives_the_same_captions_and_another_seed_others():
@@ -35,8 +35,8 @@ def test_an_image_is_known_by_its_key_not_by_its_place():
     keys = torch.tensor([5, 6, 7, 8])
     forward = sampled(keys=keys)
     config = GenerationConfig(sample=True)
-    plan = Plan(START, END, LIMIT, config, banned=(PAD, START))
-    backward = generate(real("transformer", 2), pictures(4).flip(0), plan, keys.flip(0))
+    spec = GenerationSpec(START, END, LIMIT, config, banned=(PAD, START))
+    backward = generate(real("transformer", 2), pictures(4).flip(0), spec, keys.flip(0))
     assert [h.tokens for h in forward] == [h.tokens for h in backward][::-1]
 
 
@@ -56,8 +56,8 @@ def test_the_first_captions_do_not_depend_on_how_many_are_drawn():
 
 def test_a_low_temperature_one_word_and_a_small_share_are_greedy():
     decoder, images = real("transformer", 2), pictures(4)
-    plan = Plan(START, END, LIMIT, banned=(PAD, START))
-    greedy = [h.tokens for h in generate(decoder, images, plan)]
+    spec = GenerationSpec(START, END, LIMIT, banned=(PAD, START))
+    greedy = [h.tokens for h in generate(decoder, images, spec)]
     for options in ({"temperature": 1e-3}, {"top_k": 1}, {"top_p": 1e-6}):
         assert [h.tokens for h in sampled(**options)] == greedy
 

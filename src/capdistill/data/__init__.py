@@ -7,56 +7,38 @@ sample/train: 39 images, 195 captions
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from capdistill.registry import lazy_exports
 
 if TYPE_CHECKING:
-    from capdistill.data.caption_files import DataReport, Problem
-    from capdistill.data.coco import CocoCaptions, Karpathy, sample
-    from capdistill.data.dataset import CaptionData, Example, Splits
-    from capdistill.data.flickr8k import Flickr8k
-    from capdistill.data.folder import Folder
-    from capdistill.data.images import read_image
-    from capdistill.data.loader import Loader
-
-_PUBLIC = {
-    "CaptionData": "dataset",
-    "CocoCaptions": "coco",
-    "Example": "dataset",
-    "Flickr8k": "flickr8k",
-    "Folder": "folder",
-    "Karpathy": "coco",
-    "Loader": "loader",
-    "Problem": "caption_files",
-    "DataReport": "caption_files",
-    "Splits": "dataset",
-    "read_image": "images",
-    "sample": "coco",
-}
-
-__all__ = [
-    "CaptionData",
-    "CocoCaptions",
-    "DataReport",
-    "Example",
-    "Flickr8k",
-    "Folder",
-    "Karpathy",
-    "Loader",
-    "Problem",
-    "Splits",
-    "read_image",
-    "sample",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'capdistill.data' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"capdistill.data.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    from capdistill.data.caption_files import DataReport as DataReport
+    from capdistill.data.caption_files import Problem as Problem
+    from capdistill.data.coco import CocoCaptions as CocoCaptions
+    from capdistill.data.coco import Karpathy as Karpathy
+    from capdistill.data.coco import sample as sample
+    from capdistill.data.dataset import CaptionData as CaptionData
+    from capdistill.data.dataset import Example as Example
+    from capdistill.data.dataset import Splits as Splits
+    from capdistill.data.flickr8k import Flickr8k as Flickr8k
+    from capdistill.data.folder import Folder as Folder
+    from capdistill.data.images import read_image as read_image
+    from capdistill.data.loader import Loader as Loader
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(
+        __name__,
+        {
+            "CaptionData": "dataset",
+            "CocoCaptions": "coco",
+            "DataReport": "caption_files",
+            "Example": "dataset",
+            "Flickr8k": "flickr8k",
+            "Folder": "folder",
+            "Karpathy": "coco",
+            "Loader": "loader",
+            "Problem": "caption_files",
+            "Splits": "dataset",
+            "read_image": "images",
+            "sample": "coco",
+        },
+    )

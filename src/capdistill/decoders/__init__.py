@@ -7,8 +7,31 @@ True
 
 from __future__ import annotations
 
-from capdistill.decoders.base import Decoder
-from capdistill.registry import Registry
+from typing import TYPE_CHECKING
+
+from capdistill.decoders.base import Decoder as Decoder
+from capdistill.registry import Registry, lazy_exports
+
+if TYPE_CHECKING:
+    from capdistill.decoders.base import DecoderState as DecoderState
+    from capdistill.decoders.lstm import LSTMDecoder as LSTMDecoder
+    from capdistill.decoders.transformer import TransformerDecoder as TransformerDecoder
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(
+        __name__,
+        {
+            "DecoderState": "base",
+            "LSTMDecoder": "lstm",
+            "TransformerDecoder": "transformer",
+        },
+        "Decoder",
+        "create",
+        "describe",
+        "get",
+        "names",
+        "register",
+        "registry",
+    )
 
 registry: Registry[Decoder] = Registry(
     "decoder",
@@ -25,5 +48,3 @@ create = registry.create
 get = registry.get
 names = registry.names
 describe = registry.describe
-
-__all__ = ["Decoder", "create", "describe", "get", "names", "register", "registry"]

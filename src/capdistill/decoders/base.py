@@ -16,13 +16,13 @@ from capdistill.outputs import DecoderOutput
 
 
 @dataclass(frozen=True)
-class State:
+class DecoderState:
     """What a decoder remembers between two words. Rows stay grouped by image.
 
     Example:
         >>> import torch
         >>> features, cache = torch.zeros(2, 9, 8), torch.tensor([[1.0], [2.0]])
-        >>> state = State({"features": features}, {"cache": cache}).expand(2)
+        >>> state = DecoderState({"features": features}, {"cache": cache}).expand(2)
         >>> state.row["cache"].tolist(), state.image["features"] is features
         ([[1.0], [1.0], [2.0], [2.0]], True)
         >>> state.keep(torch.tensor([1])).row["cache"].tolist()
@@ -42,16 +42,16 @@ class State:
     position: int = 0
     cache: Cache | None = None
 
-    def expand(self, k: int) -> State:
+    def expand(self, k: int) -> DecoderState:
         """Every row k times, side by side; what belongs to the image is not copied."""
         rows = {key: value.repeat_interleave(k, 0) for key, value in self.row.items()}
         return replace(self, row=rows, beams=self.beams * k)
 
-    def reorder(self, index: Tensor) -> State:
+    def reorder(self, index: Tensor) -> DecoderState:
         """Row r becomes old row `index[r]`, (R,); an index stays within its image's group."""
         return replace(self, row={key: value[index] for key, value in self.row.items()})
 
-    def keep(self, images: Tensor) -> State:
+    def keep(self, images: Tensor) -> DecoderState:
         """Only the given images, (J,) indices or (I,) bool, with all their rows."""
         kept = {key: value[images] for key, value in self.image.items()}
         rows = {
@@ -110,9 +110,9 @@ class Decoder(nn.Module):
         """(B, T) ids and (I, N, D) features to logits; `need` may hold "hidden", "attention"."""
 
     @abstractmethod
-    def start(self, features: Tensor) -> State:
+    def start(self, features: Tensor) -> DecoderState:
         """(I, N, D) features to a state with one row an image."""
 
     @abstractmethod
-    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """One word a row, (R,), to logits (R, V) of the next and the state after it."""

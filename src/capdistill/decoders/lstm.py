@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capdistill.decoders.attention import CrossAttention
-from capdistill.decoders.base import Decoder, State
+from capdistill.decoders.base import Decoder, DecoderState
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
 
@@ -103,30 +103,30 @@ class LSTMDecoder(Decoder):
             attention=weights,
         )
 
-    def start(self, features: Tensor) -> State:
+    def start(self, features: Tensor) -> DecoderState:
         """Keys and values of the features, and states made from their mean."""
         keys, values = self.attention.project(features)
         mean = features.mean(1)  # (I, D)
         states = torch.tanh(self.initial(mean)).view(len(mean), 2, len(self.cells), -1)
         h, c = states.unbind(1)  # (I, layers, H)
-        return State({"keys": keys, "values": values, "mean": mean}, {"h": h, "c": c})
+        return DecoderState({"keys": keys, "values": values, "mean": mean}, {"h": h, "c": c})
 
-    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """(R,) words to logits (R, V)."""
         words = self.embedding(tokens)[:, None] * self.embed**0.5  # (R, 1, E)
         hidden, _, row = self.run(words, state, False)
-        after = State(state.image, row, state.beams, state.position + 1)
+        after = DecoderState(state.image, row, state.beams, state.position + 1)
         return self.score(hidden[-1])[:, 0], after
 
     def run(
-        self, words: Tensor, state: State, need: bool
+        self, words: Tensor, state: DecoderState, need: bool
     ) -> tuple[list[Tensor], Tensor | None, dict[str, Tensor]]:
         """(B, T, E) words from a state on: hidden, attention if needed, and the rows after."""
         form = self.run_recurrent if self.recurrent else self.run_parallel
         return form(words, state, need)
 
     def run_parallel(
-        self, words: Tensor, state: State, need: bool
+        self, words: Tensor, state: DecoderState, need: bool
     ) -> tuple[list[Tensor], Tensor | None, dict[str, Tensor]]:
         """All words through a layer at a time: the first reads, its states ask, the rest follow."""
         mean = state.image["mean"].repeat_interleave(state.beams, 0)[:, None]  # (B, 1, D)
@@ -143,7 +143,7 @@ class LSTMDecoder(Decoder):
         return [*layers, self.merge(layers[-1], context)], weights, stack_states(ends)
 
     def run_recurrent(
-        self, words: Tensor, state: State, need: bool
+        self, words: Tensor, state: DecoderState, need: bool
     ) -> tuple[list[Tensor], Tensor | None, dict[str, Tensor]]:
         """One word after the other: the last state asks, and what it sees is read with the word."""
         seen: list[tuple[Tensor, ...]] = []
@@ -151,14 +151,14 @@ class LSTMDecoder(Decoder):
         for word in torch.split(words, 1, dim=1):
             context, weights = self.look(state.row["h"][:, -1:], state, need)
             layers, row = self.run_word(torch.cat([word, context.to(word.dtype)], -1), state)
-            state = State(state.image, row, state.beams)
+            state = DecoderState(state.image, row, state.beams)
             seen.append((*layers, context))
             looked += [] if weights is None else [weights]
         *hidden, context = (torch.cat(part, 1) for part in zip(*seen, strict=True))
         attention = torch.cat(looked, 1) if looked else None
         return [*hidden, self.merge(hidden[-1], context)], attention, state.row
 
-    def run_word(self, x: Tensor, state: State) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def run_word(self, x: Tensor, state: DecoderState) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One word (B, 1, E + D) through all layers."""
         layers: list[Tensor] = []
         ends: list[tuple[Tensor, Tensor]] = []
@@ -171,7 +171,7 @@ class LSTMDecoder(Decoder):
     def _cells(self) -> Iterator[nn.LSTM]:
         return cast("Iterator[nn.LSTM]", iter(self.cells))
 
-    def look(self, x: Tensor, state: State, need: bool) -> tuple[Tensor, Tensor | None]:
+    def look(self, x: Tensor, state: DecoderState, need: bool) -> tuple[Tensor, Tensor | None]:
         """(B, T, H) states to what they see, (B, T, D), and where they look, (B, T, N)."""
         seen: tuple[Tensor, Tensor | None] = self.attention(
             x, state.image["keys"], state.image["values"], need
@@ -179,7 +179,7 @@ class LSTMDecoder(Decoder):
         return seen
 
     def merge(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """State and context to the vector that the vocabulary projection sees."""
+        """DecoderState and context to the vector that the vocabulary projection sees."""
         merged: Tensor = self.output(self.drop(torch.cat([hidden, context.to(hidden.dtype)], -1)))
         return merged
 
@@ -190,7 +190,7 @@ class LSTMDecoder(Decoder):
 
 
 def run_cell(
-    cell: nn.LSTM, x: Tensor, state: State, layer: int
+    cell: nn.LSTM, x: Tensor, state: DecoderState, layer: int
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """(B, T, .) through one layer from its state; the outputs (B, T, H) and the state after."""
     h, c = (state.row[key][:, layer].contiguous() for key in ("h", "c"))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capdistill.decoders.attention import Cache, CrossAttention, merge_heads, split_heads
-from capdistill.decoders.base import Decoder, State
+from capdistill.decoders.base import Decoder, DecoderState
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
 
@@ -130,15 +130,15 @@ class TransformerDecoder(Decoder):
             attention=weights,
         )
 
-    def start(self, features: Tensor) -> State:
+    def start(self, features: Tensor) -> DecoderState:
         """Project the features for every layer; no word has been read yet."""
         image = {}
         for i, block in enumerate(self._blocks()):
             keys, values = block.cross.project(features)
             image[f"key{i}"], image[f"value{i}"] = keys.contiguous(), values.contiguous()
-        return State(image=image, row={}, cache=Cache.empty(len(self.blocks), keys))
+        return DecoderState(image=image, row={}, cache=Cache.empty(len(self.blocks), keys))
 
-    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """(R,) words to logits (R, V); keys and values of earlier words come from the state."""
         beams = state.beams
         cache = cast("Cache", state.cache).extend(beams)
@@ -151,7 +151,7 @@ class TransformerDecoder(Decoder):
             context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
             memory = (state.image[f"key{i}"], state.image[f"value{i}"])
             x, _ = block.finish(x, unfold(context), memory, need=False)
-        after = State(state.image, row, beams, state.position + 1, cache)
+        after = DecoderState(state.image, row, beams, state.position + 1, cache)
         return self.score(self.final_norm(self.output(x)))[:, 0], after
 
     def _blocks(self) -> Iterator[Block]:
@@ -179,7 +179,7 @@ def unfold(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
 
-def see_own(state: State) -> Tensor:
+def see_own(state: DecoderState) -> Tensor:
     """(R, slots) which words of the image's beams belong to a row; the newest come last."""
     rows = len(next(iter(state.image.values()))) * state.beams
     device = next(iter(state.image.values())).device

@@ -7,8 +7,29 @@ True
 
 from __future__ import annotations
 
-from capdistill.encoders.base import Encoder
-from capdistill.registry import Registry
+from typing import TYPE_CHECKING
+
+from capdistill.encoders.base import Encoder as Encoder
+from capdistill.registry import Registry, lazy_exports
+
+if TYPE_CHECKING:
+    from capdistill.encoders.timm import TimmEncoder as TimmEncoder
+    from capdistill.encoders.torchvision import TorchvisionEncoder as TorchvisionEncoder
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(
+        __name__,
+        {
+            "TimmEncoder": "timm",
+            "TorchvisionEncoder": "torchvision",
+        },
+        "Encoder",
+        "create",
+        "describe",
+        "get",
+        "names",
+        "register",
+        "registry",
+    )
 
 registry: Registry[Encoder] = Registry(
     "encoder",
@@ -25,5 +46,3 @@ create = registry.create
 get = registry.get
 names = registry.names
 describe = registry.describe
-
-__all__ = ["Encoder", "create", "describe", "get", "names", "register", "registry"]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_PUBLIC = {
-    "Comparison": "comparison",
-    "Evaluation": "evaluation",
-    "compare": "comparison",
-    "evaluate": "evaluation",
-}
-__all__ = list(_PUBLIC)
+from capdistill.registry import lazy_exports
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        module = importlib.import_module(f"capdistill.evaluation.{_PUBLIC[name]}")
-        return getattr(module, name)
-    raise AttributeError(f"module 'capdistill.evaluation' has no attribute '{name}'")
+if TYPE_CHECKING:
+    from capdistill.evaluation.comparison import Comparison as Comparison
+    from capdistill.evaluation.comparison import compare as compare
+    from capdistill.evaluation.evaluation import Evaluation as Evaluation
+    from capdistill.evaluation.evaluation import evaluate as evaluate
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(
+        __name__,
+        {
+            "Comparison": "comparison",
+            "Evaluation": "evaluation",
+            "compare": "comparison",
+            "evaluate": "evaluation",
+        },
+    )

@@ -7,26 +7,26 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from capdistill.registry import lazy_exports
 
 if TYPE_CHECKING:
-    from capdistill.generation.config import GenerationConfig, Plan
-    from capdistill.generation.decode import beam_search, generate, greedy
-    from capdistill.generation.hypotheses import Hypothesis
-
-_PUBLIC = {
-    "GenerationConfig": "config",
-    "Hypothesis": "hypotheses",
-    "Plan": "config",
-    "beam_search": "decode",
-    "generate": "decode",
-    "greedy": "decode",
-}
-__all__ = ["GenerationConfig", "Hypothesis", "Plan", "beam_search", "generate", "greedy"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"capdistill.generation.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'capdistill.generation' has no attribute '{name}'")
+    from capdistill.generation.config import GenerationConfig as GenerationConfig
+    from capdistill.generation.config import GenerationSpec as GenerationSpec
+    from capdistill.generation.decode import beam_search as beam_search
+    from capdistill.generation.decode import generate as generate
+    from capdistill.generation.decode import greedy as greedy
+    from capdistill.generation.hypotheses import Hypothesis as Hypothesis
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(
+        __name__,
+        {
+            "GenerationConfig": "config",
+            "GenerationSpec": "config",
+            "Hypothesis": "hypotheses",
+            "beam_search": "decode",
+            "generate": "decode",
+            "greedy": "decode",
+        },
+    )

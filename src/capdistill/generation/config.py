@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -182,24 +182,24 @@ def resolve(
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `generate` does, in ids.
+class GenerationSpec:
+    """The options of decoding, in token ids.
 
     Example:
         >>> from capdistill import WordTokenizer
         >>> tokenizer = WordTokenizer(["a", "dog", "runs"])
-        >>> plan = Plan.of(GenerationConfig(banned_words=["runs"], prefix="a"), tokenizer)
-        >>> plan.max_length, plan.banned, plan.prefix
+        >>> spec = GenerationSpec.of(GenerationConfig(banned_words=["runs"], prefix="a"), tokenizer)
+        >>> spec.max_length, spec.banned, spec.prefix
         (41, (0, 1, 3, 6), (4,))
 
     Args:
         start_id: Fed first.
         end_id: Ends a caption.
         max_length: Tokens at most, the end token among them.
-        config: Everything that is no id.
-        banned: Ids that are never said. The probability of the other words stays what it is.
-        phrases: Sequences of two and more ids that are never said.
-        not_last: Ids that no caption ends on.
+        config: The options that are not about ids.
+        banned: Ids that are never generated. The probability of the other words stays what it is.
+        phrases: Sequences of two and more ids that are never generated.
+        not_last: Ids that no caption ends with.
         prefix: Ids that every caption begins with.
 
     Raises:
@@ -227,11 +227,30 @@ class Plan:
             )
 
     @classmethod
-    def of(cls, config: GenerationConfig, tokenizer: Tokenizer) -> Plan:
+    def from_ids(
+        cls,
+        start_id: int,
+        end_id: int,
+        max_length: int,
+        *,
+        banned: Sequence[int] = (),
+        **options: Any,
+    ) -> GenerationSpec:
+        """The specification without a tokenizer.
+
+        Args:
+            start_id, end_id, max_length, banned: As above.
+            options: Of `GenerationConfig`, those about words excepted.
+        """
+        config = GenerationConfig(**options)
+        return cls(start_id, end_id, max_length, config, banned=tuple(banned))
+
+    @classmethod
+    def of(cls, config: GenerationConfig, tokenizer: Tokenizer) -> GenerationSpec:
         """The configuration in a tokenizer's ids.
 
         Raises:
-            ConfigError: words that cannot be meant; see `GenerationConfig`.
+            ConfigError: words that the vocabulary does not have; see `GenerationConfig`.
         """
         longest = getattr(tokenizer, "max_length", 40) + 1
         banned = sayable(tokenizer, "banned_words", config.banned_words)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,99 +11,80 @@ from torch import Tensor
 
 from capdistill.decoders.base import Decoder
 from capdistill.errors import ConfigError
-from capdistill.generation.config import GenerationConfig, Plan
+from capdistill.generation.config import GenerationSpec
 from capdistill.generation.hypotheses import Hypothesis
-from capdistill.generation.search import Beams, Walk, image_keys
+from capdistill.generation.search import BeamSearch, Sampling, Search, image_keys
 from capdistill.outputs import Batch
 from capdistill.tokenizer import Tokenizer
 
 
 @torch.no_grad()
 def generate(
-    decoder: Decoder, features: Tensor, plan: Plan, keys: Tensor | None = None
+    decoder: Decoder, features: Tensor, spec: GenerationSpec, keys: Tensor | None = None
 ) -> list[Hypothesis]:
     """The best hypothesis of each image, without its text.
 
-    Images that are done leave the batch; what else is in it changes nothing. Ties: the smaller
-    id, the earlier beam, what was kept first.
+    Images that are done leave the batch; what else is in the batch changes nothing. Ties: the
+    smaller id, the earlier beam, what was kept first.
 
     Example:
         >>> from capdistill.decoders.lstm import LSTMDecoder
         >>> decoder = LSTMDecoder(dim=8, embed=6, hidden=12, heads=2).eval()
         >>> decoder.build(vocabulary=11)
-        >>> plan = Plan(1, 2, max_length=5, config=GenerationConfig(beam_size=3, num_return=2))
-        >>> found = generate(decoder, torch.randn(4, 9, 8), plan)
-        >>> len(found), [len(hypothesis.n_best) for hypothesis in found]
+        >>> spec = GenerationSpec.from_ids(1, 2, 5, beam_size=3, num_return=2)
+        >>> hypotheses = generate(decoder, torch.randn(4, 9, 8), spec)
+        >>> len(hypotheses), [len(hypothesis.n_best) for hypothesis in hypotheses]
         (4, [2, 2, 2, 2])
 
     Args:
         decoder: A built decoder, in evaluation mode.
         features: (I, N, D).
-        plan: What is wanted.
-        keys: (I,) int64 that tell the images apart, for sampling; their places unless given.
+        spec: The options, in token ids.
+        keys: (I,) int64 that tell the images apart, for sampling; their places by default.
 
     Raises:
         ConfigError: every id is banned.
     """
     words = decoder.vocabulary
-    if words and set(plan.banned).issuperset(range(words)):
-        raise ConfigError(f"All {words} ids are banned; leave at least one to say.")
+    if words and set(spec.banned).issuperset(range(words)):
+        raise ConfigError(f"All {words} ids are banned; leave at least one that can be generated.")
     if not len(features):
         return []
-    if plan.config.beam_size > 1:
-        found = Beams(decoder, features, plan).run()
+    search: Search
+    if spec.config.beam_size > 1:
+        search = BeamSearch(decoder, features, spec)
     else:
         keys = torch.arange(len(features)) if keys is None else keys
-        found = Walk(decoder, features, plan, keys.to(features.device)).run()
-    return found.hypotheses(plan.config.num_return)
+        search = Sampling(decoder, features, spec, keys.to(features.device))
+    return search.run().hypotheses(spec.config.num_return)
 
 
-def greedy(
-    decoder: Decoder,
-    features: Tensor,
-    *,
-    start_id: int,
-    end_id: int,
-    max_length: int,
-    banned: Sequence[int] = (),
-) -> list[Hypothesis]:
-    """The most probable next word, until the end token or the limit.
+def greedy(decoder: Decoder, features: Tensor, **options: Any) -> list[Hypothesis]:
+    """The most probable next token, until the end token or the limit.
 
     Example:
         >>> from capdistill.decoders.lstm import LSTMDecoder
         >>> decoder = LSTMDecoder(dim=8, embed=6, hidden=12, heads=2).eval()
         >>> decoder.build(vocabulary=11)
-        >>> features = torch.randn(2, 9, 8)
-        >>> found = greedy(decoder, features, start_id=1, end_id=2, max_length=5, banned=[0, 1, 2])
+        >>> ids = {"start_id": 1, "end_id": 2, "banned": [0, 1, 2]}
+        >>> found = greedy(decoder, torch.randn(2, 9, 8), max_length=5, **ids)
         >>> [len(hypothesis.tokens) for hypothesis in found]
         [5, 5]
 
     Args:
-        decoder: A built decoder, in evaluation mode.
-        features: (I, N, D).
-        start_id: Fed first.
-        end_id: Ends a caption.
-        max_length: Tokens at most, the end token among them.
-        banned: Ids that are never said. The probability of the other words stays what it is.
+        decoder, features: As for `generate`.
+        options: As for `GenerationSpec.from_ids`.
 
     Raises:
-        ConfigError: max_length < 1, or every id is banned.
+        ConfigError: invalid options, or every id is banned.
     """
-    return generate(decoder, features, Plan(start_id, end_id, max_length, banned=tuple(banned)))
+    return generate(decoder, features, GenerationSpec.from_ids(beam_size=1, **options))
 
 
 def beam_search(
-    decoder: Decoder,
-    features: Tensor,
-    *,
-    start_id: int,
-    end_id: int,
-    max_length: int,
-    beam_size: int,
-    banned: Sequence[int] = (),
-    **options: Any,
+    decoder: Decoder, features: Tensor, *, beam_size: int, **options: Any
 ) -> list[Hypothesis]:
-    """The best of `beam_size` hypotheses an image.
+    """The best of `beam_size` hypotheses per image.
 
     Example:
         >>> from capdistill.decoders.lstm import LSTMDecoder
@@ -115,50 +96,46 @@ def beam_search(
         2
 
     Args:
-        decoder, features, start_id, end_id, max_length, banned: As for `greedy`.
-        beam_size: Hypotheses kept an image.
-        options: Of `GenerationConfig`, those about words excepted.
+        decoder, features: As for `generate`.
+        beam_size: Hypotheses kept per image.
+        options: As for `GenerationSpec.from_ids`.
 
     Raises:
-        ConfigError: options that cannot be, or every id is banned.
+        ConfigError: invalid options, or every id is banned.
     """
-    config = GenerationConfig(beam_size=beam_size, **options)
-    return generate(
-        decoder, features, Plan(start_id, end_id, max_length, config, banned=tuple(banned))
-    )
+    return generate(decoder, features, GenerationSpec.from_ids(beam_size=beam_size, **options))
 
 
-def captions(
+def generate_text(
     decoder: Decoder,
     features: Tensor,
     tokenizer: Tokenizer,
-    plan: Plan,
+    spec: GenerationSpec,
     images: Batch | Tensor,
 ) -> list[Hypothesis]:
-    """One hypothesis an image, with its text.
+    """One hypothesis per image, with its text.
 
     Args:
         decoder: A built decoder, in evaluation mode.
         features: (I, N, D), or whatever its `start` reads.
         tokenizer: Words to ids and back.
-        plan: How, in the tokenizer's ids.
-        images: What the features come from: chance depends on the image, not on its place.
+        spec: The options, in the tokenizer's ids.
+        images: The source of the features: a draw depends on the image, not on its place.
 
     Raises:
         ConfigError: every id is banned.
     """
-    keys = image_keys(_identities(images)) if plan.config.sample else None
-    found = generate(decoder, features, plan, keys)
-    return [_with_text(hypothesis, tokenizer) for hypothesis in found]
+    keys = image_keys(_identities(images)) if spec.config.sample else None
+    return [_with_text(each, tokenizer) for each in generate(decoder, features, spec, keys)]
 
 
-def _with_text(found: Hypothesis, tokenizer: Tokenizer) -> Hypothesis:
-    others = tuple(_with_text(each, tokenizer) for each in found.n_best)
-    return replace(found, text=tokenizer.decode(found.tokens), n_best=others)
+def _with_text(hypothesis: Hypothesis, tokenizer: Tokenizer) -> Hypothesis:
+    others = tuple(_with_text(each, tokenizer) for each in hypothesis.n_best)
+    return replace(hypothesis, text=tokenizer.decode(hypothesis.tokens), n_best=others)
 
 
 def _identities(images: Batch | Tensor) -> Iterator[bytes]:
-    """What tells images apart wherever they stand: their ids, or their pixels."""
+    """What tells images apart in any order: their ids, or their pixels."""
     if isinstance(images, Batch):
         return (image.encode() for image in images.image_ids)
     return (image.cpu().numpy().tobytes() for image in images)

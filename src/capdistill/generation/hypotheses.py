@@ -16,7 +16,7 @@ LOOK_EVERY = 4  # words between two looks at an accelerator, which must be waite
 
 
 @dataclass(frozen=True)
-class Found:
+class HypothesisBatch:
     """K hypotheses of each of J images.
 
     Args:
@@ -36,7 +36,7 @@ class Found:
     scores: Tensor
 
     @classmethod
-    def empty(cls, like: Tensor, count: int, length: int) -> Found:
+    def empty(cls, like: Tensor, count: int, length: int) -> HypothesisBatch:
         """No hypothesis yet, for as many images as `like` has rows and in its precision."""
         images, device = len(like), like.device
         shape = (images, count)
@@ -49,12 +49,12 @@ class Found:
             scores=torch.full(shape, -torch.inf, dtype=like.dtype, device=device),
         )
 
-    def take(self, index: Tensor) -> Found:
+    def take(self, index: Tensor) -> HypothesisBatch:
         """Some of the images."""
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     @classmethod
-    def join(cls, parts: Sequence[Found]) -> Found:
+    def join(cls, parts: Sequence[HypothesisBatch]) -> HypothesisBatch:
         """All images, in the order of the batch."""
         if len(parts) > 1:
             values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
@@ -90,11 +90,11 @@ def _hypothesis(
     return Hypothesis(tuple(tokens[:length]), sum(each), ended, score=score, token_log_probs=each)
 
 
-def staying(done: Tensor, position: int) -> Tensor | None:
+def unfinished_images(done: Tensor, position: int) -> Tensor | None:
     """Indices (J',) of the images that are not done; None where none, or too few, would leave.
 
     Example:
-        >>> staying(torch.tensor([True, False]), position=0)
+        >>> unfinished_images(torch.tensor([True, False]), position=0)
         tensor([1])
     """
     if done.device.type != "cpu" and position % LOOK_EVERY:
@@ -105,7 +105,7 @@ def staying(done: Tensor, position: int) -> Tensor | None:
     return None if count == 0 else (~done).nonzero()[:, 0]
 
 
-def exact(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half precision is too coarse to add up log-probabilities in."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -167,11 +167,11 @@ class Hypothesis:
     n_best: tuple[Hypothesis, ...] = ()
 
 
-def penalty(config: GenerationConfig, length: int) -> float:
+def length_divisor(config: GenerationConfig, length: int) -> float:
     """What the sum of log-probabilities of `length` tokens (the end counted) is divided by.
 
     Example:
-        >>> penalty(GenerationConfig(length_normalisation="gnmt", length_penalty=2.0), 7)
+        >>> length_divisor(GenerationConfig(length_normalisation="gnmt", length_penalty=2.0), 7)
         4.0
     """
     if config.length_normalisation == "none":
@@ -180,22 +180,22 @@ def penalty(config: GenerationConfig, length: int) -> float:
     return float(base**config.length_penalty)
 
 
-def bound(config: GenerationConfig, length: int, longest: int) -> float:
+def best_divisor(config: GenerationConfig, length: int, longest: int) -> float:
     """The divisor with which an open beam of `length` tokens is compared to those kept.
 
     A sum only falls, so that no continuation does better than today's sum divided by the largest
     divisor that is still to come.
     """
     if config.early_stopping != "never":
-        return penalty(config, length)
-    return max(penalty(config, min(length + 1, longest)), penalty(config, longest))
+        return length_divisor(config, length)
+    return max(length_divisor(config, min(length + 1, longest)), length_divisor(config, longest))
 
 
-def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def stable_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of each row, largest first; of equal ones the smaller index.
 
     Example:
-        >>> best(torch.tensor([[1.0, 2.0, 1.0, 2.0]]), 3)
+        >>> stable_topk(torch.tensor([[1.0, 2.0, 1.0, 2.0]]), 3)
         (tensor([[2., 2., 1.]]), tensor([[1, 3, 0]]))
 
     Args:
@@ -211,7 +211,7 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         filled = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
         return filled, torch.nn.functional.pad(index, (0, missing))
     if scores.device.type == "cpu":
-        return _best_or_sorted(scores, count)
+        return _topk_unless_tied(scores, count)
     if scores.dtype == torch.float32:
         index = _keys(scores).topk(count).indices
         return scores.gather(1, index), index
@@ -223,7 +223,7 @@ def _sorted(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:, :count], index[:, :count]
 
 
-def _best_or_sorted(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _topk_unless_tied(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`topk` is free to choose among equals; where there are any, sort."""
     values, index = scores.topk(count + 1)
     tied = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > -torch.inf)

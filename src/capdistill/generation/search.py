@@ -1,91 +1,283 @@
-"""Greedy decoding and sampling: every caption goes its own way, one word a step."""
+"""Greedy decoding, sampling and beam search: one loop over `Decoder.step`."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from capdistill.decoders.base import Decoder, State
-from capdistill.generation.config import GenerationConfig, Plan
+from capdistill.decoders.base import Decoder, DecoderState
+from capdistill.generation.config import GenerationConfig, GenerationSpec
 from capdistill.generation.constraints import Constraints
-from capdistill.generation.hypotheses import Found, best, bound, exact, penalty, staying
+from capdistill.generation.hypotheses import (
+    HypothesisBatch,
+    accumulation_dtype,
+    best_divisor,
+    length_divisor,
+    stable_topk,
+    unfinished_images,
+)
 
 
-class Walk:
-    """The captions that are under way: K an image, K > 1 only where they are drawn.
+class Search:
+    """The captions of a batch, one token a step; images that are finished leave the batch.
 
     Args:
         decoder: In evaluation mode.
         features: (I, N, D).
-        plan: What is wanted.
-        keys: (I,) int64 of the images, for sampling.
+        spec: The options, in token ids.
+        count: K, captions per image that are generated side by side from the start.
     """
 
-    def __init__(self, decoder: Decoder, features: Tensor, plan: Plan, keys: Tensor) -> None:
-        self.decoder, self.plan = decoder, plan
-        self.count = plan.config.num_return if plan.config.sample else 1
-        like = torch.empty(len(features), dtype=exact(features.dtype), device=features.device)
-        self.found = Found.empty(like, self.count, plan.max_length)
-        self.keys = row_keys(keys, self.count) if plan.config.sample else keys  # (I, K)
-        self.state: State = decoder.start(features).expand(self.count)
-        self.tokens = torch.full((self.found.lengths.numel(),), plan.start_id).to(features.device)
-        self.gone: list[Found] = []
+    def __init__(
+        self, decoder: Decoder, features: Tensor, spec: GenerationSpec, count: int
+    ) -> None:
+        self.decoder, self.spec = decoder, spec
+        like = torch.empty(
+            len(features), dtype=accumulation_dtype(features.dtype), device=features.device
+        )
+        self.generated = HypothesisBatch.empty(like, count, spec.max_length)
+        self.finished: list[HypothesisBatch] = []
+        self.state: DecoderState = decoder.start(features).expand(count)
+        self.tokens = torch.full((len(features) * count,), spec.start_id, device=features.device)
 
-    def run(self) -> Found:
-        """Say words until every caption has ended or is at the limit."""
-        rules: Constraints | None = None
-        for position in range(self.plan.max_length):
+    def run(self) -> HypothesisBatch:
+        """Generate until every image is finished, or the limit."""
+        constraints: Constraints | None = None
+        for position in range(self.spec.max_length):
             logits, self.state = self.decoder.step(self.tokens, self.state)  # (R, V)
-            rules = rules or Constraints(self.plan, logits.shape[1], logits.device)
-            self._say(logits, rules, position)
-            stay = staying(self.found.ended.all(1), position)
-            if stay is not None:
-                self._leave(stay)
-            if not len(self.found.images):
+            if constraints is None:
+                constraints = Constraints(self.spec, logits.shape[1], logits.device)
+            log_probs = logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
+            constraints(log_probs, self.generated.tokens.flatten(0, 1), position)
+            done = self.extend(log_probs, position)  # (J,)
+            if position + 1 == self.spec.max_length:
                 break
-        return self._finish()
+            remaining = unfinished_images(done, position)
+            if remaining is not None:
+                self.leave(remaining)
+            if not len(self.generated.images):
+                break
+        return self.result()
 
-    def _say(self, logits: Tensor, rules: Constraints, position: int) -> None:
-        """Add one word to each caption that has not ended."""
-        found = self.found
-        log_probs = logits.to(exact(logits.dtype)).log_softmax(-1)
-        said = found.tokens.flatten(0, 1)  # (R, L)
-        self.tokens = self._choose(rules(log_probs, said, position), position)
-        chosen = log_probs.gather(1, self.tokens[:, None]).view_as(found.lengths)
-        words = self.tokens.view_as(found.lengths)
-        ends = words == self.plan.end_id
-        found.tokens[..., position] = words
-        found.log_probs[..., position] = chosen
-        found.lengths.add_(~(found.ended | ends))
-        found.ended.logical_or_(ends)
+    @abstractmethod
+    def extend(self, log_probs: Tensor, position: int) -> Tensor:
+        """Add the token at `position` from (R, V) log-probabilities; (J,) which images are done."""
+
+    @abstractmethod
+    def result(self) -> HypothesisBatch:
+        """All hypotheses, with their scores."""
+
+    def leave(self, remaining: Tensor) -> None:
+        """Keep the images at the indices `remaining`, (J',); the others are finished."""
+        images = len(self.generated.images)
+        self.generated = self.generated.take(remaining)
+        self.state = self.state.keep(remaining)
+        self.tokens = self.tokens.view(images, -1)[remaining].flatten()
+
+
+class Sampling(Search):
+    """Every caption by itself: the most probable token (greedy), or a drawn one.
+
+    Args:
+        decoder: In evaluation mode.
+        features: (I, N, D).
+        spec: The options; `num_return` captions per image are drawn, one is greedy.
+        keys: (I,) int64 that tell the images apart, for the draws.
+    """
+
+    def __init__(
+        self, decoder: Decoder, features: Tensor, spec: GenerationSpec, keys: Tensor
+    ) -> None:
+        count = spec.config.num_return if spec.config.sample else 1
+        super().__init__(decoder, features, spec, count)
+        self.keys = row_keys(keys, count) if spec.config.sample else keys  # (I, K)
+
+    def extend(self, log_probs: Tensor, position: int) -> Tensor:
+        """Add one token to each caption that has not ended."""
+        generated = self.generated
+        self.tokens = self._choose(log_probs, position)  # (R,)
+        chosen = log_probs.gather(1, self.tokens[:, None]).view_as(generated.lengths)  # (J, K)
+        words = self.tokens.view_as(generated.lengths)
+        ends = words == self.spec.end_id
+        generated.tokens[..., position] = words
+        generated.log_probs[..., position] = chosen
+        generated.lengths.add_(~(generated.ended | ends))
+        generated.ended.logical_or_(ends)
+        return generated.ended.all(1)
+
+    def leave(self, remaining: Tensor) -> None:
+        """As for every search; the captions that leave are complete."""
+        left = torch.ones_like(self.generated.images, dtype=torch.bool)
+        left[remaining] = False
+        self.finished.append(self.generated.take(left))
+        self.keys = self.keys[remaining]
+        super().leave(remaining)
+
+    def result(self) -> HypothesisBatch:
+        """Scores are the sums of log-probabilities, divided as `length_normalisation` says."""
+        every = HypothesisBatch.join([*self.finished, self.generated])
+        length = every.lengths + every.ended  # (I, K)
+        places = torch.arange(self.spec.max_length, device=length.device)
+        sums = every.log_probs.where(places < length[..., None], 0.0).sum(-1)
+        config, longest = self.spec.config, self.spec.max_length
+        divisors = [length_divisor(config, max(n, 1)) for n in range(longest + 1)]
+        divide = torch.tensor(divisors, dtype=sums.dtype, device=sums.device)
+        return replace(every, scores=sums / divide[length])
 
     def _choose(self, log_probs: Tensor, position: int) -> Tensor:
-        config = self.plan.config
+        config = self.spec.config
         if not config.sample:
             return log_probs.argmax(-1)  # (R,), the first of equals
         uniform = uniforms(self.keys.flatten(), config.seed, position)
         return draw(warp(log_probs, config), uniform)
 
-    def _leave(self, stay: Tensor) -> None:
-        gone = torch.ones_like(self.found.images, dtype=torch.bool)
-        gone[stay] = False
-        self.gone.append(self.found.take(gone))
-        self.found, self.keys = self.found.take(stay), self.keys[stay]
-        self.state = self.state.keep(stay)
-        self.tokens = self.tokens.view(-1, self.count)[stay].flatten()
 
-    def _finish(self) -> Found:
-        found = Found.join([*self.gone, self.found])
-        length = found.lengths + found.ended  # (I, K)
-        places = torch.arange(self.plan.max_length, device=length.device)
-        sums = found.log_probs.where(places < length[..., None], 0.0).sum(-1)
-        divisors = [penalty(self.plan.config, max(n, 1)) for n in range(self.plan.max_length + 1)]
-        divide = torch.tensor(divisors, dtype=sums.dtype, device=sums.device)
-        return replace(found, scores=sums / divide[length])
+class BeamSearch(Search):
+    """The open beams of the images that are not done, `generated`, and those `kept`.
+
+    One beam per image reads the start; it becomes K when their first tokens are chosen.
+
+    Args:
+        decoder: In evaluation mode.
+        features: (I, N, D).
+        spec: The options.
+    """
+
+    def __init__(self, decoder: Decoder, features: Tensor, spec: GenerationSpec) -> None:
+        super().__init__(decoder, features, spec, count=1)
+        config = spec.config
+        self.groups, self.size = config.beam_groups, config.beam_size // config.beam_groups
+        self.kept = HypothesisBatch.empty(
+            self.generated.scores[:, 0], config.beam_size, spec.max_length
+        )
+        self.generated.scores.zero_()
+        self.done = torch.zeros(
+            len(features), self.groups, dtype=torch.bool, device=features.device
+        )
+
+    def extend(self, log_probs: Tensor, position: int) -> Tensor:
+        """Add one token to every beam, group after group."""
+        log_probs = log_probs.view(*self.generated.scores.shape, -1)  # (J, K, V)
+        first_step = log_probs.shape[1] == 1
+        parts: list[tuple[Tensor, ...]] = []
+        used = torch.zeros_like(log_probs[:, 0])  # (J, V) beams of earlier groups with the token
+        for group in range(self.groups):
+            mine = slice(None) if first_step else self._slots(group)
+            first = 0 if first_step else group * self.size
+            scores = self.generated.scores[:, mine, None] + log_probs[:, mine]  # (J, K/G, V)
+            if group:
+                scores = scores - self.spec.config.diversity_penalty * used[:, None]
+            scores, flat = stable_topk(scores.flatten(1), 2 * self.size)
+            word = flat % log_probs.shape[2]
+            parent = flat // log_probs.shape[2] + first
+            self._keep(group, scores, parent, word, log_probs, position)
+            was_done = self.done[:, group, None].clone()
+            chosen = self._continue(group, scores, parent, word, position)
+            parts.append(chosen)
+            if group + 1 < self.groups:
+                alive = (chosen[0] > -torch.inf) & ~was_done
+                used.scatter_add_(1, chosen[2], alive.to(used.dtype))
+        self._advance(
+            log_probs, position, *(torch.cat(each, 1) for each in zip(*parts, strict=True))
+        )
+        return self.done.all(1)
+
+    def leave(self, remaining: Tensor) -> None:
+        """As for every search; what was kept of the images that leave is final."""
+        left = torch.ones_like(self.kept.images, dtype=torch.bool)
+        left[remaining] = False
+        self.finished.append(self.kept.take(left))
+        self.kept, self.done = self.kept.take(remaining), self.done[remaining]
+        super().leave(remaining)
+
+    def result(self) -> HypothesisBatch:
+        """The hypotheses kept."""
+        return HypothesisBatch.join([*self.finished, self.kept])
+
+    def _slots(self, group: int) -> slice:
+        return slice(group * self.size, (group + 1) * self.size)
+
+    def _keep(
+        self,
+        group: int,
+        scores: Tensor,
+        parent: Tensor,
+        word: Tensor,
+        log_probs: Tensor,
+        position: int,
+    ) -> None:
+        """Ends (at the limit, everything) among the best K candidates join what is kept."""
+        scores, parent, word = (each[:, : self.size] for each in (scores, parent, word))
+        ends = word == self.spec.end_id  # (J, K/G)
+        last = position + 1 == self.spec.max_length
+        joins = (scores > -torch.inf) & ~self.done[:, group, None]
+        joins = joins if last else joins & ends
+        if joins.device.type == "cpu" and not bool(joins.any()):
+            return
+        divisor = length_divisor(self.spec.config, position + 1)
+        ranked = torch.where(joins, scores / divisor, -torch.inf)
+        new = self._extended(parent, word, log_probs, position)
+        new = replace(new, scores=ranked, ended=ends, lengths=position + (~ends).long())
+        self._merge(self._slots(group), new)
+
+    def _extended(
+        self, parent: Tensor, word: Tensor, log_probs: Tensor, position: int
+    ) -> HypothesisBatch:
+        """The open beams `parent` (J, k) with `word` after them."""
+        generated = self.generated
+        deep = parent[..., None].expand(-1, -1, self.spec.max_length)
+        tokens, past = (each.gather(1, deep) for each in (generated.tokens, generated.log_probs))
+        tokens[..., position] = word
+        vocabulary = log_probs.shape[2]
+        past[..., position] = log_probs.flatten(1).gather(1, parent * vocabulary + word)
+        return replace(generated, tokens=tokens, log_probs=past)
+
+    def _merge(self, slots: slice, new: HypothesisBatch) -> None:
+        """The best of what is kept and what is new; of equals, what was kept first."""
+        names = ("scores", "tokens", "log_probs", "lengths", "ended")
+        kept = {name: getattr(self.kept, name)[:, slots] for name in names}
+        both = {name: torch.cat([kept[name], getattr(new, name)], 1) for name in names}
+        order = both["scores"].sort(dim=1, descending=True, stable=True).indices[:, : self.size]
+        deep = order[..., None].expand(-1, -1, self.spec.max_length)
+        for name in names:
+            kept[name].copy_(both[name].gather(1, deep if both[name].ndim == 3 else order))
+
+    def _continue(
+        self, group: int, scores: Tensor, parent: Tensor, word: Tensor, position: int
+    ) -> tuple[Tensor, ...]:
+        """The best K candidates that have not ended; marks the group done where it is."""
+        config, longest = self.spec.config, self.spec.max_length
+        ends = word == self.spec.end_id
+        order = ends.long().sort(dim=1, stable=True).indices[:, : self.size]
+        scores = scores.masked_fill(ends, -torch.inf).gather(1, order)
+        worst = self.kept.scores[:, self._slots(group)].amin(1)  # -inf until there are K
+        if config.early_stopping is True:
+            hopeless = worst > -torch.inf
+        else:
+            hopeless = scores[:, 0] / best_divisor(config, position + 1, longest) <= worst
+        self.done[:, group] |= hopeless | (scores[:, 0] == -torch.inf)
+        return scores, parent.gather(1, order), word.gather(1, order)
+
+    def _advance(
+        self, log_probs: Tensor, position: int, scores: Tensor, parent: Tensor, word: Tensor
+    ) -> None:
+        """The chosen beams (J, K) become the open ones, and the decoder's state follows."""
+        old = self.generated.scores.shape[1]
+        extended = self._extended(parent, word, log_probs, position)
+        self.generated = replace(extended, scores=scores)
+        self.tokens = word.flatten()
+        if position + 1 == self.spec.max_length:
+            return
+        if old == 1:
+            self.state = self.state.expand(scores.shape[1])
+            return
+        images = torch.arange(len(parent), device=parent.device)
+        self.state = self.state.reorder((images[:, None] * old + parent).flatten())
 
 
 _GAMMA, _MIX_1, _MIX_2 = (
@@ -165,152 +357,3 @@ def _mix(x: Tensor) -> Tensor:
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Shift to the right without the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-class Beams:
-    """The open beams of the images that are not done, and what is kept of them.
-
-    Args:
-        decoder: In evaluation mode.
-        features: (I, N, D).
-        plan: What is wanted.
-    """
-
-    def __init__(self, decoder: Decoder, features: Tensor, plan: Plan) -> None:
-        self.decoder, self.plan = decoder, plan
-        config, device = plan.config, features.device
-        self.groups, self.size = config.beam_groups, config.beam_size // config.beam_groups
-        like = torch.empty(len(features), dtype=exact(features.dtype), device=device)
-        self.kept = Found.empty(like, config.beam_size, plan.max_length)
-        # One beam an image reads the start; it becomes K when their first words are chosen.
-        self.open = Found.empty(like, 1, plan.max_length)
-        self.open.scores.zero_()
-        self.state: State = decoder.start(features)
-        self.tokens = torch.full((len(features),), plan.start_id, device=device)
-        self.done = torch.zeros(len(features), self.groups, dtype=torch.bool, device=device)
-        self.gone: list[Found] = []
-
-    def run(self) -> Found:
-        """Search until no image can find anything better, or the limit."""
-        rules: Constraints | None = None
-        for position in range(self.plan.max_length):
-            logits, self.state = self.decoder.step(self.tokens, self.state)  # (R, V)
-            rules = rules or Constraints(self.plan, logits.shape[1], logits.device)
-            log_probs = logits.to(exact(logits.dtype)).log_softmax(-1)
-            rules(log_probs, self.open.tokens.flatten(0, 1), position)
-            self._grow(log_probs.view(*self.open.scores.shape, -1), position)
-            if position + 1 == self.plan.max_length:
-                break
-            stay = staying(self.done.all(1), position)
-            if stay is not None:
-                self._leave(stay)
-            if not len(self.kept.images):
-                break
-        return Found.join([*self.gone, self.kept])
-
-    def _grow(self, log_probs: Tensor, position: int) -> None:
-        """One word more for every beam, (J, K, V), group after group."""
-        parts: list[tuple[Tensor, ...]] = []
-        said = torch.zeros_like(log_probs[:, 0])  # (J, V) times an earlier group said the word here
-        for group in range(self.groups):
-            mine = slice(None) if log_probs.shape[1] == 1 else self._slots(group)
-            first = 0 if log_probs.shape[1] == 1 else group * self.size
-            scores = self.open.scores[:, mine, None] + log_probs[:, mine]  # (J, K/G, V)
-            if group:
-                scores = scores - self.plan.config.diversity_penalty * said[:, None]
-            scores, flat = best(scores.flatten(1), 2 * self.size)
-            word = flat % log_probs.shape[2]
-            parent = flat // log_probs.shape[2] + first
-            self._keep(group, scores, parent, word, log_probs, position)
-            was_done = self.done[:, group, None].clone()
-            chosen = self._go_on(group, scores, parent, word, position)
-            parts.append(chosen)
-            if group + 1 < self.groups:
-                alive = (chosen[0] > -torch.inf) & ~was_done
-                said.scatter_add_(1, chosen[2], alive.to(said.dtype))
-        self._move(log_probs, position, *(torch.cat(each, 1) for each in zip(*parts, strict=True)))
-
-    def _slots(self, group: int) -> slice:
-        return slice(group * self.size, (group + 1) * self.size)
-
-    def _keep(
-        self,
-        group: int,
-        scores: Tensor,
-        parent: Tensor,
-        word: Tensor,
-        log_probs: Tensor,
-        position: int,
-    ) -> None:
-        """Ends (at the limit, everything) among the best K candidates join what is kept."""
-        scores, parent, word = (each[:, : self.size] for each in (scores, parent, word))
-        ends = word == self.plan.end_id  # (J, K/G)
-        last = position + 1 == self.plan.max_length
-        joins = (scores > -torch.inf) & ~self.done[:, group, None]
-        joins = joins if last else joins & ends
-        if joins.device.type == "cpu" and not bool(joins.any()):
-            return
-        ranked = torch.where(joins, scores / penalty(self.plan.config, position + 1), -torch.inf)
-        new = self._extended(parent, word, log_probs, position)
-        new = replace(new, scores=ranked, ended=ends, lengths=position + (~ends).long())
-        self._merge(self._slots(group), new)
-
-    def _extended(self, parent: Tensor, word: Tensor, log_probs: Tensor, position: int) -> Found:
-        """The open beams `parent` (J, k) with `word` after them."""
-        deep = parent[..., None].expand(-1, -1, self.plan.max_length)
-        tokens, past = (each.gather(1, deep) for each in (self.open.tokens, self.open.log_probs))
-        tokens[..., position] = word
-        vocabulary = log_probs.shape[2]
-        past[..., position] = log_probs.flatten(1).gather(1, parent * vocabulary + word)
-        return replace(self.open, tokens=tokens, log_probs=past)
-
-    def _merge(self, slots: slice, new: Found) -> None:
-        """The best of what is kept and what is new; of equals, what was kept first."""
-        names = ("scores", "tokens", "log_probs", "lengths", "ended")
-        kept = {name: getattr(self.kept, name)[:, slots] for name in names}
-        both = {name: torch.cat([kept[name], getattr(new, name)], 1) for name in names}
-        order = both["scores"].sort(dim=1, descending=True, stable=True).indices[:, : self.size]
-        deep = order[..., None].expand(-1, -1, self.plan.max_length)
-        for name in names:
-            kept[name].copy_(both[name].gather(1, deep if both[name].ndim == 3 else order))
-
-    def _go_on(
-        self, group: int, scores: Tensor, parent: Tensor, word: Tensor, position: int
-    ) -> tuple[Tensor, ...]:
-        """The best K candidates that have not ended; whether the group is done."""
-        config, longest = self.plan.config, self.plan.max_length
-        ends = word == self.plan.end_id
-        order = ends.long().sort(dim=1, stable=True).indices[:, : self.size]
-        scores = scores.masked_fill(ends, -torch.inf).gather(1, order)
-        worst = self.kept.scores[:, self._slots(group)].amin(1)  # -inf until there are K
-        if config.early_stopping is True:
-            hopeless = worst > -torch.inf
-        else:
-            hopeless = scores[:, 0] / bound(config, position + 1, longest) <= worst
-        self.done[:, group] |= hopeless | (scores[:, 0] == -torch.inf)
-        return scores, parent.gather(1, order), word.gather(1, order)
-
-    def _move(
-        self, log_probs: Tensor, position: int, scores: Tensor, parent: Tensor, word: Tensor
-    ) -> None:
-        """The chosen beams (J, K) become the open ones, and the state follows."""
-        old = self.open.scores.shape[1]
-        extended = self._extended(parent, word, log_probs, position)
-        self.open = replace(extended, scores=scores)
-        self.tokens = word.flatten()
-        if position + 1 == self.plan.max_length:
-            return
-        if old == 1:
-            self.state = self.state.expand(scores.shape[1])
-            return
-        images = torch.arange(len(parent), device=parent.device)
-        self.state = self.state.reorder((images[:, None] * old + parent).flatten())
-
-    def _leave(self, stay: Tensor) -> None:
-        gone = torch.ones_like(self.kept.images, dtype=torch.bool)
-        gone[stay] = False
-        self.gone.append(self.kept.take(gone))
-        self.kept, self.open = self.kept.take(stay), self.open.take(stay)
-        self.done = self.done[stay]
-        self.state = self.state.keep(stay)
-        self.tokens = self.tokens.view(len(gone), -1)[stay].flatten()

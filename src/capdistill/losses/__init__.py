@@ -7,8 +7,31 @@ True
 
 from __future__ import annotations
 
-from capdistill.losses.base import DistillationLoss
-from capdistill.registry import Registry
+from typing import TYPE_CHECKING
+
+from capdistill.losses.base import DistillationLoss as DistillationLoss
+from capdistill.registry import Registry, lazy_exports
+
+if TYPE_CHECKING:
+    from capdistill.losses.feature import FeatureKD as FeatureKD
+    from capdistill.losses.hidden import HiddenKD as HiddenKD
+    from capdistill.losses.token import TokenKD as TokenKD
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(
+        __name__,
+        {
+            "FeatureKD": "feature",
+            "HiddenKD": "hidden",
+            "TokenKD": "token",
+        },
+        "DistillationLoss",
+        "create",
+        "describe",
+        "get",
+        "names",
+        "register",
+        "registry",
+    )
 
 registry: Registry[DistillationLoss] = Registry(
     "loss",
@@ -26,5 +49,3 @@ create = registry.create
 get = registry.get
 names = registry.names
 describe = registry.describe
-
-__all__ = ["DistillationLoss", "create", "describe", "get", "names", "register", "registry"]

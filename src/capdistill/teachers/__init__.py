@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
-from capdistill.teachers.wrap import ForeignTeacher, normalised, wrap
+from typing import TYPE_CHECKING
 
-__all__ = ["ForeignTeacher", "normalised", "wrap"]
+from capdistill.registry import lazy_exports
+
+if TYPE_CHECKING:
+    from capdistill.teachers.foreign import ForeignTeacher as ForeignTeacher
+    from capdistill.teachers.foreign import normalised as normalised
+    from capdistill.teachers.foreign import wrap as wrap
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(
+        __name__,
+        {
+            "ForeignTeacher": "foreign",
+            "normalised": "foreign",
+            "wrap": "foreign",
+        },
+    )

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_PUBLIC = {
-    "Distiller": "distiller",
-    "DistillConfig": "config",
-    "History": "history",
-    "TrainConfig": "config",
-    "Trainer": "trainer",
-    "recipe": "config",
-}
-__all__ = list(_PUBLIC)
+from capdistill.registry import lazy_exports
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"capdistill.training.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'capdistill.training' has no attribute '{name}'")
+if TYPE_CHECKING:
+    from capdistill.training.config import DistillConfig as DistillConfig
+    from capdistill.training.config import TrainConfig as TrainConfig
+    from capdistill.training.config import recipe as recipe
+    from capdistill.training.distiller import Distiller as Distiller
+    from capdistill.training.history import History as History
+    from capdistill.training.trainer import Trainer as Trainer
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(
+        __name__,
+        {
+            "DistillConfig": "config",
+            "Distiller": "distiller",
+            "History": "history",
+            "TrainConfig": "config",
+            "Trainer": "trainer",
+            "recipe": "config",
+        },
+    )

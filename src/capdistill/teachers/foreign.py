@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capdistill.compatibility import require_output
-from capdistill.decoders.base import Decoder, State
+from capdistill.decoders.base import Decoder, DecoderState
 from capdistill.errors import ConfigError, IncompatibleModels
-from capdistill.generation.config import GenerationConfig, Plan, resolve
-from capdistill.generation.decode import captions
+from capdistill.generation.config import GenerationConfig, GenerationSpec, resolve
+from capdistill.generation.decode import generate_text
 from capdistill.generation.hypotheses import Hypothesis
 from capdistill.outputs import (
     FEATURES_ONLY,
@@ -139,9 +139,9 @@ class ForeignTeacher(nn.Module):
             IncompatibleModels: what `adapt` returns does not fit.
         """
         images = batch.images if isinstance(batch, Batch) else batch
-        plan = Plan.of(resolve(generation, options), self.tokenizer)
+        spec = GenerationSpec.of(resolve(generation, options), self.tokenizer)
         with inference(self, fork_rng=True):
-            return captions(PrefixDecoder(self), images, self.tokenizer, plan, batch)
+            return generate_text(PrefixDecoder(self), images, self.tokenizer, spec, batch)
 
     def num_parameters(self, trainable: bool = False) -> int:
         """Number of parameters, shared ones once; only those that are trained on request."""
@@ -287,13 +287,13 @@ class PrefixDecoder(Decoder):
         )
         return DecoderOutput(self.teacher_forward(batch).logits)
 
-    def start(self, features: Tensor) -> State:
+    def start(self, features: Tensor) -> DecoderState:
         """No word has been read yet."""
         words = torch.zeros(len(features), 0, dtype=torch.int64, device=features.device)
-        return State(image={"images": features}, row={"words": words})
+        return DecoderState(image={"images": features}, row={"words": words})
 
-    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """(R,) words to logits (R, V)."""
         words = torch.cat([state.row["words"], tokens[:, None]], 1)  # (R, t)
         logits = self(words, state.image["images"]).logits[:, -1]
-        return logits, State(state.image, {"words": words}, state.beams, state.position + 1)
+        return logits, DecoderState(state.image, {"words": words}, state.beams, state.position + 1)
