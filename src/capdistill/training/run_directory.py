@@ -19,7 +19,7 @@ from capdistill.captioner import Captioner
 from capdistill.data.loader import Source
 from capdistill.errors import ConfigError
 from capdistill.files import user_path, write_text
-from capdistill.registry import stamp_of
+from capdistill.registry import recipe_of
 from capdistill.training.step import Stepper
 
 STATE = "state.pt"
@@ -128,9 +128,9 @@ def _model(model: Any) -> dict[str, Any]:
 
 
 def _part(part: Any) -> dict[str, Any]:
-    stamp = stamp_of(part)
-    if stamp is not None:
-        return {"name": stamp.name, **stamp.kwargs}
+    recipe = recipe_of(part)
+    if recipe is not None:
+        return {"name": recipe.name, **recipe.kwargs}
     kind = f"{type(part).__module__}:{type(part).__qualname__}"
     return {"class": kind, **_plain_attributes(part)}
 
