@@ -192,6 +192,7 @@ def check_terms(trial: Trial) -> Iterator[CheckRow]:
         norms[name], reached = raw * peaks[name], reached | touched
     for name, term in terms.items():
         yield _term_row(name, term, peaks[name], norms, trainer.precision)
+    yield from _check_leading(peaks, norms)
     yield from _check_reached(trainer.objective, reached)
 
 
@@ -235,6 +236,25 @@ def _term_row(
     reason = "it gives the model no gradient" if norms[name] == 0 else "too little to matter"
     fix = f"Raise weights['{name}'], or leave the term out: it costs time and teaches nothing."
     return CheckRow("terms", "note", f"{finding}: {reason}", fix)
+
+
+def _check_leading(weights: dict[str, float], norms: dict[str, float]) -> Iterator[CheckRow]:
+    """The largest weight should give the largest gradient; losses differ in their natural scale."""
+    first, leading = max(weights, key=weights.__getitem__), max(norms, key=norms.__getitem__)
+    whole = sum(norms.values())
+    clear = sum(weight == weights[first] for weight in weights.values()) == 1
+    if not clear or first == leading or not 0 < whole < math.inf or norms[first] == 0:
+        return
+    suggested = weights[leading] * norms[first] / norms[leading]
+    finding = (
+        f"'{first}' has the largest weight ({weights[first]:g}), but '{leading}' gives most of the "
+        f"gradient ({norms[leading] / whole:.0%}, '{first}' {norms[first] / whole:.0%})"
+    )
+    fix = (
+        f"Shares change as training goes on. To let '{first}' lead from the start, set "
+        f"weights['{leading}'] to at most {suggested:.2g}."
+    )
+    yield CheckRow("terms", "note", finding, fix)
 
 
 def _check_reached(objective: nn.Module, reached: set[int]) -> Iterator[CheckRow]:
