@@ -183,6 +183,23 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# The models of a recipe that is a whole run: a teacher, a student by cross-entropy alone and the
+# same student distilled, on cached features with the last stage of each encoder trained.
+_MODELS: dict[str, dict[str, Any]] = {
+    "flickr8k_small": {
+        "tokenizer": {"min_count": 20},
+        "teacher": {
+            "encoder": ("timm", {"name": "tf_efficientnet_lite2", "dim": 512}),
+            "decoder": ("lstm", {"dim": 512, "hidden": 512, "layers": 2, "dropout": 0.4}),
+        },
+        "student": {
+            "encoder": ("timm", {"name": "tf_efficientnet_lite0", "dim": 256}),
+            "decoder": ("lstm", {"dim": 256, "hidden": 512, "layers": 1, "dropout": 0.4}),
+        },
+        "encoder": {"trainable": 1, "dropout": 0.1},
+    },
+}
+
 
 def recipe(name: str) -> dict[str, Any]:
     """The keyword arguments of a `Distiller` that a name stands for.
@@ -205,3 +222,24 @@ def recipe(name: str) -> dict[str, Any]:
     if name not in _RECIPES:
         raise UnknownName(f"There is no recipe '{name}'. {suggest(name, _RECIPES)}")
     return copy.deepcopy(_RECIPES[name])
+
+
+def recipe_models(name: str) -> dict[str, Any] | None:
+    """The models of a recipe that is a whole run, as components by name; None for other recipes.
+
+    Example:
+        >>> recipe_models("flickr8k_small")["teacher"]["decoder"][0]
+        'lstm'
+
+    Returns:
+        `{"tokenizer": options of WordTokenizer.train, "teacher": {"encoder": (name, arguments),
+        "decoder": (name, arguments)}, "student": the same}`.
+    """
+    if name not in _MODELS:
+        return None
+    found = copy.deepcopy(_MODELS[name])
+    shared = found.pop("encoder")
+    for role in ("teacher", "student"):
+        kind, arguments = found[role]["encoder"]
+        found[role]["encoder"] = (kind, {**arguments, **shared})
+    return found
