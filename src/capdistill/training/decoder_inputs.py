@@ -1,7 +1,7 @@
-"""What a student reads in training in place of some of the references' words.
+"""Word dropout and scheduled sampling: noise in the words that a student reads in training.
 
-Teacher forcing shows a student nothing but true words, decoding nothing but its own. Word dropout
-and scheduled sampling are between the two; targets, and what a teacher reads, stay as they are.
+Under teacher forcing a student reads reference words only; in decoding it reads its own. These two
+options lie in between. Targets and the teacher's input stay as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BELOW_ONE = 1 - 2.0**-20
 
 
 class NoisyInputs:
-    """`noisy(batch, features)`: the ids that the student's decoder reads of a training batch.
+    """`noisy(batch, features)` gives the ids that the student's decoder reads.
 
     Example:
         >>> import capdistill as cd
@@ -36,11 +36,11 @@ class NoisyInputs:
 
     Args:
         student: The captioner that reads.
-        draws: (3, B, T - 1), of `token_noise`.
-        dropped: Probability that a word is read as the unknown one.
-        sampled: Probability that a word is replaced by one that the student, having read the
-            references so far, draws from its own distribution. It reads them in evaluation mode
-            and without gradients, in a pass of its own for all positions at once.
+        draws: (3, B, T - 1) random numbers, from `token_noise`.
+        dropped: Probability that a word is read as the unknown word.
+        sampled: Probability that a word is replaced by a sample from the student's own
+            distribution, given the references so far. One extra pass of the decoder, in evaluation
+            mode and without gradients, gives the samples of all positions.
 
     Source:
         Bowman et al. (2016), Generating Sentences from a Continuous Space, section 3.1; Bengio et
@@ -55,7 +55,7 @@ class NoisyInputs:
         self.dropped, self.sampled = dropped, sampled
 
     def __call__(self, batch: Batch, features: Tensor) -> Tensor:
-        """(B, T - 1) ids; the start token, the end token and padding are never noisy."""
+        """(B, T - 1) ids; start, end and padding tokens never change."""
         inputs, words = batch.inputs, word_mask(batch, self.student.tokenizer)
         take, draw, drop = self.draws.to(inputs.device)
         if self.sampled:
@@ -67,27 +67,25 @@ class NoisyInputs:
         return inputs
 
     def _generated(self, inputs: Tensor, features: Tensor, draws: Tensor) -> Tensor:
-        """(B, T - 1) what the student would have generated in the place of each word."""
+        """(B, T - 1) the student's own sample at each position."""
         with evaluating(self.student.decoder), torch.no_grad(), _without_cast_cache(inputs.device):
             logits = self.student.decoder(inputs, features).logits[:, :-1]  # (B, T - 2, V)
-            never = _special(self.student.tokenizer)
-            generated = sample(
-                logits.index_fill(-1, never.to(logits.device), -torch.inf), draws[:, 1:]
-            )
+            special = _special(self.student.tokenizer).to(logits.device)
+            generated = sample(logits.index_fill(-1, special, -torch.inf), draws[:, 1:])
         return torch.cat([inputs[:, :1], generated], dim=1)
 
 
 def noisy_inputs(
     student: Captioner, batch: Batch, config: TrainConfig, epoch: int, progress: float
 ) -> NoisyInputs | None:
-    """What the student reads of a training batch by the options of a run; None: the references.
+    """The noise of a training batch by the options of a run; None where there is none.
 
     Args:
         student: The captioner that reads.
-        batch: Whose images and captions, with seed and epoch, decide what is noisy.
-        config: With `word_dropout`, `scheduled_sampling` and `seed`.
-        epoch: Of the run.
-        progress: Share of the run that is done; sampling grows with it from 0.
+        batch: Its image ids, with seed and epoch, determine the noise.
+        config: `word_dropout`, `scheduled_sampling` and `seed` are used.
+        epoch: The current epoch.
+        progress: Share of the run that is done, 0 to 1; sampling grows with it from 0.
     """
     dropped, sampled = config.word_dropout, config.scheduled_sampling * progress
     if not dropped and not sampled:
@@ -97,9 +95,9 @@ def noisy_inputs(
 
 
 def token_noise(batch: Batch, seed: int, epoch: int) -> Tensor:
-    """(3, B, T - 1) draws from [0, 1) that depend on seed, epoch, image and caption alone; law 7.
+    """(3, B, T - 1) random numbers in [0, 1) that depend on seed, epoch, image and caption (law 7).
 
-    They are 1 where there is padding, which any number of columns may be.
+    Padding gets 1, so that the amount of padding changes nothing.
     """
     rows, columns = batch.inputs.shape
     draws = torch.ones(3, rows, columns)
