@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from capdistill.training.stepper import directions
+from capdistill.training.step import directions
 
 from capdistill.errors import ConfigError, DataError, UnknownName
 from capdistill.metrics import (
