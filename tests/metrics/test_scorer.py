@@ -5,7 +5,6 @@ import socket
 from pathlib import Path
 
 import pytest
-from capdistill.training.step import directions
 
 from capdistill.errors import ConfigError, DataError, UnknownName
 from capdistill.metrics import (
@@ -23,6 +22,7 @@ from capdistill.metrics import (
     rouge_l,
 )
 from capdistill.training.monitor import resolve_monitor
+from capdistill.training.step import directions
 
 REFERENCES = {"a": ["a dog runs", "the dog is running"], "b": ["a red car", "one car"]}
 CAPTIONS = {"a": "a dog runs", "b": "a blue car"}
