@@ -264,5 +264,5 @@ def test_a_score_that_can_not_be_resampled_is_a_remark() -> None:
 
 @pytest.mark.parametrize("samples", [-5, True, 1e3])
 def test_what_is_no_number_of_samples_is_refused_before_the_work(samples) -> None:
-    with pytest.raises(ConfigError, match=f"bootstrap={samples} was given; expected a whole number"):
+    with pytest.raises(ConfigError, match=f"bootstrap={samples} was given; expected a whole"):
         compare(None, None, None, bootstrap=samples)
