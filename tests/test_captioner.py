@@ -88,6 +88,7 @@ def test_cached_trunk_tokens_of_a_frozen_trunk_take_the_place_of_the_pictures(ba
     assert torch.equal(captioner(cached).features, features)
     assert torch.equal(captioner(cached).logits, captioner.decoder(batch.inputs, features).logits)
     captioner.encoder.fingerprint = lambda: "changed since"
+    captioner.encoder.cache_key()
     with pytest.raises(DataError, match="no pixels, and no tokens of this encoder"):
         captioner(cached)
 

@@ -114,19 +114,21 @@ class Captioner(nn.Module):
         return CaptionerOutput(out.logits, out.hidden, features, out.attention, batch.target_mask)
 
     def encode(self, batch: Batch) -> Tensor:
-        """(I, N, D) features of a batch, from cached trunk tokens where it carries ours.
+        """(I, N, D) features of a batch, from cached values where it carries those of our encoder.
 
         Raises:
-            DataError: it carries neither pixels nor our tokens.
+            DataError: it carries neither pixels nor cached values of this encoder.
         """
-        if batch.cached and (self.encoder.trunk_frozen or not torch.is_grad_enabled()):
-            tokens = batch.cached.get(self.encoder.fingerprint() or "")
+        if batch.cached:
+            dtype = next(self.decoder.parameters()).dtype
+            tokens = self.encoder.tokens_from(batch.cached, dtype)
             if tokens is not None:
-                return self.encoder.head(tokens.to(next(self.decoder.parameters()).dtype))
+                return self.encoder.head(tokens)
         if not batch.images.numel():
             raise DataError(
                 f"{self.name}: the batch has no pixels, and no tokens of this encoder as it is now "
-                "(its trunk is trained, or was changed since). Load it without cached features."
+                "(its frozen stages are trained, or were changed since). Load it without cached "
+                "features."
             )
         features: Tensor = self.encoder(batch.images)
         return features

@@ -148,7 +148,7 @@ def test_random_augmentation_is_refused_with_the_reason(
 
 
 def test_a_trunk_that_is_trained_is_refused(colours: CaptionData, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no model has a frozen trunk.*trainable='none'"):
+    with pytest.raises(ConfigError, match=r"no encoder has frozen stages.*trainable='none'"):
         cached(tiny.make_student(), colours, tmp_path)
     with pytest.raises(ConfigError, match="needs a data set"):
         cached(frozen(), [tiny.make_batch([2])], tmp_path)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from capdistill.encoders.base import Encoder, Refine, make_head
+from capdistill.encoders.base import Encoder, Refine, hash_values, make_head
+from capdistill.encoders.stages import Cut, Trainable, find_cut, remove_unused, set_trainable
 from capdistill.errors import ConfigError
 
 
@@ -68,7 +67,7 @@ class BackboneEncoder(Encoder):
         self.prefix_tokens, self.grid = self.layout.prefix, self.layout.grid
         self.project = make_head(self.token_dim, dim, refine, dropout)
         self.dim = self.token_dim if dim is None else dim
-        self._hashed: tuple[object, str] | None = None
+        self._found: tuple[tuple[bool, ...], Cut | None] | None = None
         used = [[key for key in stage if key not in self._unused] for stage in self.stages()]
         set_trainable(backbone, trainable, [stage for stage in used if stage], name)
         self.train()
@@ -87,10 +86,7 @@ class BackboneEncoder(Encoder):
 
     def trunk(self, images: Tensor) -> Tensor:
         """(I, 3, H, W) uint8 images to (I, N, D0) tokens; frozen stages build no graph."""
-        pixels = self.normalise(images)
-        if self.layout.form != "tokens":  # convolutions run 1.3 to 2 times faster so on CPUs
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return self.layout.flatten(self.run_backbone(self.backbone, pixels))
+        return self.layout.flatten(self.run_backbone(self.backbone, self._pixels(images)))
 
     def head(self, tokens: Tensor) -> Tensor:
         """(I, N, D0) to (I, N, D): refinement and projection, always trainable."""
@@ -101,33 +97,59 @@ class BackboneEncoder(Encoder):
         """Parameters of the backbone."""
         return self.backbone.parameters()
 
-    def train(self, mode: bool = True) -> BackboneEncoder:
-        """As `nn.Module.train`, but what is frozen stays in eval mode."""
-        super().train(mode)
-        if mode:
-            eval_where_frozen(self.backbone)
-        return self
+    def frozen_stages(self, images: Tensor) -> Tensor:
+        """(I, 3, H, W) uint8 to the input of the first trained stage, or the trunk's tokens."""
+        cut = self._cut()
+        if cut is None:
+            return self.trunk(images)
+        return cut.frozen(self.run_backbone, self.backbone, self._pixels(images))
 
-    def fingerprint(self) -> str:
-        """SHA-256 of name, preprocessing and the backbone's weights; the same in any process."""
-        state = self.backbone.state_dict()
-        version = [(tensor.data_ptr(), tensor._version) for tensor in state.values()]
-        if self._hashed is None or self._hashed[0] != version:
-            self._hashed = version, self._hash(state)
-        return self._hashed[1]
+    def remaining_stages(self, cached: Tensor) -> Tensor:
+        """What `frozen_stages` gave to (I, N, D0) tokens, through the trained stages."""
+        cut = self._cut()
+        if cut is None:
+            return cached
+        return self.layout.flatten(cut.rest(self.run_backbone, self.backbone, cached))
 
-    def _hash(self, state: dict[str, Tensor]) -> str:
-        about = [type(self).__name__, self.name, self.image_size, self.mean, self.std]
-        digest = hashlib.sha256(json.dumps(about).encode())
-        for key in sorted(state):
-            tensor = state[key].detach().cpu().contiguous()
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the frozen stages' values, settings and preprocessing, in any process alike.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._hashed = None  # another device or precision: memory may be reused
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        None where no stage is frozen, or the backbone cannot be cut before the first trained one.
+        """
+        if self.trunk_frozen:
+            return self.trunk_fingerprint()
+        cut = self._cut()
+        return None if cut is None else self._hash(cut)
+
+    def trunk_fingerprint(self) -> str:
+        """As `fingerprint`, for all stages, whichever are trained."""
+        return self._hash(None)
+
+    def _hash(self, cut: Cut | None) -> str:
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        about = [kind, self.name, self.image_size, self.mean, self.std, cut and cut.module]
+        return hash_values(self.backbone, about, None if cut is None else cut.is_frozen)
+
+    def _cut(self) -> Cut | None:
+        """Where the backbone is cut; found anew when other parameters are trained."""
+        flags = tuple(parameter.requires_grad for parameter in self.backbone.parameters())
+        if not any(flags) or all(flags):
+            return None
+        if self._found is None or self._found[0] != flags:
+            shape = (3, self.image_size, self.image_size)
+            self._found = flags, find_cut(self.backbone, self._run_pixels, shape)
+        return self._found[1]
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        return self._in_memory(self.normalise(images))
+
+    def _run_pixels(self, backbone: nn.Module, pixels: Tensor) -> Tensor:
+        return self.run_backbone(backbone, self._in_memory(pixels))
+
+    def _in_memory(self, pixels: Tensor) -> Tensor:
+        if self.layout.form == "tokens":
+            return pixels
+        return pixels.contiguous(memory_format=torch.channels_last)  # 1.3 to 2 times faster on CPUs
 
     def _dry_run(self) -> tuple[Layout, frozenset[str]]:
         """Layout, and parameters without effect on it. A copy runs: nothing of ours changes."""
@@ -243,108 +265,3 @@ def token_layout(
     side = math.isqrt(max(places, 0))
     grid = patches if patches and math.prod(patches) == places else (side, side)
     return Layout("tokens", width, tokens, prefix, grid if math.prod(grid) == places else None)
-
-
-Trainable = Literal["none", "all"] | int
-
-
-def set_trainable(
-    backbone: nn.Module, trainable: Trainable, stages: list[list[str]], name: str
-) -> None:
-    """Let exactly the chosen stages require a gradient.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-        >>> set_trainable(model, 1, [["0.weight", "0.bias"], ["1.weight", "1.bias"]], "two")
-        >>> [key for key, parameter in model.named_parameters() if parameter.requires_grad]
-        ['1.weight', '1.bias']
-
-    Args:
-        backbone: The module.
-        trainable: "none", the number of last stages, or "all".
-        stages: Names of parameters, a list a stage, the stem first.
-        name: How messages call the backbone.
-
-    Raises:
-        ConfigError: `trainable` is none of these, or more stages than there are.
-    """
-    chosen = set(_last_stages(trainable, stages, name))
-    for key, parameter in backbone.named_parameters():
-        parameter.requires_grad_(key in chosen)
-
-
-def eval_where_frozen(module: nn.Module) -> None:
-    """Eval mode for every part without a trained parameter: statistics, drop-out, drop-path.
-
-    Example:
-        >>> model = nn.Sequential(nn.BatchNorm1d(1).requires_grad_(False), nn.BatchNorm1d(1))
-        >>> eval_where_frozen(model.train())
-        >>> [part.training for part in model]
-        [False, True]
-    """
-    trained = [parameter.requires_grad for parameter in module.parameters()]
-    if trained and all(trained):
-        return
-    if not any(trained):
-        module.eval()
-        return
-    module.training = False
-    for child in module.children():
-        eval_where_frozen(child)
-
-
-def remove_unused(backbone: nn.Module, unused: Iterable[str]) -> None:
-    """Take out children that make no tokens (classifiers, poolings), so that counts are true.
-
-    Example:
-        >>> model = nn.ModuleDict({"body": nn.Linear(1, 1), "pool": nn.Linear(1, 1)})
-        >>> remove_unused(model, ["pool.weight", "pool.bias"])
-        >>> [key for key, _ in model.named_parameters()]
-        ['body.weight', 'body.bias']
-
-    Args:
-        backbone: The module.
-        unused: Names of parameters that do not act on the tokens.
-    """
-    unused = frozenset(unused)
-    for child, module in list(backbone.named_children()):
-        keys = [f"{child}.{key}" for key, _ in module.named_parameters()]
-        if keys and unused.issuperset(keys):
-            backbone.set_submodule(child, nn.Identity())
-
-
-def child_stages(backbone: nn.Module, containers: Iterable[str] = ()) -> list[list[str]]:
-    """A stage a child, and a stage a grandchild in the containers; names of parameters.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1))
-        >>> child_stages(model)
-        [['0.weight', '0.bias'], ['2.weight', '2.bias']]
-
-    Args:
-        backbone: The module.
-        containers: Names of children that hold stages themselves.
-    """
-    stages: dict[str, list[str]] = {}
-    for key, _ in backbone.named_parameters():
-        parts = key.split(".")
-        stage = ".".join(parts[: 2 if parts[0] in containers else 1])
-        stages.setdefault(stage, []).append(key)
-    return list(stages.values())
-
-
-def _last_stages(trainable: Trainable, stages: list[list[str]], name: str) -> list[str]:
-    if trainable == "none":
-        return []
-    if trainable == "all":
-        return [key for stage in stages for key in stage]
-    if isinstance(trainable, bool) or not isinstance(trainable, int):
-        raise ConfigError(
-            f"trainable is {trainable!r}; it must be 'none', 'all' or a number of last stages."
-        )
-    if not 0 <= trainable <= len(stages):
-        raise ConfigError(
-            f"trainable={trainable}, but '{name}' has {len(stages)} stages, its stem included. "
-            f"Give 0 to {len(stages)}, or 'all'."
-        )
-    return [key for stage in stages[len(stages) - trainable :] for key in stage]

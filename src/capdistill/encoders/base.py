@@ -5,32 +5,44 @@ Whoever writes an encoder subclasses `Encoder`; whoever uses one calls it.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capdistill.encoders.stages import eval_where_frozen
 from capdistill.errors import ConfigError, DataError
+from capdistill.runtime import evaluating
 
 
 class Encoder(nn.Module):
     """Images to visual tokens: `forward(images) = head(trunk(images))`.
 
     A subclass sets the attributes below in `__init__`, implements `trunk`, and may replace `head`
-    (the identity here). What the trunk does is split off so that it can be frozen, and cached.
+    (the identity here). Freeze parts with `requires_grad_(False)`: whatever is frozen stays in
+    evaluation mode when `train()` is called, so dropout and batch statistics are off there.
+
+    The trunk may be split further, so that the output of its frozen stages can be cached while
+    the others are trained: `trunk(images) = remaining_stages(frozen_stages(images))`.
 
     Attributes:
         dim: D, width of the output tokens.
         token_dim: D0, width of the trunk's tokens.
-        tokens: N, how many tokens an image gives.
+        tokens: N, number of tokens per image.
         prefix_tokens: CLS and register tokens, which come first.
         grid: (h, w) with N = prefix_tokens + h * w, or None.
-        image_size: Side in pixels that `trunk` works at.
-        mean, std: Normalisation of pixels in [0, 1], one value a channel.
+        image_size: Side in pixels of the images that the trunk works on.
+        mean, std: Normalisation of pixels in [0, 1], one value per channel.
+        hub_arguments: Names of the arguments of `__init__` that select pretrained weights. They
+            are set to False when a saved captioner is loaded, which brings its own weights.
     """
 
     dim: int
@@ -41,6 +53,13 @@ class Encoder(nn.Module):
     image_size: int = 224
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    hub_arguments: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("trunk", "frozen_stages"):
+            if name in vars(cls):
+                setattr(cls, name, _frozen_in_eval(vars(cls)[name]))
 
     @abstractmethod
     def trunk(self, images: Tensor) -> Tensor:
@@ -54,20 +73,112 @@ class Encoder(nn.Module):
         """(I, 3, H, W) uint8 to (I, N, D)."""
         return self.head(self.trunk(images))
 
+    def frozen_stages(self, images: Tensor) -> Tensor:
+        """(I, 3, H, W) uint8 to the output (I, ...) of the last frozen stage.
+
+        Without an override the trunk is one stage.
+        """
+        return self.trunk(images)
+
+    def remaining_stages(self, cached: Tensor) -> Tensor:
+        """What `frozen_stages` gave, (I, ...), to the trunk's tokens (I, N, D0)."""
+        return cached
+
     def trunk_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the backbone (not of the head): they get the encoder's learning rate."""
         return iter(())
 
     @property
     def trunk_frozen(self) -> bool:
-        """True where no parameter of the trunk is trained, so that its tokens can be cached."""
-        return not any(p.requires_grad for p in self.trunk_parameters())
+        """True where no trained parameter acts on the trunk's tokens."""
+        if type(self).trunk_parameters is not Encoder.trunk_parameters:
+            return not any(p.requires_grad for p in self.trunk_parameters())
+        trained = tuple(id(p) for p in self.parameters() if p.requires_grad)
+        if trained and self.__dict__.get("_tried", ())[:1] != (trained,):
+            self.__dict__["_tried"] = trained, self._trunk_builds_a_graph()
+        return not trained or not self.__dict__["_tried"][1]
+
+    def _trunk_builds_a_graph(self) -> bool:
+        """Whether the tokens of a black image need a gradient: one that nobody declared."""
+        device = next(self.parameters()).device
+        side = self.image_size
+        black = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+        with evaluating(self), torch.enable_grad():
+            return self.trunk(black).requires_grad
+
+    def train(self, mode: bool = True) -> Encoder:
+        """As `nn.Module.train`, except that frozen parts stay in evaluation mode."""
+        super().train(mode)
+        if mode:
+            for child in self.children():
+                if next(child.parameters(), None) is not None:
+                    eval_where_frozen(child)
+        return self
 
     def fingerprint(self) -> str | None:
-        """Hash of what the trunk's tokens depend on: the key of cached tokens.
+        """Hash of everything that the output of `frozen_stages` depends on, the image excepted.
 
-        None, as here, where the trunk cannot be cached.
+        None, as here, where it cannot be cached. The values are hashed at every call; a training
+        run calls it when it begins (`cache_key`). `hash_values` helps with an implementation.
         """
+        return None
+
+    def trunk_fingerprint(self) -> str | None:
+        """As `fingerprint`, of the trunk's tokens, for a model that is not trained (a teacher)."""
+        return self.fingerprint()
+
+    def cache_key(self, trained: bool = True) -> str | None:
+        """Key under which batches carry the output of the frozen stages; None without any.
+
+        Values are hashed now (about a second per gigabyte), and the key is remembered: batches
+        that carry it in `cached` are encoded from there until a weight visibly changes.
+
+        Args:
+            trained: False for a model that only gives targets: its whole trunk is then cached,
+                whichever of its parameters require a gradient.
+        """
+        if trained:
+            split = type(self).frozen_stages is not Encoder.frozen_stages
+            key = self.fingerprint() if split or self.trunk_frozen else None
+        else:
+            key = self.trunk_fingerprint()
+        keys: dict[str, _Key] = self.__dict__.setdefault("_keys", {})
+        keys.pop(key or "", None)
+        for old in [old for old, each in keys.items() if each.trained == trained]:
+            del keys[old]
+        if key is not None:
+            keys[key] = _Key.of(self, trained)
+        return key
+
+    @property
+    def live_key(self) -> str:
+        """Key for the trunk's tokens of one batch, for several readers within `torch.no_grad()`."""
+        return f"live {id(self)}"
+
+    def to_cache(self, images: Tensor, trained: bool = True) -> Tensor:
+        """(I, 3, H, W) uint8 to what is cached, (I, ...), under `cache_key(trained)`."""
+        return self.frozen_stages(images) if trained else self.trunk(images)
+
+    def tokens_from(
+        self, cached: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> Tensor | None:
+        """(I, N, D0) tokens from the cached values of a batch, None where none is ours.
+
+        Args:
+            cached: Cache key -> (I, ...).
+            dtype: To which the values are converted.
+        """
+        if self.live_key in cached and not torch.is_grad_enabled():
+            return cached[self.live_key].to(dtype)
+        keys: dict[str, _Key] = self.__dict__.setdefault("_keys", {})
+        for key in [key for key, each in keys.items() if not each.holds()]:
+            del keys[key]
+        if not keys:
+            self.cache_key()
+        for key, each in keys.items():
+            if key in cached and (each.trained or not torch.is_grad_enabled()):
+                value = cached[key].to(dtype)
+                return self.remaining_stages(value) if each.trained else value
         return None
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -91,6 +202,112 @@ class Encoder(nn.Module):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp_(0, 255)
         mean, std = (pixels.new_tensor(v).view(1, -1, 1, 1) * 255 for v in (self.mean, self.std))
         return ((pixels - mean) / std).to(dtype)  # (I, 3, S, S)
+
+
+def hash_values(
+    module: nn.Module, about: object = None, include: Callable[[str], bool] | None = None
+) -> str:
+    """SHA-256 of the values, classes and plain settings of a module, in any process alike.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before = hash_values(layer)
+        >>> _ = layer.weight.data.mul_(2)
+        >>> before == hash_values(layer)
+        False
+
+    Args:
+        module: Its parameters, buffers and those of its parts are hashed.
+        about: What else counts, such as the image size; anything that fits in JSON.
+        include: Tells by its name which parameter, buffer or part counts; all unless given.
+    """
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, part in module.named_modules():
+        if include is None or include(name):
+            digest.update(f"{name} {type(part).__qualname__} {_settings(part)}\n".encode())
+    for name, tensor in sorted(
+        {**dict(module.named_parameters()), **dict(module.named_buffers())}.items()
+    ):
+        if include is None or include(name):
+            value = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _settings(module: nn.Module) -> list[tuple[str, object]]:
+    """Numbers, texts and flags that a module was made with, such as an `eps`."""
+    return sorted(
+        (name, value)
+        for name, value in vars(module).items()
+        if name != "training" and isinstance(value, (bool, int, float, str))
+    )
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What a cache key was hashed from, as far as a step can look at it without hashing again."""
+
+    trained: bool
+    tensors: tuple[Tensor, ...]
+    parameters: tuple[nn.Parameter, ...]
+    state: object
+
+    @classmethod
+    def of(cls, encoder: Encoder, trained: bool) -> _Key:
+        tensors = tuple(_unchanging(encoder, trained))
+        parameters = tuple(encoder.parameters()) if trained else ()
+        return cls(trained, tensors, parameters, _state(tensors, parameters))
+
+    def holds(self) -> bool:
+        return self.state == _state(self.tensors, self.parameters)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the encoder hashes its own weights
+        return _Key, (self.trained, (), (), None)
+
+
+def _unchanging(encoder: Encoder, trained: bool) -> Iterator[Tensor]:
+    """Tensors that no training step changes: those of modules without a trained parameter."""
+    for module in encoder.modules():
+        own = list(module.parameters(recurse=False))
+        if not trained or not any(parameter.requires_grad for parameter in own):
+            yield from own
+            yield from module.buffers(recurse=False)
+
+
+def _state(tensors: tuple[Tensor, ...], parameters: tuple[nn.Parameter, ...]) -> object:
+    versions = [(0 if each.is_inference() else each._version, each.dtype) for each in tensors]
+    return versions, [parameter.requires_grad for parameter in parameters]
+
+
+def _frozen_in_eval(method: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """`trunk` or `frozen_stages` of a subclass: what is frozen runs in evaluation mode there.
+
+    `train()` knows modules by their parameters. Dropout of the trunk that is a child of the
+    encoder itself, or a function that reads `self.training`, has none and is found here.
+    """
+
+    @functools.wraps(method)
+    def run(self: Encoder, images: Tensor) -> Tensor:
+        if not self.training or not (method.__name__ == "frozen_stages" or self.trunk_frozen):
+            return method(self, images)
+        training = [part for part in self.modules() if part.training]
+        try:
+            for part in training:
+                part.training = False
+            tokens = method(self, images)
+        finally:
+            for part in training:
+                part.training = True
+        if tokens.requires_grad and not images.requires_grad:
+            raise ConfigError(
+                f"{type(self).__name__}.{method.__name__} depends on trained parameters that "
+                "trunk_parameters() leaves out. Yield all parameters of the trunk there, or freeze "
+                "them with requires_grad_(False)."
+            )
+        return tokens
+
+    return run
 
 
 Refine = Literal["none", "pre", "post"]

@@ -198,10 +198,10 @@ def _views(
 
 
 def _is_cacheable(model: Any, trained: Captioner) -> bool:
-    """Whether no step of this run changes the trunk: a teacher's never changes."""
-    if not isinstance(model, Captioner) or model.encoder.fingerprint() is None:
-        return False
-    return model is not trained or model.encoder.trunk_frozen
+    """Whether it has stages that no step of this run changes; a teacher's are never changed."""
+    return isinstance(model, Captioner) and (
+        model.encoder.cache_key(trained=model is trained) is not None
+    )
 
 
 def _caches(
@@ -212,17 +212,19 @@ def _caches(
     directory = default_cache_dir() if given is None else user_path(given)
     if not models:
         raise ConfigError(
-            "cache_features=True but no model has a frozen trunk with a fingerprint(). Create the "
-            "encoder with trainable='none', or set cache_features=False."
+            "cache_features=True but no encoder has frozen stages that can be cached. Create "
+            "it with trainable='none' or a number of last stages, or set cache_features=False."
         )
     caches: dict[str, FeatureCache | list[FeatureCache]] = {}
     for model in models:
         encoder = model.encoder.to(stepper.device)
-        trunk = encoder.fingerprint()
-        if trunk not in caches:
+        trained = model is stepper.captioner
+        key = encoder.cache_key(trained)
+        if key not in caches:
             show = stepper.config.progress is not False
-            made = [cache_trunk(encoder, *v, directory, stepper.precision, show) for v in views]
-            caches[trunk] = made if len(made) > 1 else made[0]
+            options = (directory, stepper.precision, show, trained)
+            made = [cache_trunk(encoder, *view, *options) for view in views]
+            caches[key] = made if len(made) > 1 else made[0]
     return caches
 
 
@@ -253,23 +255,27 @@ def cache_trunk(
     directory: Path,
     precision: str,
     progress: bool = False,
+    trained: bool = True,
 ) -> FeatureCache:
     """Encode every image of a source once, or open what an earlier run wrote.
 
     Args:
-        encoder: Its trunk must be frozen.
+        encoder: Has frozen stages.
         source: Batches of images without augmentation.
-        data_key: Stands for the images and their size; with the trunk's fingerprint it is the key.
+        data_key: Stands for the images and their size; with the encoder's `cache_key` it is the
+            key.
         directory: Where the memory maps lie.
         precision: Of the forward passes.
         progress: Report how far it is: a bar on a terminal, a line every 30 seconds elsewhere.
+        trained: Whether the encoder's other stages are trained; otherwise its whole trunk is
+            cached.
 
     Raises:
         ConfigError: the directory cannot be written, or tokens do not fit in float16.
     """
-    key = hashlib.sha256(f"{encoder.fingerprint()} {data_key} {precision}".encode()).hexdigest()
-    path = directory / f"{key[:32]}.f16"
-    return _open_cache(path) or _write_cache(encoder, source, path, precision, progress)
+    about = f"{encoder.cache_key(trained)} {data_key} {precision}"
+    path = directory / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.f16"
+    return _open_cache(path) or _write_cache(encoder, source, path, precision, progress, trained)
 
 
 def _open_cache(path: Path) -> FeatureCache | None:
@@ -284,14 +290,15 @@ def _open_cache(path: Path) -> FeatureCache | None:
 
 
 def _write_cache(
-    encoder: Encoder, source: Source, path: Path, precision: str, progress: bool
+    encoder: Encoder, source: Source, path: Path, precision: str, progress: bool, trained: bool
 ) -> FeatureCache:
     """Write the tokens, then the index, which makes them valid."""
     index: dict[str, Any] = {"format": _FORMAT, "image_ids": [], "shape": []}
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            for ids, tokens in _report(_encoded(encoder, source, precision), source, progress):
+            values = _encoded(encoder, source, precision, trained)
+            for ids, tokens in _report(values, source, progress):
                 index["image_ids"] += ids
                 index["shape"] = tokens.shape[1:]
                 file.write(tokens.tobytes())
@@ -304,13 +311,13 @@ def _write_cache(
 
 
 def _encoded(
-    encoder: Encoder, source: Source, precision: str
+    encoder: Encoder, source: Source, precision: str, trained: bool
 ) -> Iterator[tuple[tuple[str, ...], np.ndarray[Any, Any]]]:
-    """Ids and (I, N, D0) float16 tokens of every readable image."""
+    """Ids and float16 values (I, ...) of every readable image."""
     device = next(encoder.parameters()).device
     for batch in source.epoch(0):
         with evaluating(encoder), torch.no_grad(), autocast(device, precision):
-            tokens = encoder.trunk(batch.images.to(device)).half()
+            tokens = encoder.to_cache(batch.images.to(device), trained).half()
         finite = tokens.isfinite().flatten(1).all(1)
         if not finite.all():
             bad = (~finite).nonzero().flatten().tolist()

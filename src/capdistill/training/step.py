@@ -350,10 +350,12 @@ def add_references(references: References, batch: Batch) -> None:
 def with_trunk_tokens(captioner: Captioner, batch: Batch) -> Batch:
     """The batch with the trunk's tokens, so that loss and captions share one pass of the trunk."""
     encoder = captioner.encoder
-    key = encoder.fingerprint()
-    if key is None or key in batch.cached:
-        return batch
-    return replace(batch, cached={**batch.cached, key: encoder.trunk(batch.images)})
+    tokens = encoder.tokens_from(batch.cached) if batch.cached else None
+    if tokens is None and not batch.images.numel():
+        return batch  # `encode` reports what is missing
+    if tokens is None:
+        tokens = encoder.trunk(batch.images)
+    return replace(batch, cached={**batch.cached, encoder.live_key: tokens})
 
 
 def directions(metrics: Sequence[str | Metric]) -> dict[str, bool]:

@@ -22,7 +22,7 @@ from capdistill.training.check.trial import (
     CheckRow,
     Trial,
     bytes_of,
-    has_frozen_trunk,
+    has_frozen_stages,
     less_memory,
     megabytes,
     milliseconds,
@@ -147,8 +147,9 @@ def _faster_loading(trial: Trial, needed: float) -> str:
     workers = max(1, min(math.ceil(needed), os.cpu_count() or 1))
     ways = [f"num_workers={workers}"] if workers > (trial.config.num_workers or 0) else []
     ways += ["cache_images=True", "smaller image files"]
-    if any(has_frozen_trunk(model) for model in trial.trainer.models):
-        ways.insert(-1, "cache_features=True (the trunk is frozen)")
+    trainer = trial.trainer
+    if any(has_frozen_stages(model, model is trainer.captioner) for model in trainer.models):
+        ways.insert(-1, "cache_features=True (stages are frozen)")
     return f"Try {', '.join(ways[:-1])} or {ways[-1]}."
 
 
@@ -193,10 +194,12 @@ def check_options(trainer: Stepper, val: Any) -> Iterator[CheckRow]:
     if val is not None:
         trainer.make_monitor()
     wants_crops(config)
-    if config.cache_features and not any(has_frozen_trunk(model) for model in trainer.models):
+    if config.cache_features and not any(
+        has_frozen_stages(model, model is trainer.captioner) for model in trainer.models
+    ):
         raise ConfigError(
-            "cache_features=True but no model has a frozen trunk. Create the encoder with "
-            "trainable='none', or set cache_features=False."
+            "cache_features=True but no encoder has frozen stages that can be cached. Create "
+            "it with trainable='none' or a number of last stages, or set cache_features=False."
         )
     size = f"{config.batch_size} images x {config.captions_per_image or 'up to 5'} captions"
     yield CheckRow("options", "ok", f"{trainer.device}, {trainer.precision}, batches of {size}")

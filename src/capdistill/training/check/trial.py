@@ -84,9 +84,9 @@ def name_of(model: Any) -> str:
     return getattr(model, "name", type(model).__name__)
 
 
-def has_frozen_trunk(model: Any) -> bool:
-    """Whether the model's trunk tokens could be cached."""
-    return isinstance(model, Captioner) and model.encoder.trunk_frozen
+def has_frozen_stages(model: Any, trained: bool) -> bool:
+    """Whether the output of frozen stages could be cached; a teacher's are all frozen."""
+    return isinstance(model, Captioner) and model.encoder.cache_key(trained) is not None
 
 
 def numel(parameters: Iterable[Tensor]) -> int:
