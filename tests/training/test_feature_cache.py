@@ -17,7 +17,7 @@ from capdistill import Captioner, Distiller, Trainer
 from capdistill.data import CaptionData
 from capdistill.data.loader import FixedBatches
 from capdistill.errors import ConfigError, DataError
-from capdistill.training.sources import TrunkStore, cache_trunk
+from capdistill.training.sources import FeatureCache, cache_trunk
 from tests.training import tiny_models as tiny
 
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "batch_size": 2, "epochs": 2, "learning_rate": 0.01}
@@ -238,7 +238,7 @@ def test_a_store_goes_to_a_worker_as_a_name_not_as_its_content(tmp_path: Path) -
     sent = pickle.dumps(store)
     assert len(sent) < store.tokens.nbytes
     assert torch.equal(pickle.loads(sent)["7"], store["7"])
-    small = TrunkStore(np.ones((1, 2, 3), np.float16), ["a"])
+    small = FeatureCache(np.ones((1, 2, 3), np.float16), ["a"])
     assert torch.equal(pickle.loads(pickle.dumps(small))["a"], torch.ones(2, 3).half())
 
 

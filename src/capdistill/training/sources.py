@@ -222,8 +222,10 @@ def _caches(
         key = encoder.cache_key(trained)
         if key not in caches:
             show = stepper.config.progress is not False
-            options = (directory, stepper.precision, show, trained)
-            made = [cache_trunk(encoder, *view, *options) for view in views]
+            made = [
+                cache_trunk(encoder, *view, directory, stepper.precision, show, trained)
+                for view in views
+            ]
             caches[key] = made if len(made) > 1 else made[0]
     return caches
 
