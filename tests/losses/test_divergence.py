@@ -165,7 +165,7 @@ def test_distances_of_vectors_equal_torch(seed, rows, width):
         return F.mse_loss(x, y, reduction="none").mean(1).sum()
 
     def normalise(x):
-        return F.layer_norm(x, [width])
+        return F.layer_norm(x, [width], eps=0.0)
 
     oracles = {
         squared_distance: lambda x: mse(x, teacher),
@@ -176,6 +176,22 @@ def test_distances_of_vectors_equal_torch(seed, rows, width):
         assert function(student, teacher).shape == (rows,)
         found = grad_of(lambda x, f=function: f(x, teacher).sum(), student)
         assert_close(found, grad_of(oracle, student))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-2, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_scale_and_offset_do_not_count_once_vectors_are_layer_normalised(scale, offset):
+    x, y = draw(0, 4, 16), draw(1, 4, 16)
+    expected = normalised_distance(x, y)
+    assert_close(normalised_distance(scale * x + offset * scale, y), expected)
+    assert_close(normalised_distance(x, scale * y), expected)
+    assert_close(normalised_distance((scale * x).float(), x.float()), torch.zeros(4))
+
+
+def test_a_spread_below_the_floor_counts_as_the_floor():
+    x = draw(0, 1, 8)
+    x = (x - x.mean()) / x.std(correction=0)
+    assert_close(normalised_distance(1e-5 * x, x), torch.tensor([0.81], dtype=x.dtype))
 
 
 @pytest.mark.parametrize("function", [squared_distance, normalised_distance, cosine_distance])

@@ -202,3 +202,32 @@ def test_a_loss_that_is_not_built_says_so(name):
     outputs = make_output(batch, STUDENT), make_output(batch, TEACHER)
     with pytest.raises(ConfigError, match=r"before build.*loss\.build\(student\.spec"):
         LOSSES[name][0](**LOSSES[name][1])(*outputs, batch)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"per": "tokens"}, r"Wrong: per = 'tokens' is unknown. Did you mean 'token'"),
+        ({"per": "images"}, "Did you mean 'image'"),
+        ({"per": None}, "per = None is unknown"),
+        ({"needs": {"hiden"}}, "no output 'hiden'. Did you mean 'hidden'"),
+        ({"needs": "hidden"}, r"'hidden' is no set of names. Write needs = frozenset"),
+        ({"needs": frozenset({"logits", 3})}, "no output 3"),
+        ({"needs": None}, "is no set of names"),
+        ({"couples_batch": "no"}, "expected True or False"),
+    ],
+)
+def test_what_a_loss_declares_is_checked_when_the_class_is_made(attributes, message):
+    with pytest.raises(ConfigError, match=message):
+        type("Wrong", (TokenKD,), attributes)
+    name, value = next(iter(attributes.items()))
+    with pytest.raises(ConfigError, match=message.replace("Wrong", "TokenKD")):
+        setattr(TokenKD(), name, value)
+
+
+def test_a_list_of_needs_becomes_a_set_and_a_count_of_its_own_may_be_per_anything():
+    attributes = {"needs": ["hidden"], "per": "caption", "count": lambda self, batch: 1.0}
+    own = type("Own", (TokenKD,), attributes)
+    assert own.needs == frozenset({"hidden"})
+    assert own().per == "caption"
+    assert type("Heir", (own,), {"per": "word"})().count(None) == 1.0

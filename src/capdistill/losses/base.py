@@ -6,13 +6,13 @@ Whoever writes a loss subclasses `DistillationLoss`; the trainer divides, weight
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from capdistill.errors import ConfigError, IncompatibleModels
-from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
+from capdistill.errors import ConfigError, IncompatibleModels, suggest
+from capdistill.outputs import OUTPUTS, Batch, CaptionerOutput, ModelSpec
 
 
 class DistillationLoss(nn.Module):
@@ -20,18 +20,34 @@ class DistillationLoss(nn.Module):
 
     `forward` returns the **sum over tokens (or images) of the mean over width**; the trainer
     divides it once by `count` over the whole effective batch, so that padding, splitting and
-    spreading a batch change nothing.
+    spreading a batch change nothing. `capdistill.testing.check_loss` tests a loss of your own.
 
     Attributes:
         needs: What must be computed, a subset of {"logits", "features", "hidden", "attention"}.
-        per: "token" (valid target tokens are counted) or "image".
-        couples_batch: True for losses that look across the batch: they are exempt from the law
-            that splitting a batch changes nothing.
+        per: "token" (valid target tokens are counted) or "image"; ignored where `count` is
+            overridden.
+        couples_batch: True for losses that look across the images of a batch. Splitting a batch
+            changes them: with `accumulation_steps` they see one micro-batch at a time, and over
+            several processes the images of one rank.
+
+    Raises:
+        ConfigError: (when the class is made, or the attribute set) `needs` or `per` is invalid.
     """
 
     needs: frozenset[str] = frozenset({"logits"})
     per: Literal["token", "image"] = "token"
     couples_batch: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _DECLARED & vars(cls).keys():
+            if not hasattr(vars(cls)[name], "__get__"):  # a property is computed for each loss
+                setattr(cls, name, _declared(cls, name, vars(cls)[name]))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(
+            name, _declared(type(self), name, value) if name in _DECLARED else value
+        )
 
     def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
         """Create projectors, once, before the optimizer; say what does not fit.
@@ -47,6 +63,33 @@ class DistillationLoss(nn.Module):
     @abstractmethod
     def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
         """Scalar float32 sum; gradients reach the student and the projectors only."""
+
+
+_DECLARED = {"needs", "per", "couples_batch"}
+
+
+def _declared(cls: type[DistillationLoss], name: str, value: Any) -> Any:
+    """The value of an attribute that the trainer relies on, once it is checked."""
+    where = f"The loss {cls.__name__}: {name} = {value!r}"
+    if name == "couples_batch":
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where}; expected True or False.")
+        return value
+    if name == "per":
+        if cls.count is DistillationLoss.count and value not in ("token", "image"):
+            hint = suggest(str(value), ("image", "token"))
+            raise ConfigError(
+                f"{where} is unknown. {hint} For anything else override count(batch)."
+            )
+        return value
+    if isinstance(value, str) or not isinstance(value, (set, frozenset, tuple, list)):
+        raise ConfigError(f'{where} is no set of names. Write needs = frozenset({{"logits"}}).')
+    for need in value:
+        if need not in OUTPUTS:
+            raise ConfigError(
+                f"{where}: there is no output {need!r}. {suggest(str(need), OUTPUTS)}"
+            )
+    return frozenset(value)
 
 
 Given = TypeVar("Given")

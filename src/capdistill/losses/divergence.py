@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHORTEST = 1e-4
+SHORTEST = 1e-4  # a vector with a smaller length or spread counts as one of that
 
 
 def kl_divergence(
@@ -98,9 +98,12 @@ def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def normalised_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """`squared_distance` of the layer-normalised vectors (without an affine part).
 
+    Scale and offset of a vector do not count. A standard deviation below 1e-4 (over the width) is
+    treated as 1e-4, so that a constant vector has a bounded gradient.
+
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 4.0]])
-        >>> bool(normalised_distance(10 * x + 5, x) < 1e-4)  # scale and offset do not count
+        >>> bool(normalised_distance(1e-3 * x, x) < 1e-9)
         True
 
     Args:
@@ -113,9 +116,14 @@ def normalised_distance(student: Tensor, teacher: Tensor) -> Tensor:
     Source:
         Ba, Kiros, Hinton (2016); `torch.nn.functional.layer_norm`.
     """
-    width = student.shape[-1:]
-    target = F.layer_norm(full(teacher.detach()), width)
-    return squared_distance(F.layer_norm(full(student), width), target)
+    return squared_distance(_layer_normed(full(student)), _layer_normed(full(teacher.detach())))
+
+
+def _layer_normed(x: Tensor) -> Tensor:
+    """`layer_norm` with a floor in place of its epsilon, which would let the scale count."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred * variance.clamp(min=SHORTEST**2).rsqrt()
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
