@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from capdistill import saving
 from capdistill.data.images import is_many, read_batches
 from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError, IncompatibleModels, suggest
-from capdistill.generation.config import GenerationConfig, GenerationSpec, resolve
+from capdistill.generation.config import (
+    CaptionOptions,
+    DecodingOptions,
+    GenerationConfig,
+    GenerationOptions,
+    GenerationSpec,
+    resolve,
+)
 from capdistill.generation.decode import generate_text
 from capdistill.generation.hypotheses import CaptionResult, Hypothesis
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import inference
 from capdistill.tokenizer import Tokenizer
 from capdistill.weights import load_exactly, read_state_dict, strip_prefixes
+
+OneImage: TypeAlias = "str | os.PathLike[str] | bytes"
+SeveralImages: TypeAlias = "list[str] | list[Path] | list[bytes]"
 
 
 class Captioner(nn.Module):
@@ -137,7 +149,7 @@ class Captioner(nn.Module):
         self,
         batch: Batch | Tensor,
         generation: GenerationConfig | Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[GenerationOptions],
     ) -> list[Hypothesis]:
         """One caption an image, greedily unless told otherwise; training flags are restored.
 
@@ -156,6 +168,32 @@ class Captioner(nn.Module):
         with inference(self):
             features = self.encode(batch) if isinstance(batch, Batch) else self.encoder(batch)
             return generate_text(self.decoder, features, self.tokenizer, spec, batch)
+
+    @overload
+    def caption(
+        self, images: OneImage, *, details: Literal[False] = ..., **how: Unpack[CaptionOptions]
+    ) -> str: ...
+    @overload
+    def caption(
+        self, images: OneImage, *, details: Literal[True], **how: Unpack[CaptionOptions]
+    ) -> CaptionResult: ...
+    @overload
+    def caption(
+        self, images: SeveralImages, *, details: Literal[False] = ..., **how: Unpack[CaptionOptions]
+    ) -> list[str]: ...
+    @overload
+    def caption(
+        self, images: SeveralImages, *, details: Literal[True], **how: Unpack[CaptionOptions]
+    ) -> list[CaptionResult]: ...
+    @overload
+    def caption(
+        self,
+        images: Any,
+        *,
+        details: bool = ...,
+        errors: Literal["raise", "skip"] = ...,
+        **how: Unpack[CaptionOptions],
+    ) -> Any: ...
 
     def caption(
         self,
@@ -201,7 +239,7 @@ class Captioner(nn.Module):
         batch_size: int = 32,
         errors: Literal["raise", "skip"] = "raise",
         details: bool = False,
-        **generation: Any,
+        **generation: Unpack[DecodingOptions],
     ) -> Iterator[Any]:
         """As `caption` for an iterable, each caption as soon as its batch is done.
 

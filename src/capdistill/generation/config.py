@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import TypedDict
 
 from capdistill.errors import ConfigError, refusal
 
@@ -135,6 +136,43 @@ class GenerationConfig(BaseModel):
                 f"min_length={self.min_length} words do not fit max_length={limit} tokens.",
             ),
         ]
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The fields of `GenerationConfig` as keyword arguments, for type checkers."""
+
+    beam_size: int
+    max_length: int | None
+    min_length: int
+    length_normalisation: Literal["none", "average", "gnmt"]
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    num_return: int
+    no_repeat_ngram: int
+    banned_words: Sequence[str]
+    allow_unknown: bool
+    not_last: Sequence[str] | Literal["function_words"]
+    prefix: str
+    sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    beam_groups: int
+    diversity_penalty: float
+
+
+class DecodingOptions(GenerationOptions, total=False):
+    """A whole configuration as `generation=`, or its fields, as keyword arguments."""
+
+    generation: GenerationConfig | Mapping[str, Any] | None
+
+
+class CaptionOptions(DecodingOptions, total=False):
+    """The other keyword arguments of `Captioner.caption`."""
+
+    batch_size: int
+    progress: bool
 
 
 _FUNCTION = "function_words"

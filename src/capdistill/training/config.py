@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from capdistill.errors import UnknownName, parse, suggest
-from capdistill.generation.config import GenerationConfig
+from capdistill.generation.config import GenerationConfig, GenerationOptions
 
 
 class TrainConfig(BaseModel):
@@ -132,6 +132,48 @@ class TrainConfig(BaseModel):
             return config
         kept = {} if config is None else {n: getattr(config, n) for n in config.model_fields_set}
         return parse(cls, {**kept, **options}, what)
+
+
+class TrainOptions(GenerationOptions, total=False):
+    """The fields of `TrainConfig` as keyword arguments, for type checkers.
+
+    Those of decoding (`beam_size` and others) may stand beside them.
+    """
+
+    epochs: int
+    batch_size: int
+    captions_per_image: int | None
+    learning_rate: float
+    encoder_lr_scale: float
+    weight_decay: float
+    schedule: Literal["cosine_restarts", "warmup_cosine", "constant"]
+    restart_epochs: int
+    restart_factor: int
+    warmup: float
+    precision: Literal["auto", "bf16", "fp16", "fp32"]
+    accumulation_steps: int
+    max_grad_norm: float | None
+    label_smoothing: float
+    word_dropout: float
+    scheduled_sampling: float
+    patience: int | None
+    monitor: str
+    metrics: Sequence[str]
+    num_workers: int | None
+    device: str
+    augment: bool | None
+    flip: bool
+    cache_images: bool
+    cache_features: bool | None
+    cache_views: int
+    cache_dir: str | None
+    errors: Literal["skip", "raise"]
+    eval_batch_size: int
+    generation: GenerationConfig | Mapping[str, Any] | None
+    log_every: int
+    save_every_steps: int | None
+    save_every_minutes: float | None
+    progress: bool | None
 
 
 class DistillConfig(TrainConfig):

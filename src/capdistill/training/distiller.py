@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from capdistill import losses as loss_registry
 from capdistill.captioner import Captioner
@@ -20,7 +21,7 @@ from capdistill.errors import ConfigError
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput
 from capdistill.runtime import evaluating, seeded
-from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig
+from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, TrainOptions
 from capdistill.training.objective import Objective, Weight
 from capdistill.training.trainer import Trainer
 
@@ -66,7 +67,7 @@ class Distiller(Trainer):
         losses: Mapping[str, DistillationLoss | str | Mapping[str, Any]] | None = None,
         weights: Mapping[str, Weight] | None = None,
         config: DistillConfig | None = None,
-        **options: Any,
+        **options: Unpack[TrainOptions],
     ) -> None:
         require_teacher(teacher)
         self.teacher = teacher

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Unpack
+
 from capdistill.captioner import Captioner
 from capdistill.data.loader import skipped_images
 from capdistill.errors import ConfigError
@@ -23,7 +25,7 @@ from capdistill.outputs import Batch
 from capdistill.runtime import evaluating, require_single_process, seed_everything
 from capdistill.training.callbacks import Checkpoints, Progress, Recorder, SkippedImages
 from capdistill.training.checkpoint import load_state, restore, snapshot
-from capdistill.training.config import TrainConfig
+from capdistill.training.config import TrainConfig, TrainOptions
 from capdistill.training.decoder_inputs import require_unknown_word
 from capdistill.training.history import EpochMeter, History, Row
 from capdistill.training.monitor import BestEpoch, Monitor, monitor_key
@@ -79,7 +81,10 @@ class Trainer(Stepper):
     """
 
     def __init__(
-        self, captioner: Captioner, config: TrainConfig | None = None, **options: Any
+        self,
+        captioner: Captioner,
+        config: TrainConfig | None = None,
+        **options: Unpack[TrainOptions],
     ) -> None:
         if not isinstance(captioner, Captioner):
             raise ConfigError(
@@ -111,7 +116,7 @@ class Trainer(Stepper):
         overwrite: bool = False,
         accept_changes: bool = False,
         callbacks: Sequence[Any] = (),
-        **options: Any,
+        **options: Unpack[TrainOptions],
     ) -> History:
         """Train for the configured epochs, validating after each.
 

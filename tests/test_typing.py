@@ -1,0 +1,83 @@
+"""What a user's type checker sees: real types, and their mistakes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from capdistill.generation.config import GenerationConfig, GenerationOptions
+from capdistill.training.config import TrainConfig, TrainOptions
+
+PROGRAM = """
+import capdistill as cd
+
+data = cd.data.sample()
+tokenizer = cd.WordTokenizer.train(data.train.captions, min_count=2)
+teacher: cd.Captioner = cd.Captioner.create("debug_teacher", tokenizer=tokenizer)
+encoder: cd.Encoder = cd.encoders.create("timm", name="test_efficientnet", weights=False)
+decoder: cd.Decoder = cd.decoders.create("lstm", dim=32)
+student = cd.Captioner(encoder, decoder, tokenizer)
+loss: cd.DistillationLoss = cd.losses.create("token")
+distiller = cd.Distiller(teacher, student, losses={"token": cd.TokenKD()}, epochs=2)
+history = distiller.fit(data.train, data.val, out="run", epochs=1, beam_size=3)
+steps: int = len(history.epochs)
+reason: str | None = history.stopped
+text: str = student.caption("dog.jpg", beam_size=3)
+texts: list[str] = student.caption(["dog.jpg"])
+tokens: tuple[str, ...] = student.caption("dog.jpg", details=True).tokens
+table: dict[str, object] = cd.compare(teacher, student, data.val).to_json()
+
+cd.TokenKD(temprature=2)  # WRONG
+distiller.fit(data.train, epoch=1)  # WRONG
+cd.Trainer(student, epochs="3")  # WRONG
+cd.Distiller(teacher, student, learning_rat=1e-3)  # WRONG
+student.caption("dog.jpg", beamsize=3)  # WRONG
+cd.Captioner.create("debug_teacher")  # WRONG
+number: int = student.caption("dog.jpg")  # WRONG
+history.stoped  # WRONG
+cd.WordTokenizer.train(3)  # WRONG
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM, encoding="utf-8")
+    return path
+
+
+def wrong_lines() -> list[int]:
+    lines = PROGRAM.split("\n")
+    return [number for number, line in enumerate(lines, 1) if line.endswith("# WRONG")]
+
+
+def test_mypy_finds_the_mistakes_in_a_users_program_and_nothing_else(
+    program: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", "", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    found = {int(line) for line in re.findall(r"program\.py:(\d+): error", done.stdout)}
+    assert sorted(found) == wrong_lines(), done.stdout
+
+
+@pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not installed")
+def test_pyright_finds_the_mistakes_in_a_users_program_and_nothing_else(
+    program: Path, tmp_path: Path
+) -> None:
+    command = ["pyright", "--pythonpath", sys.executable, str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    if "summary" not in done.stdout and "error" not in done.stdout:
+        pytest.skip("pyright cannot start: it fetches itself at its first run")
+    found = {int(line) for line in re.findall(r"program\.py:(\d+):\d+ - error", done.stdout)}
+    assert sorted(found) == wrong_lines(), done.stdout
+
+
+def test_options_for_type_checkers_are_the_fields_of_the_configurations() -> None:
+    fields = set(GenerationConfig.model_fields)
+    assert set(GenerationOptions.__annotations__) == fields
+    assert set(TrainOptions.__annotations__) == fields | set(TrainConfig.model_fields)
