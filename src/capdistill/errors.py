@@ -119,6 +119,17 @@ number of at least 1.
     return int(value)  # type: ignore[call-overload, no-any-return]
 
 
+def require_bool(name: str, value: object) -> bool:
+    """Return an option that must be True or False; 1, "yes" and None are not.
+
+    Raises:
+        ConfigError: the value has another type.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={shortened(value)} was given; expected True or False.")
+    return value
+
+
 def require_number(
     name: str,
     value: object,

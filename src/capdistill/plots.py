@@ -60,7 +60,7 @@ def history(run: str | Path | History, path: str | Path | None = None) -> Figure
         DataError: there is no history, or it has no row yet.
         ConfigError: the file's kind is unknown.
     """
-    figure, found = new_figure(path), _history(run)
+    figure, found = new_figure(path), read_history(run)
     panels = _panels(found)
     columns = _columns(len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -94,7 +94,12 @@ def _dress(axes: Axes, panel: _Panel) -> None:
         )
 
 
-def _history(run: str | Path | History) -> History:
+def read_history(run: str | Path | History) -> History:
+    """The history of a run.
+
+    Raises:
+        DataError: there is none, or it has no row yet.
+    """
     from capdistill.training.history import History
 
     if isinstance(run, History):

@@ -59,8 +59,12 @@ def pick_precision(device: torch.device, precision: str = "auto") -> str:
         'fp32'
 
     Raises:
-        ConfigError: fp16 away from CUDA, where there is no loss scaling.
+        ConfigError: an unknown precision, or fp16 away from CUDA, where there is no loss scaling.
     """
+    if precision not in ("auto", "fp32", *_DTYPES):
+        raise ConfigError(
+            f"precision={precision!r} was given; use one of 'auto', 'bf16', 'fp16', 'fp32'."
+        )
     if precision == "fp16" and device.type != "cuda":
         raise ConfigError(
             f"precision='fp16' needs CUDA (loss scaling), but the device is {device}. "

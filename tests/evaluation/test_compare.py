@@ -1,11 +1,20 @@
 import html.parser
 import json
+import math
+import re
 
 import pytest
 
-from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
-from capdistill.evaluation import evaluation
+from capdistill.errors import CheckpointError, ConfigError, DataError, IncompatibleModels
+from capdistill.evaluation import measure
 from capdistill.evaluation.comparison import Comparison, compare
+from capdistill.evaluation.report import STYLE
+from capdistill.evaluation.table import (
+    EXPECTED_FLOOR,
+    comparison_table,
+    evaluation_table,
+    table_rows,
+)
 from capdistill.metrics import Metric, paired_bootstrap
 from tests.evaluation.tiny_captioner import TinyCaptioner, batch_of
 
@@ -28,16 +37,16 @@ def test_the_students_score_is_a_share_of_the_teachers(found: Comparison) -> Non
     assert row.reached is (share >= 85)
 
 
-def test_a_promise_that_is_not_kept_is_said(found: Comparison) -> None:
+def test_an_expectation_that_is_not_met_is_shown(found: Comparison) -> None:
     row = next(row for row in found.rows if row.key == "parameters")
     assert (row.expected, row.reached) == ("3 times smaller", False)
     assert "not reached" in str(found)
 
 
-def test_a_teacher_that_scores_nothing_gives_no_ratio() -> None:
+def test_a_teacher_that_scores_nothing_gives_no_verdict() -> None:
     silent = TinyCaptioner("silent", ("x", "x", "x", "x"))
     row = compare(silent, TinyCaptioner(), BATCHES, **OPTIONS).rows[0]
-    assert (row.relation, row.reached) == ("the teacher scores 0", None)
+    assert (row.relation, row.reached) == ("the teacher's score is near 0", None)
 
 
 def test_what_was_not_measured_is_neither_reached_nor_missed(found: Comparison) -> None:
@@ -46,10 +55,10 @@ def test_what_was_not_measured_is_neither_reached_nor_missed(found: Comparison) 
     assert row.relation == ""
 
 
-def test_times_are_taken_in_turn_so_that_a_busy_machine_is_fair(
+def test_times_are_measured_in_turn_which_is_fair_on_a_busy_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluation, "cpu_memory", lambda *_, **__: None)  # a process a model
+    monkeypatch.setattr(measure, "cpu_memory", lambda *_, **__: None)  # a process a model
     order = []
 
     class Named(TinyCaptioner):
@@ -117,7 +126,7 @@ def test_the_table_has_headers_for_screen_readers(found: Comparison, tmp_path) -
     assert all(attrs["alt"] for tag, attrs in tags if tag == "img")
 
 
-def test_a_caption_can_not_put_markup_into_the_page(tmp_path) -> None:
+def test_a_caption_cannot_put_markup_into_the_page(tmp_path) -> None:
     evil = "<script>alert(1)</script>\" onerror='x' {style}"
     model = TinyCaptioner(evil, (evil,) * 4)
     text = compare(model, model, BATCHES, **OPTIONS).save(tmp_path).read_text("utf-8")
@@ -208,7 +217,8 @@ def test_costs_have_no_interval(drawn: Comparison) -> None:
 
 
 def test_the_table_shows_intervals_and_what_they_are(drawn: Comparison) -> None:
-    table, differences, remarks = str(drawn).split("\n\n")
+    text = comparison_table(drawn.to_json(), width=200)
+    table, differences, remarks = text.split("\n\n")
     row = drawn.rows[0]
     low, high = row.intervals["teacher"]
     assert f"{row.values['teacher']:.4f} [{low:.4f}, {high:.4f}]" in table.splitlines()[1]
@@ -250,7 +260,7 @@ def test_a_report_from_before_there_were_intervals_can_be_read(found: Comparison
     assert str(Comparison.load(tmp_path)) == str(found)
 
 
-def test_a_score_that_can_not_be_resampled_is_a_remark() -> None:
+def test_a_score_that_cannot_be_resampled_is_a_remark() -> None:
     def most(references: dict, hypotheses: dict) -> dict:
         each = {image: len(text) for image, text in hypotheses.items()}
         return {"longest": (max(each.values()), each)}
@@ -262,7 +272,153 @@ def test_a_score_that_can_not_be_resampled_is_a_remark() -> None:
     assert "longest has no interval" in str(drawn)
 
 
-@pytest.mark.parametrize("samples", [-5, True, 1e3])
+@pytest.mark.parametrize("samples", [-5, True, 1e3, "10", None, math.nan])
 def test_what_is_no_number_of_samples_is_refused_before_the_work(samples) -> None:
-    with pytest.raises(ConfigError, match=f"bootstrap={samples} was given; expected a whole"):
+    with pytest.raises(ConfigError, match=f"compare: bootstrap={samples!r} was given"):
         compare(None, None, None, bootstrap=samples)
+
+
+def evaluated(**changed: object) -> dict:
+    """An evaluation as plain dicts."""
+    found = compare(TEACHER, STUDENT, BATCHES, **OPTIONS).models["student"]
+    costs = {
+        "scores": {"bleu_1": 0.6, "bleu_2": 0.4, "cider_d": 0.5},
+        "images": 100,
+        "parameters": 1000,
+        "latency_ms": {"median": 10.0, "p95": 20.0, "n": 20},
+        "memory_bytes": {"peak": 10**6, "baseline": 10**8},
+    }
+    return {**found, **costs, **changed}
+
+
+def verdicts(teacher: dict, student: dict) -> dict[str, tuple[str, bool | None]]:
+    rows = table_rows({"teacher": teacher, "student": student})
+    return {row.key: (row.relation, row.reached) for row in rows}
+
+
+def test_a_teacher_whose_score_is_near_0_gives_no_verdict() -> None:
+    untrained = evaluated(scores={"bleu_1": 0.02, "bleu_2": EXPECTED_FLOOR - 1e-9, "cider_d": 1e-4})
+    found = verdicts(untrained, evaluated())
+    for key in ("bleu_1", "bleu_2", "cider_d"):
+        assert found[key] == ("the teacher's score is near 0", None)
+    assert verdicts(evaluated(), untrained)["bleu_1"] == ("3.3 % of the teacher's", False)
+
+
+def test_the_time_of_a_wrapped_teacher_gives_no_verdict() -> None:
+    wrapped = evaluated(time_comparable=False, latency_ms={"median": 999.0, "p95": 999.0, "n": 20})
+    found = verdicts(wrapped, evaluated())
+    assert found["latency_ms"] == ("not comparable", None)
+    assert found["latency_p95_ms"] == ("", None)
+    table = evaluation_table({"teacher": wrapped, "student": evaluated()}, width=500)
+    assert "time of teacher is not comparable" in table
+
+
+@pytest.mark.parametrize("zero", [0, None, math.nan])
+def test_costs_that_were_not_measured_give_no_verdict(zero: object) -> None:
+    nothing = evaluated(
+        parameters=zero,
+        latency_ms={"median": zero, "p95": zero, "n": 20},
+        memory_bytes={"peak": zero, "baseline": 0},
+        disk_bytes=zero,
+        scores={"bleu_1": zero, "bleu_2": math.nan, "cider_d": math.inf},
+    )
+    for pair in ((nothing, evaluated()), (nothing, nothing)):
+        assert not any(reached for _, reached in verdicts(*pair).values())
+    for relation, reached in verdicts(evaluated(), nothing).values():
+        assert reached is not True
+        assert "nan" not in relation
+        assert "inf" not in relation
+    assert "nan" not in evaluation_table({"model": nothing}, width=200)
+
+
+def test_a_single_image_gives_no_verdict_on_scores_and_times() -> None:
+    alone = evaluated(images=1, latency_ms={"median": 1.0, "p95": 1.0, "n": 1})
+    found = verdicts(evaluated(latency_ms=alone["latency_ms"]), alone)
+    assert {found[key][1] for key in ("bleu_1", "bleu_2", "latency_ms")} == {None}
+
+
+def test_a_model_compared_with_itself_is_equal() -> None:
+    found = verdicts(evaluated(), evaluated())
+    assert found["parameters"] == ("equal", False)
+    assert found["bleu_1"] == ("100.0 % of the teacher's", True)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_tables_fit_the_terminal_without_breaking_a_number(
+    width: int, drawn: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.__stdout__", None)
+    text = str(drawn)
+    assert max(map(len, text.splitlines())) <= width
+    wide = comparison_table(drawn.to_json(), width=1000)
+    for number in re.findall(r"[\d.,]*\d[\d.,]*", wide):
+        assert number in text
+    for row in drawn.rows:
+        assert row.expected in text
+        assert row.relation in text
+
+
+def test_off_a_terminal_a_table_has_80_columns(drawn: Comparison, monkeypatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr("sys.__stdout__", None)
+    assert str(drawn) == comparison_table(drawn.to_json(), width=80)
+
+
+def _print_rules() -> dict[str, str]:
+    """Selector -> declarations, of the print style sheet."""
+    block = STYLE[STYLE.index("@media print") :]
+    found: dict[str, str] = {}
+    for selectors, rules in re.findall(r"^  ([^@\n]+?) \{ (.*?) \}", block, re.MULTILINE):
+        for selector in selectors.split(","):
+            found[selector.strip()] = found.get(selector.strip(), "") + rules
+    return found
+
+
+def test_a_printed_report_is_light_and_loses_no_column() -> None:
+    rules = _print_rules()
+    assert "color-scheme: light" in rules[":root"]
+    assert "@media screen and (prefers-color-scheme: dark)" in STYLE  # not on paper
+    assert "overflow: visible" in rules[".wide"]
+    for cell in ("th", "td"):
+        assert "white-space: normal" in rules[cell]
+
+
+def test_a_printed_report_keeps_headings_with_their_content_and_breaks_tables() -> None:
+    rules = _print_rules()
+    for heading in ("h1", "h2", "h3", "caption"):
+        assert "break-after: avoid" in rules[heading]
+    for whole in ("tr", "figure"):
+        assert "break-inside: avoid" in rules[whole]
+    assert "break-inside" not in rules[".wide"]  # else a long table leaves page 1 empty
+    assert "break-inside" not in rules["table"]
+    assert "table-header-group" in rules["thead"]
+
+
+def test_a_comparison_has_one_line_for_a_prompt_and_a_table_for_a_notebook(
+    found: Comparison,
+) -> None:
+    line = repr(found)
+    assert line.startswith("Comparison(teacher 'big', student 'small', baseline 'plain': 3 images")
+    assert len(line) < 150
+    page = _Page(found._repr_html_())
+    assert page.open == []
+    assert [tag for tag, _ in page.tags].count("tr") == 1 + len(found.rows)
+
+
+def test_an_unknown_option_is_suggested_before_the_work() -> None:
+    for wrong, near in (("metric", "metrics"), ("bootstap", "bootstrap"), ("beam", "beam_size")):
+        with pytest.raises(ConfigError, match=rf"compare: .* '{wrong}' .*Did you mean '{near}'"):
+            compare(TEACHER, STUDENT, BATCHES, **{wrong: 3})
+
+
+def test_metrics_from_an_iterator_serve_every_model() -> None:
+    options = {**OPTIONS, "metrics": iter(["bleu_1"])}
+    models = compare(TEACHER, STUDENT, BATCHES, **options).models
+    assert models["student"]["scores"].keys() == {"bleu_1"}
+
+
+def test_a_missing_history_is_named_before_the_work(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(DataError, match=r"history\.jsonl does not exist"):
+        compare(TEACHER, STUDENT, None, histories={"student": tmp_path})

@@ -1,12 +1,16 @@
+import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from capdistill.teachers.wrap import ForeignTeacher
 
 import capdistill as cd
-from capdistill.errors import ConfigError, DataError
-from capdistill.evaluation import compare, evaluate, evaluation
+from capdistill.errors import ConfigError, DataError, UnknownName
+from capdistill.evaluation import compare, evaluate, measure
+from capdistill.evaluation.table import Progress
 from capdistill.metrics import CaptionScorer, diversity
 from tests.evaluation.tiny_captioner import SAYINGS, TinyCaptioner, batch_of
 
@@ -67,7 +71,7 @@ def test_no_image_is_an_error(data: object) -> None:
         evaluate(TinyCaptioner(), data, **PLAIN)
 
 
-def test_a_model_that_can_not_generate_is_refused() -> None:
+def test_a_model_that_cannot_generate_is_refused() -> None:
     with pytest.raises(ConfigError, match="Linear has no generate"):
         evaluate(torch.nn.Linear(1, 1), [batch_of([0])], **PLAIN)
 
@@ -86,7 +90,7 @@ def test_json_holds_every_figure_and_is_plain() -> None:
     assert content["per_image"]["bleu_1"].keys() == content["captions"].keys()
 
 
-def test_what_can_not_be_measured_is_a_note_and_the_rest_is_there() -> None:
+def test_what_cannot_be_measured_is_a_note_and_the_rest_is_there() -> None:
     found = evaluate(TinyCaptioner(), [batch_of([0, 1])], metrics=["bleu"], device="cpu")
     assert found.disk_bytes == len("[0, 0, 0]")
     assert found.latency_ms is not None
@@ -96,7 +100,7 @@ def test_what_can_not_be_measured_is_a_note_and_the_rest_is_there() -> None:
 
 
 def test_time_is_taken_one_image_at_a_time_after_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "cpu_memory", lambda *_, **__: None)  # a process a model
+    monkeypatch.setattr(measure, "cpu_memory", lambda *_, **__: None)  # a process a model
     captioner = TinyCaptioner()
     evaluate(captioner, [batch_of([0, 1, 0, 1])], metrics=["bleu"], device="cpu")
     assert captioner.batch_sizes[0] == 4
@@ -154,10 +158,10 @@ def test_health_is_that_of_the_captions_and_stands_in_json_and_table() -> None:
     assert (found.health.novel, found.health.empty, found.health.unfinished) == (0.5, 0.25, 0.25)
     assert found.to_json()["health"]["vocabulary"] == 8
     assert "Different words" in str(found)
-    assert re.search(r"Captions not in the training data +50.0 %", str(found))
+    assert re.search(r"Captions not in training data +50.0 %", str(found))
 
 
-def test_without_training_captions_nothing_is_said_of_novelty() -> None:
+def test_without_training_captions_novelty_is_unknown() -> None:
     found = evaluate(TinyCaptioner(), [batch_of([0])], **PLAIN)
     assert found.health.novel is None
     assert "training data" not in str(found)
@@ -169,3 +173,117 @@ def test_compare_gives_every_model_the_same_training_captions() -> None:
     found = compare(TinyCaptioner(), TinyCaptioner(), batches, training_captions=seen, **PLAIN)
     row = next(row for row in found.rows if row.key == "novel")
     assert row.values == {"teacher": 0.5, "student": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("batch_size", value) for value in (0, -1, True, 1.5, "8", None, float("nan"))),
+        *(("num_workers", value) for value in (-1, True, 0.5, "0", None)),
+        *(("limit", value) for value in (0, -1, True, 2.0, "3", float("inf"))),
+        *(("measure", value) for value in (0, "no", None)),
+        *(("progress", value) for value in (1, "yes", None)),
+        *(("precision", value) for value in ("fp8", None, 16)),
+    ],
+)
+def test_an_option_of_another_type_or_out_of_range_is_refused(option: str, value: object) -> None:
+    captioner = TinyCaptioner()
+    with pytest.raises(ConfigError, match=f"{option}="):
+        evaluate(captioner, [batch_of([0])], **{**PLAIN, option: value})
+    assert captioner.batch_sizes == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("metric", "metrics"), ("batchsize", "batch_size"), ("beams", "beam_size")]
+)
+def test_an_unknown_option_is_suggested(wrong: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"evaluate: .* '{wrong}' .*Did you mean '{near}'"):
+        evaluate(TinyCaptioner(), [batch_of([0])], **{wrong: ["bleu"]})
+
+
+def test_an_unknown_metric_is_suggested_before_the_work() -> None:
+    captioner = TinyCaptioner()
+    with pytest.raises(UnknownName, match="Did you mean 'cider_d'"):
+        evaluate(captioner, [batch_of([0])], metrics=["cider"])
+    assert captioner.batch_sizes == []
+
+
+def test_ids_that_are_one_text_are_refused() -> None:
+    batches = [replace(batch_of([0]), image_ids=(image,)) for image in (1, "1")]
+    with pytest.raises(DataError, match="'1' comes twice"):
+        evaluate(TinyCaptioner(), batches, **PLAIN)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), 3, b"a dog", "['a dog', 'a cat']"], ids=str)
+def test_a_reference_or_training_caption_that_is_not_text_is_refused(value: object) -> None:
+    batch = replace(batch_of([0]), references=(("a dog", value),))
+    with pytest.raises(DataError, match=r"Reference 2 of image '0\.jpg' is .*expected a string"):
+        evaluate(TinyCaptioner(), [batch], **PLAIN)
+    with pytest.raises(DataError, match=r"training caption 2 is .*expected a string"):
+        evaluate(TinyCaptioner(), [batch_of([0])], training_captions=["a dog", value], **PLAIN)
+
+
+def test_a_model_that_generates_plain_text_is_refused_with_what_is_expected() -> None:
+    captioner = TinyCaptioner()
+    captioner.generate = lambda batch: ["a dog"] * batch.num_images
+    with pytest.raises(ConfigError, match=r"generate gave 'a dog' \(str\); expected .*Hypothesis"):
+        evaluate(captioner, [batch_of([0])], **PLAIN)
+    captioner.generate = lambda batch: []
+    with pytest.raises(ConfigError, match="0 captions for a batch of 1 images"):
+        evaluate(captioner, [batch_of([0])], **PLAIN)
+
+
+def test_an_evaluation_has_one_line_for_a_prompt() -> None:
+    found = evaluate(TinyCaptioner(), [batch_of([0, 1])], **{**PLAIN, "metrics": ["bleu_1"]})
+    assert repr(found) == f"Evaluation('tiny': 2 images; bleu_1={found.scores['bleu_1']:.4f})"
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar_in_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = _Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    evaluate(TinyCaptioner(), [batch_of([0, 1]), batch_of([3], first=2)], **PLAIN)
+    assert "tiny: 3 images" in screen.getvalue()
+    assert "scoring 3 captions" in screen.getvalue()
+
+
+def test_elsewhere_a_long_job_writes_lines_and_a_short_one_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = [batch_of([0, 1]), batch_of([3], first=2)]
+    evaluate(TinyCaptioner(), batches, **PLAIN)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    compare(TinyCaptioner("big"), TinyCaptioner("small"), batches, **PLAIN)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:4] == [
+        "teacher: captioning",
+        "big: 2 images",
+        "big: 3 images",
+        "big: scoring 3 captions",
+    ]
+    assert "small: 3 images" in lines
+
+
+def test_progress_can_be_silenced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    evaluate(TinyCaptioner(), [batch_of([0, 1])], progress=False, **PLAIN)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_wrapped_model_reads_its_prefix_again_and_its_time_is_not_comparable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "cpu_memory", lambda *_, **__: None)  # a process a model
+    assert evaluate(TinyCaptioner(), [batch_of([0])], **PLAIN).time_comparable
+    wrapped = TinyCaptioner()
+    wrapped.rereads_prefix = ForeignTeacher.rereads_prefix
+    found = compare(wrapped, TinyCaptioner(), [batch_of([0, 1])], metrics=["bleu"], device="cpu")
+    row = next(row for row in found.rows if row.key == "latency_ms")
+    assert (row.relation, row.reached) == ("not comparable", None)

@@ -1,4 +1,4 @@
-"""Teacher and student side by side, with what the recipe promises beside each figure."""
+"""Teacher and student side by side, with what the published recipe expects beside each figure."""
 
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ import torch
 
 from capdistill import plots
 from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels, require_int
-from capdistill.evaluation.evaluation import Evaluation, evaluate
+from capdistill.evaluation.evaluation import (
+    Evaluation,
+    as_list,
+    evaluate,
+    require_generate,
+    require_known_options,
+)
 from capdistill.evaluation.measure import time_captions
-from capdistill.evaluation.table import Row, figures
+from capdistill.evaluation.report import fragment, page, summary
+from capdistill.evaluation.table import Progress, TableRow, comparison_table, table_rows
 from capdistill.files import finite_or_none, write_text
 from capdistill.metrics.bootstrap import PairedScores, paired
-from capdistill.plots import require_matplotlib
 from capdistill.runtime import autocast, on_device
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
 
 SCHEMA = "capdistill.comparison/1"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with what each model says of it.
+    """One image with each model's caption.
 
     Args:
         image_id: The image.
         picture: A small JPEG as a `data:` address.
-        references: What people say.
+        references: The reference captions.
         captions: Model -> its caption.
     """
 
@@ -46,22 +51,22 @@ class Sample:
     captions: Mapping[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
-    """What `compare` found: figures, promises, samples. `print` it, or `save` it as a report.
+    """The result of `compare`. `print` it, or `save` it as a report.
 
     Args:
-        models: "teacher", "student" and, where given, "baseline" -> its evaluation as plain dicts
+        models: "teacher", "student" and, if given, "baseline" -> its evaluation as plain dicts
             (the form of `Evaluation.to_json`).
         rows: The table.
         samples: Images spread evenly over the data, not chosen by quality.
-        bootstrap: What the intervals of the rows are of: "samples", "seed", "confidence", and
-            "notes" on scores without one; None where no samples were drawn.
+        bootstrap: What the intervals of the rows rest on: "samples", "seed", "confidence", and
+            "notes" on scores without one; None if no samples were drawn.
         pictures: Title -> picture as a `data:` address: training curves, and where models looked.
     """
 
     models: Mapping[str, Mapping[str, Any]]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     samples: tuple[Sample, ...]
     bootstrap: Mapping[str, Any] | None = None
     pictures: Mapping[str, str] = field(default_factory=dict)
@@ -78,19 +83,19 @@ class Comparison:
         }
 
     def save(self, directory: str | Path) -> Path:
-        """Write `report.json` and `report.html` (one file, nothing fetched); gives the latter.
+        """Write `report.json` and `report.html` (one file that fetches nothing).
+
+        Returns:
+            The path of `report.html`.
 
         Raises:
             ConfigError: the directory cannot be written.
         """
-        from capdistill.evaluation.report import page
-
         directory = Path(directory)
-        text = json.dumps(
-            finite_or_none(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False
-        )
+        content = finite_or_none(self.to_json())
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write_text(directory / "report.json", text)
-        write_text(directory / "report.html", page(self))
+        write_text(directory / "report.html", page(content))
         return directory / "report.html"
 
     @classmethod
@@ -98,7 +103,7 @@ class Comparison:
         """Read the `report.json` that `save` wrote.
 
         Raises:
-            CheckpointError: no such file, or one of another form.
+            CheckpointError: there is no such file, or it has another form.
         """
         path = Path(directory) / "report.json"
         try:
@@ -108,21 +113,26 @@ class Comparison:
             samples = [{**s, "references": tuple(s["references"])} for s in content["samples"]]
             return cls(
                 models=content["models"],
-                rows=tuple(Row(**row) for row in content["rows"]),
+                rows=tuple(TableRow(**row) for row in content["rows"]),
                 samples=tuple(Sample(**sample) for sample in samples),
                 bootstrap=content.get("bootstrap"),
                 pictures=content.get("pictures", {}),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} is no report ({error}). Expected the directory that Comparison.save "
+                f"{path} is not a report ({error}). Expected the directory that Comparison.save "
                 f"wrote, with schema '{SCHEMA}'."
             ) from error
 
     def __str__(self) -> str:
-        from capdistill.evaluation.table import text_table
+        return comparison_table(self.to_json())
 
-        return text_table(self)
+    def __repr__(self) -> str:
+        names = ", ".join(f"{role} {found['name']!r}" for role, found in self.models.items())
+        return f"Comparison({names}: {summary(self.to_json())})"
+
+    def _repr_html_(self) -> str:
+        return fragment(finite_or_none(self.to_json()))
 
 
 def compare(
@@ -149,68 +159,91 @@ def compare(
         ['bleu_1', 'bleu_2']
 
     Args:
-        teacher: The model that taught.
-        student: The model that was distilled from it.
+        teacher: The teacher.
+        student: The student distilled from it.
         data: As in `evaluate`, but not a one-shot iterator: every model reads it.
         baseline: The same student trained by cross-entropy alone, as a third column.
-        bootstrap: Samples of the images to draw, such as 1000: scores get 95 % intervals, and
-            the student's difference from teacher and baseline an interval and a p-value, as
+        bootstrap: Number of samples of the images, such as 1000: scores get 95 % intervals, and the
+            student's difference from teacher and baseline an interval and a p-value, as
             `metrics.paired_bootstrap` defines them. 0 draws none.
-        attention: Draw for so many images (the first of the data) where each model looked; needs
-            the extra `ui`, as `histories` does.
-        histories: Draw the training curves of "teacher", "student" or "baseline": its run's
-            directory.
-        options: Of `evaluate`.
+        attention: For how many images (the first of the data) to draw where each model looked;
+            needs the extra `ui`, as `histories` does.
+        histories: "teacher", "student" or "baseline" -> its run's directory, to draw its training
+            curves.
+        options: Those of `evaluate`.
 
     Raises:
-        ConfigError: a number of samples below 0, or a history of another model.
+        ConfigError: an unknown option (the message suggests the nearest), a value out of range, or
+            a history of another model.
+        DataError: as `evaluate`, or a history that does not exist.
         MissingExtra: pictures are wanted and matplotlib is not installed.
         IncompatibleModels: the models could not be scored on the same images.
     """
     require_int("compare: bootstrap", bootstrap, minimum=0)
     require_int("compare: attention", attention, minimum=0)
+    require_known_options("compare", options, evaluate, compare)
     models = {"teacher": teacher, "student": student}
     if baseline is not None:
         models["baseline"] = baseline
-    histories = _known(histories or {}, models)
-    if attention or histories:
-        require_matplotlib()
-    if options.get("training_captions") is not None:  # an iterator would be empty the second time
-        options["training_captions"] = list(options["training_captions"])
-    found = {role: evaluate(model, _again(data), **options) for role, model in models.items()}
-    _same_images(found)
+    for model in models.values():  # before the first of them has captioned everything
+        require_generate("compare", model)
+    histories = _checked_histories(histories or {}, models)
+    if attention:
+        plots.require_matplotlib()
+    _require_reusable(data)
+    for name in ("metrics", "training_captions"):  # an iterator would be empty the second time
+        options |= {name: as_list(options[name])} if name in options else {}
+    found = {}
+    for role, model in models.items():
+        Progress(role, options.get("progress", True)).say("captioning")
+        found[role] = evaluate(model, data, **options)
+    _require_same_images(found)
     found = _timed_in_turn(models, found)
-    rows, drawn = figures(found), _against(found, bootstrap) if bootstrap else {}
+    evaluated = {role: each.to_json() for role, each in found.items()}
+    drawn = _against(found, bootstrap) if bootstrap else {}
     return Comparison(
-        models={role: each.to_json() for role, each in found.items()},
-        rows=tuple(_with_intervals(row, drawn) for row in rows),
+        models=evaluated,
+        rows=tuple(_with_intervals(row, drawn) for row in table_rows(evaluated)),
         samples=tuple(_samples(found)),
         bootstrap=_settings(drawn["teacher"]) if drawn else None,
         pictures=_pictures(models, found, histories, attention),
     )
 
 
-def _known(histories: Mapping[str, str | Path], models: Mapping[str, Any]) -> dict[str, Any]:
+def _checked_histories(
+    histories: Mapping[str, str | Path], models: Mapping[str, Any]
+) -> dict[str, str | Path]:
     strange = [role for role in histories if role not in models]
     if strange:
         raise ConfigError(
             f"compare: a history of '{strange[0]}' was given, but the models are "
             f"{', '.join(models)}. Name each history after its model."
         )
+    if histories:
+        plots.require_matplotlib()
+    for run in histories.values():
+        plots.read_history(run)
     return dict(histories)
 
 
-def _pictures(
-    models: Mapping[str, Any],
-    found: Mapping[str, Evaluation],
-    histories: Mapping[str, str | Path],
-    attention: int,
-) -> dict[str, str]:
-    if not attention and not histories:
-        return {}
-    pass
+def _require_reusable(data: Any) -> None:
+    if isinstance(data, Iterator):
+        raise ConfigError(
+            "compare: the data are a one-shot iterator, which the second model would find empty. "
+            "Give a data set, a list of batches, or an object whose __iter__ starts again."
+        )
 
-    return pictures(models, found, histories, attention)
+
+def _require_same_images(found: Mapping[str, Evaluation]) -> None:
+    teacher = set(found["teacher"].captions)
+    for role, each in found.items():
+        other = teacher.symmetric_difference(each.captions)
+        if other:
+            raise IncompatibleModels(
+                f"compare: teacher and {role} captioned different images, so their scores cannot "
+                f"be compared; the first that only one has: {min(other)}. Use data that give the "
+                "same images each time."
+            )
 
 
 def _against(found: Mapping[str, Evaluation], samples: int) -> dict[str, PairedScores]:
@@ -221,7 +254,7 @@ def _against(found: Mapping[str, Evaluation], samples: int) -> dict[str, PairedS
     return dict(zip(others, results, strict=True))
 
 
-def _with_intervals(row: Row, drawn: Mapping[str, PairedScores]) -> Row:
+def _with_intervals(row: TableRow, drawn: Mapping[str, PairedScores]) -> TableRow:
     pairs = {role: each[row.key] for role, each in drawn.items() if row.key in each}
     intervals = {role: list(pair.a_interval) for role, pair in pairs.items()}
     differences = {
@@ -245,7 +278,7 @@ def _settings(drawn: PairedScores) -> dict[str, Any]:
 def _timed_in_turn(
     models: Mapping[str, Any], found: Mapping[str, Evaluation]
 ) -> dict[str, Evaluation]:
-    """Times taken anew image by image in turn: a busy machine slows all models alike."""
+    """Times measured again, image by image in turn: a busy machine slows all models alike."""
     if any(each.latency_ms is None for each in found.values()):
         return dict(found)
     teacher = found["teacher"]
@@ -271,58 +304,33 @@ def _samples(found: Mapping[str, Evaluation]) -> list[Sample]:
     ]
 
 
-def _again(data: Any) -> Any:
-    if isinstance(data, Iterator):
-        raise ConfigError(
-            "compare: the data are a one-shot iterator, which the second model would find empty. "
-            "Give a data set, a list of batches, or an object whose __iter__ starts anew."
-        )
-    return data
-
-
-def _same_images(found: Mapping[str, Evaluation]) -> None:
-    teacher = set(found["teacher"].captions)
-    for role, each in found.items():
-        other = teacher.symmetric_difference(each.captions)
-        if other:
-            raise IncompatibleModels(
-                f"compare: teacher and {role} captioned different images, so their scores cannot "
-                f"be compared; the first that only one has: {min(other)}. Use data that give the "
-                "same images each time."
-            )
-
-
-_DPI = 60  # a report is read, not printed
-
-
-def pictures(
+def _pictures(
     models: Mapping[str, Any],
     found: Mapping[str, Evaluation],
     histories: Mapping[str, str | Path],
     images: int,
 ) -> dict[str, str]:
-    """Title -> picture: the curves of each run, then the first images through each model's eyes.
+    """Title -> picture: the curves of each run, then where each model looked in the first images.
 
     Models without attention or a map of visual tokens are left out.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-        DataError: a history that is not there.
     """
     drawn = {f"{role}: training": _address(plots.history(run)) for role, run in histories.items()}
-    for role, model in models.items():
+    for role, model in models.items() if images else ():
         if hasattr(model, "caption") and model.decoder.has_attention and model.encoder.grid:
-            drawn.update(_looks(role, model, found[role], images))
+            drawn.update(_attention(role, model, found[role], images))
     return drawn
 
 
-def _looks(role: str, model: Any, found: Evaluation, images: int) -> Iterator[tuple[str, str]]:
+def _attention(role: str, model: Any, found: Evaluation, images: int) -> Iterator[tuple[str, str]]:
     device = torch.device(found.device)
     with on_device([model], device), autocast(device, found.precision):
         for batch in found.timed[:images]:
             for result in model.caption(batch.images, details=True, generation=found.generation):
                 title = f"{role}: where it looked in {batch.image_ids[0]}"
                 yield title, _address(plots.attention(result))
+
+
+_DPI = 60  # a report is read on a screen
 
 
 def _address(figure: Figure) -> str:

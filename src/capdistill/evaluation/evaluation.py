@@ -2,56 +2,66 @@
 
 from __future__ import annotations
 
-import tempfile
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from capdistill.compatibility import image_size
-from capdistill.errors import CapdistillError, ConfigError, DataError
+from capdistill.errors import (
+    ConfigError,
+    DataError,
+    require_bool,
+    require_int,
+    require_text,
+    shortened,
+    suggest,
+)
 from capdistill.evaluation.measure import (
+    TIMED,
     Latency,
     Memory,
-    cpu_memory,
-    cuda_memory,
-    disk_bytes,
-    generates,
-    time_captions,
-    time_each,
+    generate_function,
+    measure_costs,
 )
 from capdistill.evaluation.report import Gallery
+from capdistill.evaluation.table import Progress, evaluation_table
 from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.metrics import CaptionScorer, Diversity, Metric, Scores, diversity
+from capdistill.metrics.scorer import resolve_metrics
 from capdistill.outputs import Batch, part
 from capdistill.runtime import autocast, on_device, pick_device, pick_precision
 
 SCHEMA = "capdistill.evaluation/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
-    """What `evaluate` found. `print` shows it as a table.
+    """The result of `evaluate`. `print` shows it as a table.
 
     Args:
-        name: What the model is called.
+        name: The model's name in tables.
         scores: Corpus scores by name, with `.per_image` and `.notes`.
         captions: Image id -> the model's caption.
         references: Image id -> the reference captions it was scored against.
         unfinished: Images whose caption was cut at the length limit.
         skipped: Images that could not be used, each with the reason.
         parameters: Number of parameters.
-        device: Where it ran.
+        device: The device it ran on.
         precision: "fp32", "bf16" or "fp16".
-        disk_bytes: Size of the saved model; None where it was not measured.
-        latency_ms: Time an image at batch size 1: pixels to caption.
-        preprocessing_ms: Time an image from file to pixels, apart.
+        disk_bytes: Size of the saved model; None if it was not measured.
+        latency_ms: Time per image at batch size 1, from pixels to caption.
+        preprocessing_ms: Time per image from file to pixels.
         memory: Peak memory, see `Memory`.
         notes: What a reader of the figures must know.
+        gallery: Images spread over the data, for the report.
+        timed: Batches of one image each, on which time was measured.
         generation: How it captioned; None is the model's own default.
         health: How varied the captions are, and how many are empty, repetitive or cut off.
+        time_comparable: Whether its time can be set against another model's: not that of a
+            wrapped model, which runs as a whole again for every word.
     """
 
     name: str
@@ -72,6 +82,7 @@ class Evaluation:
     timed: tuple[Batch, ...] = field(default=(), repr=False, compare=False)
     generation: GenerationConfig | None = None
     health: Diversity | None = None
+    time_comparable: bool = True
 
     @property
     def covered(self) -> tuple[str, ...]:
@@ -80,18 +91,18 @@ class Evaluation:
 
     @property
     def success_rate(self) -> float:
-        """Share of the images with a caption that is not empty and ended by itself."""
+        """Share of the images whose caption is not empty and ended by itself."""
         cut = set(self.unfinished)
         good = sum(bool(text.strip()) and i not in cut for i, text in self.captions.items())
         return good / len(self.captions)
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """Peak memory in bytes, or None where it was not measured."""
+        """Peak memory in bytes, or None if it was not measured."""
         return None if self.memory is None else self.memory.peak
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain dicts and lists, for `json.dump`; "schema" names the form."""
+        """Everything as plain dicts and lists; "schema" names the form. A NaN stays a NaN."""
         return {
             "schema": SCHEMA,
             "name": self.name,
@@ -104,6 +115,7 @@ class Evaluation:
             "parameters": self.parameters,
             "disk_bytes": self.disk_bytes,
             "latency_ms": self.latency_ms and asdict(self.latency_ms),
+            "time_comparable": self.time_comparable,
             "preprocessing_ms": self.preprocessing_ms and asdict(self.preprocessing_ms),
             "memory_bytes": self.memory and asdict(self.memory),
             "device": self.device,
@@ -116,9 +128,11 @@ class Evaluation:
         }
 
     def __str__(self) -> str:
-        from capdistill.evaluation.table import plain_table
+        return evaluation_table({self.name: self.to_json()})
 
-        return plain_table({self.name: self})
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{name}={value:.4f}" for name, value in self.scores.items())
+        return f"Evaluation({self.name!r}: {len(self.captions)} images; {scores})"
 
 
 def evaluate(
@@ -128,11 +142,11 @@ def evaluate(
     batch_size: int = 32,
     device: str = "auto",
     precision: str = "auto",
-    metrics: Sequence[str | Metric] | None = None,
+    metrics: Iterable[str | Metric] | None = None,
     limit: int | None = None,
     num_workers: int = 0,
     measure: bool = True,
-    progress: bool = False,
+    progress: bool = True,
     name: str | None = None,
     generation: GenerationConfig | Mapping[str, Any] | None = None,
     training_captions: Iterable[str] | None = None,
@@ -151,127 +165,122 @@ def evaluate(
 
     Args:
         captioner: A `Captioner`, or anything with its `generate`. Its device and its training
-            flags are afterwards as they were.
+            flags are restored afterwards.
         data: A `capdistill.data` split, a torch data set of (image, captions), or an iterable of
-            `Batch` with references.
-        batch_size: Images a batch while captioning; time is measured one by one.
+            `Batch` with references. Image ids must differ.
+        batch_size: Images per batch while captioning; time is measured one by one.
         device: "auto", "cpu", "cuda", ...
         precision: "auto", "bf16", "fp16" or "fp32".
         metrics: As in `CaptionScorer`; None is all.
-        limit: Only the first so many images.
+        limit: Use only the first `limit` images.
         num_workers: Processes that read images.
-        measure: Also measure bytes on disk, time and memory (the last in a process of its own).
-        progress: Show a bar.
-        name: What tables call the model; its own name unless given.
+        measure: Also measure bytes on disk, time and memory (the last in a separate process).
+        progress: Show a bar on a terminal, and elsewhere a line every 10 seconds, on stderr.
+        name: The model's name in tables; its own name unless given.
         generation: How to caption, a `GenerationConfig` or its options; greedy unless given.
-        training_captions: What the model was trained on; captions that are not among them are
-            novel.
-        options: Fields of `GenerationConfig`, over those of `generation`: `beam_size=3`, ...
+        training_captions: The captions the model was trained on; generated captions that are not
+            among them are novel.
+        options: Fields of `GenerationConfig`, which override those of `generation`:
+            `beam_size=3`, ...
 
     Raises:
-        DataError: no image, or batches without references.
-        ConfigError: a captioner that cannot generate, or data of another kind.
+        DataError: no image, an image id twice, batches without references, or a caption that is
+            not text.
+        ConfigError: a captioner that cannot generate, data of another kind, an unknown option (the
+            message suggests the nearest), or a value out of range.
+        UnknownName: an unknown metric; the message suggests the nearest.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"evaluate: limit={limit} was given; use None or a number of images.")
-    where = pick_device(device)
-    precise = pick_precision(where, precision)
-    how = None if generation is None and not options else resolve(generation, options)
+    require_known_options("evaluate", options, evaluate)
+    require_int("evaluate: batch_size", batch_size, minimum=1)
+    require_int("evaluate: num_workers", num_workers, minimum=0)
+    if limit is not None:
+        require_int("evaluate: limit", limit, minimum=1)
+    require_bool("evaluate: measure", measure)
+    require_bool("evaluate: progress", progress)
+    metrics = as_list(metrics)
+    resolve_metrics(metrics)
+    known = None if training_captions is None else _texts(training_captions)
+    torch_device = pick_device(device)
+    precision = pick_precision(torch_device, precision)
+    config = None if generation is None and not options else resolve(generation, options)
     source = open_source(captioner, data, batch_size, num_workers)
-    run = Pass(captioner, source, limit, progress, how)
-    with on_device([captioner], where):
-        with autocast(where, precise):
-            run.caption(where)
-        costs = _costs(captioner, data, run.timed, where, precise, how) if measure else {}
+    called = name or str(getattr(captioner, "name", "captioner"))
+    status = Progress(called, show=progress)
+    run = CaptioningRun(captioner, source, limit, status, config)
+    with on_device([captioner], torch_device):
+        with autocast(torch_device, precision):
+            run.caption(torch_device)
+        costs: dict[str, Any] = {}
+        if measure:
+            status.say("measuring time, size and memory")
+            costs = measure_costs(captioner, data, run.timed, torch_device, precision, config)
+    status.say(f"scoring {len(run.captions):,} captions")
     scores = CaptionScorer(run.references, metrics=metrics)(run.captions)
     ended = {image: image not in run.unfinished for image in run.captions}
-    notes = (*scores.notes, *costs.pop("notes", ()))
     return Evaluation(
-        name=name or str(getattr(captioner, "name", "captioner")),
+        name=called,
         scores=scores,
         captions=run.captions,
         references=run.references,
         unfinished=tuple(run.unfinished),
         skipped=tuple(str(problem) for problem in run.skipped()),
         parameters=captioner.num_parameters(),
-        device=str(where),
-        precision=precise,
-        notes=notes,
+        device=str(torch_device),
+        precision=precision,
+        notes=(*scores.notes, *costs.pop("notes", ())),
         gallery=run.gallery,
         timed=tuple(run.timed),
-        generation=how,
-        health=diversity(run.captions, training_captions, ended),
+        generation=config,
+        health=diversity(run.captions, known, ended),
+        time_comparable=not getattr(captioner, "rereads_prefix", False),
         **costs,
     )
 
 
-def _costs(
-    captioner: Any,
-    data: Any,
-    timed: Sequence[Batch],
-    device: torch.device,
-    precision: str,
-    how: GenerationConfig | None,
-) -> dict[str, Any]:
-    """The measured fields of `Evaluation`; what cannot be measured becomes a note."""
-    found: dict[str, Any] = {"notes": ()}
-    if timed:
-        found["latency_ms"] = time_captions([captioner], [timed], device, precision, how)[0]
-    else:
-        found["notes"] += ("Time was not measured: the batches hold no pixels.",)
-    found["preprocessing_ms"] = _preprocessing(captioner, data)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            captioner.save(folder)
-            found["disk_bytes"] = disk_bytes(folder)
-            if device.type == "cpu":
-                found["memory"] = cpu_memory(folder, precision=precision, generation=how)
-        except (CapdistillError, AttributeError) as error:
-            found["notes"] += (f"Size on disk and memory are not complete: {error}",)
-    if device.type == "cuda" and timed:
-        with autocast(device, precision):
-            found["memory"] = cuda_memory(captioner, timed, device, how)
-    return found
+def as_list(values: Any) -> Any:
+    """An iterator as a list, which can be read more than once; anything else as it is."""
+    return list(values) if isinstance(values, Iterator) else values
 
 
-def _preprocessing(captioner: Any, data: Any) -> Latency | None:
-    """Time an image from file to pixels, where the data name files."""
-    from capdistill.data.images import centre_square, read_image
+def require_known_options(caller: str, options: Mapping[str, Any], *functions: Any) -> None:
+    """Refuse an option that neither these functions nor `GenerationConfig` have.
 
-    size = image_size(captioner)
-    paths = [example.path for example in getattr(data, "examples", ())[:TIMED]]
-    readable = [path for path in paths if _readable(path)]
-    if not readable:
-        return None
-    return time_each(lambda path: centre_square(read_image(path), size), readable)
-
-
-def _readable(path: Path) -> bool:
-    from capdistill.data.images import read_image
-
-    try:
-        read_image(path)
-    except DataError:
-        return False
-    return True
+    Raises:
+        ConfigError: there is one; the message suggests the nearest.
+    """
+    found = [each for f in functions for each in inspect.signature(f).parameters.values()]
+    own = [each.name for each in found if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    known = [*own, *GenerationConfig.model_fields]
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigError(
+                f"{caller}: there is no option '{name}' (given: {shortened(value)}). "
+                f"{suggest(name, known)}"
+            )
 
 
-TIMED = 20  # images
+def _texts(captions: Iterable[str]) -> list[str]:
+    if isinstance(captions, (str, bytes)) or not isinstance(captions, Iterable):
+        raise DataError(
+            f"evaluate: training_captions are {shortened(captions)}; expected a list of captions."
+        )
+    listed = enumerate(captions, 1)
+    return [require_text(text, f"evaluate: training caption {n}") for n, text in listed]
 
 
-class Pass:
-    """One pass of a model over the data, and what it leaves behind."""
+class CaptioningRun:
+    """One pass of a model over the data, with the captions and references it collects."""
 
     def __init__(
         self,
         captioner: Any,
         source: Any,
         limit: int | None,
-        progress: bool,
+        progress: Progress,
         generation: GenerationConfig | None = None,
     ) -> None:
         self.source, self.limit, self.progress = source, limit, progress
-        self.generate = generates(captioner, generation)
+        self.generate = generate_function(captioner, generation)
         self.captions: dict[str, str] = {}
         self.references: dict[str, tuple[str, ...]] = {}
         self.unfinished: list[str] = []
@@ -282,16 +291,26 @@ class Pass:
         """Caption every image, keeping captions and references.
 
         Raises:
-            DataError: no image, a batch without references, or an id that comes twice.
+            DataError: no image, a batch without references, an id that comes twice, or a
+                reference that is not text.
+            ConfigError: the model does not generate one hypothesis per image.
         """
-        for batch in self._batches():
+        total = getattr(self.source, "num_images", None)
+        if total is not None and self.limit is not None:
+            total = min(total, self.limit)
+        for batch in self.progress.over(self._batches(), total):
             if batch.references is None:
                 raise DataError(_NO_REFERENCES)
             hypotheses = self.generate(batch.to(device))
+            if len(hypotheses) != batch.num_images:
+                raise ConfigError(
+                    f"evaluate: generate gave {len(hypotheses)} captions for a batch of "
+                    f"{batch.num_images} images; expected one Hypothesis per image."
+                )
             for i, (hypothesis, texts) in enumerate(zip(hypotheses, batch.references, strict=True)):
-                self._note(batch, i, hypothesis, texts)
+                self._keep(batch, i, hypothesis, texts)
         if not self.captions:
-            raise DataError("There is no image to evaluate: the data, or the limit, are empty.")
+            raise DataError("There is no image to evaluate: the data or the limit are empty.")
 
     def skipped(self) -> Iterable[Any]:
         """The images that the source left out, each with its reason."""
@@ -299,11 +318,8 @@ class Pass:
         return getattr(report, "problems", report)
 
     def _batches(self) -> Iterator[Batch]:
-        from tqdm import tqdm
-
         left = self.limit
-        epoch = self.source.epoch(0) if hasattr(self.source, "epoch") else iter(self.source)
-        for batch in tqdm(epoch, desc="captioning", unit="batch", disable=not self.progress):
+        for batch in self.source.epoch(0) if hasattr(self.source, "epoch") else iter(self.source):
             if left is None:
                 yield batch
                 continue
@@ -312,12 +328,25 @@ class Pass:
             if left <= 0:
                 return
 
-    def _note(self, batch: Batch, i: int, hypothesis: Any, references: tuple[str, ...]) -> None:
-        image = batch.image_ids[i]
+    def _keep(self, batch: Batch, i: int, hypothesis: Any, references: Sequence[str]) -> None:
+        image = str(batch.image_ids[i])
         if image in self.captions:
             raise DataError(f"The image id '{image}' comes twice in the data; ids must differ.")
-        self.captions[image] = hypothesis.text
-        self.references[image] = references
+        if isinstance(references, (str, bytes)) or not isinstance(references, Sequence):
+            raise DataError(
+                f"The references of image '{image}' are {shortened(references)}; expected a tuple "
+                "of texts."
+            )
+        self.references[image] = tuple(
+            require_text(text, f"Reference {n} of image '{image}'")
+            for n, text in enumerate(references, 1)
+        )
+        if not hasattr(hypothesis, "text") or not hasattr(hypothesis, "finished"):
+            raise ConfigError(
+                f"evaluate: generate gave {shortened(hypothesis)} ({type(hypothesis).__name__}); "
+                "expected a capdistill.generation.Hypothesis, with `text` and `finished`."
+            )
+        self.captions[image] = require_text(hypothesis.text, f"The caption of image '{image}'")
         if not hypothesis.finished:
             self.unfinished.append(image)
         if batch.images.numel():
@@ -328,20 +357,34 @@ class Pass:
 
 _NO_REFERENCES = (
     "The batches have no references. Captions are scored against the raw reference texts, because "
-    "ids are cut and know too few words. Give Batch(references=...), one tuple of texts an image, "
-    "or a capdistill data set, whose evaluation batches have them."
+    "token ids are cut and lack rare words. Give Batch(references=...), one tuple of texts per "
+    "image, or a capdistill data set, whose evaluation batches have them."
 )
 
 
-def open_source(captioner: Any, data: Any, batch_size: int, num_workers: int) -> Any:
-    """Epochs of batches, or the one-shot iterator itself: one pass is all that is needed."""
-    from capdistill.data.loader import make_source
+def require_generate(caller: str, captioner: Any) -> None:
+    """Refuse a model that cannot caption.
 
+    Raises:
+        ConfigError: it has no `generate`.
+    """
     if not hasattr(captioner, "generate"):
         raise ConfigError(
-            f"evaluate: {type(captioner).__name__} has no generate(batch). Give a "
-            "capdistill.Captioner, or an object whose generate gives one Hypothesis an image."
+            f"{caller}: {type(captioner).__name__} has no generate(batch). Give a "
+            "capdistill.Captioner, or an object whose generate gives one Hypothesis per image."
         )
+
+
+def open_source(captioner: Any, data: Any, batch_size: int, num_workers: int) -> Any:
+    """Epochs of batches, or a one-shot iterator as it is: one pass is enough.
+
+    Raises:
+        ConfigError: the captioner cannot generate, or data of another kind.
+        DataError: no image.
+    """
+    from capdistill.data.loader import make_source
+
+    require_generate("evaluate", captioner)
     if isinstance(data, Iterator):
         return data
     size = image_size(captioner)

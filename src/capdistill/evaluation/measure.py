@@ -1,7 +1,7 @@
-"""What a captioner costs: bytes on disk, time an image, peak memory.
+"""What a captioner costs: bytes on disk, time per image, peak memory.
 
-`python -m capdistill.evaluation.measure DIRECTORY` measures a saved captioner's memory in a process
-of its own, where no earlier model has left anything behind.
+`python -m capdistill.evaluation.measure DIRECTORY` measures the memory of a saved captioner in a
+separate process, in which no earlier model has left anything behind.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,17 +23,19 @@ from typing import Any
 
 import torch
 
-from capdistill.errors import CapdistillError
+from capdistill.compatibility import image_size
+from capdistill.errors import CapdistillError, DataError
 from capdistill.generation.config import GenerationConfig
 from capdistill.outputs import Batch
 from capdistill.runtime import autocast
 
-WARM_UP = 3
+WARM_UP = 3  # images
+TIMED = 20  # images
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds an image at batch size 1, after warm-up.
+    """Milliseconds per image at batch size 1, after warm-up.
 
     Example:
         >>> Latency.of([0.001, 0.002, 0.003])
@@ -41,7 +44,7 @@ class Latency:
     Args:
         median: Half of the images take no longer.
         p95: 95 % of the images take no longer.
-        n: How many images were timed.
+        n: Number of images timed.
     """
 
     median: float
@@ -50,7 +53,7 @@ class Latency:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Latency:
-        """From seconds an image."""
+        """From seconds per image."""
         ordered = sorted(1000.0 * value for value in seconds)
         last = math.ceil(0.95 * len(ordered)) - 1
         return cls(statistics.median(ordered), ordered[last], len(ordered))
@@ -61,7 +64,7 @@ class Memory:
     """Peak memory of captioning one image after another, in bytes.
 
     Args:
-        peak: What the model needs: on CPU the highest resident memory of a process of its own
+        peak: What the model needs: on CPU the highest resident memory of a separate process
             minus `baseline`; on CUDA the allocator's peak for this model.
         baseline: Resident memory of that process after its imports and a first small operation,
             before the model; 0 on CUDA.
@@ -90,17 +93,17 @@ def time_in_turn(
     *,
     budget: float = 20.0,
 ) -> list[Latency]:
-    """Time several things item by item in turn, so that a busy machine slows all of them alike.
+    """Time several functions in turn, item by item: a busy machine slows all of them alike.
 
     Example:
         >>> [found.n for found in time_in_turn([len, len], [["a", "b"], ["c", "d"]])]
         [2, 2]
 
     Args:
-        runs: What to time.
-        items: For each of them what it is called with, one after another.
-        device: Waited for before a clock is read.
-        budget: Seconds after which no further item is begun, once five were timed.
+        runs: The functions to time.
+        items: For each of them the arguments it is called with, one after another.
+        device: Synchronized before the clock is read.
+        budget: Seconds after which no further item starts, once five were timed.
     """
     for run, each in zip(runs, items, strict=True):
         for item in each[:WARM_UP]:
@@ -125,15 +128,75 @@ def time_captions(
     """Time `generate` of each model on its batches of one image; the pixels are on the device."""
     ready = [[batch.to(device) for batch in each] for each in batches]
     with autocast(device, precision):
-        runs = [generates(captioner, generation) for captioner in captioners]
+        runs = [generate_function(captioner, generation) for captioner in captioners]
         return time_in_turn(runs, ready, device)
 
 
-def generates(captioner: Any, generation: GenerationConfig | None) -> Callable[..., Any]:
-    """`captioner.generate` with these options; as it is where there are none."""
+def generate_function(captioner: Any, generation: GenerationConfig | None) -> Callable[..., Any]:
+    """`captioner.generate` with these options, or as it is without any."""
     if generation is None:
         return captioner.generate  # type: ignore[no-any-return]
     return partial(captioner.generate, generation=generation)
+
+
+def measure_costs(
+    captioner: Any,
+    data: Any,
+    timed: Sequence[Batch],
+    device: torch.device,
+    precision: str,
+    config: GenerationConfig | None,
+) -> dict[str, Any]:
+    """The measured fields of `Evaluation`; what cannot be measured becomes a note.
+
+    Args:
+        captioner: The model, on `device`.
+        data: The data; time to read an image is measured if they name files.
+        timed: Batches of one image each.
+        device: Where it runs.
+        precision: As in `evaluate`.
+        config: How it captions.
+    """
+    costs: dict[str, Any] = {"notes": ()}
+    if timed:
+        costs["latency_ms"] = time_captions([captioner], [timed], device, precision, config)[0]
+    else:
+        costs["notes"] += ("Time was not measured: the batches hold no pixels.",)
+    costs["preprocessing_ms"] = _preprocessing(captioner, data)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            captioner.save(folder)
+            costs["disk_bytes"] = disk_bytes(folder)
+            if device.type == "cpu":
+                costs["memory"] = cpu_memory(folder, precision=precision, generation=config)
+        except (CapdistillError, AttributeError) as error:
+            costs["notes"] += (f"Size on disk and memory are not complete: {error}",)
+    if device.type == "cuda" and timed:
+        with autocast(device, precision):
+            costs["memory"] = cuda_memory(captioner, timed, device, config)
+    return costs
+
+
+def _preprocessing(captioner: Any, data: Any) -> Latency | None:
+    """Time an image from file to pixels, where the data name files."""
+    from capdistill.data.images import centre_square, read_image
+
+    size = image_size(captioner)
+    paths = [example.path for example in getattr(data, "examples", ())[:TIMED]]
+    readable = [path for path in paths if _readable(path)]
+    if not readable:
+        return None
+    return time_each(lambda path: centre_square(read_image(path), size), readable)
+
+
+def _readable(path: Path) -> bool:
+    from capdistill.data.images import read_image
+
+    try:
+        read_image(path)
+    except DataError:
+        return False
+    return True
 
 
 def disk_bytes(directory: str | Path) -> int:
@@ -155,12 +218,12 @@ def cuda_memory(
     device: torch.device,
     generation: GenerationConfig | None = None,
 ) -> Memory:
-    """The CUDA allocator's peak while captioning, other models' memory taken off."""
+    """The CUDA allocator's peak while captioning, without the memory of other models."""
     own = sum(t.numel() * t.element_size() for t in captioner.state_dict().values())
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     for batch in batches:
-        generates(captioner, generation)(batch.to(device))
+        generate_function(captioner, generation)(batch.to(device))
     return Memory(torch.cuda.max_memory_allocated(device) - before + own, 0)
 
 
@@ -171,16 +234,16 @@ def cpu_memory(
     precision: str = "fp32",
     generation: GenerationConfig | None = None,
 ) -> Memory:
-    """Load a saved captioner in a new process, caption some images there, read its peak.
+    """Load a saved captioner in a new process, caption some images there, read its peak memory.
 
     Args:
         directory: As written by `Captioner.save`.
-        images: How many (random) images it captions, one after another.
+        images: Number of (random) images it captions, one after another.
         precision: As in `evaluate`.
         generation: How it captions.
 
     Raises:
-        CapdistillError: that process failed; the message is its last line.
+        CapdistillError: the process failed; the message holds its last line.
     """
     command = [sys.executable, "-m", "capdistill.evaluation.measure", str(directory)]
     command += ["--images", str(images), "--precision", precision]
@@ -222,16 +285,16 @@ def _load_and_caption(
     baseline = _highest_resident()
     captioner = Captioner.load(directory)
     size = int(captioner.encoder.image_size)
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     with autocast(torch.device("cpu"), precision):
         for _ in range(images):
-            pixels = torch.randint(256, (1, 3, size, size), generator=chance, dtype=torch.uint8)
+            pixels = torch.randint(256, (1, 3, size, size), generator=rng, dtype=torch.uint8)
             captioner.generate(pixels, generation)
     return Memory(max(0, _highest_resident() - baseline), baseline)
 
 
 def _start_libraries() -> None:
-    """A convolution and a product, so that what the libraries keep belongs to the baseline."""
+    """Run a convolution and a product: what the libraries keep belongs to the baseline."""
     image = torch.zeros(1, 8, 16, 16)
     mixed = torch.nn.Conv2d(8, 8, 3)(image).flatten(2)
     torch.nn.Linear(mixed.shape[2], 8)(mixed)
@@ -240,8 +303,8 @@ def _start_libraries() -> None:
 def _highest_resident() -> int:
     """Highest resident memory of this process in bytes.
 
-    On Linux from its own address space: `ru_maxrss` also remembers the parent's, from before
-    the process was started.
+    On Linux it is read from /proc: `ru_maxrss` also counts the parent's memory from before the
+    process was started.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

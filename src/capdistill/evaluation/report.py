@@ -1,76 +1,90 @@
-"""Comparisons and evaluations for readers: plain text tables, and a page that stands alone."""
+"""A comparison as a page that stands alone, and the images that it shows."""
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
 from capdistill.evaluation.table import (
-    _VERDICT,
-    _against,
-    _all_remarks,
-    _cell,
-    _difference,
+    TableRow,
+    cell_of,
+    compared_with,
+    difference_of,
+    remarks,
 )
-
-if TYPE_CHECKING:
-    from capdistill.evaluation.comparison import Comparison, Sample
-    from capdistill.evaluation.table import Row
+from capdistill.generation.hypotheses import thumbnail
 
 
-def page(comparison: Comparison) -> str:
-    """A comparison as one HTML page that fetches nothing."""
-    models = comparison.models
-    names = {role: models[role]["name"] for role in models}
-    against = _against(comparison.rows)
-    heads = [_head(role, names[role]) for role in models]
-    heads += [_head(f"student minus {role}") for role in against]
+def page(content: Mapping[str, Any]) -> str:
+    """A comparison as one HTML page that fetches nothing.
+
+    Args:
+        content: As `Comparison.to_json` gives it.
+    """
+    lines = remarks(content["models"], content.get("bootstrap"))
     return PAGE.format(
         style=STYLE,
-        summary=html.escape(_summary(comparison)),
-        heads="".join(heads),
-        rows="".join(_table_row(row, list(models), against) for row in comparison.rows),
-        remarks="".join(f"<li>{html.escape(text)}</li>" for text in _all_remarks(comparison)),
-        samples="".join(_figure(sample) for sample in comparison.samples),
-        pictures=_pictures(comparison.pictures),
+        summary=html.escape(summary(content)),
+        table=_table(content),
+        remarks="".join(f"<li>{html.escape(text)}</li>" for text in lines),
+        samples="".join(map(_figure, content["samples"])),
+        pictures=_pictures(content["pictures"]),
     )
 
 
-def _summary(comparison: Comparison) -> str:
-    judged = [row for row in comparison.rows if row.reached is not None]
-    kept = sum(bool(row.reached) for row in judged)
-    images = comparison.models["student"]["images"]
-    return f"{images} images; {kept} of {len(judged)} expectations reached."
+def fragment(content: Mapping[str, Any]) -> str:
+    """A comparison as HTML for a notebook: its summary and its table, without styles."""
+    return f"<p>{html.escape(summary(content))}</p>\n<table>{_table(content)}</table>"
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    """One sentence: how many images, and how many expectations are reached."""
+    judged = [row for row in content["rows"] if row["reached"] is not None]
+    reached = sum(bool(row["reached"]) for row in judged)
+    images = content["models"]["student"]["images"]
+    return f"{images} images; {reached} of {len(judged)} expectations reached."
+
+
+def _table(content: Mapping[str, Any]) -> str:
+    rows = [TableRow(**row) for row in content["rows"]]
+    models, against = content["models"], compared_with(rows)
+    heads = [_head(role, str(found["name"])) for role, found in models.items()]
+    heads += [_head(f"student minus {role}") for role in against]
+    heads += map(_head, ("Student against teacher", "Published recipe expects", "Verdict"))
+    body = "".join(_table_row(row, list(models), against) for row in rows)
+    return (
+        f'<thead><tr><th scope="col">Figure</th>{"".join(heads)}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody>"
+    )
 
 
 def _head(role: str, name: str = "") -> str:
-    return f'<th scope="col">{_with_small([role, str(name)] if name else [role])}</th>'
+    return f'<th scope="col">{_with_small([role, name] if name else [role])}</th>'
 
 
-def _table_row(row: Row, roles: Sequence[str], against: Sequence[str]) -> str:
-    cells = "".join(f"<td>{_with_small(_cell(row, role))}</td>" for role in roles)
+def _table_row(row: TableRow, roles: Sequence[str], against: Sequence[str]) -> str:
+    cells = "".join(f"<td>{_with_small(cell_of(row, role))}</td>" for role in roles)
     for role in against:
-        whole, _, sure = _difference(row, role).partition(" ")
-        cells += f"<td>{_with_small([whole, sure] if sure else [whole])}</td>"
-    verdict = _VERDICT[row.reached]
-    mark = f'<span class="{verdict.replace(" ", "-")}">{verdict}</span>' if verdict else ""
+        difference, _, certainty = difference_of(row, role).partition(" ")
+        cells += f"<td>{_with_small([difference, certainty] if certainty else [difference])}</td>"
+    mark = row.verdict
+    if mark:
+        mark = f'<span class="{mark.replace(" ", "-")}">{mark}</span>'
     words = f"<td>{html.escape(row.relation)}</td><td>{html.escape(row.expected)}</td>"
     return f'<tr><th scope="row">{html.escape(row.label)}</th>{cells}{words}<td>{mark}</td></tr>\n'
 
 
 def _with_small(parts: Sequence[str]) -> str:
-    """The first as it is, the others small below it."""
+    """The first part as it is, the others small below it."""
     first, *others = map(html.escape, parts)
     return first + "".join(f"<small>{other}</small>" for other in others)
 
 
 def _pictures(pictures: Mapping[str, str]) -> str:
-    """A section of its own, where there are any."""
+    """The section of pictures; "" without any."""
     shown = "".join(
         f'<figure class="whole"><img src="{html.escape(source)}" alt="{html.escape(title)}">'
         f"<figcaption><h3>{html.escape(title)}</h3></figcaption></figure>\n"
@@ -79,16 +93,16 @@ def _pictures(pictures: Mapping[str, str]) -> str:
     return f"<h2>Pictures</h2>\n{shown}" if shown else ""
 
 
-def _figure(sample: Sample) -> str:
-    said = "".join(
+def _figure(sample: Mapping[str, Any]) -> str:
+    captions = "".join(
         f"<dt>{html.escape(role)}</dt><dd>{html.escape(text) or '<em>(empty)</em>'}</dd>"
-        for role, text in sample.captions.items()
+        for role, text in sample["captions"].items()
     )
-    people = "".join(f"<li>{html.escape(text)}</li>" for text in sample.references)
-    source, name = html.escape(sample.picture), html.escape(sample.image_id)
+    references = "".join(f"<li>{html.escape(text)}</li>" for text in sample["references"])
+    source, name = html.escape(sample["picture"]), html.escape(sample["image_id"])
     return (
         f'<figure><img src="{source}" alt="The image {name}"><figcaption><h3>{name}</h3>'
-        f"<dl>{said}</dl><details><summary>References</summary><ul>{people}</ul></details>"
+        f"<dl>{captions}</dl><details><summary>References</summary><ul>{references}</ul></details>"
         "</figcaption></figure>\n"
     )
 
@@ -96,7 +110,8 @@ def _figure(sample: Sample) -> str:
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6777; --paper: #f6f7f9;
   --card: #ffffff; --line: #dde2e9; --accent: #2457c5; --good: #17703a; --bad: #a3341f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7ebf1; --soft: #9aa6b6; --paper: #12161d;
+@media screen and (prefers-color-scheme: dark) { :root {
+  --ink: #e7ebf1; --soft: #9aa6b6; --paper: #12161d;
   --card: #1a202a; --line: #2c3544; --accent: #8ab0ff; --good: #6fd394; --bad: #ff9d87; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -130,7 +145,21 @@ dl { margin: 0; } dt { font-size: .75rem; text-transform: uppercase; letter-spac
   color: var(--accent); } dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--soft); } ul { margin: .4rem 0 0; padding-left: 1.2rem; }
 .remarks { color: var(--soft); font-size: .92rem; overflow-wrap: anywhere; }
-@media print { .wide, figure { break-inside: avoid; } }
+@media print {
+  @page { margin: 12mm; }
+  :root { color-scheme: light; --paper: #ffffff; }
+  body { font-size: 10pt; }
+  main { max-width: none; padding: 0; }
+  .wide { overflow: visible; border: 0; border-radius: 0; }
+  table { font-size: 7.5pt; }
+  th, td { white-space: normal; overflow-wrap: break-word; padding: .15rem .25rem; }
+  .reached, .not-reached { white-space: normal; border: 0; padding: 0; font-size: 1em; }
+  thead { display: table-header-group; }
+  tr, figure, li { break-inside: avoid; }
+  h1, h2, h3, caption, .summary { break-after: avoid; }
+  h2 { margin-top: 1.2rem; }
+  .samples { grid-template-columns: repeat(3, 1fr); gap: .6rem; }
+}
 """
 
 PAGE = """<!DOCTYPE html>
@@ -151,16 +180,13 @@ PAGE = """<!DOCTYPE html>
 <div class="wide" role="region" aria-labelledby="figures" tabindex="0">
 <table>
 <caption>Scores on the same images; costs at one image at a time.</caption>
-<thead><tr><th scope="col">Figure</th>{heads}<th scope="col">Student against teacher</th>
-<th scope="col">Expected</th><th scope="col">Outcome</th></tr></thead>
-<tbody>
-{rows}</tbody>
+{table}
 </table>
 </div>
 <h2>How it was measured</h2>
 <ul class="remarks">{remarks}</ul>
 <h2>Captions</h2>
-<p class="summary">Images spread evenly over the data, not chosen by how well they did.</p>
+<p class="summary">Images spread evenly over the data, not chosen by quality.</p>
 <div class="samples">
 {samples}</div>
 {pictures}</main>
@@ -168,11 +194,9 @@ PAGE = """<!DOCTYPE html>
 </html>
 """
 
-_SIDE = 192  # pixels
-
 
 class Gallery:
-    """Keeps between `wanted` and twice as many of the images it is offered, evenly spread.
+    """Keeps between `wanted` and twice as many of the images offered to it, evenly spread.
 
     Example:
         >>> import torch
@@ -183,7 +207,7 @@ class Gallery:
         ['0', '8']
 
     Args:
-        wanted: How many images `pictures` gives where there are enough.
+        wanted: Number of images that `pictures` gives if there are enough.
     """
 
     def __init__(self, wanted: int = 12) -> None:
@@ -192,7 +216,7 @@ class Gallery:
         self._stride, self._seen = 1, 0
 
     def offer(self, image: str, pixels: Tensor) -> None:
-        """Keep this image or not. (3, H, W) uint8."""
+        """Keep an image, (3, H, W) uint8, or not."""
         if self._seen % self._stride == 0:
             self._kept.append((image, pixels.cpu().clone()))
         self._seen += 1
@@ -206,20 +230,3 @@ class Gallery:
         chosen = sorted({round(i * max(spread, 1.0)) for i in range(self.wanted)})
         kept = [self._kept[i] for i in chosen if i < len(self._kept)]
         return {image: thumbnail(pixels) for image, pixels in kept}
-
-
-def thumbnail(pixels: Tensor) -> str:
-    """(3, H, W) uint8 pixels as a small JPEG in a `data:` address.
-
-    Example:
-        >>> import torch
-        >>> thumbnail(torch.zeros(3, 8, 8, dtype=torch.uint8))[:23]
-        'data:image/jpeg;base64,'
-    """
-    from PIL import Image
-
-    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    picture.thumbnail((_SIDE, _SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,35 +1,39 @@
-"""The rows of a comparison: every figure, and what the reference recipe promises of it."""
+"""What a terminal shows: tables that fit its width, and progress.
+
+The tables read plain dicts in the documented schemas, those of `Evaluation.to_json` and
+`Comparison.to_json`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from capdistill.evaluation.measure import Latency
-from capdistill.metrics.bootstrap import bracketed, changed, remark
+from capdistill.metrics.bootstrap import FLOOR, bracketed, changed, remark, text_columns
 
-if TYPE_CHECKING:
-    from capdistill.evaluation.comparison import Comparison
-    from capdistill.evaluation.evaluation import Evaluation
+Evaluated = Mapping[str, Any]  # an evaluation, as `Evaluation.to_json` gives it
 
 
 @dataclass(frozen=True)
-class Row:
-    """One figure of every model, the student's relation to the teacher's, and what was promised.
+class TableRow:
+    """One figure of every model, how the student relates to the teacher, and what was expected.
 
     Args:
         key: Its name in the JSON file.
-        label: Its name for readers.
+        label: Its name in tables.
         unit: "score", "share", "words", "count", "bytes" or "ms".
-        values: Model -> figure, or None where there is none.
-        relation: Student against teacher, in words; "" where it cannot be formed.
-        expected: What the reference recipe promises, in words; "" where nothing.
-        reached: Whether the student keeps the promise; None where there is none to keep.
-        intervals: Model -> low and high end of the interval of its figure, where samples were
-            drawn.
-        differences: "teacher" and, where given, "baseline" -> the student's figure minus that
+        values: Model -> figure; None if it was not measured.
+        relation: Student against teacher, in words; "" if they cannot be related.
+        expected: What the published recipe expects, in words; "" if nothing.
+        reached: Whether the student meets the expectation; None without a verdict.
+        intervals: Model -> low and high end of the interval of its figure, if samples were drawn.
+        differences: "teacher" and, if given, "baseline" -> the student's figure minus that
             model's: "difference", "interval" and "p_value", as in `metrics.PairedScore`.
     """
 
@@ -43,14 +47,20 @@ class Row:
     intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
     differences: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def verdict(self) -> str:
+        """ "reached", "not reached" or ""."""
+        return {True: "reached", False: "not reached", None: ""}[self.reached]
+
 
 @dataclass(frozen=True)
-class _Promise:
-    """How a figure of the student stands to the teacher's, and what the recipe promises."""
+class _Expectation:
+    """How a figure of the student is set against the teacher's, and what the recipe expects."""
 
     words: Callable[[float, float], str]  # (teacher, student)
     expected: str = ""
-    kept: Callable[[float, float], bool] | None = None
+    met: Callable[[float, float], bool] | None = None
+    floor: float = 0.0  # a teacher's score below it is near 0: no relation and no verdict
 
 
 def _percent(teacher: float, student: float) -> str:
@@ -59,7 +69,9 @@ def _percent(teacher: float, student: float) -> str:
 
 def _times(less: str, more: str) -> Callable[[float, float], str]:
     def words(teacher: float, student: float) -> str:
-        if student <= teacher:
+        if student == teacher:
+            return "equal"
+        if student < teacher:
             return f"{teacher / student:.2f} times {less}"
         return f"{student / teacher:.2f} times {more}"
 
@@ -74,17 +86,24 @@ def _at_most(share: float) -> Callable[[float, float], bool]:
     return lambda teacher, student: student <= share * teacher
 
 
-_SCORE = _Promise(_percent)
-_PROMISES = {
-    "bleu_1": _Promise(_percent, "85-95 % of the teacher's", _at_least(0.85)),
-    "bleu_2": _Promise(_percent, "80-90 % of the teacher's", _at_least(0.80)),
-    "meteor_nltk": _Promise(_percent, "85-95 % of the teacher's", _at_least(0.85)),
-    "parameters": _Promise(_times("smaller", "larger"), "3 times smaller", _at_most(1 / 3)),
-    "disk_bytes": _Promise(_times("smaller", "larger")),
-    "latency_ms": _Promise(_times("faster", "slower"), "2-3 times faster", _at_most(1 / 2)),
-    "peak_memory_bytes": _Promise(_percent, "half the teacher's", _at_most(1 / 2)),
+SCORE_FLOOR = 0.01
+"""A teacher's score below it is near 0: the student is not set against it."""
+
+EXPECTED_FLOOR = 0.05
+"""The same for the scores on which the published recipe expects something."""
+
+_SCORE = _Expectation(_percent, floor=SCORE_FLOOR)
+_NOTHING = _Expectation(lambda teacher, student: "")
+_85 = _Expectation(_percent, "85-95 % of the teacher's", _at_least(0.85), EXPECTED_FLOOR)
+_EXPECTATIONS = {
+    "bleu_1": _85,
+    "bleu_2": _Expectation(_percent, "80-90 % of the teacher's", _at_least(0.80), EXPECTED_FLOOR),
+    "meteor_nltk": _85,
+    "parameters": _Expectation(_times("smaller", "larger"), "3 times smaller", _at_most(1 / 3)),
+    "disk_bytes": _Expectation(_times("smaller", "larger")),
+    "latency_ms": _Expectation(_times("faster", "slower"), "2-3 times faster", _at_most(1 / 2)),
+    "peak_memory_bytes": _Expectation(_percent, "half the teacher's", _at_most(1 / 2)),
 }
-_LEAST = 1e-3  # below it a score is the smoothing of a metric that found nothing
 _LABELS = {
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
@@ -96,86 +115,90 @@ _LABELS = {
     "meteor_1_5": "METEOR 1.5",
     "meteor_1_5_nopara": "METEOR 1.5, no paraphrases",
 }
-
-
-def _median(latency: Latency | None) -> float | None:
-    return latency.median if latency else None
-
-
-_COSTS: tuple[tuple[str, str, str, Callable[[Evaluation], float | None]], ...] = (
-    ("success_rate", "Captions that end by themselves", "share", lambda e: e.success_rate),
-    ("parameters", "Parameters", "count", lambda e: e.parameters),
-    ("disk_bytes", "Size on disk", "bytes", lambda e: e.disk_bytes),
-    ("latency_ms", "Time an image, median", "ms", lambda e: _median(e.latency_ms)),
-    (
-        "latency_p95_ms",
-        "Time an image, 95 %",
-        "ms",
-        lambda e: e.latency_ms.p95 if e.latency_ms else None,
-    ),
-    (
-        "preprocessing_ms",
-        "Reading an image, median",
-        "ms",
-        lambda e: _median(e.preprocessing_ms),
-    ),
-    ("peak_memory_bytes", "Peak memory", "bytes", lambda e: e.peak_memory_bytes),
-)
-
 _HEALTH = (
     ("vocabulary", "Different words", "words"),
-    ("mean_length", "Words a caption", "words"),
+    ("mean_length", "Words per caption", "words"),
     ("distinct_captions", "Distinct captions", "share"),
-    ("novel", "Captions not in the training data", "share"),
-    ("repeats", "Captions that repeat a word pair", "share"),
+    ("novel", "Captions not in training data", "share"),
+    ("repeats", "Captions repeating a word pair", "share"),
+)
+_COSTS = (
+    ("success_rate", "Captions that end by themselves", "share", ("success_rate",)),
+    ("parameters", "Parameters", "count", ("parameters",)),
+    ("disk_bytes", "Size on disk", "bytes", ("disk_bytes",)),
+    ("latency_ms", "Time per image, median", "ms", ("latency_ms", "median")),
+    ("latency_p95_ms", "Time per image, 95 %", "ms", ("latency_ms", "p95")),
+    ("preprocessing_ms", "Reading an image, median", "ms", ("preprocessing_ms", "median")),
+    ("peak_memory_bytes", "Peak memory", "bytes", ("memory_bytes", "peak")),
 )
 
 
-def figures(found: Mapping[str, Evaluation]) -> list[Row]:
-    """The rows of a table of evaluations; relations where there is a teacher and a student."""
-    scores = list(dict.fromkeys(name for each in found.values() for name in each.scores))
-    rows = [
-        _row(
-            name,
-            _LABELS.get(name, name),
-            "score",
-            {r: e.scores.get(name) for r, e in found.items()},
-        )
-        for name in scores
-    ]
-    for key, label, unit in _HEALTH:
-        values = {role: getattr(each.health, key, None) for role, each in found.items()}
-        if any(value is not None for value in values.values()):
-            rows.append(_row(key, label, unit, values))
-    for key, label, unit, read in _COSTS:
-        rows.append(_row(key, label, unit, {role: read(each) for role, each in found.items()}))
-    return rows
+def table_rows(models: Mapping[str, Evaluated]) -> list[TableRow]:
+    """The rows of a table of evaluations, with relations if there are a teacher and a student.
+
+    Args:
+        models: Model -> its evaluation, as `Evaluation.to_json` gives it.
+    """
+    scores = dict.fromkeys(name for each in models.values() for name in each["scores"])
+    rows = [_row(models, n, _LABELS.get(n, n), "score", ("scores", n)) for n in scores]
+    health = [_row(models, k, label, unit, ("health", k)) for k, label, unit in _HEALTH]
+    rows += [row for row in health if any(value is not None for value in row.values.values())]
+    return rows + [_row(models, key, label, unit, path) for key, label, unit, path in _COSTS]
 
 
-def _row(key: str, label: str, unit: str, values: Mapping[str, float | None]) -> Row:
+def _row(
+    models: Mapping[str, Evaluated], key: str, label: str, unit: str, path: Sequence[str]
+) -> TableRow:
+    values = {role: _at(each, path) for role, each in models.items()}
+    expectation = _EXPECTATIONS.get(key, _SCORE if unit == "score" else _NOTHING)
+    relation, reached = _judge(models, unit, values, expectation)
+    return TableRow(key, label, unit, values, relation, expectation.expected, reached)
+
+
+def _at(found: Evaluated, path: Sequence[str]) -> float | None:
+    value: Any = found
+    for key in path:
+        value = None if value is None else value.get(key)
+    return value  # type: ignore[no-any-return]
+
+
+def _judge(
+    models: Mapping[str, Evaluated],
+    unit: str,
+    values: Mapping[str, float | None],
+    expectation: _Expectation,
+) -> tuple[str, bool | None]:
+    """The student against the teacher in words, and the verdict, where they can be compared."""
     teacher, student = values.get("teacher"), values.get("student")
-    promise = _PROMISES.get(key, _SCORE if unit == "score" else _Promise(lambda t, s: ""))
     if teacher is None or student is None or not math.isfinite(teacher * student):
-        return Row(key, label, unit, values, "", promise.expected, None)
-    if unit == "score" and teacher < _LEAST:
-        return Row(key, label, unit, values, "the teacher scores 0", promise.expected, None)
-    relation = promise.words(teacher, student) if unit == "score" or (teacher and student) else ""
-    reached = promise.kept(teacher, student) if promise.kept else None
-    return Row(key, label, unit, values, relation, promise.expected, reached)
+        return "", None
+    if unit == "score":
+        if teacher < max(expectation.floor, FLOOR):
+            return "the teacher's score is near 0", None
+        if models["student"]["images"] == 1:
+            return expectation.words(teacher, student), None
+    elif not (teacher > 0 and student > 0):
+        return "", None
+    if unit == "ms":
+        if not all(each.get("time_comparable", True) for each in models.values()):
+            return "not comparable" if expectation.met else "", None
+        if _at(models["student"], ("latency_ms", "n")) == 1:
+            return expectation.words(teacher, student), None
+    met = expectation.met(teacher, student) if expectation.met else None
+    return expectation.words(teacher, student), met
 
 
 _NONE = "—"
-_VERDICT = {True: "reached", False: "not reached", None: ""}
 
 
-def figure(value: float | None, unit: str) -> str:
-    """A figure as a reader wants it.
+def format_value(value: float | None, unit: str) -> str:
+    """A figure as text, with its unit.
 
     Example:
-        >>> figure(7_512_000, "count"), figure(0.5, "share"), figure(None, "ms")
+        >>> format_value(7_512_000, "count"), format_value(0.5, "share"), format_value(None, "ms")
         ('7.51 M', '50.0 %', '—')
     """
-    if value is None:
+    if value is None or not math.isfinite(value):
         return _NONE
     if unit == "count":
         return f"{value / 1e6:.2f} M"
@@ -186,93 +209,160 @@ def figure(value: float | None, unit: str) -> str:
     return {"share": f"{100 * value:.1f} %", "ms": f"{value:.1f} ms"}.get(unit, f"{value:.4f}")
 
 
-def plain_table(found: Mapping[str, Evaluation]) -> str:
-    """Evaluations as a plain text table, one column each."""
+def evaluation_table(models: Mapping[str, Evaluated], width: int | None = None) -> str:
+    """Evaluations as a plain text table, one column each.
 
-    models = {name: each.to_json() for name, each in found.items()}
-    return "\n".join([*_grid(figures(found), list(found), judged=False), *_remarks(models)])
-
-
-def text_table(comparison: Comparison) -> str:
-    """A comparison as a plain text table."""
-    lines = _grid(comparison.rows, list(comparison.models), judged=True)
-    return "\n".join([*lines, *_differences(comparison.rows), *_all_remarks(comparison)])
-
-
-def _grid(rows: Sequence[Row], roles: Sequence[str], judged: bool) -> list[str]:
-    head = ["", *roles, *(["student against teacher", "expected", ""] if judged else [])]
-    table = [head]
-    for row in rows:
-        cells = [row.label, *(" ".join(_cell(row, role)) for role in roles)]
-        table.append(
-            cells + ([row.relation, row.expected, _VERDICT[row.reached]] if judged else [])
-        )
-    return _aligned(table, len(roles))
+    Args:
+        models: Name -> evaluation, as `Evaluation.to_json` gives it.
+        width: Columns of text; the terminal's unless given.
+    """
+    width = terminal_width() if width is None else width
+    rows = ([row.label, *figures_of(row, list(models))] for row in table_rows(models))
+    cells = [["", *models], *rows]
+    table = text_columns(cells, right=range(1, len(models) + 1), width=width)
+    return "\n".join([table, *_wrapped(remarks(models, None), width)])
 
 
-def _differences(rows: Sequence[Row]) -> list[str]:
-    """The student's differences as a table of their own, where samples were drawn."""
-    against = _against(rows)
-    table = [["student minus", *against]]
-    table += [[r.label, *(_difference(r, role) for role in against)] for r in rows if r.differences]
-    return ["", *_aligned(table, len(against)), ""] if against else []
+def comparison_table(content: Mapping[str, Any], width: int | None = None) -> str:
+    """A comparison as plain text: figures, verdicts, differences, remarks.
+
+    Args:
+        content: As `Comparison.to_json` gives it.
+        width: Columns of text; the terminal's unless given. A wide table is cut into several
+            below each other, never within a cell.
+    """
+    width = terminal_width() if width is None else width
+    rows, roles = [TableRow(**row) for row in content["rows"]], list(content["models"])
+    head = ["", *roles, "student against teacher", "published recipe expects", "verdict"]
+    cells = [
+        [row.label, *figures_of(row, roles), row.relation, row.expected, row.verdict]
+        for row in rows
+    ]
+    parts = [text_columns([head, *cells], right=range(1, len(roles) + 1), width=width)]
+    against = compared_with(rows)
+    if against:
+        differences = [
+            [row.label, *(difference_of(row, role) for role in against)]
+            for row in rows
+            if row.differences
+        ]
+        table = [["student minus", *against], *differences]
+        parts.append(text_columns(table, right=range(1, len(against) + 1), width=width))
+    lines = _wrapped(remarks(content["models"], content.get("bootstrap")), width)
+    return "\n\n".join([*parts, "\n".join(lines)])
 
 
-def _aligned(table: Sequence[Sequence[str]], figures: int) -> list[str]:
-    """Lines whose cells stand under each other; those of the figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+def terminal_width() -> int:
+    """Columns of the terminal, or of the environment's COLUMNS; 80 if there is neither."""
+    return shutil.get_terminal_size().columns
+
+
+def _wrapped(lines: Sequence[str], width: int) -> list[str]:
     return [
-        "  ".join(
-            cell.rjust(width) if 0 < i <= figures else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
+        part
+        for line in lines
+        for part in textwrap.wrap(
+            line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
     ]
 
 
-def _against(rows: Sequence[Row]) -> list[str]:
+def compared_with(rows: Sequence[TableRow]) -> list[str]:
     """The models from which the student's difference is known."""
     return list(dict.fromkeys(role for row in rows for role in row.differences))
 
 
-def _cell(row: Row, role: str) -> list[str]:
-    """A model's figure and, where there is one, its interval."""
+def figures_of(row: TableRow, roles: Sequence[str]) -> list[str]:
+    """The cell of each model: its figure and, if there is one, its interval."""
+    return [" ".join(cell_of(row, role)) for role in roles]
+
+
+def cell_of(row: TableRow, role: str) -> list[str]:
+    """A model's figure and, if there is one, its interval."""
     interval = [bracketed(row.intervals[role])] if role in row.intervals else []
-    return [figure(row.values.get(role), row.unit), *interval]
+    return [format_value(row.values.get(role), row.unit), *interval]
 
 
-def _difference(row: Row, role: str) -> str:
+def difference_of(row: TableRow, role: str) -> str:
+    """The student's difference from a model, with interval and p-value; "" if it is not known."""
     found = row.differences.get(role)
     return changed(found["difference"], found["interval"], found["p_value"]) if found else ""
 
 
-def _all_remarks(comparison: Comparison) -> list[str]:
-    """The remarks on the models, and on their intervals."""
-    drawn = comparison.bootstrap
-    if not drawn:
-        return _remarks(comparison.models)
-    intervals = [remark(drawn["samples"], drawn["confidence"]), *drawn["notes"]]
-    return [*_remarks(comparison.models), *intervals]
-
-
-def _remarks(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Where and on what it was measured, what was skipped, and the notes, each once."""
-    remarks: dict[str, None] = {}
+def remarks(models: Mapping[str, Evaluated], bootstrap: Mapping[str, Any] | None) -> list[str]:
+    """How it was measured, what was skipped, and the notes, each once."""
+    lines: dict[str, None] = {}
     for role, found in models.items():
         where = f"{role}: {found['images']} images on {found['device']} in {found['precision']}"
-        remarks[f"{where}; {len(found['skipped'])} skipped"] = None
-    for found in models.values():
-        remarks.update(dict.fromkeys(f"skipped: {name}" for name in found["skipped"][:5]))
-        remarks.update(dict.fromkeys(found["notes"]))
+        lines[f"{where}; {len(found['skipped'])} skipped"] = None
+    for role, found in models.items():
+        lines.update(dict.fromkeys(f"skipped: {name}" for name in found["skipped"][:5]))
+        lines.update(dict.fromkeys(found["notes"]))
         if found["latency_ms"]:
-            remarks[_TIME] = None
+            lines[_TIME] = None
+            if not found.get("time_comparable", True):
+                lines[_NOT_COMPARABLE.format(role=role)] = None
         if found["memory_bytes"] and found["memory_bytes"]["baseline"]:
-            remarks[_MEMORY] = None
-    return list(remarks)
+            lines[_MEMORY] = None
+    if len(models) > 1 and any(found["images"] == 1 for found in models.values()):
+        lines[_ONE_IMAGE] = None
+    if bootstrap:
+        lines[remark(bootstrap["samples"], bootstrap["confidence"])] = None
+        lines.update(dict.fromkeys(bootstrap["notes"]))
+    return list(lines)
 
 
-_TIME = "Times are of one image at a time, the models in turn, after warm-up; reading it apart."
-_MEMORY = (
-    "Peak memory is of a process of its own for each model: highest resident memory while loading "
-    "and captioning, minus that after its imports and a first small operation."
+_TIME = (
+    "Times are for one image at a time, the models taking turns, after warm-up; reading the image "
+    "is timed apart."
 )
+_NOT_COMPARABLE = (
+    "The time of {role} is not comparable: it is a wrapped model, which runs as a whole again for "
+    "every word, because `wrap` knows no faster way to decode with it."
+)
+_ONE_IMAGE = "A single image: there is no verdict on scores and times."
+_MEMORY = (
+    "Peak memory is that of a separate process for each model: the highest resident memory while "
+    "loading and captioning, minus that after its imports and a first small operation."
+)
+
+
+class Progress:
+    """A bar on a terminal, and elsewhere a line every `EVERY` seconds, on stderr.
+
+    Args:
+        name: What the lines begin with.
+        show: False is silent.
+    """
+
+    EVERY = 10.0
+
+    def __init__(self, name: str, show: bool = True) -> None:
+        self.name, self.show = name, show
+        self.last = time.monotonic()
+
+    def over(self, batches: Iterator[Any], total: int | None) -> Iterator[Any]:
+        """The batches, while they are counted in images."""
+        if self.show and sys.stderr.isatty():
+            yield from self._with_bar(batches, total)
+            return
+        done = 0
+        for batch in batches:
+            yield batch
+            done += batch.num_images
+            self.say(f"{done:,} of {total:,} images" if total else f"{done:,} images")
+
+    def _with_bar(self, batches: Iterator[Any], total: int | None) -> Iterator[Any]:
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=self.name, unit=" images", dynamic_ncols=True) as bar:
+            for batch in batches:
+                yield batch
+                bar.update(batch.num_images)
+
+    def say(self, text: str) -> None:
+        """A line, off a terminal only if there was none for a while."""
+        now = time.monotonic()
+        if self.show and (sys.stderr.isatty() or now - self.last >= self.EVERY):
+            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+            self.last = now

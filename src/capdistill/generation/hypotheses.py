@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -110,7 +113,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CaptionResult:
     """A caption with what the model thought of it and where it looked.
 
@@ -138,6 +141,42 @@ class CaptionResult:
     grid: tuple[int, int] | None
     prefix_tokens: int
     image: Tensor
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.image.shape[-2:]))
+        looked = "no attention" if self.attention is None else f"attention on {self.grid} map"
+        ended = "" if self.finished else ", cut at the length limit"
+        return (
+            f"CaptionResult({self.text!r}: {len(self.tokens)} tokens, log_prob "
+            f"{self.log_prob:.2f}{ended}, {len(self.n_best)} hypotheses, {looked}, image {size})"
+        )
+
+    def _repr_html_(self) -> str:
+        text = html.escape(self.text) or "<em>(empty)</em>"
+        return (
+            f'<figure><img src="{thumbnail(self.image)}" alt="{html.escape(self.text)}">'
+            f"<figcaption>{text}<br><small>log-probability {self.log_prob:.2f}</small>"
+            "</figcaption></figure>"
+        )
+
+
+_THUMBNAIL = 192  # pixels
+
+
+def thumbnail(pixels: Tensor) -> str:
+    """An image, (3, H, W) uint8, as a small JPEG in a `data:` address.
+
+    Example:
+        >>> thumbnail(torch.zeros(3, 8, 8, dtype=torch.uint8))[:23]
+        'data:image/jpeg;base64,'
+    """
+    from PIL import Image
+
+    picture = Image.fromarray(pixels.cpu().permute(1, 2, 0).contiguous().numpy())
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,13 +94,18 @@ class PairedScores(Mapping[str, PairedScore]):
         }
 
     def __str__(self) -> str:
-        lines = [f"{'':17}  {'a':>24}  {'b':>24}  b - a"]
+        table = [["", "a", "b", "b - a"]]
         for name, each in self.items():
             a = f"{each.a:.4f} {bracketed(each.a_interval)}"
             b = f"{each.b:.4f} {bracketed(each.b_interval)}"
-            change = changed(each.difference, each.interval, each.p_value)
-            lines.append(f"{name:17}  {a:>24}  {b:>24}  {change}")
+            table.append([name, a, b, changed(each.difference, each.interval, each.p_value)])
+        width = shutil.get_terminal_size().columns
+        lines = [text_columns(table, right=range(1, 4), width=width)]
         return "\n".join([*lines, remark(self.samples, self.confidence), *self.notes])
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{n}={each.difference:+.4f}" for n, each in self.items())
+        return f"PairedScores(b - a: {shown}; {self.images} images, {self.samples} samples)"
 
 
 def paired_bootstrap(
@@ -193,6 +199,51 @@ def paired(
         }
         results.append(PairedScores(found, *settings, tuple(notes)))
     return results
+
+
+def text_columns(
+    rows: Sequence[Sequence[str]], right: Collection[int] = (), width: int | None = None
+) -> str:
+    """Rows of text as aligned columns; a table wider than `width` is cut into several.
+
+    The first column stands in each of them. Lines that would hold nothing else are left out.
+
+    Example:
+        >>> print(text_columns([("name", "a", "b"), ("x", "1.50", "2.25")], right=[1, 2], width=12))
+        name     a
+        x     1.50
+        <BLANKLINE>
+        name     b
+        x     2.25
+
+    Args:
+        rows: The head, then the lines; as many cells each.
+        right: Columns that are set to the right.
+        width: Columns of text; None has no limit. A single column may be wider.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    tables, room = [[0]], 0
+    for n in range(1, len(widths)):
+        if len(tables[-1]) > 1 and width is not None and widths[n] + 2 > room:
+            tables.append([0])
+        if len(tables[-1]) == 1:
+            room = (width or 0) - widths[0]
+        tables[-1].append(n)
+        room -= widths[n] + 2
+    texts = []
+    for columns in tables:
+        filled = [
+            line for line in rows[1:] if len(columns) == 1 or any(line[n] for n in columns[1:])
+        ]
+        lines = [
+            "  ".join(
+                line[n].rjust(widths[n]) if n in right else line[n].ljust(widths[n])
+                for n in columns
+            ).rstrip()
+            for line in [rows[0], *filled]
+        ]
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts)
 
 
 def bracketed(interval: Sequence[float]) -> str:

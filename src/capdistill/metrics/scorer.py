@@ -74,8 +74,7 @@ class CaptionScorer:
         document_frequencies: DocumentFrequencies | None = None,
     ) -> None:
         self._references = prepare(references)
-        names, self._own = _by_kind(metrics)
-        self._wanted = select(names)
+        self._wanted, self._own, names = resolve_metrics(metrics)
         self.notes = self._notes(names, document_frequencies)
         tokens = [[tokens_of(caption) for caption in image] for image in self._references.values()]
         shared = any(metric in self._wanted for metric in ON_NGRAMS)
@@ -187,10 +186,10 @@ class CaptionScorer:
         return Scores(corpus, per_image, self.notes, counts)
 
     def _notes(
-        self, names: Sequence[str] | None, frequencies: DocumentFrequencies | None
+        self, names: Sequence[str], frequencies: DocumentFrequencies | None
     ) -> tuple[str, ...]:
         alone = "cider_d" in self._wanted and len(self._references) == 1 and frequencies is None
-        without = "meteor_1_5" in (names or ()) and "meteor_1_5" not in self._wanted
+        without = "meteor_1_5" in names and "meteor_1_5" not in self._wanted
         return (_ONE_IMAGE,) * alone + (_NO_PARAPHRASES,) * without
 
     def _call(self, metric: Metric, captions: Sequence[Caption]) -> dict[str, tuple[float, Any]]:
@@ -234,10 +233,17 @@ ON_NGRAMS = ("bleu", "cider_d")
 """Metrics that read counted n-grams instead of tokens."""
 
 
-def _by_kind(metrics: Iterable[str | Metric] | None) -> tuple[list[str] | None, list[Metric]]:
-    """The names of built-in metrics, or None for all of them, and the metrics of the user's own."""
+def resolve_metrics(
+    metrics: Iterable[str | Metric] | None,
+) -> tuple[dict[str, list[str]], list[Metric], list[str]]:
+    """Check the option `metrics`: built-in ones with their scores, your own, the names as given.
+
+    Raises:
+        UnknownName: an unknown metric; the message suggests the nearest name.
+        ConfigError: metrics of another type, or two that give one score.
+    """
     if metrics is None:
-        return None, []
+        return select(None), [], []
     if isinstance(metrics, (str, Metric)) or not isinstance(metrics, Iterable):
         raise ConfigError(
             f"metrics={shortened(metrics)} was given; expected a list such as "
@@ -260,7 +266,7 @@ def _by_kind(metrics: Iterable[str | Metric] | None) -> tuple[list[str] | None, 
         raise ConfigError(
             f"metrics: two metrics give a score called '{twice[0]}'. Rename that of your own."
         )
-    return names, own
+    return select(names), own, names
 
 
 def select(names: Iterable[str] | None) -> dict[str, list[str]]:

@@ -41,7 +41,11 @@ class ForeignTeacher(nn.Module):
         tokenizer: Its tokenizer.
         name: How messages call it.
         image_size: Side in pixels of the images it wants in a batch, or None.
+        rereads_prefix: `generate` runs the whole module again for every word, so its time says
+            nothing about the module's own decoding.
     """
+
+    rereads_prefix = True
 
     def __init__(
         self,
