@@ -1,4 +1,4 @@
-"""The command `capdistill`: thin over the API, one module a command or two.
+"""The command `capdistill`: the Python API on the command line.
 
 Exit codes: 0 done, 1 a problem that the message names, 2 a wrong command line, 130 interrupted.
 """
@@ -6,115 +6,224 @@ Exit codes: 0 done, 1 a problem that the message names, 2 a wrong command line, 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from capdistill import __version__
-from capdistill.cli.common import INTERRUPTED, PROBLEM, say
-from capdistill.errors import CapdistillError
+from capdistill.errors import CapdistillError, suggest
+from capdistill.files import finite_or_none, printable
 
 COMMANDS = {
-    "demo": ("demo", "train and distil on the bundled photos: a first look, nothing is fetched"),
-    "models": ("models", "presets with their sizes, and the registered parts"),
+    "demo": ("demo", "train and distil on the bundled photos: a first look, without downloads"),
+    "models": ("models", "list the presets with their sizes, and all registered parts"),
     "check": ("train", "try a teacher, a student and their losses before a long run"),
     "train": ("train", "train a captioner by cross-entropy"),
     "distill": ("train", "train a student with a teacher"),
     "evaluate": ("evaluate", "score and measure a saved captioner"),
-    "compare": ("evaluate", "set a teacher and a student side by side"),
-    "caption": ("caption", "caption photos"),
-    "score": ("evaluate", "score captions in COCO's own files, as the COCO tool does"),
+    "compare": ("evaluate", "compare a student with its teacher and write a report"),
+    "caption": ("caption", "caption images"),
+    "score": ("evaluate", "score caption files, as the COCO tool does"),
 }
+DONE, PROBLEM, INTERRUPTED = 0, 1, 130
 _CLOSING = """\
 example:
   capdistill demo
-  capdistill distill --teacher runs/teacher/best --student lite0_lstm --data flickr8k --out runs/kd
+  capdistill distill --teacher runs/teacher --student lite0_lstm --data flickr8k --out runs/student
 
-`capdistill COMMAND --help` has the options of a command and an example.
+`capdistill COMMAND --help` lists the options of a command.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; gives the exit code.
+    """Run a command line and return the exit code.
 
     Example:
         >>> main(["caption", "no-such-directory", "dog.jpg"])
         1
 
     Args:
-        arguments: Those after the program's name; `sys.argv` unless given.
+        arguments: The words after the program's name; `sys.argv` by default.
     """
-    options = make_parser().parse_args(arguments)
+    name, debug = "capdistill", False
     try:
+        parser = make_parser()
+        options = parser.parse_args(arguments)
+        if options.command is None:
+            print(printable(parser.format_help()), end="", flush=True)
+            return DONE
+        name, debug = f"capdistill {options.command}", options.debug
         with _plain_warnings():
             return int(options.run(options))
-    except CapdistillError as error:
-        if options.debug:
-            raise
-        say(f"capdistill {options.command}: {error}")
-        return PROBLEM
     except KeyboardInterrupt:
-        say("Interrupted.")
+        print_status("Interrupted.")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_output()
+        return PROBLEM
+    except (CapdistillError, OSError) as error:
+        if debug:
+            raise
+        if isinstance(error, OSError) and not isinstance(error, CapdistillError):
+            _abandon_output()  # a full disk under our output would fail again at exit
+        print_status(f"{name}: {error}")
         return PROBLEM
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands. Imports no torch, so that `--help` is quick.
+    """The parser of all commands. It imports a command's module only when that command is used.
 
     Example:
         >>> make_parser().parse_args(["models", "--json"]).command
         'models'
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="capdistill",
         description="Distil large image captioners into small, fast ones.",
         epilog=_CLOSING,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"capdistill {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module, line) in COMMANDS.items():
-        setup = getattr(importlib.import_module(f"capdistill.cli.{module}"), f"{name}_command")
-        _add_common(setup(lambda name=name, line=line, **more: _add(commands, name, line, **more)))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, (module, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, summary=summary, module=module)
     return parser
 
 
-def _add(commands: Any, name: str, line: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=line,
-        description=f"{line[0].upper()}{line[1:]}.",
-        epilog=f"example:\n{example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    return parser
+class CommandParser(argparse.ArgumentParser):
+    """A parser that suggests the nearest name, and adds a command's options on first use.
+
+    Args:
+        module: Module of `capdistill.cli` whose function `COMMAND_command` adds the options.
+        summary: What the command does, in one line.
+        options: As for `argparse.ArgumentParser`.
+
+    Attributes:
+        settings: Names that are no option but can be given with `--set`, such as "train.flip".
+    """
+
+    def __init__(self, module: str = "", summary: str = "", **options: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
+        self.settings: Sequence[str] = ()
+        self._module, self._summary = module, summary
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse, and refuse what is unknown here, with this command's usage."""
+        if self._module:
+            self._add_options()
+        options, unknown = super().parse_known_args(args, namespace or argparse.Namespace())
+        if unknown:
+            self.error(self._explain(unknown[0]))
+        return options, []
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the usage, the message and code 2."""
+        self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n")
+
+    def _add_options(self) -> None:
+        module = importlib.import_module(f"capdistill.cli.{self._module}")
+        self._module = ""
+        getattr(module, f"{self.prog.split()[-1]}_command")(self)
+        self.description = f"{self._summary[0].upper()}{self._summary[1:]}.\n\n{self.description}"
+        common = self.add_argument_group("output")
+        common.add_argument(
+            "--json", action="store_true", help="print the result as JSON on stdout"
+        )
+        common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def _explain(self, word: str) -> str:
+        name = word.split("=")[0]
+        if not name.startswith("-"):
+            return f"unexpected argument {word!r}"
+        setting = name.lstrip("-").replace("-", "_")
+        for key in self.settings:
+            if setting == key.rpartition(".")[2]:
+                return f"there is no option {name}; use --set {key}=VALUE"
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"there is no option {name}.{hint} `{self.prog} --help` lists the options."
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(
+                action, f"there is no {value!r}. {suggest(str(value), map(str, action.choices))}"
+            )
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json", action="store_true", help="the result as JSON on stdout, all else on stderr"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+def _abandon_output() -> None:
+    """Send what is still buffered for a closed stdout or stderr to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings as one line on stderr, without the place in our code that gave them."""
+    """Show a warning as one line on stderr, without the place in our code that gave it."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        say(f"warning: {message}")
+        print_status(f"warning: {message}")
 
     before, warnings.showwarning = warnings.showwarning, show
     try:
         yield
     finally:
         warnings.showwarning = before
+
+
+def print_status(text: str) -> None:
+    """Print a line about the work (not its result) on stderr."""
+    print(printable(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def print_result(options: argparse.Namespace, content: Any, text: Callable[[], str]) -> None:
+    """Print the result on stdout: `content` as JSON with `--json`, else what `text` returns."""
+    print(as_json(content) if options.json else printable(text()), flush=True)
+
+
+def as_json(content: Any) -> str:
+    """JSON that stdout can encode. Numbers that are not finite become null.
+
+    Example:
+        >>> as_json({"cider_d": float("nan")})
+        '{\\n  "cider_d": null\\n}'
+    """
+    finite = finite_or_none(content)
+    text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
+    return text if printable(text) == text else json.dumps(finite, indent=2, allow_nan=False)
+
+
+def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Rows of text as aligned columns.
+
+    Example:
+        >>> print(columns([("name", "size"), ("lstm", "5"), ("transformer", "12")], right=[1]))
+        name         size
+        lstm            5
+        transformer    12
+
+    Args:
+        rows: Cells, equally many per row.
+        right: Numbers of the columns that are aligned to the right.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            text.rjust(widths[i]) if i in right else text.ljust(widths[i])
+            for i, text in enumerate(row)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

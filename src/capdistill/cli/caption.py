@@ -1,93 +1,165 @@
-"""`capdistill caption`: photos to captions."""
+"""`capdistill caption`: images to captions."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capdistill.cli import DONE, PROBLEM, as_json, print_status
 from capdistill.cli.common import (
-    DONE,
-    PROBLEM,
     add_generation_options,
-    as_json,
+    captioner_directory,
     generation_values,
-    say,
 )
 from capdistill.errors import ConfigError, DataError
+from capdistill.files import printable, user_path
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner
     from capdistill.generation.hypotheses import CaptionResult
 
 _EXAMPLE = """\
-  capdistill caption runs/student/best dog.jpg
-  capdistill caption runs/student/best photos/*.jpg --beam-size 3 --json > captions.json
-  capdistill caption runs/student/best dog.jpg --attention looked.png"""
+example:
+  capdistill caption runs/student dog.jpg
+  capdistill caption runs/student photos/ --beam-size 3 --json > captions.json
+  capdistill caption runs/student dog.jpg --num-return 3
+  capdistill caption runs/student dog.jpg --attention looked.png
+  find photos -name '*.jpg' | capdistill caption runs/student -
+
+Each line of the output is an image and its caption, separated by a tab. With --details or
+--num-return there is a line per caption: image, rank, score, log-probability, caption."""
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_EVERY = 100  # images between two lines of progress
 
 
-def caption_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Arguments of `caption`."""
-    parser = add(example=_EXAMPLE)
-    parser.add_argument("captioner", metavar="DIR", help="a saved captioner, e.g. RUN/best")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+def caption_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `caption`."""
+    parser.description = _EXAMPLE
+    parser.usage = "capdistill caption DIR IMAGE [IMAGE ...] [options]"
+    parser.add_argument("captioner", metavar="DIR", help="a run's or a saved captioner's directory")
     parser.add_argument(
-        "--details", action="store_true", help="with --json: log-probabilities and n-best as well"
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        help="an image file, a folder (all images in it and in its subfolders, sorted), or - for "
+        "a list of files on stdin, one per line",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="images per batch (default: 8)"
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", default="auto", help="auto, cpu, cuda, ... (default: auto)"
+    )
+    parser.add_argument(
+        "--details",
+        action="store_true",
+        help="show every caption with its rank, score and log-probability; with --json also the "
+        "tokens",
     )
     parser.add_argument(
         "--attention",
-        type=Path,
         metavar="FILE",
-        help="draw where each word looked; a folder where there are several images",
+        help="draw where the model looked for each word; a folder if there are several images",
     )
     add_generation_options(parser)
     parser.set_defaults(run=run)
-    return parser
 
 
 def run(options: argparse.Namespace) -> int:
-    """One line an image, `path<TAB>caption`; an image that cannot be read is named on stderr."""
+    """Caption the images, print each as it is done, and name those that cannot be read."""
     from capdistill.captioner import Captioner
     from capdistill.runtime import pick_device
 
+    directory = captioner_directory(options.captioner)
+    paths = image_paths(options.images)
     if options.attention:
-        _require_pictures(options.attention, len(options.images))
+        options.attention = user_path(options.attention)
+        _require_pictures(options.attention, len(paths))
     device = pick_device(options.device)
-    captioner = Captioner.load(options.captioner, device=device)
-    rows = []
-    for row in caption_files(captioner, options):
-        rows.append(row)
-        if not options.json and "caption" in row:
-            print(f"{row['image']}\t{row['caption']}", flush=True)
+    captioner = Captioner.load(directory, device=device)
+    rows, unreadable = [], 0
+    for number, row in enumerate(caption_files(captioner, paths, options), start=1):
+        unreadable += "error" in row
+        if options.json:
+            rows.append(row)
+            if number % _EVERY == 0:
+                print_status(f"captioned {number:,} of {len(paths):,} images")
+        elif "caption" in row:
+            print(printable(_lines(row)), flush=True)
     if options.json:
-        print(as_json(rows))
-    bad = sum("error" in row for row in rows)
-    if bad:
-        say(f"capdistill caption: {bad} of {len(rows)} images could not be read; see above.")
-    return PROBLEM if bad else DONE
+        print(as_json(rows), flush=True)
+    if unreadable:
+        print_status(
+            f"capdistill caption: {unreadable} of {len(paths)} images could not be read; see above."
+        )
+    return PROBLEM if unreadable else DONE
 
 
-def caption_files(captioner: Captioner, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Image and caption, or image and error, of every path in its order."""
+def image_paths(given: Iterable[str]) -> list[str]:
+    """The image files that the arguments name: files, folders, and "-" for a list on stdin.
+
+    Raises:
+        DataError: a folder or the list holds no image.
+    """
+    paths: list[str] = []
+    for each in given:
+        if each == "-":
+            named = [line.rstrip("\r\n") for line in sys.stdin]
+            found = image_paths(line for line in named if line not in ("", "-"))
+        elif user_path(each, DataError).is_dir():
+            found = _images_below(user_path(each))
+        else:
+            found = [each]
+        if not found:
+            where = "The list on stdin" if each == "-" else f"The folder {each}"
+            kinds = ", ".join(IMAGE_SUFFIXES)
+            raise DataError(f"{where} holds no image. Expected files such as photo.jpg ({kinds}).")
+        paths += found
+    return paths
+
+
+def _images_below(folder: Path) -> list[str]:
+    """The images in a folder and its subfolders, sorted; hidden ones are left out."""
+    found = []
+    for directory, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        found += [
+            os.path.join(directory, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+        ]
+    return sorted(found)
+
+
+def caption_files(
+    captioner: Captioner, paths: Sequence[str], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Image and caption, or image and error, for every path in its order."""
+    generation = generation_values(options)
+    several = generation.get("num_return", 1) > 1
+    if several and not generation.get("sample"):
+        generation.setdefault("beam_size", generation["num_return"])
+    details = options.details or several
     waiting: deque[tuple[str, str | None]] = deque()  # paths that were read, each with its error
     stream = captioner.caption_stream(
-        _readable(options.images, waiting),
-        batch_size=max(options.batch_size, 1),
-        details=options.details or options.attention is not None,
-        **generation_values(options),
+        _readable(paths, waiting),
+        batch_size=options.batch_size,
+        details=details or options.attention is not None,
+        **generation,
     )
-    pictures = _pictures(options)
-    for found in stream:
+    pictures = _pictures(paths, options.attention)
+    for result in stream:
         while waiting[0][1] is not None:
             yield _error(*waiting.popleft())
         path, _ = waiting.popleft()
         if options.attention:
-            _draw(found, pictures[path])
-        yield {"image": path, **_row(found, options.details)}
+            _draw(result, pictures[path])
+        yield {"image": path, **_row(result, details)}
     yield from (_error(*each) for each in waiting)
 
 
@@ -97,9 +169,9 @@ def _readable(paths: Sequence[str], waiting: deque[tuple[str, str | None]]) -> I
 
     for path in paths:
         try:
-            image = read_image(path)
+            image = read_image(user_path(path, DataError))
         except DataError as error:
-            say(str(error))
+            print_status(str(error))
             waiting.append((path, str(error)))
             continue
         waiting.append((path, None))
@@ -110,52 +182,69 @@ def _error(path: str, error: str | None) -> dict[str, Any]:
     return {"image": path, "error": error}
 
 
-def _row(found: str | CaptionResult, details: bool) -> dict[str, Any]:
-    """What the JSON says of a caption."""
-    if isinstance(found, str):
-        return {"caption": found}
+def _row(result: str | CaptionResult, details: bool) -> dict[str, Any]:
+    """What the JSON holds of a caption."""
+    if isinstance(result, str):
+        return {"caption": result}
     if not details:
-        return {"caption": found.text}
+        return {"caption": result.text}
     return {
-        "caption": found.text,
-        "finished": found.finished,
-        "log_prob": found.log_prob,
-        "tokens": list(found.tokens),
-        "token_log_probs": list(found.token_log_probs),
+        "caption": result.text,
+        "finished": result.finished,
+        "log_prob": result.log_prob,
+        "tokens": list(result.tokens),
+        "token_log_probs": list(result.token_log_probs),
         "n_best": [
             {"caption": each.text, "log_prob": each.log_prob, "score": each.score}
-            for each in found.n_best
+            for each in result.n_best
         ],
     }
 
 
+def _lines(row: dict[str, Any]) -> str:
+    """A line per caption, tab-separated."""
+    image = row["image"]
+    if "n_best" not in row:
+        return f"{image}\t{row['caption']}"
+    return "\n".join(
+        f"{image}\t{rank}\t{each['score']:.4f}\t{each['log_prob']:.4f}\t{each['caption']}"
+        for rank, each in enumerate(row["n_best"], start=1)
+    )
+
+
 def _require_pictures(target: Path, images: int) -> None:
-    """Matplotlib is there, and so is the folder; before anything is captioned."""
+    """Check for matplotlib and make the folder before anything is captioned."""
     from capdistill import plots
 
     plots.require_matplotlib()
     if images > 1:
-        target.mkdir(parents=True, exist_ok=True)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--attention {target}: {images} images need a folder, "
+                f"and it cannot be made ({error.strerror}). Give another path."
+            ) from error
     elif not target.suffix:
         raise ConfigError(
-            f"--attention {target} has no suffix that names a picture's kind. "
+            f"--attention {target} has no suffix that tells the kind of picture. "
             f"Use {target}.png, .svg or .pdf."
         )
 
 
-def _pictures(options: argparse.Namespace) -> dict[str, Path]:
-    """Path of an image -> file of its picture; photos of one name in two folders get two."""
-    if options.attention is None or len(options.images) == 1:
-        return dict.fromkeys(options.images, options.attention)
-    stems = Counter(Path(path).stem for path in options.images)
+def _pictures(paths: Sequence[str], target: Path | None) -> dict[str, Path]:
+    """Path of an image -> file of its picture. Images of one name in two folders get two."""
+    if target is None or len(paths) == 1:
+        return dict.fromkeys(paths, target or Path())
+    stems = Counter(Path(path).stem for path in paths)
     return {
-        path: options.attention / (f"{name}_{i}.png" if stems[name] > 1 else f"{name}.png")
-        for i, path in enumerate(options.images)
+        path: target / (f"{name}_{i}.png" if stems[name] > 1 else f"{name}.png")
+        for i, path in enumerate(paths)
         for name in [Path(path).stem]
     }
 
 
-def _draw(found: CaptionResult, target: Path) -> None:
+def _draw(result: CaptionResult, target: Path) -> None:
     from capdistill import plots
 
-    plots.attention(found, path=target)
+    plots.attention(result, path=target)

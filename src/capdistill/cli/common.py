@@ -1,47 +1,54 @@
-"""The `data` section of a run file: which data set, where, and how to read it."""
+"""What several commands take: the data set, the decoding options, metrics, saved captioners."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import difflib
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+)
 
-from capdistill.errors import ConfigError, UnknownName, parse, suggest
-from capdistill.files import finite_or_none, write_text
+from capdistill.errors import CheckpointError, ConfigError, UnknownName, parse, suggest
+from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
 
 
-FullPath = Annotated[str, AfterValidator(lambda text: str(Path(text).expanduser().absolute()))]
+FullPath = Annotated[str, AfterValidator(lambda text: str(user_path(text).absolute()))]
 Policy = Literal["skip", "raise"]
 
 
 class DataSection(BaseModel):
-    """What every format has.
+    """The section `data` of a run file: which data set, where it is, and how to read it.
 
     Args:
-        format: Of the files.
-        limit: Only the first so many images of each split, for a trial.
+        format: The layout of the files.
+        limit: Use only the first images of each split, this many.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: str
-    limit: int | None = Field(default=None, ge=1)
+    limit: StrictInt | None = Field(default=None, ge=1)
 
     @abstractmethod
     def read(self) -> Splits:
-        """The data set as its files have it."""
+        """Read the whole data set."""
 
     def load(self) -> Splits:
-        """The data set, cut to `limit`."""
+        """Read the data set and cut it to `limit`."""
         return self.read() if self.limit is None else _cut(self.read(), self.limit)
 
 
@@ -63,11 +70,11 @@ class Flickr8kData(DataSection):
     format: Literal["flickr8k"] = "flickr8k"
     path: FullPath
     encoding: str = "utf-8"
-    seed: int = 0
+    seed: StrictInt = 0
     errors: Policy = "skip"
 
     def read(self) -> Splits:
-        """The three splits."""
+        """Read train, val and test."""
         from capdistill.data import Flickr8k
 
         return Flickr8k(self.path, **self.model_dump(include={"encoding", "seed", "errors"}))
@@ -79,30 +86,30 @@ class KarpathyData(DataSection):
     format: Literal["karpathy"] = "karpathy"
     path: FullPath
     images: FullPath
-    restval: bool = True
+    restval: StrictBool = True
     errors: Policy = "skip"
 
     def read(self) -> Splits:
-        """The splits that the file names."""
+        """Read the splits that the file names."""
         from capdistill.data import Karpathy
 
         return Karpathy(self.path, self.images, restval=self.restval, errors=self.errors)
 
 
 class CocoData(DataSection):
-    """COCO caption files, one a split; without `val_path` a share is cut off by chance."""
+    """COCO caption files, one per split. Without `val_path`, a random share becomes val."""
 
     format: Literal["coco"] = "coco"
     path: FullPath
     images: FullPath
     val_path: FullPath | None = None
     val_images: FullPath | None = None
-    val_share: float = Field(default=0.1, gt=0, lt=1)
-    seed: int = 0
+    val_share: StrictFloat = Field(default=0.1, gt=0, lt=1)
+    seed: StrictInt = 0
     errors: Policy = "skip"
 
     def read(self) -> Splits:
-        """train and val."""
+        """Read train and val."""
         from capdistill.data import CocoCaptions, Splits
 
         train = CocoCaptions(self.path, self.images, errors=self.errors)
@@ -113,18 +120,18 @@ class CocoData(DataSection):
 
 
 class FolderData(DataSection):
-    """A folder of images with a CSV or JSON Lines file; a share is cut off by chance."""
+    """A folder of images with a CSV or JSON Lines file. A random share becomes val."""
 
     format: Literal["folder"] = "folder"
     path: FullPath
     captions: str | None = None
     encoding: str = "utf-8"
-    val_share: float = Field(default=0.1, gt=0, lt=1)
-    seed: int = 0
+    val_share: StrictFloat = Field(default=0.1, gt=0, lt=1)
+    seed: StrictInt = 0
     errors: Policy = "skip"
 
     def read(self) -> Splits:
-        """train and val."""
+        """Read train and val."""
         from capdistill.data import Folder
 
         data = Folder(self.path, self.captions, encoding=self.encoding, errors=self.errors)
@@ -141,7 +148,7 @@ FORMATS: dict[str, type[DataSection]] = {
 
 
 def parse_data(values: Any) -> DataSection:
-    """A `data` section to a checked one; `path: "sample"` stands for the bundled sample.
+    """Check a `data` section. `path: "sample"` stands for the bundled sample.
 
     Example:
         >>> parse_data({"format": "flickr8k", "path": "/data/flickr8k"}).seed
@@ -150,11 +157,11 @@ def parse_data(values: Any) -> DataSection:
         SampleData(format='sample', limit=4)
 
     Raises:
-        ConfigError: no data named, an unknown format or option, an option that is missing.
+        ConfigError: no data set is named, the format or an option is unknown, or one is missing.
     """
     if not isinstance(values, Mapping) or not values:
         raise ConfigError(
-            f"data: {values!r} names no data set. Give --data DIR and --format, or a section "
+            f"data: {values!r} names no data set. Give --data PATH and --format, or a section "
             '"data": {"format": ..., "path": ...} in a run file; --data sample is the bundled one.'
         )
     values = dict(values)
@@ -162,8 +169,8 @@ def parse_data(values: Any) -> DataSection:
         del values["path"]
         values["format"] = "sample"
     name = values.setdefault("format", "flickr8k")
-    if name not in FORMATS:
-        raise UnknownName(f"data: there is no format '{name}'. {suggest(str(name), FORMATS)}")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise UnknownName(f"data: there is no format {name!r}. {suggest(str(name), FORMATS)}")
     section = FORMATS[name]
     for key, field in section.model_fields.items():
         if field.is_required() and key not in values:
@@ -174,17 +181,27 @@ def parse_data(values: Any) -> DataSection:
     return parse(section, values, f"data (format {name})")
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """--data and its kin."""
+def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add --data and the options that belong to it."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="PATH", help='folder or caption file, or "sample"')
-    group.add_argument("--format", choices=list(FORMATS), help="of the data (default: flickr8k)")
-    group.add_argument("--images", metavar="DIR", help="the images' folder (coco, karpathy)")
-    group.add_argument("--limit", type=int, metavar="N", help="only N images of each split")
+    group.add_argument(
+        "--data", metavar="PATH", help='the folder or caption file of a data set, or "sample"'
+    )
+    group.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        metavar="FORMAT",
+        help=f"the layout of the data: {', '.join(FORMATS)} (default: flickr8k)",
+    )
+    group.add_argument(
+        "--images", metavar="DIR", help="the folder of the images (coco and karpathy)"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="use only N images of each split")
+    return group
 
 
 def data_values(options: argparse.Namespace) -> dict[str, Any]:
-    """What the options say of the `data` section."""
+    """The values of a `data` section that were given as options."""
     given = {
         "path": options.data,
         "format": options.format,
@@ -202,68 +219,66 @@ def _cut(data: Splits, limit: int) -> Splits:
 
 
 _HELP = {
-    "beam_size": "hypotheses kept an image; 1 is greedy",
-    "max_length": "tokens a caption at most",
-    "min_length": "words a caption at least",
-    "length_normalisation": "how length counts when hypotheses are ranked: none, average or gnmt",
-    "length_penalty": "its exponent; larger prefers longer captions",
-    "early_stopping": "when beams stop: true, false or never",
-    "num_return": "hypotheses given back an image",
-    "no_repeat_ngram": "no so many tokens in a row twice",
-    "banned_words": "words that are never said",
-    "allow_unknown": "let the unknown token be said",
-    "not_last": "words that no caption ends on, or function_words",
+    "beam_size": "keep N hypotheses per image; 1 is greedy search",
+    "max_length": "stop a caption after N tokens",
+    "min_length": "generate at least N words",
+    "length_normalisation": "how hypotheses of different lengths are ranked: none, average or gnmt",
+    "length_penalty": "exponent of the length; a larger one prefers longer captions",
+    "early_stopping": "when the beams of an image stop: true, false or never",
+    "num_return": "return the N best captions of an image",
+    "no_repeat_ngram": "never repeat a sequence of N tokens; 0 allows it",
+    "banned_words": "words that captions never contain",
+    "allow_unknown": "allow the unknown token in captions",
+    "not_last": "words that no caption ends with, or function_words",
     "prefix": "words that every caption begins with",
-    "sample": "draw words by chance",
-    "temperature": "of the draws",
-    "top_k": "draw from the k most probable words",
-    "top_p": "draw from the fewest words with this share of the probability",
-    "seed": "of the draws",
-    "beam_groups": "groups of beams that avoid each other's words",
-    "diversity_penalty": "how much they do",
+    "sample": "draw the words at random instead of searching",
+    "temperature": "with --sample: divide the log-probabilities by X",
+    "top_k": "with --sample: draw from the N most probable words",
+    "top_p": "with --sample: draw from the most probable words that reach the probability X",
+    "seed": "with --sample: the random seed",
+    "beam_groups": "split the beams into N groups that avoid each other's words",
+    "diversity_penalty": "with --beam-groups: how strongly they avoid them",
 }
 
 
 def add_generation_options(
-    parser: argparse.ArgumentParser, without: Collection[str] = ()
-) -> argparse._ArgumentGroup:
-    """An option for every field of `GenerationConfig`, of the same name.
+    parser: argparse.ArgumentParser, purpose: str = "", without: Collection[str] = ()
+) -> None:
+    """Add an option for every field of `GenerationConfig`, with the same name.
 
     Example:
         >>> parser = argparse.ArgumentParser()
-        >>> group = add_generation_options(parser)
+        >>> add_generation_options(parser)
         >>> generation_values(parser.parse_args(["--beam-size", "3", "--early-stopping", "never"]))
         {'beam_size': 3, 'early_stopping': 'never'}
 
     Args:
-        parser: Of a command.
-        without: Fields that are left to other options of the command.
+        parser: The parser of a command.
+        purpose: What is decoded, for the heading.
+        without: Fields that the command uses for an option of its own.
     """
-    group = parser.add_argument_group("decoding")
+    group = parser.add_argument_group(f"decoding{purpose}")
     for name, field in GenerationConfig.model_fields.items():
         if name not in without:
             flag = "--" + name.replace("_", "-")
-            group.add_argument(flag, dest=name, help=_HELP[name], **_reading(field.annotation))
-    return group
+            group.add_argument(flag, dest=name, help=_HELP[name], **_reader(field.annotation))
 
 
 def generation_values(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that were given, as fields of `GenerationConfig`; {} where none was."""
-    values = {
-        name: _not_last(value) if name == "not_last" else value
-        for name in GenerationConfig.model_fields
-        if (value := getattr(options, name, None)) is not None
-    }
-    return values
+    """The options that were given, as fields of `GenerationConfig`."""
+    given = {name: getattr(options, name, None) for name in GenerationConfig.model_fields}
+    if given["not_last"] == ["function_words"]:
+        given["not_last"] = "function_words"
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def _reading(annotation: Any) -> dict[str, Any]:
-    """How a field is read: a switch, a choice, several words, or one value."""
+def _reader(annotation: Any) -> dict[str, Any]:
+    """How argparse reads a field: as a switch, a choice, several words, or one value."""
     kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
     if kinds == [bool]:
         return {"action": argparse.BooleanOptionalAction, "default": None}
     if get_origin(annotation) is Literal:
-        return {"choices": kinds}
+        return {"choices": kinds, "metavar": "NAME"}
     if bool in kinds:
         return {"type": _true_false_or_word, "metavar": "WHEN"}
     if any(get_origin(kind) is tuple for kind in (*kinds, annotation)):
@@ -276,59 +291,68 @@ def _true_false_or_word(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _not_last(words: list[str]) -> list[str] | str:
-    return "function_words" if words == ["function_words"] else words
+def add_metrics_option(group: Any, default: str) -> None:
+    """Add --metrics; `metric_names` reads it."""
+    group.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help=f"metrics to compute, such as bleu,cider_d (default: {default})",
+    )
 
 
-DONE, PROBLEM, INTERRUPTED = 0, 1, 130
+def metric_names(options: argparse.Namespace) -> list[str] | None:
+    """The names given to --metrics, separated by commas or spaces; None where it was not given.
 
-
-def say(text: str) -> None:
-    """A line for the reader, on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def give(options: argparse.Namespace, content: Any, text: Callable[[], str]) -> None:
-    """The result on stdout: `content` as JSON with `--json`, otherwise what `text` gives."""
-    print(as_json(content) if options.json else text(), flush=True)
-
-
-def as_json(content: Any) -> str:
-    """JSON for programs: numbers that are not finite become null.
-
-    Example:
-        >>> as_json({"cider_d": float("nan")})
-        '{\\n  "cider_d": null\\n}'
+    Raises:
+        UnknownName: a metric does not exist; the message lists those that do.
     """
-    return json.dumps(finite_or_none(content), indent=2, ensure_ascii=False, allow_nan=False)
+    from capdistill.metrics.scorer import select
+
+    if options.metrics is None:
+        return None
+    names = [name for word in options.metrics for name in word.replace(",", " ").split()]
+    if not names:
+        raise ConfigError("--metrics names no metric. Give names such as bleu,cider_d.")
+    select(names)
+    return names
 
 
-def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Rows of text as aligned columns; those numbered in `right` are set to the right.
+def captioner_directory(given: str) -> Path:
+    """The directory of a saved captioner: the given one, or the best of the run that it holds.
 
-    Example:
-        >>> print(columns([("name", "size"), ("lstm", "5"), ("transformer", "12")], right=[1]))
-        name         size
-        lstm            5
-        transformer    12
+    Args:
+        given: A directory that `Captioner.save` wrote, a file in it, or the directory of a run.
+
+    Raises:
+        CheckpointError: no captioner is there; the message says what is.
     """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            text.rjust(widths[i]) if i in right else text.ljust(widths[i])
-            for i, text in enumerate(row)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    path = user_path(given, CheckpointError)
+    for directory in (path, path / "best", path / "final", path.parent if path.is_file() else path):
+        if (directory / "captioner.json").is_file():
+            return directory
+    if not path.exists():
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = difflib.get_close_matches(path.name, [each.name for each in siblings], n=1)
+        hint = f" Did you mean '{path.with_name(near[0])}'?" if near else ""
+        raise CheckpointError(f"{given}: there is no such directory.{hint}")
+    if (path / "state.pt").exists():
+        raise CheckpointError(
+            f"{given} is a run that has not saved a captioner yet. Finish its first epoch with "
+            f"--resume --out {given}."
+        )
+    raise CheckpointError(
+        f"{given} holds no saved captioner. Expected a directory that `capdistill train` or "
+        "Captioner.save wrote: RUN, RUN/best or RUN/final, with a file captioner.json."
+    )
 
 
 def require_writable(directory: str | Path) -> None:
-    """Find out now, not after an hour of work, that a directory cannot be written.
+    """Find out before the work that a directory cannot be written.
 
     Raises:
-        ConfigError: it cannot; the message says why.
+        ConfigError: it cannot be written; the message says why.
     """
-    probe = Path(directory) / ".capdistill-probe"
+    probe = user_path(directory) / ".capdistill-probe"
     write_text(probe, "")
     probe.unlink(missing_ok=True)

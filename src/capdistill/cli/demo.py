@@ -1,4 +1,4 @@
-"""`capdistill demo`: the whole way on the bundled photos, from nothing to a report."""
+"""`capdistill demo`: train, distil and compare on the bundled photos, from nothing to a report."""
 
 from __future__ import annotations
 
@@ -7,70 +7,73 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capdistill.cli.common import DONE, INTERRUPTED, give, require_writable, say
-from capdistill.cli.runfile import DistillRun, RunConfig, TrainRun, parse_run
+from capdistill.cli import DONE, INTERRUPTED, print_result, print_status
 from capdistill.errors import MissingExtra
+from capdistill.files import user_path
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner
+    from capdistill.cli.runfile import RunConfig
     from capdistill.data import Splits
     from capdistill.evaluation.comparison import Comparison
 
 _EXAMPLE = """\
+example:
   capdistill demo
   capdistill demo --out first-look --epochs 20"""
-_HONESTLY = """\
-{images} photos teach the pipeline, not the language: the models below are tiny, start from random
-weights and can only learn a few phrases. Scores on {held_out} photos are noise. What is real here
-is the way: the same commands train on your data, starting from pretrained encoders."""
-_LOOKS = 1  # photos in the report with what each model looked at
+_INTRODUCTION = """\
+This demo trains on {images} photos. They show how the pipeline works; they do not teach a language.
+The models are tiny, start from random weights and learn only a few phrases, and scores on
+{held_out} photos are mostly noise. On your data, the same commands use pretrained encoders."""
+_ATTENTION = 1  # photos in the report that show where each model looked
 _TRAINING = {
     "batch_size": 8,
     "learning_rate": 3e-3,
-    "encoder_lr_scale": 0.3,  # random encoders have everything to learn
+    "encoder_lr_scale": 0.3,  # the encoders are random, so they have everything to learn
     "schedule": "warmup_cosine",
     "cache_images": True,
     "patience": None,
     "device": "cpu",
-    "precision": "fp32",  # models so small gain nothing from bf16
+    "precision": "fp32",  # such small models gain nothing from bf16
 }
 _TEACHER = {
     "preset": "debug_teacher",
-    "encoder": {"kwargs": {"trainable": "all"}},
-    "decoder": {"kwargs": {"layers": 2}},
+    "encoder": {"trainable": "all"},
+    "decoder": {"layers": 2},
 }
 _STUDENT = {
     "preset": "debug_student",
-    "encoder": {"kwargs": {"trainable": "all"}},
-    "decoder": {"kwargs": {"embed": 48, "hidden": 112}},
+    "encoder": {"trainable": "all"},
+    "decoder": {"embed": 48, "hidden": 112},
 }
-_LOSSES = {
-    "token": {"kwargs": {"temperature": 2.0}},
-    "feature": {},
-    "hidden": {},
-}
+_LOSSES = {"token": {"name": "token", "temperature": 2.0}, "feature": "feature", "hidden": "hidden"}
 
 
-def demo_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Arguments of `demo`."""
-    parser = add(example=_EXAMPLE)
+def demo_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `demo`."""
+    parser.description = _EXAMPLE
     parser.add_argument(
-        "--out", default="capdistill-demo", metavar="DIR", help="(default: %(default)s)"
+        "--out",
+        default="capdistill-demo",
+        metavar="DIR",
+        help="directory of the runs and the report (default: %(default)s)",
     )
     parser.add_argument(
-        "--epochs", type=int, default=24, metavar="N", help="of each model (default: %(default)s)"
+        "--epochs",
+        type=int,
+        default=24,
+        metavar="N",
+        help="epochs of each of the three trainings (default: %(default)s)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only N photos of each split")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only N photos of each split")
     parser.set_defaults(run=run)
-    return parser
 
 
 def run(options: argparse.Namespace) -> int:
-    """The demo in one thread: on a busy machine, threads of models so small wait for each other."""
+    """Run the demo in one thread: with such small models, several threads wait for each other."""
     import torch
 
     threads = torch.get_num_threads()
@@ -82,38 +85,41 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Teacher, baseline, student, comparison, report."""
+    """Train teacher, baseline and student, compare them, and write the report."""
+    from capdistill.cli.common import require_writable
     from capdistill.evaluation.comparison import compare
 
-    began, out = time.perf_counter(), Path(options.out)
+    began, out = time.perf_counter(), user_path(options.out)
     require_writable(out)
     runs = demo_runs(out, options.epochs, options.limit)
     data = runs["teacher"].data.load()
-    say(_HONESTLY.format(images=len(data.all), held_out=len(data.val)))
+    print_status(_INTRODUCTION.format(images=len(data.all), held_out=len(data.val)))
     models: dict[str, Captioner] = {}
     for role, each in runs.items():
         captioner = _train(role, each, data)
         if captioner is None:
             return INTERRUPTED
         models[role] = captioner
-    say("\nComparing the three on the photos that were held out ...")
+    print_status("\nComparing the three models on the held-out photos ...")
     same: dict[str, Any] = {key: _TRAINING[key] for key in ("device", "precision")}
     same |= draw_curves({role: out / role for role in runs})
-    found = compare(models["teacher"], models["student"], data.val, models["baseline"], **same)
-    page = found.save(out / "report")
+    comparison = compare(models["teacher"], models["student"], data.val, models["baseline"], **same)
+    page = comparison.save(out / "report")
     seconds = time.perf_counter() - began
-    content = {"seconds": seconds, "report": str(page), **found.to_json()}
-    give(options, content, lambda: _ending(found, data, out, page, seconds))
+    content = {"seconds": seconds, "report": str(page), **comparison.to_json()}
+    print_result(options, content, lambda: _ending(comparison, data, out, page, seconds))
     return DONE
 
 
 def demo_runs(out: Path, epochs: int, limit: int | None = None) -> dict[str, RunConfig]:
-    """The three runs in their order; each directory has its run file, to be run again.
+    """The three runs in their order. Each directory gets its run file, which runs it again.
 
     Example:
         >>> list(demo_runs(Path("demo"), epochs=2))
         ['teacher', 'baseline', 'student']
     """
+    from capdistill.cli.runfile import DistillRun, TrainRun, parse_run
+
     data = {"format": "sample", "limit": limit}
     training = {**_TRAINING, "epochs": epochs}
     common = {"data": data, "tokenizer": {"min_count": 2}, "train": training}
@@ -134,27 +140,27 @@ def demo_runs(out: Path, epochs: int, limit: int | None = None) -> dict[str, Run
 
 
 def _train(role: str, run: RunConfig, data: Splits) -> Captioner | None:
-    """Train one of the three; None where Ctrl-C ended it."""
-    from capdistill.cli.train import execute
+    """Train one of the three; None if Ctrl-C ended it."""
+    from capdistill.cli.train import run_training
 
     titles = {
         "teacher": "Training the teacher",
-        "baseline": "Training the small model by cross-entropy alone, as the baseline",
+        "baseline": "Training the small model by cross-entropy alone, for comparison",
         "student": "Distilling the same small model from the teacher",
     }
-    say(f"\n{titles[role]} ({run.train.epochs} epochs) ...")
-    trainer, history = execute(run, data)
+    print_status(f"\n{titles[role]} ({run.train.epochs} epochs) ...")
+    trainer, history = run_training(run, data)
     if history.interrupted:
         return None
     first, last = (history.epochs[i]["train"]["terms"]["ce"]["raw"] for i in (0, -1))
-    say(f"cross-entropy a word on the training captions: {first:.2f} -> {last:.2f}")
+    print_status(f"cross-entropy per word on the training captions: {first:.2f} -> {last:.2f}")
     return trainer.captioner
 
 
 def draw_curves(directories: dict[str, Path]) -> dict[str, Any]:
-    """Leave history.png in each run; the options of `compare` that have it draw as well.
+    """Draw history.png in each run, and return the options that make `compare` draw as well.
 
-    Without matplotlib there is neither, which is said.
+    Without matplotlib nothing is drawn, and a message says so.
     """
     from capdistill import plots
 
@@ -162,23 +168,23 @@ def draw_curves(directories: dict[str, Path]) -> dict[str, Any]:
         for directory in directories.values():
             plots.history(directory, directory / "history.png")
     except MissingExtra as error:
-        say(f"There will be no pictures. {error}")
+        print_status(f"The report will have no pictures. {error}")
         return {}
-    return {"histories": directories, "attention": _LOOKS}
+    return {"histories": directories, "attention": _ATTENTION}
 
 
-def _ending(found: Comparison, data: Splits, out: Path, page: Path, seconds: float) -> str:
+def _ending(comparison: Comparison, data: Splits, out: Path, page: Path, seconds: float) -> str:
     photo = data.val.examples[0].path
-    sample = found.samples[0]
-    said = [f"  {role}: {caption}" for role, caption in sample.captions.items()]
+    sample = comparison.samples[0]
+    captions = [f"  {role}: {caption}" for role, caption in sample.captions.items()]
     command = [*_program(), "caption", str(out / "student" / "best"), str(photo)]
-    lines = [str(found), "", f"On {photo.name} ({sample.references[0]!r}):", *said, ""]
-    lines += [f"The report is in {page}", f"All this took {seconds:.0f} s. Caption a photo with:"]
+    lines = [str(comparison), "", f"On {photo.name} ({sample.references[0]!r}):", *captions, ""]
+    lines += [f"The report is in {page}", f"The demo took {seconds:.0f} s. Caption a photo with:"]
     return "\n".join([*lines, f"  {shlex.join(command)}"])
 
 
 def _program() -> list[str]:
-    """How this command can be called again from here."""
+    """The words that call this command again from here."""
     if shutil.which("capdistill"):
         return ["capdistill"]
     return [sys.executable, "-m", "capdistill"]

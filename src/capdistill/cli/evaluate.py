@@ -1,65 +1,80 @@
-"""`capdistill evaluate` and `compare`, over the functions of the same names."""
+"""`capdistill evaluate`, `compare` and `score`: scores of models and of caption files."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capdistill.cli import DONE, as_json, columns, print_result, print_status
 from capdistill.cli.common import (
-    DONE,
     add_data_options,
     add_generation_options,
-    as_json,
-    columns,
+    add_metrics_option,
+    captioner_directory,
     data_values,
     generation_values,
-    give,
+    metric_names,
     parse_data,
     require_writable,
-    say,
 )
 from capdistill.errors import ConfigError, DataError, require_int
-from capdistill.files import write_text
-from capdistill.metrics import CaptionScorer, Scores, diversity, read_coco_results
-from capdistill.metrics.base import first
-from capdistill.metrics.bootstrap import paired
+from capdistill.files import user_path, write_text
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
+    from capdistill.metrics import Scores
 
 
 _EVALUATE = """\
-  capdistill evaluate runs/student/best --data flickr8k --split test
-  capdistill evaluate runs/student/best --data flickr8k --json > scores.json"""
+example:
+  capdistill evaluate runs/student --data flickr8k --split test
+  capdistill evaluate runs/student --data flickr8k --metrics bleu,cider_d,meteor_1_5
+  capdistill evaluate runs/student --data flickr8k --json > scores.json"""
 _COMPARE = """\
-  capdistill compare runs/teacher/best runs/student/best --baseline runs/ce/best \\
-      --data flickr8k --out runs/report"""
+example:
+  capdistill compare runs/teacher runs/student --data flickr8k --out runs/report
+  capdistill compare runs/teacher runs/student --baseline runs/ce \\
+      --data flickr8k --bootstrap 1000 --out runs/report"""
+_SCORE = """\
+example:
+  capdistill score captions_val2017.json results.json
+  capdistill score captions_val2017.json results.json --metrics bleu,cider_d
+  capdistill score captions_val2017.json student.json --against teacher.json
+  capdistill score captions_val2017.json results.json --json --per-image > scores.json"""
+SCHEMA = "capdistill.scores/1"
+_SAMPLES = 1000
 
 
-def evaluate_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Arguments of `evaluate`."""
-    parser = add(example=_EVALUATE)
-    parser.add_argument("captioner", metavar="DIR", help="a saved captioner, e.g. RUN/best")
-    _add_options(parser)
+def evaluate_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `evaluate`."""
+    parser.description = _EVALUATE
+    parser.usage = "capdistill evaluate DIR --data PATH [options]"
+    parser.add_argument("captioner", metavar="DIR", help="a run's or a saved captioner's directory")
     parser.add_argument(
-        "--captions", type=Path, metavar="FILE", help="also write the captions as COCO results"
+        "--captions", metavar="FILE", help="also write the captions as a COCO results file"
     )
+    _add_options(parser)
     parser.set_defaults(run=run_evaluate)
-    return parser
 
 
-def compare_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Arguments of `compare`."""
-    parser = add(example=_COMPARE)
-    parser.add_argument("teacher", metavar="TEACHER", help="directory of the saved teacher")
-    parser.add_argument("student", metavar="STUDENT", help="directory of the saved student")
+def compare_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `compare`."""
+    parser.description = _COMPARE
+    parser.usage = "capdistill compare TEACHER STUDENT --data PATH --out DIR [options]"
+    parser.add_argument(
+        "teacher", metavar="TEACHER", help="the teacher: a run's or a saved captioner's directory"
+    )
+    parser.add_argument("student", metavar="STUDENT", help="the student, likewise")
     parser.add_argument(
         "--baseline", metavar="DIR", help="the same student trained by cross-entropy alone"
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="of report.json, report.html")
+    parser.add_argument(
+        "--out", metavar="DIR", required=True, help="the folder for report.json and report.html"
+    )
     parser.add_argument(
         "--bootstrap",
         type=int,
@@ -72,16 +87,15 @@ def compare_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.Arg
         type=int,
         default=0,
         metavar="N",
-        help="draw where the models looked in the first N images (extra ui)",
+        help="draw where the models looked in N images (needs the extra ui)",
     )
     parser.add_argument(
         "--curves",
         action="store_true",
-        help="draw the training curves of the runs that the directories lie in (extra ui)",
+        help="draw the training curves of the models' runs (needs the extra ui)",
     )
     _add_options(parser)
     parser.set_defaults(run=run_compare)
-    return parser
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
@@ -90,48 +104,58 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from capdistill.evaluation.evaluation import evaluate
     from capdistill.metrics import coco_results
 
-    if options.captions:
-        require_writable(options.captions.parent)
-    captioner = Captioner.load(options.captioner)
+    captions = user_path(options.captions) if options.captions else None
+    if captions:
+        require_writable(captions.parent)
+    directory, metrics = captioner_directory(options.captioner), metric_names(options)
+    captioner = Captioner.load(directory)
     data = _data(options)
-    found = evaluate(captioner, data.get(options.split), **_evaluation_options(options, data))
-    if options.captions:
-        write_text(options.captions, json.dumps(coco_results(found.captions)))
-    give(options, found.to_json(), lambda: str(found))
+    result = evaluate(
+        captioner, data.get(options.split), metrics=metrics, **_evaluation_options(options, data)
+    )
+    if captions:
+        write_text(captions, json.dumps(coco_results(result.captions)))
+    print_result(options, result.to_json(), lambda: str(result))
     return DONE
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    """Set two or three captioners side by side and write the report."""
+    """Compare two or three captioners and write the report."""
     from capdistill.captioner import Captioner
     from capdistill.evaluation.comparison import compare
 
-    require_writable(options.out)
-    teacher, student = Captioner.load(options.teacher), Captioner.load(options.student)
-    baseline = Captioner.load(options.baseline) if options.baseline else None
+    out, metrics = user_path(options.out), metric_names(options)
+    require_writable(out)
+    roles = [role for role in ("teacher", "student", "baseline") if getattr(options, role)]
+    directories = {role: captioner_directory(getattr(options, role)) for role in roles}
+    models = {role: Captioner.load(directory) for role, directory in directories.items()}
     data = _data(options)
-    split = data.get(options.split)
-    how = {"bootstrap": options.bootstrap, **_evaluation_options(options, data)}
-    how |= {"attention": options.attention, "histories": _histories(options)}
-    found = compare(teacher, student, split, baseline, **how)
-    page = found.save(options.out)
-    give(options, found.to_json(), lambda: str(found))
-    say(f"The report is in {page}")
+    result = compare(
+        models["teacher"],
+        models["student"],
+        data.get(options.split),
+        models.get("baseline"),
+        bootstrap=options.bootstrap,
+        attention=options.attention,
+        histories=_histories(directories) if options.curves else {},
+        metrics=metrics,
+        **_evaluation_options(options, data),
+    )
+    page = result.save(out)
+    print_result(options, result.to_json(), lambda: str(result))
+    print_status(f"The report is in {page}")
     return DONE
 
 
-def _histories(options: argparse.Namespace) -> dict[str, Path]:
+def _histories(directories: Mapping[str, Path]) -> dict[str, Path]:
     """Model -> the run that its directory lies in, where there is one."""
-    if not options.curves:
-        return {}
-    runs = {role: getattr(options, role) for role in ("teacher", "student", "baseline")}
-    found = {role: Path(given).parent for role, given in runs.items() if given}
-    return {role: run for role, run in found.items() if (run / "history.jsonl").exists()}
+    runs = {role: directory.absolute().parent for role, directory in directories.items()}
+    return {role: run for role, run in runs.items() if (run / "history.jsonl").exists()}
 
 
 def _data(options: argparse.Namespace) -> Splits:
     data = parse_data(data_values(options)).load()
-    say(data.summary())
+    print_status(data.summary())
     return data
 
 
@@ -143,80 +167,83 @@ def _evaluation_options(options: argparse.Namespace, data: Splits) -> dict[str, 
         **given,
         "generation": generation_values(options) or None,
         "training_captions": data.train.captions if whole else None,
+        "progress": sys.stderr is not None and sys.stderr.isatty(),
     }
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    add_data_options(parser)
-    parser.add_argument("--split", default="val", help="of the data (default: %(default)s)")
+    data = add_data_options(parser)
+    data.add_argument(
+        "--split", metavar="NAME", default="val", help="the split to use (default: %(default)s)"
+    )
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once")
-    group.add_argument("--num-workers", type=int, default=0, metavar="N", help="reading processes")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    group.add_argument("--precision", default="auto", help="auto, bf16, fp16 or fp32")
+    add_metrics_option(group, "all")
+    group.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="images per batch (default: 32)"
+    )
+    group.add_argument(
+        "--num-workers", type=int, default=0, metavar="N", help="processes that read images"
+    )
+    group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, ...")
+    group.add_argument(
+        "--precision", metavar="NAME", default="auto", help="auto, bf16, fp16 or fp32"
+    )
     group.add_argument(
         "--no-measure",
         dest="measure",
         action="store_false",
-        help="scores only, without time, memory and size",
+        help="compute scores only: no time, memory and size",
     )
     add_generation_options(parser)
 
 
-_SAMPLES = 1000
-_EXAMPLE = """\
-  capdistill score captions_val2017.json results.json
-  capdistill score captions_val2017.json results.json --metrics bleu cider_d
-  capdistill score captions_val2017.json student.json --against teacher.json
-  capdistill score captions_val2017.json results.json --json --per-image > scores.json"""
-
-
-def score_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Arguments of `score`."""
-    parser = add(example=_EXAMPLE)
+def score_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `score`."""
+    parser.description = _SCORE
+    parser.usage = "capdistill score REFERENCES RESULTS [options]"
     parser.add_argument("references", metavar="REFERENCES", help="a COCO captions file")
     parser.add_argument(
-        "results", metavar="RESULTS", help='a list of {"image_id": ..., "caption": ...}'
+        "results", metavar="RESULTS", help='a JSON list of {"image_id": ..., "caption": ...}'
     )
-    parser.add_argument(
-        "--metrics", nargs="+", metavar="NAME", help="such as bleu cider_d (default: all)"
-    )
+    add_metrics_option(parser, "all")
     parser.add_argument(
         "--against",
         metavar="OTHER",
-        help="another system's results of the same images: intervals, differences, p-values",
+        help="another system's results for the same images: adds intervals, differences and "
+        "p-values",
     )
     parser.add_argument(
         "--bootstrap",
         type=int,
         metavar="N",
-        help=f"with --against: samples of the images to draw (default: {_SAMPLES})",
+        help=f"with --against: number of samples of the images (default: {_SAMPLES})",
     )
-    parser.add_argument("--per-image", action="store_true", help="the scores of each image as well")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON to a file")
-    parser.set_defaults(run=run)
-    return parser
+    parser.add_argument(
+        "--per-image", action="store_true", help="also show the scores of every image"
+    )
+    parser.add_argument("--out", metavar="FILE", help="also write the JSON to a file")
+    parser.set_defaults(run=run_score)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Score the images that have a result; say how many have none."""
-    pass
-    from capdistill.files import write_text
-
-    files = options.references, options.results
-    _require_other_file(options.out, *files, *filter(None, [options.against]))
-    found = score_files(*files, options.metrics, options.against, _samples(options))
+def run_score(options: argparse.Namespace) -> int:
+    """Score the images that have a result, and say how many have none."""
+    files = [options.references, options.results, *filter(None, [options.against])]
+    references, results, *against = (str(user_path(file, DataError)) for file in files)
+    out = user_path(options.out) if options.out else None
+    _require_other_file(out, [references, results, *against])
+    names, samples = metric_names(options), _samples(options)
+    scored = score_files(references, results, names, next(iter(against), None), samples)
     if not options.per_image:
-        for system in _systems(found).values():
+        for system in _systems(scored).values():
             del system["per_image"]
-    if options.out:
-        write_text(options.out, as_json(found) + "\n")
-    give(options, found, lambda: _table(found))
+    if out:
+        write_text(out, as_json(scored) + "\n")
+    print_result(options, scored, lambda: _table(scored))
     return DONE
 
 
 def _samples(options: argparse.Namespace) -> int:
-    """How many to draw; refused before the work where it is none, or there is nothing to draw."""
+    """The number of bootstrap samples, checked before the work."""
     if options.bootstrap is None:
         return _SAMPLES
     if not options.against:
@@ -224,41 +251,41 @@ def _samples(options: argparse.Namespace) -> int:
     return require_int("--bootstrap", options.bootstrap, minimum=1)
 
 
-def _require_other_file(out: Path | None, *inputs: str) -> None:
-    if out and out.exists() and any(Path(path).exists() and out.samefile(path) for path in inputs):
-        raise ConfigError(f"--out {out} is a file that is read; give another name.")
+def _require_other_file(out: Path | None, inputs: Sequence[str]) -> None:
+    if out and out.exists() and any(Path(p).exists() and out.samefile(p) for p in inputs):
+        raise ConfigError(f"--out {out} is one of the files to score; give another name.")
 
 
-def _systems(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The results and, where given, those they are set against."""
-    return {"results": found, **({"against": found["against"]} if "against" in found else {})}
+def _systems(scored: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results and, with --against, those of the other system."""
+    return {"results": scored, **({"against": scored["against"]} if "against" in scored else {})}
 
 
-def _table(found: dict[str, Any]) -> str:
-    systems = _systems(found)
-    parts = [_scores(found) if len(systems) == 1 else _side_by_side(found)]
-    if "per_image" in found:
+def _table(scored: dict[str, Any]) -> str:
+    systems = _systems(scored)
+    parts = [_scores(scored) if len(systems) == 1 else _side_by_side(scored)]
+    if "per_image" in scored:
         alone = len(systems) == 1
         parts += [
             _per_image("image" if alone else f"image, {name}", each["per_image"])
             for name, each in systems.items()
         ]
-    return "\n\n".join([*parts, "\n".join(_remarks(found, systems))])
+    return "\n\n".join([*parts, "\n".join(_remarks(scored, systems))])
 
 
-def _scores(found: Mapping[str, Any]) -> str:
-    return columns([(name, _figure(v)) for name, v in found["scores"].items()], right=[1])
+def _scores(scored: Mapping[str, Any]) -> str:
+    return columns([(name, _figure(v)) for name, v in scored["scores"].items()], right=[1])
 
 
-def _side_by_side(found: Mapping[str, Any]) -> str:
-    """A score a line; every built-in one has its intervals."""
+def _side_by_side(scored: Mapping[str, Any]) -> str:
+    """A score per line; every built-in score has its intervals."""
     from capdistill.metrics.bootstrap import bracketed, changed
 
-    scores = {"results": found["scores"], "against": found["against"]["scores"]}
+    scores = {"results": scored["scores"], "against": scored["against"]["scores"]}
     rows = [("", *scores, "results minus against")]
-    for name, ends in found["intervals"].items():
+    for name, ends in scored["intervals"].items():
         both = [f"{_figure(each[name])} {bracketed(ends[s])}" for s, each in scores.items()]
-        rows.append((name, *both, changed(**found["differences"][name])))
+        rows.append((name, *both, changed(**scored["differences"][name])))
     return columns(rows)
 
 
@@ -268,33 +295,30 @@ def _per_image(head: str, scores: Mapping[str, Mapping[str, float]]) -> str:
     return columns([(head, *scores), *rows], right=range(1, len(scores) + 1))
 
 
-def _remarks(found: Mapping[str, Any], systems: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _remarks(scored: Mapping[str, Any], systems: Mapping[str, Mapping[str, Any]]) -> list[str]:
     from capdistill.metrics.bootstrap import remark
 
-    images, without = found["images"], found["images_without_result"]
+    images, without = scored["images"], scored["images_without_result"]
     lines = [f"{images} of {images + without} images have a result and are scored."]
-    whose = {"results": "The captions use", "against": "Those they are set against use"}
+    whose = {"results": "The captions use", "against": "The other system's captions use"}
     lines += [f"{whose[name]} {health_line(each['health'])}" for name, each in systems.items()]
-    drawn = found.get("bootstrap")
+    drawn = scored.get("bootstrap")
     if drawn:
         lines += [remark(drawn["samples"], drawn["confidence"]), *drawn["notes"]]
-    return [*lines, *found["notes"]]
+    return [*lines, *scored["notes"]]
 
 
 def health_line(health: Mapping[str, Any]) -> str:
-    """The captions' health in one line for readers."""
+    """The health of the captions in one line."""
     return (
-        f"{health['vocabulary']} different words, {health['mean_length']:.1f} a "
-        f"caption; {health['distinct_captions']:.1%} are distinct, {health['repeats']:.1%} repeat "
+        f"{health['vocabulary']} different words, {health['mean_length']:.1f} per caption; "
+        f"{health['distinct_captions']:.1%} are distinct, {health['repeats']:.1%} repeat "
         f"a pair of words, {health['empty']:.1%} are empty."
     )
 
 
 def _figure(value: float) -> str:
     return f"{value:.4f}"
-
-
-SCHEMA = "capdistill.scores/1"
 
 
 def score_files(
@@ -304,25 +328,27 @@ def score_files(
     against: str | None = None,
     samples: int = 1000,
 ) -> dict[str, Any]:
-    """What the JSON says of the files, scores of each image included.
+    """The scores of caption files as plain values for JSON, those of each image included.
 
     Args:
         references: A COCO captions file.
         results: The captions to score.
         metrics: As for `CaptionScorer`.
         against: Another system's captions of the same images.
-        samples: Of the images, for the intervals of the two systems.
+        samples: Number of bootstrap samples of the images, for the intervals.
 
     Raises:
-        DataError: as `read_coco_results`; or the two results are not of the same images.
+        DataError: as in `read_coco_results`; or the two results are not of the same images.
     """
+    from capdistill.metrics import CaptionScorer, read_coco_results
+
     read = read_coco_results(references, results)
     other = read_coco_results(references, against).captions if against else None
     if other is not None:
         _require_same_images(results, read.captions, str(against), other)
     scorer = CaptionScorer(read.references, metrics=metrics)
     scores = scorer(read.captions)
-    found = {
+    scored = {
         "schema": SCHEMA,
         "images": len(read.captions),
         "images_without_result": len(read.without),
@@ -331,12 +357,14 @@ def score_files(
     }
     if other is not None:
         systems = {"results": scores, "against": scorer(other)}
-        found["against"] = _system(other, systems["against"])
-        found |= _differences(systems, samples)
-    return found
+        scored["against"] = _system(other, systems["against"])
+        scored |= _differences(systems, samples)
+    return scored
 
 
 def _system(captions: Mapping[str, str], scores: Scores) -> dict[str, Any]:
+    from capdistill.metrics import diversity
+
     return {
         "scores": dict(scores),
         "health": diversity(captions).to_json(),
@@ -345,7 +373,9 @@ def _system(captions: Mapping[str, str], scores: Scores) -> dict[str, Any]:
 
 
 def _differences(systems: Mapping[str, Scores], samples: int) -> dict[str, Any]:
-    """The results' scores minus the other's, in the words of a comparison's rows."""
+    """Intervals of both systems, and the results' scores minus the other's."""
+    from capdistill.metrics.bootstrap import paired
+
     drawn = paired(systems, [("against", "results")], samples)[0]
     settings = drawn.to_json()
     return {
@@ -368,6 +398,8 @@ def _differences(systems: Mapping[str, Scores], samples: int) -> dict[str, Any]:
 def _require_same_images(
     results: str, ours: Mapping[str, str], against: str, theirs: Mapping[str, str]
 ) -> None:
+    from capdistill.metrics.base import first
+
     here = [image for image in ours if image not in theirs]
     there = [image for image in theirs if image not in ours]
     if here or there:

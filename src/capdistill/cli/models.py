@@ -1,31 +1,31 @@
-"""`capdistill models`: presets with their true sizes, and the names in the registries."""
+"""`capdistill models`: the presets with their sizes, and the names in the registries."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from capdistill.cli.common import DONE, columns, give
+from capdistill.cli import DONE, columns, print_result
 
 _EXAMPLE = """\
+example:
   capdistill models
   capdistill models --vocabulary 10000 --json"""
 
 
-def models_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Arguments of `models`."""
-    parser = add(example=_EXAMPLE)
+def models_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `models`."""
+    parser.description = _EXAMPLE
     parser.add_argument(
         "--vocabulary",
         type=vocabulary_size,
         default=3000,
         metavar="V",
-        help="words and special tokens, which size the decoder (default: %(default)s)",
+        help="number of words and special tokens, which sets the decoders' sizes "
+        "(default: %(default)s)",
     )
     parser.set_defaults(run=run)
-    return parser
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,12 +35,12 @@ def run(options: argparse.Namespace) -> int:
     sizes = [asdict(size) for size in presets.table(options.vocabulary)]
     parts = registered()
     content = {"vocabulary": options.vocabulary, "presets": sizes, **parts}
-    give(options, content, lambda: _text(options.vocabulary, sizes, parts))
+    print_result(options, content, lambda: _text(options.vocabulary, sizes, parts))
     return DONE
 
 
 def registered() -> dict[str, list[dict[str, Any]]]:
-    """Every registered encoder, decoder and loss with its provenance; a broken plugin says why.
+    """Every registered encoder, decoder and loss with its origin; a broken plugin has an `error`.
 
     Example:
         >>> [part["name"] for part in registered()["decoders"] if part["origin"] == "built-in"]
@@ -50,7 +50,7 @@ def registered() -> dict[str, list[dict[str, Any]]]:
 
     kinds = {"encoders": encoders, "decoders": decoders, "losses": losses}
     return {
-        kind: [_part(registry.describe(name)) for name in registry.names()]
+        kind: [_component(registry.describe(name)) for name in registry.names()]
         for kind, registry in kinds.items()
     }
 
@@ -59,11 +59,13 @@ def vocabulary_size(text: str) -> int:
     """A whole number above the four special tokens."""
     size = int(text)
     if size <= 4:
-        raise argparse.ArgumentTypeError(f"{size} leaves no word beside the 4 special tokens")
+        raise argparse.ArgumentTypeError(
+            f"{size} leaves no word beside the 4 special tokens; give 5 or more"
+        )
     return size
 
 
-def _part(description: Any) -> dict[str, Any]:
+def _component(description: Any) -> dict[str, Any]:
     keys = ("name", "origin", "signature", "error")
     summary = description.docstring.split("\n", 1)[0]
     shadowed = list(description.shadowed)
@@ -78,8 +80,8 @@ def _text(vocabulary: int, sizes: list[dict[str, Any]], parts: dict[str, Any]) -
         f"Presets, with a vocabulary of {vocabulary:,} entries:",
         columns(rows, right=range(1, 7)),
     ]
-    for kind, found in parts.items():
-        lines = [(f"  {p['name']}", p["origin"], _remark(p)) for p in found]
+    for kind, described in parts.items():
+        lines = [(f"  {each['name']}", each["origin"], _remark(each)) for each in described]
         blocks += ["", f"{kind.capitalize()}:", columns(lines)]
     return "\n".join(blocks)
 

@@ -1,46 +1,46 @@
-"""The run file of `train` and `distill`: one JSON object, checked, and written back resolved.
-
-Values come from `--config`, then from plain flags, then from `--set`; the last one wins.
-"""
+"""The run file of `train`, `distill` and `check`: one JSON object, checked and fully resolved."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool, StrictInt
 
-from capdistill.cli.common import DataSection, FullPath, parse_data
+from capdistill.cli.common import FORMATS, DataSection, FullPath, captioner_directory, parse_data
 from capdistill.errors import ConfigError, parse
-from capdistill.files import write_text
+from capdistill.files import user_path, write_text
 from capdistill.training.config import DistillConfig, TrainConfig, recipe
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner
-    from capdistill.data import Splits
-    from capdistill.tokenizer import Tokenizer, WordTokenizer
-    from capdistill.training.distiller import Distiller
-    from capdistill.training.trainer import Trainer
+    from capdistill.tokenizer import Tokenizer
 
 
 NAME = "config.json"
+DEFAULT_RECIPE = "reference"  # whose losses and weights are used where none are given
 S = TypeVar("S", bound=BaseModel)
 R = TypeVar("R", bound="RunConfig")
+Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """Part of a run file: no unknown keys, no changes."""
+    """Part of a run file: it has no unknown keys and cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Part(Section):
-    """A registered encoder, decoder or loss, as in a saved captioner's `captioner.json`.
+class ComponentConfig(Section):
+    """A registered encoder or decoder, as in the `captioner.json` of a saved captioner.
+
+    In a run file, arguments may stand beside the name: `{"name": "lstm", "hidden": 384}`. An
+    argument that is itself called `name` (timm's) must stand in `kwargs`.
 
     Args:
-        name: In the registry; beside a preset none is given, and `kwargs` join the preset's.
+        name: The name in the registry. Beside a preset there is none: `kwargs` then change the
+            preset's arguments.
         kwargs: Its arguments.
     """
 
@@ -49,37 +49,38 @@ class Part(Section):
 
 
 class ModelSection(Section):
-    """A preset, or an encoder and a decoder.
+    """A preset, an encoder and a decoder, or a saved captioner.
 
     Args:
         preset: A name that `capdistill models` lists.
-        weights: Of the encoder: true (hub), false (random), or a file.
-        encoder, decoder: Parts, or what changes in the preset's.
-        start: A saved captioner of the same parts, whose weights to start from.
+        weights: Weights of the encoder: true (from the hub), false (random), or a file.
+        encoder, decoder: Components, or changes to those of the preset.
+        start: Directory of a saved captioner to start from. Alone, it gives the whole model; with a
+            preset or components, it gives their weights.
     """
 
     preset: str | None = None
-    weights: bool | FullPath | None = None
-    encoder: Part | None = None
-    decoder: Part | None = None
+    weights: StrictBool | FullPath | None = None
+    encoder: ComponentConfig | None = None
+    decoder: ComponentConfig | None = None
     start: FullPath | None = None
 
 
 class TokenizerSection(Section):
-    """A saved tokenizer (a file, or a captioner's directory), or how to train one."""
+    """A saved tokenizer (a file or a captioner's directory), or how to train one."""
 
     path: FullPath | None = None
-    min_count: int = Field(default=5, ge=1)
-    max_size: int | None = Field(default=None, ge=5)
-    max_length: int = Field(default=40, ge=1)
+    min_count: StrictInt = Field(default=5, ge=1)
+    max_size: StrictInt | None = Field(default=None, ge=5)
+    max_length: StrictInt = Field(default=40, ge=1)
 
 
 class RunConfig(Section):
-    """What `train` and `distill` share.
+    """What `train` and `distill` have in common.
 
     Args:
-        data: See `capdistill.cli.common`.
-        tokenizer: Trained on the training captions unless a path is given.
+        data: See `capdistill.cli.common.DataSection`.
+        tokenizer: Trained on the training captions unless it has a path.
         train: Options of the trainer.
         out: Directory of the run.
     """
@@ -98,24 +99,24 @@ class TrainRun(RunConfig):
 
 
 class DistillRun(RunConfig):
-    """A run of `capdistill distill`; without a tokenizer section the student has the teacher's.
+    """A run of `capdistill distill`. Without a tokenizer section, the student has the teacher's.
 
     Args:
         teacher: Directory of a saved captioner.
-        student: The captioner that is trained.
-        losses: Term -> loss; the reference's three unless given.
-        weights: Of the terms, "ce" among them: a number, or [first, last] over the run.
+        student: The captioner to train.
+        losses: Term -> loss, in the form that `Distiller` takes: {"name": ..., arguments}.
+        weights: Term -> weight, "ce" included: a number, or [first, last] over the run.
     """
 
     command: Literal["distill"] = "distill"
     teacher: FullPath
     student: ModelSection
-    losses: dict[str, Part] | None = None
-    weights: dict[str, float | tuple[float, float]] | None = None
+    losses: dict[str, dict[str, Any]]
+    weights: dict[str, Number | tuple[Number, Number]]
 
 
 def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
-    """The values of a run file to a checked configuration.
+    """Check the values of a run file and fill in its defaults.
 
     Example:
         >>> run = parse_run(TrainRun, {"data": {"path": "sample"}, "train": {"epochs": 3},
@@ -124,7 +125,7 @@ def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
         (3, 'debug_student', None)
 
     Raises:
-        ConfigError: an unknown key, with the nearest one, or a value that cannot be.
+        ConfigError: a key is unknown (the message names the nearest one), or a value is invalid.
     """
     checked = dict(values)
     options = DistillConfig if cls is DistillRun else TrainConfig
@@ -134,43 +135,38 @@ def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
         checked["tokenizer"] = _section(TokenizerSection, values["tokenizer"], "tokenizer")
     for key in {"model", "student"} & {*cls.model_fields}:
         checked[key] = _model(values.get(key), key)
-    if values.get("losses") is not None:
-        checked["losses"] = _losses(values["losses"])
-    if cls is DistillRun and not values.get("teacher"):
-        raise ConfigError(
-            "teacher: no directory of a saved captioner was given. Train one with "
-            "`capdistill train`, then give --teacher RUN/best."
-        )
+    if cls is DistillRun:
+        if not values.get("teacher"):
+            raise ConfigError(
+                "teacher: no directory of a saved captioner was given. Train one with "
+                "`capdistill train`, then give --teacher RUN."
+            )
+        given = default_losses() if values.get("losses") is None else values["losses"]
+        checked["losses"] = _losses(given)
+        weights = {} if values.get("weights") is None else values["weights"]
+        checked["weights"] = _weights(weights, checked["losses"], removed=given)
     return parse(cls, checked, "run file")
 
 
-def recipe_values(name: str) -> dict[str, Any]:
-    """A recipe as values of a run file.
+def default_losses() -> dict[str, Any]:
+    """The losses of a distillation that names none.
 
     Example:
-        >>> recipe_values("reference")["losses"]["token"]
-        {'name': 'token', 'kwargs': {'temperature': 4.0}}
-
-    Raises:
-        UnknownName: no such recipe.
+        >>> default_losses()["token"]
+        {'name': 'token', 'temperature': 4.0}
     """
-    options = recipe(name)
-    weights = options.pop("weights")
-    losses = {
-        term: {"name": loss.pop("name"), "kwargs": loss}
-        for term, loss in options.pop("losses").items()
-    }
-    return {"losses": losses, "weights": weights, "train": options}
+    losses: dict[str, Any] = recipe(DEFAULT_RECIPE)["losses"]
+    return losses
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """The object in a run file, unchecked.
+    """Read the JSON object in a run file, unchecked.
 
     Raises:
-        ConfigError: no such file, or it holds no JSON object.
+        ConfigError: the file does not exist, or holds no JSON object.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(user_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be read as a run file ({error}). Expected a JSON object such as the "
@@ -181,33 +177,75 @@ def read_values(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def override(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """Values with `key=value` settings laid over them; dots lead into sections.
+def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """Lay `key=value` settings over values. Dots lead into sections; values are JSON or text.
 
     Example:
         >>> override({"train": {"epochs": 3}}, ["train.epochs=4", "student.preset=lite0_lstm"])
         {'train': {'epochs': 4}, 'student': {'preset': 'lite0_lstm'}}
 
     Raises:
-        ConfigError: not of that form, or a dot after something that is no section.
+        ConfigError: a setting has another form, or leads into something that is no section.
     """
+    changed = dict(values)
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"--set {setting!r}: expected key=value, e.g. train.epochs=3.")
-        values = _with(values, key.split("."), _value(text), setting)
-    return values
+        keys = key.split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"--set {setting!r}: expected KEY=VALUE, e.g. train.epochs=3.")
+        _set(changed, keys, _value(keys, text), setting)
+    return changed
 
 
-def write_resolved(run: RunConfig) -> Path | None:
-    """Write the run file, every default filled in, to the run's directory.
+def _set(values: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
+    """Set a value in place, with a copy of every section on the way."""
+    for key in keys[:-1]:
+        inner = values.get(key)
+        if isinstance(inner, str) and (keys[0] == "losses" or key in ("encoder", "decoder")):
+            inner = {"name": inner}  # given by its name alone
+        if inner is not None and not isinstance(inner, Mapping):
+            raise ConfigError(f"--set {setting!r}: '{key}' is {inner!r}, which has no keys.")
+        values[key] = values = dict(inner or {})
+    values[keys[-1]] = value
+
+
+def _value(keys: list[str], text: str) -> Any:
+    """JSON, or the text where it is none, or where the key takes text and not that type."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    kinds = _types_of(keys)
+    is_text = str in kinds and type(value) in (bool, int, float) and type(value) not in kinds
+    return text if is_text else value
+
+
+def _types_of(keys: list[str]) -> set[Any]:
+    """The types that a key of a run file takes, where it is known."""
+    models: dict[str, tuple[type[BaseModel], ...]] = {
+        "data": tuple(FORMATS.values()),
+        "tokenizer": (TokenizerSection,),
+        "train": (TrainConfig,),
+        "model": (ModelSection,),
+        "student": (ModelSection,),
+    }
+    classes = (TrainRun, DistillRun) if len(keys) == 1 else models.get(keys[0], ())
+    fields = [cls.model_fields.get(keys[-1]) for cls in classes if len(keys) <= 2]
+    return {kind for field in fields if field for kind in _leaves(field.annotation)}
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    inner = get_args(annotation)
+    return [leaf for each in inner for leaf in _leaves(each)] if inner else [annotation]
+
+
+def write_resolved(run: RunConfig, directory: str | Path) -> Path:
+    """Write the run file, with every default filled in, to the directory of the run.
 
     Raises:
         ConfigError: the directory cannot be written.
     """
-    if run.out is None:
-        return None
-    path = Path(run.out) / NAME
+    path = Path(directory) / NAME
     write_text(path, json.dumps(run.model_dump(mode="json"), indent=2) + "\n")
     return path
 
@@ -227,109 +265,101 @@ def _model(values: Any, key: str) -> ModelSection:
     if not isinstance(values, Mapping):
         raise ConfigError(f'{key}: {values!r} is no section; write {{"preset": {values!r}}}.')
     parts = {
-        name: _part(values[name], f"{key}.{name}")
+        name: _component(values[name], f"{key}.{name}")
         for name in ("encoder", "decoder")
         if values.get(name) is not None
     }
     return _section(ModelSection, {**values, **parts}, key)
 
 
-def _losses(values: Any) -> dict[str, Part]:
+def _component(value: Any, what: str) -> ComponentConfig:
+    if isinstance(value, str):
+        return ComponentConfig(name=value)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'{what}: {value!r} is no component; expected {{"name": ..., ...}}.')
+    given = {key: each for key, each in value.items() if key in ComponentConfig.model_fields}
+    component = _section(ComponentConfig, given, what)
+    beside = {key: each for key, each in value.items() if key not in given}
+    twice = sorted(component.kwargs.keys() & beside.keys())
+    if twice:
+        raise ConfigError(f"{what}: '{twice[0]}' is given twice, also in kwargs. Give it once.")
+    return component.model_copy(update={"kwargs": {**component.kwargs, **beside}})
+
+
+def _losses(values: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(values, Mapping):
         raise ConfigError(f"losses: {values!r} is no section; expected term -> loss.")
-    return {term: _part(loss, f"losses.{term}") for term, loss in values.items()}
+    return {term: _loss(term, loss) for term, loss in values.items() if loss is not None}
 
 
-def _part(value: Any, what: str) -> Part:
-    return Part(name=value) if isinstance(value, str) else _section(Part, value, what)
+def _loss(term: str, loss: Any) -> dict[str, Any]:
+    """A loss as {"name": ..., arguments}; without a name, the term is the name."""
+    if isinstance(loss, str):
+        return {"name": loss}
+    if not isinstance(loss, Mapping):
+        raise ConfigError(
+            f'losses.{term}: {loss!r} is no loss; expected a name or {{"name": ..., arguments}}.'
+        )
+    if "kwargs" in loss:
+        inner = loss["kwargs"]
+        name = next(iter(inner), "ARGUMENT") if isinstance(inner, Mapping) else "ARGUMENT"
+        raise ConfigError(
+            f"losses.{term}.kwargs: the arguments of a loss stand beside its name. Write "
+            f'losses.{term}.{name}=..., or "{term}": {{"name": "{loss.get("name", term)}", '
+            f'"{name}": ...}} in a run file.'
+        )
+    if not isinstance(loss.get("name", term), str):
+        raise ConfigError(f"losses.{term}.name: {loss['name']!r} is no name of a loss.")
+    return {"name": term, **loss}
 
 
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def _weights(given: Any, losses: Mapping[str, Any], removed: Mapping[str, Any]) -> dict[str, Any]:
+    """The given weights, without those of losses set to null, and defaults for the others."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"weights: {given!r} is no section; expected term -> weight.")
+    defaults = recipe(DEFAULT_RECIPE)["weights"]
+    complete = {term: defaults.get(term, 1.0) for term in ("ce", *losses)} | dict(given)
+    return {k: weight for k, weight in complete.items() if k in losses or k not in removed}
 
 
-def _with(values: Mapping[str, Any], keys: list[str], value: Any, setting: str) -> dict[str, Any]:
-    if len(keys) == 1:
-        return {**values, keys[0]: value}
-    inner = values.get(keys[0])
-    if inner is not None and not isinstance(inner, Mapping):
-        raise ConfigError(f"--set {setting!r}: '{keys[0]}' is {inner!r}, which has no keys.")
-    return {**values, keys[0]: _with(inner or {}, keys[1:], value, setting)}
+def make_captioner(
+    section: ModelSection, what: str, tokenizer: Tokenizer | None = None
+) -> Captioner:
+    """Make the model that a section describes.
 
-
-def make_trainer(run: RunConfig, data: Splits) -> Trainer:
-    """What trains a run, its models made. Weights drawn by chance depend on the seed alone."""
-    return _distiller(run, data) if isinstance(run, DistillRun) else _trainer(run, data)
-
-
-def make_tokenizer(section: TokenizerSection, data: Splits) -> WordTokenizer:
-    """A saved tokenizer, or one trained on the captions of the training split."""
-    from capdistill.tokenizer import WordTokenizer
-
-    if section.path is None:
-        options = section.model_dump(exclude={"path"})
-        return WordTokenizer.train(data.train.captions, **options)
-    path = Path(section.path)
-    return WordTokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
-
-
-def make_captioner(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner:
-    """A preset with its changes, or parts from the registries.
+    Args:
+        section: A preset with its changes, components from the registries, or a saved captioner.
+        what: "model" or "student", for messages.
+        tokenizer: Needed unless the section is a saved captioner alone.
 
     Raises:
-        ConfigError: neither, or a part without a name.
+        ConfigError: the section describes no model, or two.
         CheckpointError: the weights to start from do not fit.
     """
     from capdistill.captioner import Captioner
 
-    made = _preset(section, tokenizer, what) if section.preset else _parts(section, tokenizer, what)
+    parts = (section.encoder, section.decoder)
+    if section.start is not None and section.preset is None and parts == (None, None):
+        if section.weights is not None:
+            raise ConfigError(
+                f"{what}: a saved captioner to start from has its own weights. Give either start "
+                "or weights."
+            )
+        return Captioner.load(captioner_directory(section.start), tokenizer=tokenizer)
+    assert tokenizer is not None
+    if section.preset:
+        captioner = _from_preset(section, tokenizer, what)
+    else:
+        captioner = _from_components(section, tokenizer, what)
     if section.start is not None:
         from capdistill.weights import load_exactly
 
-        load_exactly(made, Captioner.load(section.start).state_dict(), section.start)
-    return made
+        start = captioner_directory(section.start)
+        load_exactly(captioner, Captioner.load(start).state_dict(), str(start))
+    return captioner
 
 
-def make_losses(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """Losses by term; a part without a name is called as its term."""
-    from capdistill import losses
-
-    return {term: losses.create(part.name or term, **part.kwargs) for term, part in parts.items()}
-
-
-def _trainer(run: RunConfig, data: Splits) -> Trainer:
-    from capdistill.runtime import seed_everything
-    from capdistill.training.trainer import Trainer
-
-    assert isinstance(run, TrainRun)
-    tokenizer = make_tokenizer(run.tokenizer or TokenizerSection(), data)
-    seed_everything(run.train.seed)
-    captioner = make_captioner(run.model, tokenizer, "model")
-    return Trainer(captioner, **run.train.model_dump())
-
-
-def _distiller(run: DistillRun, data: Splits) -> Distiller:
-    from capdistill.captioner import Captioner
-    from capdistill.runtime import seed_everything
-    from capdistill.training.distiller import Distiller
-
-    teacher = Captioner.load(run.teacher)
-    tokenizer = make_tokenizer(run.tokenizer, data) if run.tokenizer else teacher.tokenizer
-    seed_everything(run.train.seed)
-    return Distiller(
-        teacher,
-        make_captioner(run.student, tokenizer, "student"),
-        losses=None if run.losses is None else make_losses(run.losses),
-        weights=run.weights,
-        **run.train.model_dump(),
-    )
-
-
-def _preset(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner:
-
+def _from_preset(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner:
     from capdistill.captioner import Captioner
 
     changes = {}
@@ -337,14 +367,15 @@ def _preset(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner
         if part is not None and part.name is not None:
             raise ConfigError(
                 f"{what}: a preset ('{section.preset}') and {kind}.name ('{part.name}') cannot "
-                f"both be given. Leave out the preset, or change its {kind} with {kind}.kwargs."
+                f"both be given. Leave out the preset, or change an argument of its {kind} with "
+                f"{kind}.ARGUMENT (one called name with {kind}.kwargs.name)."
             )
         changes[kind] = part.kwargs if part is not None else {}
     weights = True if section.weights is None else section.weights
     return Captioner.create(section.preset or "", tokenizer=tokenizer, weights=weights, **changes)
 
 
-def _parts(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner:
+def _from_components(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner:
     from capdistill import decoders, encoders
     from capdistill.captioner import Captioner
 
@@ -356,6 +387,6 @@ def _parts(section: ModelSection, tokenizer: Tokenizer, what: str) -> Captioner:
             '"decoder": {"name": "lstm"}}.'
         )
     weights = {} if section.weights is None else {"weights": section.weights}
-    looks = encoders.create(encoder.name, **{**weights, **encoder.kwargs})
-    says = decoders.create(decoder.name, **{"dim": looks.dim, **decoder.kwargs})
-    return Captioner(looks, says, tokenizer, name=what)
+    made = encoders.create(encoder.name, **{**weights, **encoder.kwargs})
+    reader = decoders.create(decoder.name, **{"dim": made.dim, **decoder.kwargs})
+    return Captioner(made, reader, tokenizer, name=what)

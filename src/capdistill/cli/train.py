@@ -1,96 +1,109 @@
-"""`capdistill train`, `distill` and `check`: one run file, three things to do with it."""
+"""`capdistill train`, `distill` and `check`: three uses of one run file."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capdistill.cli import DONE, INTERRUPTED, PROBLEM, print_result, print_status
 from capdistill.cli.common import (
-    DONE,
-    INTERRUPTED,
-    PROBLEM,
     add_data_options,
     add_generation_options,
+    captioner_directory,
     data_values,
     generation_values,
-    give,
-    say,
 )
 from capdistill.cli.runfile import (
     NAME,
     DistillRun,
     RunConfig,
+    TokenizerSection,
     TrainRun,
+    default_losses,
+    make_captioner,
     override,
     parse_run,
     read_values,
-    recipe_values,
     write_resolved,
 )
 from capdistill.errors import ConfigError
+from capdistill.files import user_path
+from capdistill.training.config import TrainConfig, recipe
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
+    from capdistill.tokenizer import WordTokenizer
     from capdistill.training.history import History
     from capdistill.training.trainer import Trainer
 
 _TRAIN = """\
+example:
   capdistill train --preset vit_transformer --data flickr8k --epochs 20 --out runs/teacher
   capdistill train --config runs/teacher/config.json --set train.seed=1 --out runs/teacher-1"""
 _DISTILL = """\
-  capdistill distill --teacher runs/teacher/best --student lite0_lstm --data flickr8k \\
-      --set losses.token.kwargs.temperature=2 --set weights.ce=0.5 --out runs/student
-  capdistill distill --config runs/student/config.json          # the same run again
-  capdistill distill --resume --out runs/student                # goes on where it stopped"""
+example:
+  capdistill distill --teacher runs/teacher --student lite0_lstm --data flickr8k --out runs/student
+  capdistill distill --teacher runs/teacher --student lite0_lstm --data flickr8k \\
+      --set losses.token.temperature=2 --set weights.ce=0.5 --out runs/student-2
+  capdistill distill --config runs/student/config.json --out runs/again    # the same run again
+  capdistill distill --resume --out runs/student                 # continue an interrupted run"""
 _CHECK = """\
-  capdistill check --teacher runs/teacher/best --student lite0_lstm --data flickr8k"""
-_TRAINING_FLAGS = {
-    "epochs": (int, "each is every training image once"),
-    "batch_size": (int, "images a step"),
-    "captions_per_image": (int, "captions of an image a step; else as the data have, at most 5"),
-    "learning_rate": (float, "peak rate"),
-    "seed": (int, "of everything drawn by chance"),
-    "num_workers": (int, "processes that read images"),
-    "device": (str, "auto, cpu, cuda, ..."),
-    "precision": (str, "auto, bf16, fp16 or fp32"),
+example:
+  capdistill check --teacher runs/teacher --student lite0_lstm --data flickr8k"""
+_TRAINING_FLAGS: dict[str, tuple[type, str, str]] = {
+    "epochs": (int, "N", "number of passes over the training images"),
+    "batch_size": (int, "N", "images per batch"),
+    "captions_per_image": (int, "N", "captions of each image per batch (default: as in the data)"),
+    "learning_rate": (float, "X", "peak learning rate"),
+    "seed": (int, "N", "seed of everything random"),
+    "num_workers": (int, "N", "processes that read images"),
+    "device": (str, "NAME", "auto, cpu, cuda, ..."),
+    "precision": (str, "NAME", "auto, bf16, fp16 or fp32"),
+    "monitor": (str, "NAME", "score that decides which epoch is best, such as cider, or loss"),
 }
 
 
-def train_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Arguments of `train`."""
-    parser = add(example=_TRAIN)
-    parser.add_argument("--preset", metavar="NAME", help="the model; see `capdistill models`")
+def train_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `train`."""
+    parser.description = _TRAIN
+    parser.usage = "capdistill train --preset NAME --data PATH --out DIR [options]"
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="the model: a preset (`capdistill models` lists them) or a saved captioner's "
+        "directory, to train it further",
+    )
     _add_run_options(parser)
-    _add_out_options(parser)
     parser.set_defaults(run=train, run_class=TrainRun, model="model")
-    return parser
 
 
-def distill_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Arguments of `distill`."""
-    parser = add(example=_DISTILL)
+def distill_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `distill`."""
+    parser.description = _DISTILL
+    parser.usage = "capdistill distill --teacher DIR --student NAME --data PATH --out DIR [options]"
     _add_pair_options(parser)
-    _add_out_options(parser)
+    _add_run_options(parser)
     parser.set_defaults(run=train, run_class=DistillRun, model="student")
-    return parser
 
 
-def check_command(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Arguments of `check`, those of `distill` without its output."""
-    parser = add(example=_CHECK)
+def check_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `check`: those of `distill` without the output."""
+    parser.description = _CHECK
+    parser.usage = "capdistill check --teacher DIR --student NAME --data PATH [options]"
     _add_pair_options(parser)
+    _add_run_options(parser, output=False)
     parser.set_defaults(run=check, run_class=DistillRun, model="student", out=None, resume=False)
-    return parser
 
 
 def train(options: argparse.Namespace) -> int:
-    """Train or distil, and say what came out."""
+    """Train or distil, and print what came out."""
     run = make_run(options)
     data = run.data.load()
-    say(data.summary())
-    trainer, history = execute(run, data, resume=options.resume)
+    print_status(data.summary())
+    trainer, history = run_training(run, data, resume=options.resume)
     best = history.best or (history.epochs[-1] if history.epochs else None)
     content = {
         "out": run.out,
@@ -101,28 +114,39 @@ def train(options: argparse.Namespace) -> int:
         "epochs": len(history.epochs),
         "best": best and {key: best[key] for key in ("epoch", "train", "val", "scores")},
     }
-    give(options, content, lambda: _summary(content))
+    print_result(options, content, lambda: _summary(content))
     return INTERRUPTED if history.interrupted else DONE
 
 
-def execute(run: RunConfig, data: Splits, *, resume: bool = False) -> tuple[Trainer, History]:
-    """Write the resolved run file, then train.
+def run_training(run: RunConfig, data: Splits, *, resume: bool = False) -> tuple[Trainer, History]:
+    """Make the models, train, and leave the resolved run file in the directory of the run.
 
     Raises:
         ConfigError: no output directory, or one that cannot be written.
     """
-    from capdistill.cli.runfile import make_trainer
-
     if run.out is None:
         raise ConfigError("out: no directory for the run was given. Give --out DIR.")
     run = _with_captions(run, data)
     trainer = make_trainer(run, data)
-    write_resolved(run)
-    return trainer, trainer.fit(data.train, _validation(data), out=run.out, resume=resume)
+    history = trainer.fit(
+        data.train, _validation(data), out=run.out, resume=resume, callbacks=[_RunFile(run)]
+    )
+    return trainer, history
+
+
+class _RunFile:
+    """Callback that writes the run file once nothing stops the run from starting."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        assert trainer.out is not None
+        write_resolved(self.run, trainer.out)
 
 
 def _with_captions(run: RunConfig, data: Splits) -> RunConfig:
-    """Captions an image a step as the data have them, unless given: a number that is recorded."""
+    """Record how many captions per image the data have, unless the number was given."""
     from capdistill.data.collate import usual_captions
 
     if run.train.captions_per_image is not None:
@@ -131,57 +155,130 @@ def _with_captions(run: RunConfig, data: Splits) -> RunConfig:
     return run.model_copy(update={"train": run.train.model_copy(update=known)})
 
 
-def check(options: argparse.Namespace) -> int:
-    """Print what `Distiller.check` finds; a failure is exit code 1."""
-    from capdistill.cli.runfile import make_trainer
-
-    run = make_run(options)
-    data = run.data.load()
-    say(data.summary())
-    report = make_trainer(run, data).check(data.train, _validation(data))
-    give(options, report.to_json(), lambda: str(report))
-    return DONE if report.ok else PROBLEM
-
-
-def make_run(options: argparse.Namespace) -> RunConfig:
-    """Run file, flags and settings to one checked configuration."""
-    values: dict[str, Any] = {}
-    if getattr(options, "recipe", None) is not None:
-        values = recipe_values(options.recipe)
-    if options.config is not None:
-        for section, given in read_values(options.config).items():
-            values[section] = _joined(values.get(section), given)
-    elif options.resume and options.out and (Path(options.out) / NAME).exists():
-        values = read_values(Path(options.out) / NAME)
-    for section, given in _from_flags(options).items():
-        values = {**values, section: _joined(values.get(section), given)}
-    run: RunConfig = parse_run(options.run_class, override(values, options.set))
-    return run
-
-
 def _validation(data: Splits) -> Any:
     if "val" in data.parts:
         return data.val
-    say("There is no val split: nothing is scored, and the last epoch counts as the best.")
+    print_status("There is no val split: nothing is scored, and the last epoch counts as the best.")
     return None
 
 
-def _from_flags(options: argparse.Namespace) -> dict[str, Any]:
-    model = {
-        "preset": getattr(options, "student" if options.model == "student" else "preset"),
-        "weights": {"hub": True, "random": False}.get(options.weights, options.weights),
-    }
-    training = {name: getattr(options, name) for name in _TRAINING_FLAGS}
+def check(options: argparse.Namespace) -> int:
+    """Print what `Distiller.check` finds; a failure is exit code 1."""
+    run = make_run(options)
+    data = run.data.load()
+    print_status(data.summary())
+    report = make_trainer(run, data).check(data.train, _validation(data))
+    print_result(options, report.to_json(), lambda: str(report))
+    return DONE if report.ok else PROBLEM
+
+
+def make_trainer(run: RunConfig, data: Splits) -> Trainer:
+    """Make the models of a run and what trains them. Random weights depend on the seed alone."""
+    from capdistill.captioner import Captioner
+    from capdistill.runtime import seed_everything
+    from capdistill.training.distiller import Distiller
+    from capdistill.training.trainer import Trainer
+
+    section = run.tokenizer
+    if isinstance(run, DistillRun):
+        teacher = Captioner.load(captioner_directory(run.teacher))
+        tokenizer = make_tokenizer(section, data) if section else teacher.tokenizer
+        seed_everything(run.train.seed)
+        student = make_captioner(run.student, "student", tokenizer)
+        losses, weights = run.losses, dict(run.weights)
+        return Distiller(teacher, student, losses, weights, **run.train.model_dump())
+    assert isinstance(run, TrainRun)
+    alone = run.model.start and not (run.model.preset or run.model.encoder or run.model.decoder)
+    if section is None and not alone:
+        section = TokenizerSection()
+    words = make_tokenizer(section, data) if section else None
+    seed_everything(run.train.seed)
+    return Trainer(make_captioner(run.model, "model", words), **run.train.model_dump())
+
+
+def make_tokenizer(section: TokenizerSection, data: Splits) -> WordTokenizer:
+    """A saved tokenizer, or one trained on the captions of the training split."""
+    from capdistill.tokenizer import WordTokenizer
+
+    if section.path is None:
+        options = section.model_dump(exclude={"path"})
+        return WordTokenizer.train(data.train.captions, **options)
+    path = Path(section.path)
+    if not path.is_file():
+        path = captioner_directory(section.path) / "tokenizer.json"
+    return WordTokenizer.load(path)
+
+
+def make_run(options: argparse.Namespace) -> RunConfig:
+    """Recipe, run file, options and --set to one configuration; what comes later wins."""
+    base = recipe_values(options.recipe) if getattr(options, "recipe", None) else {}
+    written = _read_run_file(options)
+    values = {name: _joined(base.get(name), each) for name, each in written.items()}
+    values = {**base, **values}
+    if written.get("losses") is not None:
+        values["losses"] = written["losses"]  # whoever names losses names all of them
+    for name, each in _from_options(options).items():
+        values[name] = _joined(values.get(name), each)
+    model = options.student if options.model == "student" else options.preset
+    if model is not None:
+        values[options.model] = _with_model(values.get(options.model), model)
+    if options.run_class is DistillRun and values.get("losses") is None:
+        values["losses"] = default_losses()
+    values = override(values, options.set)
+    run: RunConfig = parse_run(options.run_class, values)
+    return run
+
+
+def recipe_values(name: str) -> dict[str, Any]:
+    """A recipe as values of a run file.
+
+    Example:
+        >>> recipe_values("reference")["losses"]["token"]
+        {'name': 'token', 'temperature': 4.0}
+
+    Raises:
+        UnknownName: there is no such recipe; the message lists those there are.
+    """
+    options = recipe(name)
+    apart = {key: value for key, value in options.items() if key in ("losses", "weights")}
+    return {**apart, "train": {k: value for k, value in options.items() if k not in apart}}
+
+
+def _read_run_file(options: argparse.Namespace) -> dict[str, Any]:
+    if options.config is not None:
+        return read_values(options.config)
+    if options.resume and options.out and (user_path(options.out) / NAME).exists():
+        return read_values(Path(options.out) / NAME)
+    return {}
+
+
+def _from_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, as values of a run file."""
+    flags = {name: getattr(options, name) for name in _TRAINING_FLAGS}
     decoding = {k: v for k, v in generation_values(options).items() if k not in _TRAINING_FLAGS}
-    training["generation"] = decoding or None
+    weights = {"hub": True, "random": False}.get(options.weights, options.weights)
     given: dict[str, Any] = {
         "data": data_values(options),
-        options.model: _not_none(model),
-        "train": _not_none(training),
+        options.model: _not_none({"weights": weights}),
+        "train": _not_none({**flags, "generation": decoding or None}),
         "tokenizer": _not_none({"path": options.tokenizer}),
     }
     plain = {"out": options.out, "teacher": getattr(options, "teacher", None)}
     return {**{key: value for key, value in given.items() if value}, **_not_none(plain)}
+
+
+def _with_model(section: Any, name: str) -> dict[str, Any]:
+    """A model section whose model is a preset or a saved captioner in place of what it was."""
+    from capdistill import presets
+
+    kept = dict(section) if isinstance(section, Mapping) else {}
+    if kept.get("preset") == name:
+        return kept
+    kept = {key: value for key, value in kept.items() if key == "weights"}
+    is_path = os.sep in name or user_path(name).exists()
+    if name not in presets.names() and is_path:
+        return {**kept, "start": str(captioner_directory(name))}
+    return {**kept, "preset": name}
 
 
 def _not_none(values: dict[str, Any]) -> dict[str, Any]:
@@ -193,54 +290,70 @@ def _joined(old: Any, new: Any) -> Any:
 
 
 def _add_pair_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", metavar="DIR", help="a saved captioner, e.g. RUN/best")
-    parser.add_argument("--student", metavar="NAME", help="a preset; see `capdistill models`")
     parser.add_argument(
-        "--recipe", metavar="NAME", help="losses, weights and options by name, e.g. reference"
+        "--teacher", metavar="DIR", help="the teacher: a run's or a saved captioner's directory"
     )
-    _add_run_options(parser)
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="run file; flags and --set go over it")
     parser.add_argument(
+        "--student",
+        metavar="NAME",
+        help="the student: a preset (`capdistill models` lists them) or a saved captioner's "
+        "directory, to start from its weights",
+    )
+
+
+def _add_run_options(parser: argparse.ArgumentParser, output: bool = True) -> None:
+    parser.add_argument(
+        "--weights", metavar="W", help="the encoder's weights: hub (default), random, or a file"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="a saved tokenizer, or a saved captioner's directory"
+    )
+    if output:
+        parser.add_argument(
+            "--out", metavar="DIR", help=f"directory of the run: best/, final/, {NAME}, ..."
+        )
+        parser.add_argument(
+            "--resume", action="store_true", help="continue the run in the directory --out"
+        )
+    _add_settings(parser)
+    add_data_options(parser)
+    group = parser.add_argument_group("training")
+    for name, (kind, metavar, text) in _TRAINING_FLAGS.items():
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, dest=name, type=kind, metavar=metavar, help=text)
+    purpose = " (how validation generates captions)"
+    add_generation_options(parser, purpose, without=_TRAINING_FLAGS)
+
+
+def _add_settings(parser: Any) -> None:
+    group = parser.add_argument_group("configuration")
+    group.add_argument(
+        "--recipe", metavar="NAME", help="start from the losses, weights and options of a recipe"
+    )
+    group.add_argument(
+        "--config", metavar="FILE", help="start from a run file, such as that of an earlier run"
+    )
+    group.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any key of the run file, e.g. train.patience=3; the value is JSON or a string",
+        help="set any key of the run file, e.g. train.patience=3; repeat it for more keys",
     )
-    parser.add_argument(
-        "--weights", metavar="W", help="of the encoder: hub (default), random, or a file"
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="PATH", help="a saved one, or a captioner's directory"
-    )
-    add_data_options(parser)
-    group = parser.add_argument_group("training")
-    for name, (kind, text) in _TRAINING_FLAGS.items():
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, dest=name, type=kind, metavar=kind.__name__.upper(), help=text)
-    add_generation_options(parser, without=_TRAINING_FLAGS)  # how validation captions
-
-
-def _add_out_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", metavar="DIR", help=f"of the run: best/, final/, {NAME}, history.jsonl, ..."
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.settings = [f"train.{name}" for name in TrainConfig.model_fields]
 
 
 def _summary(content: dict[str, Any]) -> str:
+    if content["interrupted"]:
+        return f"Interrupted. Continue with --resume --out {content['out']}"
     best = content["best"] or {"epoch": None, "scores": {}}
     scores = ", ".join(f"{name} {value:.4f}" for name, value in best["scores"].items())
     epochs = f"{content['epochs']} epoch" + "s" * (content["epochs"] != 1)
-    lines = [
-        f"{content['parameters']:,} parameters; {epochs}"
-        + (f"; best is epoch {best['epoch']}: {scores}" if scores else ""),
-        f"captioner: {content['captioner']}",
-        f"run file:  {content['config']}",
-    ]
-    if content["interrupted"]:
-        lines = [f"Interrupted. Go on with --resume --out {content['out']}"]
-    return "\n".join(lines)
+    counts = f"{content['parameters']:,} parameters; {epochs}"
+    return "\n".join(
+        [
+            f"{counts}; the best is epoch {best['epoch']}: {scores}" if scores else counts,
+            f"captioner: {content['captioner']}",
+            f"run file:  {content['config']}",
+        ]
+    )
