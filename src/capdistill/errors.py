@@ -304,9 +304,10 @@ def _refuse_bools(cls: type[BaseModel], values: Mapping[str, Any], what: str) ->
         if isinstance(value, bool) and not kinds & {bool, Any}:
             kind = "number" if kinds & {int, float} else "value of another type"
             raise ConfigError(f"{what}: option '{name}' was given {value}; expected a {kind}.")
-        for kind in kinds if isinstance(value, Mapping) else ():
-            if hasattr(kind, "model_fields"):
-                _refuse_bools(kind, value, f"{what}: {name}")
+        if isinstance(value, Mapping):
+            for kind in kinds:
+                if hasattr(kind, "model_fields"):
+                    _refuse_bools(kind, value, f"{what}: {name}")
 
 
 def _kinds(annotation: Any) -> set[Any]:

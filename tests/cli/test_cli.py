@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,18 +20,63 @@ def test_the_help_of_every_command_has_an_example_that_parses(
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
     assert done.value.code == 0
-    example = capsys.readouterr().out.split("example:\n")[1].replace("\\\n", " ")
-    lines = [line.partition("  #")[0].partition(" > ")[0].strip() for line in example.splitlines()]
-    shown = [line.split() for line in lines if line]
+    text = capsys.readouterr().out
+    example = text.split("example:\n")[1].split("\n\n")[0].replace("\\\n", " ")
+    assert text.index("example:") < text.index("options:")
+    lines = [line.partition("  #")[0].partition(" > ")[0] for line in example.splitlines()]
+    shown = [line.partition(" | ")[2].split() or line.split() for line in lines]
     assert shown
     for words in shown:
         assert words[:2] == ["capdistill", command]
         make_parser().parse_args(words[1:])
 
 
-def test_parsing_and_help_import_no_torch() -> None:
-    code = "import sys, capdistill.cli as c; c.make_parser(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize("words", [[], ["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_no_torch_and_only_what_the_command_needs(words: list[str]) -> None:
+    code = "import sys; from capdistill.cli import main\ntry: main(sys.argv[1:])\nfinally: "
+    code += "print(*sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    heavy = {"torch", "numpy", "timm", "PIL", "nltk", "matplotlib", "capdistill.metrics"}
+    if words[:1] in ([], ["--help"], ["models"], ["demo"]):
+        heavy |= {"pydantic", "capdistill.cli.common"}
+    assert not heavy & {*done.stderr.split()}
+
+
+def test_capdistill_alone_prints_help_and_is_exit_code_0(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("usage: capdistill")
+    assert all(f"\n    {name} " in shown.out for name in COMMANDS)
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "suggestion"),
+    [
+        (["distil"], "Did you mean 'distill'?"),
+        (["evalute", "run"], "Did you mean 'evaluate'?"),
+        (["train", "--epoch", "3"], "Did you mean --epochs?"),
+        (["train", "--learning_rate=1"], "Did you mean --learning-rate?"),
+        (["caption", "run", "a.jpg", "--beam", "3"], "Did you mean --beam-size?"),
+        (["--verison"], "Did you mean --version?"),
+        (["train", "--format", "flicker8k"], "Did you mean 'flickr8k'?"),
+        (["caption", "r", "a.jpg", "--length-normalisation", "avrage"], "Did you mean 'average'?"),
+        (["train", "--max-grad-norm", "1"], "Did you mean --set train.max_grad_norm=VALUE?"),
+        (["distill", "--label-smoothing=0.1"], "Did you mean --set train.label_smoothing=VALUE?"),
+        (["train", "--lable-smoothing=0.1"], "Did you mean --set train.label_smoothing=VALUE?"),
+        (["models", "lite0_lstm"], "unexpected argument 'lite0_lstm'"),
+    ],
+)
+def test_a_misspelt_command_option_or_choice_gets_the_nearest_name(
+    words: list[str], suggestion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    assert done.value.code == 2
+    assert suggestion in capsys.readouterr().err
 
 
 def test_python_m_capdistill_is_the_command() -> None:
@@ -38,7 +85,7 @@ def test_python_m_capdistill_is_the_command() -> None:
     assert done.stdout == f"capdistill {capdistill.__version__}\n"
 
 
-@pytest.mark.parametrize("words", [[], ["distil"], ["train", "--epoch", "3"], ["caption"]])
+@pytest.mark.parametrize("words", [["distil"], ["train", "--epoch", "3"], ["caption"]])
 def test_a_wrong_command_line_is_exit_code_2(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,7 +100,7 @@ def test_a_problem_is_exit_code_1_with_its_message_and_no_traceback(
 ) -> None:
     assert main(["caption", str(tmp_path), "dog.jpg"]) == 1
     shown = capsys.readouterr()
-    assert shown.err.startswith(f"capdistill caption: {tmp_path / 'captioner.json'} does not")
+    assert shown.err.startswith(f"capdistill caption: {tmp_path} holds no saved captioner")
     assert "Traceback" not in shown.err
     assert shown.out == ""
 
@@ -91,7 +138,7 @@ def test_a_warning_is_one_plain_line_on_stderr(
 
 def test_a_reader_that_stops_early_is_no_traceback() -> None:
     code = (
-        "import sys; from capdistill.cli import main, models; "
+        "import sys, capdistill.cli.models as models; from capdistill.cli import main; "
         "models.run = lambda options: print('x' * 10**6, flush=True); sys.exit(main(['models']))"
     )
     command = [sys.executable, "-c", code]
@@ -101,3 +148,51 @@ def test_a_reader_that_stops_early_is_no_traceback() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+def test_a_full_disk_below_the_output_is_a_message() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "capdistill"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+TEXT = "un caf\u00e9, \u4e00\u53ea\u72d7 \U0001f415 and half a character \ud83d"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"PYTHONIOENCODING": "utf-8"},
+        {"PYTHONIOENCODING": "cp1252:strict"},
+    ],
+)
+@pytest.mark.parametrize("as_json", ["", "--json"])
+def test_any_text_can_be_printed_to_any_terminal(environment: dict[str, str], as_json: str) -> None:
+    code = (
+        "import sys, json, capdistill.cli as cli, capdistill.cli.models as models\n"
+        f"text = {TEXT!a}\n"
+        "def run(options):\n"
+        "    cli.print_status(text)\n"
+        "    cli.print_result(options, {'caption': text}, lambda: text)\n"
+        "    return 0\n"
+        "models.run = run\n"
+        "sys.exit(cli.main(['models', *sys.argv[1:]]))"
+    )
+    command = [sys.executable, "-c", code, *filter(None, [as_json])]
+    done = subprocess.run(
+        command, capture_output=True, env={**os.environ, **environment}, check=True
+    )
+    if as_json:
+        encoding = environment.get("PYTHONIOENCODING", "ascii").split(":")[0]
+        assert json.loads(done.stdout.decode(encoding)) == {"caption": TEXT}
+    else:
+        assert b"half a character \\ud83d" in done.stdout
+    assert b"half a character \\ud83d" in done.stderr

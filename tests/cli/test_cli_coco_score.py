@@ -301,10 +301,10 @@ def test_a_file_that_is_read_is_not_written_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pair = files(tmp_path)
-    assert "a file that is read" in refused(["score", *pair, "--out", pair[1]], capsys)
+    assert "one of the files to score" in refused(["score", *pair, "--out", pair[1]], capsys)
     assert json.loads(Path(pair[1]).read_text()) == RESULTS
     three = with_other(tmp_path)
-    assert "a file that is read" in refused(["score", *three, "--out", three[-1]], capsys)
+    assert "one of the files to score" in refused(["score", *three, "--out", three[-1]], capsys)
 
 
 def test_a_metric_that_there_is_not_is_named(

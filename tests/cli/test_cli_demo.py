@@ -23,10 +23,10 @@ def test_the_demo_ends_with_a_command_that_captions_a_photo(
     monkeypatch.setattr(
         "capdistill.evaluation.evaluation.cpu_memory", lambda *_, **__: Memory(1, 1)
     )
-    monkeypatch.setattr("capdistill.cli.demo._LOOKS", 0)  # captions so early have forty words
+    monkeypatch.setattr("capdistill.cli.demo._ATTENTION", 0)  # captions so early have forty words
     assert main(["demo", "--epochs", "1", "--limit", "3"]) == 0
     shown = capsys.readouterr()
-    assert "not the language" in shown.err
+    assert "do not teach a language" in shown.err
     assert Path("capdistill-demo/report/report.html").exists()
     for run in ("teacher", "baseline", "student"):
         assert Path(f"capdistill-demo/{run}/config.json").exists()
@@ -57,7 +57,7 @@ def test_curves_are_left_in_every_run_unless_matplotlib_is_absent(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert draw_curves(runs) == {}
     assert not list(tmp_path.glob("*/history.png"))
-    assert "There will be no pictures" in capsys.readouterr().err
+    assert "The report will have no pictures" in capsys.readouterr().err
 
 
 def test_the_demo_refuses_a_place_that_can_not_be_written_at_once(

@@ -63,12 +63,14 @@ def test_settings_reach_parts_losses_and_weights(teacher: Path, tmp_path: Path) 
     }
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"student": parts, "teacher": str(teacher / "best")}))
-    settings = ["losses.token.kwargs.temperature=2", "weights.ce=[1, 0.5]", "train.patience=3"]
+    settings = ["losses.token.temperature=2", "weights.ce=[1, 0.5]", "train.patience=3"]
     command = ["distill", "--config", str(path), *TINY, "--out", str(tmp_path / "run")]
     assert main([*command, *(word for each in settings for word in ("--set", each))]) == 0
     written = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert written["losses"] == {"token": {"name": "token", "kwargs": {"temperature": 2}}}
-    assert written["weights"] == {"ce": [1, 0.5], "token": 0.7}
+    losses = {name: part["name"] for name, part in written["losses"].items()}
+    assert losses == {"token": "token", "feature": "feature", "hidden": "hidden"}
+    assert written["losses"]["token"]["kwargs"] == {"temperature": 2}
+    assert written["weights"] == {"ce": [1, 0.5], "token": 0.7, "feature": 0.2, "hidden": 0.1}
     assert written["config"]["patience"] == 3
     assert Captioner.load(tmp_path / "run" / "best").decoder.dim == 16
 
@@ -138,6 +140,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_is_exit_code_130(
         (["--set", "student.encoder.name=timm"], "cannot both be given"),
         (["--set", 'student.preset=""'], "expected a preset, or an encoder and a decoder"),
         (["--set", "student.encoder.kwargs.nam=1"], "cannot be created with"),
+        (["--set", "student.decoder.hiden=64"], "cannot be created with"),
+        (["--student", "no/such/captioner"], "no/such/captioner: there is no such directory"),
         (["--set", "tokenizer.min_count=1"], "vocabular"),
         (["--set", "tokenizer.min_count=999"], "999 times"),
         (["--device", "gpu"], "Use 'auto', 'cpu'"),
@@ -167,7 +171,9 @@ def test_a_teacher_that_is_no_captioner_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(distill(tmp_path, tmp_path / "run"), capsys)
-    assert "does not describe a captioner" in message
+    assert "best: there is no such directory" in message
+    (tmp_path / "best").mkdir()
+    assert "holds no saved captioner" in refused(distill(tmp_path, tmp_path / "run"), capsys)
 
 
 def test_an_empty_data_set_is_refused(

@@ -143,12 +143,11 @@ class CommandParser(argparse.ArgumentParser):
         name = word.split("=")[0]
         if not name.startswith("-"):
             return f"unexpected argument {word!r}"
-        setting = name.lstrip("-").replace("-", "_")
-        for key in self.settings:
-            if setting == key.rpartition(".")[2]:
-                return f"there is no option {name}; use --set {key}=VALUE"
-        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        ways = {f"--{key.rpartition('.')[2].replace('_', '-')}": key for key in self.settings}
+        ways = {flag: f"--set {key}=VALUE" for flag, key in ways.items()}
+        ways |= {flag: flag for flag in self._option_string_actions}
+        near = difflib.get_close_matches(name.replace("_", "-"), ways, n=1)
+        hint = f" Did you mean {ways[near[0]]}?" if near else ""
         return f"there is no option {name}.{hint} `{self.prog} --help` lists the options."
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool, StrictInt
 
@@ -235,7 +235,7 @@ def _types_of(keys: list[str]) -> set[Any]:
 
 
 def _leaves(annotation: Any) -> list[Any]:
-    inner = get_args(annotation)
+    inner = () if get_origin(annotation) is dict else get_args(annotation)
     return [leaf for each in inner for leaf in _leaves(each)] if inner else [annotation]
 
 

@@ -100,9 +100,7 @@ def check_command(parser: argparse.ArgumentParser) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train or distil, and print what came out."""
-    run = make_run(options)
-    data = run.data.load()
-    print_status(data.summary())
+    run, data = _load(options)
     trainer, history = run_training(run, data, resume=options.resume)
     best = history.best or (history.epochs[-1] if history.epochs else None)
     content = {
@@ -116,6 +114,16 @@ def train(options: argparse.Namespace) -> int:
     }
     print_result(options, content, lambda: _summary(content))
     return INTERRUPTED if history.interrupted else DONE
+
+
+def _load(options: argparse.Namespace) -> tuple[RunConfig, Splits]:
+    """The run and its data. A teacher that is not there is found before the data are read."""
+    run = make_run(options)
+    if isinstance(run, DistillRun):
+        run = run.model_copy(update={"teacher": str(captioner_directory(run.teacher))})
+    data = run.data.load()
+    print_status(data.summary())
+    return run, data
 
 
 def run_training(run: RunConfig, data: Splits, *, resume: bool = False) -> tuple[Trainer, History]:
@@ -164,9 +172,7 @@ def _validation(data: Splits) -> Any:
 
 def check(options: argparse.Namespace) -> int:
     """Print what `Distiller.check` finds; a failure is exit code 1."""
-    run = make_run(options)
-    data = run.data.load()
-    print_status(data.summary())
+    run, data = _load(options)
     report = make_trainer(run, data).check(data.train, _validation(data))
     print_result(options, report.to_json(), lambda: str(report))
     return DONE if report.ok else PROBLEM
@@ -181,7 +187,7 @@ def make_trainer(run: RunConfig, data: Splits) -> Trainer:
 
     section = run.tokenizer
     if isinstance(run, DistillRun):
-        teacher = Captioner.load(captioner_directory(run.teacher))
+        teacher = Captioner.load(run.teacher)
         tokenizer = make_tokenizer(section, data) if section else teacher.tokenizer
         seed_everything(run.train.seed)
         student = make_captioner(run.student, "student", tokenizer)
@@ -213,8 +219,7 @@ def make_run(options: argparse.Namespace) -> RunConfig:
     """Recipe, run file, options and --set to one configuration; what comes later wins."""
     base = recipe_values(options.recipe) if getattr(options, "recipe", None) else {}
     written = _read_run_file(options)
-    values = {name: _joined(base.get(name), each) for name, each in written.items()}
-    values = {**base, **values}
+    values = {**base, **{name: _joined(base.get(name), each) for name, each in written.items()}}
     if written.get("losses") is not None:
         values["losses"] = written["losses"]  # whoever names losses names all of them
     for name, each in _from_options(options).items():
@@ -225,8 +230,18 @@ def make_run(options: argparse.Namespace) -> RunConfig:
     if options.run_class is DistillRun and values.get("losses") is None:
         values["losses"] = default_losses()
     values = override(values, options.set)
+    _drop_weights(values, base.get("weights", {}))
     run: RunConfig = parse_run(options.run_class, values)
     return run
+
+
+def _drop_weights(values: dict[str, Any], of_recipe: Mapping[str, Any]) -> None:
+    """Leave out a recipe's weights of terms that other losses replaced."""
+    losses, weights = values.get("losses"), values.get("weights")
+    if isinstance(losses, Mapping) and isinstance(weights, Mapping):
+        unused = of_recipe.keys() - losses.keys() - {"ce"}
+        kept = {k: w for k, w in weights.items() if k not in unused or w != of_recipe[k]}
+        values["weights"] = kept
 
 
 def recipe_values(name: str) -> dict[str, Any]:
