@@ -76,7 +76,7 @@ def test_settings_reach_parts_losses_and_weights(teacher: Path, tmp_path: Path) 
 
 
 def test_a_recipe_is_what_flags_and_settings_go_over(teacher: Path, tmp_path: Path) -> None:
-    command = ["distill", "--recipe", "reference", "--teacher", str(teacher / "best"), *TINY]
+    command = ["distill", "--recipe", "kd_2024", "--teacher", str(teacher / "best"), *TINY]
     command += ["--student", "debug_student", "--out", str(tmp_path), "--set", "weights.hidden=0"]
     assert main(command) == 0
     written = json.loads((tmp_path / "run.json").read_text())

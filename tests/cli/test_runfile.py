@@ -179,10 +179,10 @@ def test_a_whole_section_of_losses_replaces_the_default() -> None:
 def test_the_losses_of_a_run_file_replace_those_of_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"losses": {"token": "token"}}))
-    run = distil_run("--recipe", "reference", "--config", str(path))
+    run = distil_run("--recipe", "kd_2024", "--config", str(path))
     assert list(run.losses) == ["token"]
     assert list(run.weights) == ["ce", "token"]
-    again = distil_run("--recipe", "reference", "--set", 'losses={"token": {}}')
+    again = distil_run("--recipe", "kd_2024", "--set", 'losses={"token": {}}')
     assert (again.losses, again.weights) == (run.losses, run.weights)
 
 

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError) and not isinstance(error, CapdistillError):
             _abandon_output()  # a full disk under our output would fail again at exit
-        print_status(f"{name}: {error}")
+        print_status(f"{name}: {_as_options(str(error))}")
         return PROBLEM
 
 
@@ -173,13 +173,22 @@ def _plain_warnings() -> Iterator[None]:
     """Show a warning as one line on stderr, without the place in our code that gave it."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print_status(f"warning: {message}")
+        print_status(f"warning: {_as_options(str(message))}")
 
     before, warnings.showwarning = warnings.showwarning, show
     try:
         yield
     finally:
         warnings.showwarning = before
+
+
+def _as_options(message: str) -> str:
+    """A message of the Python API with the arguments of `fit` named as options."""
+    for argument in ("resume", "overwrite", "accept_changes"):
+        message = message.replace(f"{argument}=True", f"--{argument.replace('_', '-')}")
+    return message.replace("another out=", "another --out").replace(
+        "resume='auto'", "--resume auto"
+    )
 
 
 def print_status(text: str) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool, S
 from capdistill.cli.common import FORMATS, DataSection, FullPath, captioner_directory, parse_data
 from capdistill.errors import ConfigError, parse
 from capdistill.files import user_path, write_text
-from capdistill.training.config import DistillConfig, TrainConfig, recipe
+from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, TrainConfig, recipe
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 NAME = "config.json"
-DEFAULT_RECIPE = "reference"  # whose losses and weights are used where none are given
+DEFAULT_RECIPE = "kd_2024"  # its losses are used where none are given
 S = TypeVar("S", bound=BaseModel)
 R = TypeVar("R", bound="RunConfig")
 Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
@@ -87,7 +87,7 @@ class RunConfig(Section):
 
     data: SerializeAsAny[DataSection]
     tokenizer: TokenizerSection | None = None
-    train: SerializeAsAny[TrainConfig]
+    train: TrainConfig
     out: FullPath | None = None
 
 
@@ -104,11 +104,13 @@ class DistillRun(RunConfig):
     Args:
         teacher: Directory of a saved captioner.
         student: The captioner to train.
-        losses: Term -> loss, in the form that `Distiller` takes: {"name": ..., arguments}.
+        losses: Term -> loss, in the form that `Distiller` takes: {"name": ..., arguments}. By
+            default token, feature and hidden.
         weights: Term -> weight, "ce" included: a number, or [first, last] over the run.
     """
 
     command: Literal["distill"] = "distill"
+    train: DistillConfig
     teacher: FullPath
     student: ModelSection
     losses: dict[str, dict[str, Any]]
@@ -130,7 +132,7 @@ def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
     checked = dict(values)
     options = DistillConfig if cls is DistillRun else TrainConfig
     checked["data"] = parse_data(values.get("data"))
-    checked["train"] = _section(options, values.get("train") or {}, "train")
+    checked["train"] = _with_monitored(_section(options, values.get("train") or {}, "train"))
     if values.get("tokenizer") is not None:
         checked["tokenizer"] = _section(TokenizerSection, values["tokenizer"], "tokenizer")
     for key in {"model", "student"} & {*cls.model_fields}:
@@ -146,6 +148,16 @@ def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
         weights = {} if values.get("weights") is None else values["weights"]
         checked["weights"] = _weights(weights, checked["losses"], removed=given)
     return parse(cls, checked, "run file")
+
+
+def _with_monitored(train: TrainConfig) -> TrainConfig:
+    """Compute the score that the run monitors, unless the metrics were given."""
+    from capdistill.metrics.scorer import DIRECTIONS
+
+    computed = [n for n in DIRECTIONS if n in train.metrics or n[:-2] in train.metrics]
+    if "metrics" in train.model_fields_set or train.monitor not in DIRECTIONS.keys() - computed:
+        return train
+    return train.model_copy(update={"metrics": (*train.metrics, train.monitor)})
 
 
 def default_losses() -> dict[str, Any]:
@@ -239,15 +251,15 @@ def _leaves(annotation: Any) -> list[Any]:
     return [leaf for each in inner for leaf in _leaves(each)] if inner else [annotation]
 
 
-def write_resolved(run: RunConfig, directory: str | Path) -> Path:
+def write_resolved(run: RunConfig) -> None:
     """Write the run file, with every default filled in, to the directory of the run.
 
     Raises:
         ConfigError: the directory cannot be written.
     """
-    path = Path(directory) / NAME
+    assert run.out is not None
+    path = Path(run.out) / NAME
     write_text(path, json.dumps(run.model_dump(mode="json"), indent=2) + "\n")
-    return path
 
 
 def _section(cls: type[S], values: Any, what: str) -> S:
@@ -317,8 +329,7 @@ def _weights(given: Any, losses: Mapping[str, Any], removed: Mapping[str, Any]) 
     """The given weights, without those of losses set to null, and defaults for the others."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"weights: {given!r} is no section; expected term -> weight.")
-    defaults = recipe(DEFAULT_RECIPE)["weights"]
-    complete = {term: defaults.get(term, 1.0) for term in ("ce", *losses)} | dict(given)
+    complete = {term: DEFAULT_WEIGHTS.get(term, 1.0) for term in ("ce", *losses)} | dict(given)
     return {k: weight for k, weight in complete.items() if k in losses or k not in removed}
 
 

@@ -12,9 +12,11 @@ from capdistill.cli import DONE, INTERRUPTED, PROBLEM, print_result, print_statu
 from capdistill.cli.common import (
     add_data_options,
     add_generation_options,
+    add_metrics_option,
     captioner_directory,
     data_values,
     generation_values,
+    metric_names,
 )
 from capdistill.cli.runfile import (
     NAME,
@@ -31,12 +33,13 @@ from capdistill.cli.runfile import (
 )
 from capdistill.errors import ConfigError
 from capdistill.files import user_path
-from capdistill.training.config import TrainConfig, recipe
+from capdistill.training.config import TrainConfig, recipe, recipe_models
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
     from capdistill.tokenizer import WordTokenizer
     from capdistill.training.history import History
+    from capdistill.training.run_directory import Resume
     from capdistill.training.trainer import Trainer
 
 _TRAIN = """\
@@ -77,6 +80,13 @@ def train_command(parser: argparse.ArgumentParser) -> None:
         "directory, to train it further",
     )
     _add_run_options(parser)
+    parser.add_argument(
+        "--role",
+        choices=["teacher", "student"],
+        metavar="ROLE",
+        default="teacher",
+        help="with --recipe: train its teacher (default) or its student",
+    )
     parser.set_defaults(run=train, run_class=TrainRun, model="model")
 
 
@@ -86,7 +96,7 @@ def distill_command(parser: argparse.ArgumentParser) -> None:
     parser.usage = "capdistill distill --teacher DIR --student NAME --data PATH --out DIR [options]"
     _add_pair_options(parser)
     _add_run_options(parser)
-    parser.set_defaults(run=train, run_class=DistillRun, model="student")
+    parser.set_defaults(run=train, run_class=DistillRun, model="student", role="student")
 
 
 def check_command(parser: argparse.ArgumentParser) -> None:
@@ -95,13 +105,16 @@ def check_command(parser: argparse.ArgumentParser) -> None:
     parser.usage = "capdistill check --teacher DIR --student NAME --data PATH [options]"
     _add_pair_options(parser)
     _add_run_options(parser, output=False)
-    parser.set_defaults(run=check, run_class=DistillRun, model="student", out=None, resume=False)
+    parser.set_defaults(
+        run=check, run_class=DistillRun, model="student", role="student", out=None, resume=False
+    )
 
 
 def train(options: argparse.Namespace) -> int:
     """Train or distil, and print what came out."""
     run, data = _load(options)
-    trainer, history = run_training(run, data, resume=options.resume)
+    how = {key: getattr(options, key) for key in ("resume", "overwrite", "accept_changes")}
+    trainer, history = run_training(run, data, **how)
     best = history.best or (history.epochs[-1] if history.epochs else None)
     content = {
         "out": run.out,
@@ -109,6 +122,7 @@ def train(options: argparse.Namespace) -> int:
         "config": str(Path(run.out or "") / NAME),
         "parameters": trainer.captioner.num_parameters(),
         "interrupted": history.interrupted,
+        "stopped": history.stopped,
         "epochs": len(history.epochs),
         "best": best and {key: best[key] for key in ("epoch", "train", "val", "scores")},
     }
@@ -126,18 +140,30 @@ def _load(options: argparse.Namespace) -> tuple[RunConfig, Splits]:
     return run, data
 
 
-def run_training(run: RunConfig, data: Splits, *, resume: bool = False) -> tuple[Trainer, History]:
+def run_training(
+    run: RunConfig,
+    data: Splits,
+    *,
+    resume: Resume = False,
+    overwrite: bool = False,
+    accept_changes: bool = False,
+) -> tuple[Trainer, History]:
     """Make the models, train, and leave the resolved run file in the directory of the run.
 
     Raises:
-        ConfigError: no output directory, or one that cannot be written.
+        ConfigError: no output directory, or one that cannot be written or holds another run.
     """
     if run.out is None:
         raise ConfigError("out: no directory for the run was given. Give --out DIR.")
-    run = _with_captions(run, data)
     trainer = make_trainer(run, data)
     history = trainer.fit(
-        data.train, _validation(data), out=run.out, resume=resume, callbacks=[_RunFile(run)]
+        data.train,
+        _validation(data),
+        out=run.out,
+        resume=resume,
+        overwrite=overwrite,
+        accept_changes=accept_changes,
+        callbacks=[_RunFile(run)],
     )
     return trainer, history
 
@@ -149,18 +175,13 @@ class _RunFile:
         self.run = run
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        assert trainer.out is not None
-        write_resolved(self.run, trainer.out)
+        """Write it, with the number of captions per image that the data decided."""
+        from capdistill.training.sources import captions_per_image
 
-
-def _with_captions(run: RunConfig, data: Splits) -> RunConfig:
-    """Record how many captions per image the data have, unless the number was given."""
-    from capdistill.data.collate import usual_captions
-
-    if run.train.captions_per_image is not None:
-        return run
-    known = {"captions_per_image": usual_captions(data.train)}
-    return run.model_copy(update={"train": run.train.model_copy(update=known)})
+        assert trainer.train_source is not None
+        captions = captions_per_image(trainer.train_source, trainer.config)
+        train = self.run.train.model_copy(update={"captions_per_image": captions})
+        write_resolved(self.run.model_copy(update={"train": train}))
 
 
 def _validation(data: Splits) -> Any:
@@ -192,14 +213,14 @@ def make_trainer(run: RunConfig, data: Splits) -> Trainer:
         seed_everything(run.train.seed)
         student = make_captioner(run.student, "student", tokenizer)
         losses, weights = run.losses, dict(run.weights)
-        return Distiller(teacher, student, losses, weights, **run.train.model_dump())
+        return Distiller(teacher, student, losses, weights, config=run.train)
     assert isinstance(run, TrainRun)
     alone = run.model.start and not (run.model.preset or run.model.encoder or run.model.decoder)
     if section is None and not alone:
         section = TokenizerSection()
     words = make_tokenizer(section, data) if section else None
     seed_everything(run.train.seed)
-    return Trainer(make_captioner(run.model, "model", words), **run.train.model_dump())
+    return Trainer(make_captioner(run.model, "model", words), config=run.train)
 
 
 def make_tokenizer(section: TokenizerSection, data: Splits) -> WordTokenizer:
@@ -217,7 +238,7 @@ def make_tokenizer(section: TokenizerSection, data: Splits) -> WordTokenizer:
 
 def make_run(options: argparse.Namespace) -> RunConfig:
     """Recipe, run file, options and --set to one configuration; what comes later wins."""
-    base = recipe_values(options.recipe) if getattr(options, "recipe", None) else {}
+    base = recipe_values(options.recipe, options.model, options.role) if options.recipe else {}
     written = _read_run_file(options)
     values = {**base, **{name: _joined(base.get(name), each) for name, each in written.items()}}
     if written.get("losses") is not None:
@@ -244,19 +265,31 @@ def _drop_weights(values: dict[str, Any], of_recipe: Mapping[str, Any]) -> None:
         values["weights"] = kept
 
 
-def recipe_values(name: str) -> dict[str, Any]:
+def recipe_values(name: str, section: str = "student", role: str = "student") -> dict[str, Any]:
     """A recipe as values of a run file.
 
     Example:
-        >>> recipe_values("reference")["losses"]["token"]
+        >>> recipe_values("kd_2024")["losses"]["token"]
         {'name': 'token', 'temperature': 4.0}
+
+    Args:
+        name: A name that `capdistill.training.recipe` knows.
+        section: "student" to distil, "model" to train by cross-entropy.
+        role: Which of the recipe's models goes there, if it has models: "teacher" or "student".
 
     Raises:
         UnknownName: there is no such recipe; the message lists those there are.
     """
     options = recipe(name)
-    apart = {key: value for key, value in options.items() if key in ("losses", "weights")}
-    return {**apart, "train": {k: value for k, value in options.items() if k not in apart}}
+    values = {key: options.pop(key) for key in ("losses", "weights")}
+    values = {**(values if section == "student" else {}), "train": options}
+    models = recipe_models(name)
+    if models is not None:
+        kinds = models[role].items()
+        values[section] = {kind: {"name": n, "kwargs": kwargs} for kind, (n, kwargs) in kinds}
+        if section == "model":
+            values["tokenizer"] = models["tokenizer"]
+    return values
 
 
 def _read_run_file(options: argparse.Namespace) -> dict[str, Any]:
@@ -275,7 +308,9 @@ def _from_options(options: argparse.Namespace) -> dict[str, Any]:
     given: dict[str, Any] = {
         "data": data_values(options),
         options.model: _not_none({"weights": weights}),
-        "train": _not_none({**flags, "generation": decoding or None}),
+        "train": _not_none(
+            {**flags, "metrics": metric_names(options), "generation": decoding or None}
+        ),
         "tokenizer": _not_none({"path": options.tokenizer}),
     }
     plain = {"out": options.out, "teacher": getattr(options, "teacher", None)}
@@ -328,7 +363,23 @@ def _add_run_options(parser: argparse.ArgumentParser, output: bool = True) -> No
             "--out", metavar="DIR", help=f"directory of the run: best/, final/, {NAME}, ..."
         )
         parser.add_argument(
-            "--resume", action="store_true", help="continue the run in the directory --out"
+            "--resume",
+            nargs="?",
+            const=True,
+            default=False,
+            choices=["auto"],
+            metavar="auto",
+            help="continue the run in the directory --out; with auto, start it if there is none",
+        )
+        parser.add_argument(
+            "--accept-changes",
+            action="store_true",
+            help="with --resume: continue although losses, weights, teacher or data have changed",
+        )
+        parser.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="replace the results of an earlier run in the directory --out",
         )
     _add_settings(parser)
     add_data_options(parser)
@@ -336,6 +387,7 @@ def _add_run_options(parser: argparse.ArgumentParser, output: bool = True) -> No
     for name, (kind, metavar, text) in _TRAINING_FLAGS.items():
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, dest=name, type=kind, metavar=metavar, help=text)
+    add_metrics_option(group, ",".join(TrainConfig.model_fields["metrics"].default))
     purpose = " (how validation generates captions)"
     add_generation_options(parser, purpose, without=_TRAINING_FLAGS)
 
@@ -367,7 +419,7 @@ def _summary(content: dict[str, Any]) -> str:
     counts = f"{content['parameters']:,} parameters; {epochs}"
     return "\n".join(
         [
-            f"{counts}; the best is epoch {best['epoch']}: {scores}" if scores else counts,
+            f"{counts}; the best is epoch {best['epoch'] + 1}: {scores}" if scores else counts,
             f"captioner: {content['captioner']}",
             f"run file:  {content['config']}",
         ]
