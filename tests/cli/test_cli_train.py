@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_settings_reach_parts_losses_and_weights(teacher: Path, tmp_path: Path) 
     written = json.loads((tmp_path / "run" / "run.json").read_text())
     losses = {name: part["name"] for name, part in written["losses"].items()}
     assert losses == {"token": "token", "feature": "feature", "hidden": "hidden"}
-    assert written["losses"]["token"]["kwargs"] == {"temperature": 2}
+    assert written["losses"]["token"] == {"name": "token", "temperature": 2}
     assert written["weights"] == {"ce": [1, 0.5], "token": 0.7, "feature": 0.2, "hidden": 0.1}
     assert written["config"]["patience"] == 3
     assert Captioner.load(tmp_path / "run" / "best").decoder.dim == 16
@@ -80,13 +81,13 @@ def test_a_recipe_is_what_flags_and_settings_go_over(teacher: Path, tmp_path: Pa
     command += ["--student", "debug_student", "--out", str(tmp_path), "--set", "weights.hidden=0"]
     assert main(command) == 0
     written = json.loads((tmp_path / "run.json").read_text())
-    assert written["losses"]["token"]["kwargs"] == {"temperature": 4.0}
+    assert written["losses"]["token"] == {"name": "token", "temperature": 4.0}
     assert written["weights"] == {"ce": 0.3, "token": 0.7, "feature": 0.2}
     assert written["config"]["epochs"] == 1  # of TINY
     assert written["config"]["schedule"] == "cosine_restarts"
 
 
-@pytest.mark.filterwarnings("default:The resumed run goes on with other options")
+@pytest.mark.filterwarnings("default:The resumed run continues with other options")
 def test_resume_goes_on_with_the_run_file_of_the_directory(teacher: Path, tmp_path: Path) -> None:
     assert main(distill(teacher, tmp_path, "--set", "train.schedule=constant")) == 0
     assert main(["distill", "--resume", "--out", str(tmp_path), "--epochs", "2"]) == 0
@@ -110,6 +111,66 @@ def test_a_student_starts_from_saved_weights(student: Path, tmp_path: Path) -> N
     first, started = final_weights(student), final_weights(tmp_path)
     learnt = [key for key in first if key.startswith("decoder")]
     assert all(torch.allclose(first[key], started[key], atol=1e-6) for key in learnt)
+
+
+@pytest.mark.parametrize("start", ["--student", "--preset"])
+def test_a_saved_captioner_is_accepted_as_the_model(
+    teacher: Path, student: Path, tmp_path: Path, start: str
+) -> None:
+    """A rate of almost 0 leaves the weights where they started."""
+    still = ["--out", str(tmp_path), "--set", "train.learning_rate=1e-12", *TINY]
+    if start == "--student":
+        command = ["distill", "--teacher", str(teacher), start, str(student), *still]
+    else:
+        command = ["train", start, str(student / "final"), *still]
+    assert main(command) == 0
+    first, started = final_weights(student), final_weights(tmp_path)
+    learnt = [key for key in first if key.startswith("decoder")]
+    assert all(torch.allclose(first[key], started[key], atol=1e-6) for key in learnt)
+    words = [Captioner.load(run / "final").tokenizer for run in (student, tmp_path)]
+    assert words[0] == words[1]
+    model = "student" if start == "--student" else "model"
+    written = json.loads((tmp_path / "config.json").read_text())[model]
+    directory = student / ("best" if start == "--student" else "final")
+    assert (written["preset"], written["start"]) == (None, str(directory))
+
+
+def test_a_run_is_not_replaced_unless_that_is_asked_for(
+    student: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(student, run)
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    message = refused(distill(teacher, run, "--seed", "5"), capsys)
+    assert all(option in message for option in ("--resume", "--out", "--overwrite"))
+    assert "=True" not in message
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    assert main(distill(teacher, run, "--seed", "5", "--overwrite")) == 0
+    assert json.loads((run / "config.json").read_text())["train"]["seed"] == 5
+
+
+@pytest.mark.filterwarnings("default:The resumed run continues with other options")
+def test_resume_auto_starts_a_run_and_continues_it(teacher: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(distill(teacher, run, "--resume", "auto")) == 0
+    assert main(distill(teacher, run, "--resume", "auto", "--set", "train.epochs=2")) == 0
+    assert [row["epoch"] for row in History.load(run / "history.jsonl").epochs] == [0, 1]
+
+
+def test_metrics_and_the_monitored_score_are_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--preset", "debug_student", *TINY, "--json"]
+    given = [*command, "--out", str(tmp_path / "a"), "--metrics", "rouge_l,bleu_1"]
+    assert main([*given, "--monitor", "rouge_l"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert sorted(content["best"]["scores"]) == ["bleu_1", "rouge_l"]
+    added = [*command, "--out", str(tmp_path / "b"), "--set", "train.monitor=rouge_l"]
+    assert main(added) == 0
+    scores = json.loads(capsys.readouterr().out)["best"]["scores"]
+    assert {"rouge_l", "cider_d", "bleu_4"} <= scores.keys()
+    message = refused([*command, "--out", str(tmp_path / "c"), "--metrics", "rouge"], capsys)
+    assert "No metric 'rouge'. Did you mean 'rouge_l'?" in message
 
 
 @pytest.mark.filterwarnings("default")

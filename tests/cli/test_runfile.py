@@ -10,6 +10,7 @@ from capdistill.cli import make_parser
 from capdistill.cli.runfile import DistillRun, TrainRun, override, parse_run, read_values
 from capdistill.cli.train import make_run
 from capdistill.errors import CapdistillError, ConfigError
+from capdistill.training.config import recipe
 
 VALUES: dict[str, Any] = {
     "data": {"format": "sample"},
@@ -260,3 +261,33 @@ def test_a_home_directory_is_expanded_in_every_path(
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(ConfigError, match="holds a list"):
         read_values("~/run.json")
+
+
+@pytest.mark.parametrize(("role", "hidden"), [("teacher", 2), ("student", 1)])
+def test_a_recipe_is_a_whole_run(role: str, hidden: int) -> None:
+    base = ["--recipe", "flickr8k_small", "--data", "flickr8k", "--out", "o"]
+    trained = make_run(make_parser().parse_args(["train", *base, "--role", role]))
+    assert isinstance(trained, TrainRun)
+    assert trained.tokenizer is not None
+    assert trained.tokenizer.min_count == 20
+    assert trained.model.decoder is not None
+    assert trained.model.decoder.kwargs["layers"] == hidden
+    distilled = make_run(make_parser().parse_args(["distill", *base, "--teacher", "t"]))
+    assert isinstance(distilled, DistillRun)
+    expected = recipe("flickr8k_small")
+    losses, weights = expected.pop("losses"), expected.pop("weights")
+    assert (distilled.losses, distilled.weights) == (losses, weights)
+    for run in (trained, distilled):
+        assert {key: getattr(run.train, key) for key in expected} == expected
+    assert (distilled.student == trained.model) == (role == "student")
+    changed = make_run(
+        make_parser().parse_args(["distill", *base, "--teacher", "t", "--epochs", "2"])
+    )
+    assert changed.train == distilled.train.model_copy(update={"epochs": 2})
+
+
+def test_another_preset_replaces_the_model_of_a_recipe_or_run_file() -> None:
+    base = ["--recipe", "flickr8k_small", "--data", "flickr8k", "--teacher", "t"]
+    run = make_run(make_parser().parse_args(["distill", *base, "--student", "debug_student"]))
+    assert isinstance(run, DistillRun)
+    assert (run.student.preset, run.student.encoder) == ("debug_student", None)

@@ -186,9 +186,7 @@ def _as_options(message: str) -> str:
     """A message of the Python API with the arguments of `fit` named as options."""
     for argument in ("resume", "overwrite", "accept_changes"):
         message = message.replace(f"{argument}=True", f"--{argument.replace('_', '-')}")
-    return message.replace("another out=", "another --out").replace(
-        "resume='auto'", "--resume auto"
-    )
+    return message.replace("another out=", "another --out")
 
 
 def print_status(text: str) -> None:

@@ -16,7 +16,8 @@ from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, TrainConf
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner
-    from capdistill.tokenizer import Tokenizer
+    from capdistill.data import Splits
+    from capdistill.tokenizer import Tokenizer, WordTokenizer
 
 
 NAME = "config.json"
@@ -331,6 +332,19 @@ def _weights(given: Any, losses: Mapping[str, Any], removed: Mapping[str, Any]) 
         raise ConfigError(f"weights: {given!r} is no section; expected term -> weight.")
     complete = {term: DEFAULT_WEIGHTS.get(term, 1.0) for term in ("ce", *losses)} | dict(given)
     return {k: weight for k, weight in complete.items() if k in losses or k not in removed}
+
+
+def make_tokenizer(section: TokenizerSection, data: Splits) -> WordTokenizer:
+    """A saved tokenizer, or one trained on the captions of the training split."""
+    from capdistill.tokenizer import WordTokenizer
+
+    if section.path is None:
+        options = section.model_dump(exclude={"path"})
+        return WordTokenizer.train(data.train.captions, **options)
+    path = Path(section.path)
+    if not path.is_file():
+        path = captioner_directory(section.path) / "tokenizer.json"
+    return WordTokenizer.load(path)
 
 
 def make_captioner(

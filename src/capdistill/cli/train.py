@@ -26,6 +26,7 @@ from capdistill.cli.runfile import (
     TrainRun,
     default_losses,
     make_captioner,
+    make_tokenizer,
     override,
     parse_run,
     read_values,
@@ -37,7 +38,6 @@ from capdistill.training.config import TrainConfig, recipe, recipe_models
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
-    from capdistill.tokenizer import WordTokenizer
     from capdistill.training.history import History
     from capdistill.training.run_directory import Resume
     from capdistill.training.trainer import Trainer
@@ -155,6 +155,7 @@ def run_training(
     """
     if run.out is None:
         raise ConfigError("out: no directory for the run was given. Give --out DIR.")
+    run = _with_captions(run, data)
     trainer = make_trainer(run, data)
     history = trainer.fit(
         data.train,
@@ -175,13 +176,18 @@ class _RunFile:
         self.run = run
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Write it, with the number of captions per image that the data decided."""
-        from capdistill.training.sources import captions_per_image
+        """Write it."""
+        write_resolved(self.run)
 
-        assert trainer.train_source is not None
-        captions = captions_per_image(trainer.train_source, trainer.config)
-        train = self.run.train.model_copy(update={"captions_per_image": captions})
-        write_resolved(self.run.model_copy(update={"train": train}))
+
+def _with_captions(run: RunConfig, data: Splits) -> RunConfig:
+    """Record the number of captions per image that the data have, unless it was given."""
+    from capdistill.data.collate import usual_captions
+
+    if run.train.captions_per_image is not None:
+        return run
+    known = {"captions_per_image": usual_captions(data.train)}
+    return run.model_copy(update={"train": run.train.model_copy(update=known)})
 
 
 def _validation(data: Splits) -> Any:
@@ -221,19 +227,6 @@ def make_trainer(run: RunConfig, data: Splits) -> Trainer:
     words = make_tokenizer(section, data) if section else None
     seed_everything(run.train.seed)
     return Trainer(make_captioner(run.model, "model", words), config=run.train)
-
-
-def make_tokenizer(section: TokenizerSection, data: Splits) -> WordTokenizer:
-    """A saved tokenizer, or one trained on the captions of the training split."""
-    from capdistill.tokenizer import WordTokenizer
-
-    if section.path is None:
-        options = section.model_dump(exclude={"path"})
-        return WordTokenizer.train(data.train.captions, **options)
-    path = Path(section.path)
-    if not path.is_file():
-        path = captioner_directory(section.path) / "tokenizer.json"
-    return WordTokenizer.load(path)
 
 
 def make_run(options: argparse.Namespace) -> RunConfig:
