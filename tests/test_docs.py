@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from capdistill import decoders, encoders, errors, losses, presets
+from capdistill import data, decoders, encoders, errors, losses, presets
 from capdistill.cli import COMMANDS, make_parser
 from capdistill.cli.runfile import DistillRun, TrainRun, parse_run
+from capdistill.evaluation import evaluation
 from capdistill.evaluation.evaluation import Evaluation
 from capdistill.metrics import DIRECTIONS
 from capdistill.training.config import DistillConfig, TrainConfig
@@ -92,12 +93,22 @@ def fresh_registries(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind.registry, "_decorated", {**kind.registry._decorated})
 
 
+@pytest.fixture
+def few_photos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample is its first photos, and no process is started to measure memory."""
+    whole = data.sample()
+    few = data.Splits({"train": whole.train.subset(10), "val": whole.val.subset(4)}, name="sample")
+    monkeypatch.setattr(data, "sample", lambda: few)
+    monkeypatch.setattr(evaluation, "cpu_memory", lambda *_, **__: None)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_the_code_of_a_page_runs_in_its_order(
     page: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fresh_registries: None,
+    few_photos: None,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
