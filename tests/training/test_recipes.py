@@ -8,8 +8,8 @@ from capdistill.training import recipe
 from tests.training import tiny_models as tiny
 
 
-def test_the_reference_is_a_distiller_as_it_was_written():
-    distiller = Distiller(tiny.make_teacher(), tiny.make_student(), **recipe("reference"))
+def test_the_published_recipe_is_a_distiller_as_it_was_written():
+    distiller = Distiller(tiny.make_teacher(), tiny.make_student(), **recipe("kd_2024"))
     losses = distiller.objective.losses
     assert losses["token"].temperature == 4.0
     assert distiller.objective.weights == {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1}
@@ -18,10 +18,10 @@ def test_the_reference_is_a_distiller_as_it_was_written():
 
 
 def test_a_recipe_is_given_anew_each_time():
-    recipe("reference")["losses"]["token"]["temperature"] = 1.0
-    assert recipe("reference")["losses"]["token"]["temperature"] == 4.0
+    recipe("kd_2024")["losses"]["token"]["temperature"] = 1.0
+    assert recipe("kd_2024")["losses"]["token"]["temperature"] == 4.0
 
 
 def test_an_unknown_recipe_is_named_with_those_there_are():
-    with pytest.raises(UnknownName, match=r"no recipe 'referense'. Did you mean 'reference'"):
-        recipe("referense")
+    with pytest.raises(UnknownName, match=r"no recipe 'kd_2042'. Did you mean 'kd_2024'"):
+        recipe("kd_2042")
