@@ -17,7 +17,7 @@ import pytest
 from capdistill import data, decoders, encoders, errors, losses, presets
 from capdistill.cli import COMMANDS, make_parser
 from capdistill.cli.runfile import DistillRun, TrainRun, parse_run
-from capdistill.evaluation import evaluation
+from capdistill.evaluation import measure
 from capdistill.evaluation.evaluation import Evaluation
 from capdistill.metrics import DIRECTIONS
 from capdistill.training.config import DistillConfig, TrainConfig
@@ -99,7 +99,7 @@ def few_photos(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = data.sample()
     few = data.Splits({"train": whole.train.subset(10), "val": whole.val.subset(4)}, name="sample")
     monkeypatch.setattr(data, "sample", lambda: few)
-    monkeypatch.setattr(evaluation, "cpu_memory", lambda *_, **__: None)
+    monkeypatch.setattr(measure, "cpu_memory", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

@@ -20,9 +20,7 @@ def test_the_demo_ends_with_a_command_that_captions_a_photo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "capdistill.evaluation.evaluation.cpu_memory", lambda *_, **__: Memory(1, 1)
-    )
+    monkeypatch.setattr("capdistill.evaluation.measure.cpu_memory", lambda *_, **__: Memory(1, 1))
     monkeypatch.setattr("capdistill.cli.demo._ATTENTION", 0)  # captions so early have forty words
     assert main(["demo", "--epochs", "1", "--limit", "3"]) == 0
     shown = capsys.readouterr()
