@@ -20,6 +20,7 @@ class Patches(Encoder):
     """Four patches of an 8 x 8 picture, with a batch norm and dropout in the way."""
 
     prefix_tokens, grid, tokens, token_dim, image_size = 0, (2, 2), 4, 6, 8
+    hub_arguments = ("weights",)
 
     def __init__(self, dim: int = 8, *, weights: bool | str = True, note: object = None) -> None:
         super().__init__()

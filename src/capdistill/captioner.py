@@ -15,7 +15,8 @@ from capdistill import saving
 from capdistill.data.images import is_many, read_batches
 from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
-from capdistill.errors import ConfigError, DataError, IncompatibleModels, suggest
+from capdistill.errors import CheckpointError, ConfigError, DataError, IncompatibleModels, suggest
+from capdistill.files import user_path
 from capdistill.generation.config import (
     CaptionOptions,
     DecodingOptions,
@@ -302,7 +303,7 @@ class Captioner(nn.Module):
             **{k: saving.describe_part(p, k, allow_unregistered) for k, p in parts.items()},
             "tokenizer": saving.describe_tokenizer(self.tokenizer),
         }
-        saving.write(Path(directory), self, self.tokenizer, description)
+        saving.write(user_path(directory), self, self.tokenizer, description)
 
     @classmethod
     def load(
@@ -328,7 +329,7 @@ class Captioner(nn.Module):
         Raises:
             CheckpointError: a file is missing, truncated, or does not fit the parts.
         """
-        directory = Path(directory)
+        directory = user_path(directory, CheckpointError)
         content = saving.read_description(directory)
         captioner = cls(
             saving.make_part(content, "encoder") if encoder is None else encoder,
@@ -336,7 +337,8 @@ class Captioner(nn.Module):
             saving.find_tokenizer(directory, content, tokenizer),
             name=content["name"],
         )
-        path = directory / saving.WEIGHTS
+        saving.require_same_captioner(directory, content)
+        path = saving.saved_file(directory, saving.WEIGHTS)
         state = strip_prefixes(read_state_dict(path), captioner.state_dict())
         load_exactly(captioner, state, f"The weights in '{path}'")
         return captioner.to(device).eval()

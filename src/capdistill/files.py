@@ -9,11 +9,17 @@ a file, even if the writer is killed.
 from __future__ import annotations
 
 import codecs
+import contextlib
+import hashlib
 import math
 import os
+import platform
+import re
 import secrets
+import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -138,9 +144,10 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     path = user_path(path)
     if not path.name:
         raise ConfigError(f"Cannot write {path}: it is a directory. Add a file name.")
-    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
         temporary.touch(exist_ok=False)  # with the permissions of any new file
         try:
             write(temporary)
@@ -153,6 +160,63 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
             f"Cannot write {path}: {error.strerror or error}. Give a directory that exists or can "
             "be created, is writable and has space; files written earlier were left as they are."
         ) from error
+
+
+def temporary_name(name: str) -> str:
+    """A name for a file or directory that this process fills and then renames to `name`.
+
+    Example:
+        >>> temporary_name("model.safetensors").startswith(".model.safetensors.tmp-")
+        True
+    """
+    return f".{name[:40]}.tmp-{_host()}-{os.getpid()}-{_PROCESS}-{secrets.token_hex(4)}"
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove what killed processes left behind under a `temporary_name`.
+
+    A file of a process that still runs is left alone. So is one written from another computer,
+    whose processes cannot be seen, until it is a day old.
+    """
+    try:
+        names = [entry.name for entry in os.scandir(directory) if ".tmp-" in entry.name]
+    except OSError:
+        return
+    for name in names:
+        match = _TEMPORARY.fullmatch(name)
+        path = directory / name
+        if match is None or _may_be_in_use(path, *match.groups()):
+            continue
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+_PROCESS = secrets.token_hex(3)  # tells this process from an earlier one of the same number
+_TEMPORARY = re.compile(r"\..*\.tmp-([0-9a-f]{6})-(\d+)-([0-9a-f]{6})-[0-9a-f]{8}")
+_DAY = 24 * 60 * 60
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+
+def _may_be_in_use(path: Path, host: str, process: str, token: str) -> bool:
+    if host != _host():
+        try:
+            return time.time() - path.stat().st_mtime < _DAY
+        except OSError:
+            return True
+    if int(process) == os.getpid():
+        return token == _PROCESS
+    if os.name != "posix":
+        return False  # the file of a running process cannot be removed there
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's process
+        return True
+    return True
 
 
 def finite_or_none(value: Any) -> Any:

@@ -9,23 +9,27 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import torch
 from safetensors.torch import save as to_safetensors
-from torch import nn
+from torch import Tensor, nn
 
 from capdistill import decoders, encoders
 from capdistill.errors import CheckpointError, ConfigError
-from capdistill.files import write_atomically, write_text
+from capdistill.files import remove_abandoned, temporary_name, write_atomically, write_text
 from capdistill.registry import recipe_of
 from capdistill.tokenizer import Tokenizer, WordTokenizer
+from capdistill.weights import read_metadata
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "captioner.json", "tokenizer.json"
+PENDING = ".captioner"  # a directory of files that are complete but not yet in place
 _FORMAT = "capdistill.captioner/1"
+_ID = "capdistill.weights"  # in the metadata of the weights
 _REGISTRIES: dict[str, Any] = {"encoder": encoders, "decoder": decoders}
-_HUB_SWITCHES = ("weights", "pretrained")  # arguments that would fetch what the file holds
 _COMPILED = "_orig_mod."  # what torch.compile adds to names
 
 Description = dict[str, Any]
@@ -73,7 +77,11 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
 def write(
     directory: Path, model: nn.Module, tokenizer: Tokenizer, description: Description
 ) -> None:
-    """Weights, tokenizer and description, each written atomically.
+    """Replace the captioner in a directory by another one, all of it or nothing.
+
+    A process that is killed meanwhile leaves the old captioner or the new one, never a mixture:
+    the new files are gathered in a directory within, which becomes valid by one rename and whose
+    files are then moved into place. Readers look there first (`saved_file`).
 
     Raises:
         ConfigError: the directory cannot be written.
@@ -82,12 +90,91 @@ def write(
         key.replace(_COMPILED, ""): value.detach().to("cpu", copy=True).contiguous()
         for key, value in model.state_dict().items()
     }
-    content = {"format": _FORMAT, **description}
-    data = to_safetensors(state)
-    write_atomically(directory / WEIGHTS, lambda path: path.write_bytes(data))
-    if _is_ours(tokenizer):
-        tokenizer.save(directory / TOKENIZER)
-    write_text(directory / DESCRIPTION, json.dumps(content, indent=2))
+    weights = _hash(state)
+    content = {"format": _FORMAT, **description, "weights": weights}
+    data = to_safetensors(state, {_ID: weights})
+    staged, pending = directory / temporary_name("captioner"), directory / PENDING
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(directory)
+        _move_into_place(directory)  # what a killed process had completed
+        try:
+            staged.mkdir()
+            write_atomically(staged / WEIGHTS, lambda path: path.write_bytes(data))
+            if _is_ours(tokenizer):
+                tokenizer.save(staged / TOKENIZER)
+            write_text(staged / DESCRIPTION, json.dumps(content, indent=2))
+            _sync(staged)
+            staged.rename(pending)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        _sync(directory)
+        _move_into_place(directory)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write {directory}: {error.strerror or error}. Give a directory that exists or "
+            "can be created, is writable and has space; the captioner in it was left as it was."
+        ) from error
+
+
+def saved_file(directory: str | Path, name: str) -> Path:
+    """Where a file of a saved captioner is, also if the process that saved it was killed.
+
+    Example:
+        >>> saved_file("runs/student/best", WEIGHTS).name
+        'model.safetensors'
+    """
+    pending = Path(directory, PENDING, name)
+    return pending if pending.is_file() else Path(directory, name)
+
+
+def _move_into_place(directory: Path) -> None:
+    pending = directory / PENDING
+    if not pending.is_dir():
+        return
+    for path in sorted(pending.iterdir()):
+        path.replace(directory / path.name)
+    pending.rmdir()
+    _sync(directory)
+
+
+def _sync(directory: Path) -> None:
+    """Let the names in a directory survive a loss of power."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def require_same_captioner(directory: Path, content: Description) -> None:
+    """Check that weights and description were saved together.
+
+    A file of weights without an identity (written by other tools) is taken as it is.
+
+    Raises:
+        CheckpointError: they belong to different captioners, or the weights cannot be read.
+    """
+    path = saved_file(directory, WEIGHTS)
+    identity = read_metadata(path).get(_ID)
+    expected = content.get("weights")
+    if identity and expected and identity != expected:
+        raise CheckpointError(
+            f"{path} and {saved_file(directory, DESCRIPTION)} were not saved together: the weights "
+            f"are {identity[:12]}, those described {str(expected)[:12]}. Copy all files of one "
+            "captioner, or save it again."
+        )
 
 
 def read_description(directory: Path) -> Description:
@@ -96,7 +183,7 @@ def read_description(directory: Path) -> Description:
     Raises:
         CheckpointError: the directory holds no captioner, or one of another format.
     """
-    path = directory / DESCRIPTION
+    path = saved_file(directory, DESCRIPTION)
     try:
         content: Description = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != _FORMAT:
@@ -148,7 +235,7 @@ def find_tokenizer(
                 f"The captioner in {directory} was saved with a tokenizer of the class {kind}, "
                 "which capdistill does not write. Give it: Captioner.load(directory, tokenizer=...)"
             )
-        tokenizer = WordTokenizer.load(directory / TOKENIZER)
+        tokenizer = WordTokenizer.load(saved_file(directory, TOKENIZER))
     given = describe_tokenizer(tokenizer)["vocabulary"]
     if saved.get("vocabulary", given) != given:
         raise CheckpointError(
@@ -178,12 +265,10 @@ def _check_content(content: Description) -> None:
 
 
 def _without_hub(cls: type, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, with those that would fetch or read weights set to False."""
-    parameters = inspect.signature(cls).parameters
-    defaults = {key: each.default for key, each in parameters.items()}
-    wanted = {**defaults, **kwargs}
-    off = {key: False for key in _HUB_SWITCHES if isinstance(wanted.get(key), (bool, str))}
-    return {**kwargs, **off}
+    """The arguments, with those that select pretrained weights set to False."""
+    accepted = {*kwargs, *inspect.signature(cls).parameters}
+    names: tuple[str, ...] = getattr(cls, "hub_arguments", ())
+    return {**kwargs, **{name: False for name in names if name in accepted}}
 
 
 def _as_json(kwargs: Mapping[str, Any], kind: str) -> dict[str, Any]:

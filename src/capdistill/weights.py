@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -60,6 +61,22 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             "Fetch it again, or save it with safetensors.torch.save_file(model.state_dict(), path)."
         ) from error
     return _tensors_of(content, path)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts that a safetensors file holds beside its tensors; none for any other file.
+
+    Example:
+        >>> read_metadata("no/such/file")
+        {}
+    """
+    try:
+        if _is_torch(Path(path)):
+            return {}
+        with safe_open(os.fspath(path), "pt") as file:
+            return dict(file.metadata() or {})
+    except Exception:  # `read_state_dict` reports what is wrong with the file
+        return {}
 
 
 def strip_prefixes(state: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:

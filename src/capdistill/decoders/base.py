@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -73,12 +74,15 @@ class Decoder(nn.Module):
         hidden_dims: Width of each entry of `DecoderOutput.hidden`.
         has_attention: Whether it can show attention over visual tokens.
         vocabulary: V once built, else None.
+        hub_arguments: Names of the arguments of `__init__` that select pretrained weights, which
+            loading a saved captioner sets to False.
     """
 
     dim: int
     hidden_dims: tuple[int, ...]
     has_attention: bool = True
     vocabulary: int | None = None
+    hub_arguments: ClassVar[tuple[str, ...]] = ()
 
     def build(self, vocabulary: int) -> None:
         """Make what depends on V, once, where the rest is; the same V again does nothing.

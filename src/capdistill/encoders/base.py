@@ -57,6 +57,11 @@ class Encoder(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if isinstance(cls.hub_arguments, str):
+            raise ConfigError(
+                f"{cls.__name__}.hub_arguments is {cls.hub_arguments!r}; it must be a tuple of "
+                f"names: ({cls.hub_arguments!r},)."
+            )
         for name in ("trunk", "frozen_stages"):
             if name in vars(cls):
                 setattr(cls, name, _frozen_in_eval(vars(cls)[name]))

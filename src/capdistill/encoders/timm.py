@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -58,6 +58,8 @@ class TimmEncoder(BackboneEncoder):
         CheckpointError: the weights cannot be had, read or fitted.
         ConfigError: an option that cannot work.
     """
+
+    hub_arguments: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __init__(
         self,

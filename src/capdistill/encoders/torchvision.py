@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import torch
@@ -51,6 +51,8 @@ class TorchvisionEncoder(BackboneEncoder):
         CheckpointError: the weights cannot be had, read or fitted.
         ConfigError: an option that cannot work, or a model without a map.
     """
+
+    hub_arguments: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ import torch
 from capdistill.captioner import Captioner
 from capdistill.data.loader import Source, skipped_images
 from capdistill.files import printable
+from capdistill.saving import WEIGHTS, saved_file
 from capdistill.training.checkpoint import save_state
 from capdistill.training.config import TrainConfig
 from capdistill.training.history import History, Row
@@ -138,7 +139,7 @@ class Checkpoints:
         if self.out is not None:
             trainer.captioner.save(self.out / "final")
             if chosen:
-                _load_weights(trainer.captioner, self.out / "best" / "model.safetensors")
+                _load_weights(trainer.captioner, saved_file(self.out / "best", WEIGHTS))
             else:
                 trainer.captioner.save(self.out / "best")
         elif self.best is not None:

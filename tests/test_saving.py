@@ -21,6 +21,7 @@ import capdistill as cd
 from capdistill import decoders, encoders
 from capdistill.captioner import Captioner
 from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
+from capdistill.files import temporary_name
 from capdistill.tokenizer import WordTokenizer
 from tests.toy_captioner import WORDS, LetterTokenizer, Patches, batch_of, pictures, tokenizer, toy
 
@@ -122,6 +123,8 @@ def test_weights_that_were_given_are_never_read_again(flag, tmp_path):
 
 def test_a_switch_that_hides_in_free_arguments_is_turned_off_too(tmp_path, monkeypatch):
     class Free(Patches):
+        hub_arguments = ("pretrained",)
+
         def __init__(self, **options):
             super().__init__(options["dim"])
             self.options = options
@@ -131,15 +134,47 @@ def test_a_switch_that_hides_in_free_arguments_is_turned_off_too(tmp_path, monke
     assert Captioner.load(tmp_path).encoder.options == {"dim": 8, "pretrained": False}
 
 
-def test_an_argument_that_is_only_called_weights_is_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", ["softmax", True, [3.0, 4.0], "no/such/file.pt"])
+@pytest.mark.parametrize("argument", ["weights", "pretrained"])
+def test_an_argument_that_only_has_such_a_name_is_kept(tmp_path, monkeypatch, argument, value):
     class Weighed(Patches):
-        def __init__(self, weights=(1.0, 2.0)):
+        hub_arguments = ()
+
+        def __init__(self, weights="none", pretrained="none"):
             super().__init__()
-            self.weighed = weights
+            self.given = {"weights": weights, "pretrained": pretrained}
 
     monkeypatch.setitem(encoders.registry._decorated, "weighed", [Weighed])
-    toy(encoder=encoders.create("weighed", weights=(3.0, 4.0))).save(tmp_path)
-    assert Captioner.load(tmp_path).encoder.weighed == [3.0, 4.0]
+    toy(encoder=encoders.create("weighed", **{argument: value})).save(tmp_path)
+    assert Captioner.load(tmp_path).encoder.given[argument] == value
+
+
+def test_a_users_encoder_names_no_weights_unless_it_says_so():
+    assert cd.Encoder.hub_arguments == cd.Decoder.hub_arguments == ()
+    assert encoders.get("timm").hub_arguments == ("weights",)
+    assert encoders.get("torchvision").hub_arguments == ("weights",)
+
+
+def test_a_decoder_may_name_its_pretrained_weights_too(tmp_path, monkeypatch):
+    base = decoders.get("lstm")
+
+    class Fetched(base):
+        hub_arguments = ("checkpoint",)
+
+        def __init__(self, dim, *, weights="softmax", checkpoint=None):
+            super().__init__(dim=dim, embed=6, hidden=8, layers=1, heads=2)
+            self.given = weights, checkpoint
+
+    monkeypatch.setitem(decoders.registry._decorated, "fetched", [Fetched])
+    decoder = decoders.create("fetched", dim=8, weights="sigmoid", checkpoint="hub")
+    encoder = encoders.create("toy-patches")
+    Captioner(encoder, decoder, tokenizer()).save(tmp_path)
+    assert Captioner.load(tmp_path).decoder.given == ("sigmoid", False)
+
+
+def test_hub_arguments_that_are_one_text_are_refused():
+    with pytest.raises(ConfigError, match=r"must be a tuple of names: \('weights',\)"):
+        type("Mine", (Patches,), {"hub_arguments": "weights"})
 
 
 @pytest.mark.parametrize(
@@ -432,6 +467,105 @@ def test_a_disk_that_is_full_leaves_the_captioner_that_was_there(saved):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+# A saved captioner is one unit
+
+
+WRITING = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+
+
+def killed_while_saving(captioner: Captioner, directory: Path, event: int) -> bool:
+    """Save in a child that dies just before its nth change of the file system."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    count = 0
+
+    def watch(name: str, arguments: tuple[object, ...]) -> None:
+        nonlocal count
+        writes = name == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
+        count += name in WRITING or bool(writes)
+        if count == event:
+            os._exit(9)
+
+    try:
+        sys.addaudithook(watch)
+        captioner.save(directory)
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a child process")
+def test_a_writer_killed_at_any_point_leaves_the_old_captioner_or_the_new_one(tmp_path):
+    other = WordTokenizer(("a", "dog", "barks", "loud", "red", "at"), max_length=6)
+    old, new = toy(), toy(other, seed=1)
+    seen = []
+    for event in range(1, 60):
+        directory = tmp_path / str(event)
+        old.save(directory)
+        (directory / "notes.txt").write_text("mine")
+        killed = killed_while_saving(new, directory, event)
+        found = Captioner.load(directory)
+        is_new = found.tokenizer == new.tokenizer
+        assert same_tensors(found, new if is_new else old)
+        seen.append(is_new)
+        old.save(directory)  # the next writer removes what the dead one left
+        assert sorted(path.name for path in directory.iterdir()) == sorted([*FILES, "notes.txt"])
+        assert same_tensors(Captioner.load(directory), old)
+        if not killed:
+            break
+    assert not killed
+    assert seen == sorted(seen)  # old up to some point, new from then on
+    assert seen.count(False) > 3
+    assert seen.count(True) > 3
+
+
+def test_a_failure_while_saving_leaves_the_old_captioner(saved, monkeypatch):
+    def fail(self, path):
+        Path(path).write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    monkeypatch.setattr(WordTokenizer, "save", fail)
+    with pytest.raises(ConfigError, match=r"Cannot write .*toy: No space left.*as it was"):
+        toy(seed=1).save(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_files_of_two_captioners_are_refused_by_name(saved, tmp_path):
+    toy(seed=1).save(tmp_path / "other")
+    (saved / "model.safetensors").write_bytes((tmp_path / "other/model.safetensors").read_bytes())
+    message = r"toy/model\.safetensors and .*toy/captioner\.json were not saved together"
+    with pytest.raises(CheckpointError, match=message):
+        Captioner.load(saved)
+    (saved / "captioner.json").write_bytes((tmp_path / "other/captioner.json").read_bytes())
+    assert same_tensors(Captioner.load(saved), toy(seed=1))
+
+
+def test_temporary_files_of_dead_writers_are_removed_and_others_are_kept(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    name = temporary_name("captioner")
+    alive = temporary_name("captioner").replace(f"-{os.getpid()}-", "-1-")
+    gone = [name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"), name[:-15] + "ffffff-00000000"]
+    elsewhere = ".x.tmp-ffffff-1-ffffff-00000000"
+    for each in (*gone, name, alive, elsewhere, ".x.tmp-notes", "x.tmp"):
+        (tmp_path / each).mkdir()
+        (tmp_path / each / "file").write_text("x")
+    os.utime(tmp_path / elsewhere)
+    toy().save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *FILES,
+        name,
+        alive,
+        elsewhere,
+        ".x.tmp-notes",
+        "x.tmp",
+    }
+    os.utime(tmp_path / elsewhere, (0, 0))
+    toy().save(tmp_path)
+    assert not (tmp_path / elsewhere).exists()
 
 
 # Case 15: elsewhere
