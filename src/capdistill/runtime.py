@@ -1,21 +1,25 @@
-"""Where and how a model runs: devices, precision, seeds, evaluation mode, progress."""
+"""Where and how a model runs: devices, precision, seeds, evaluation mode, progress, workers."""
 
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
+import pickle
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from pathlib import Path
+from types import FunctionType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, shortened
 from capdistill.files import printable
 
 T = TypeVar("T")
@@ -262,3 +266,99 @@ def progress(
             last, printed = time.monotonic(), True
     if printed:
         print(printable(f"{what}: {count:,} {unit}s, done", stream), file=stream, flush=True)
+
+
+def worker_start_method(given: str | None) -> str:
+    """How worker processes start: "fork", "spawn" or "forkserver"; None is Python's default.
+
+    Raises:
+        ConfigError: this system has no such method.
+    """
+    methods = multiprocessing.get_all_start_methods()  # the first is the default
+    if given is not None and given not in methods:
+        raise ConfigError(f"start_method={given!r} was given; use one of {', '.join(methods)}.")
+    return given or multiprocessing.get_start_method(allow_none=True) or methods[0]
+
+
+def max_workers(start_method: str | None = None) -> int:
+    """How many worker processes this one can use: its CPU cores, or none if it may not start any.
+
+    Example:
+        >>> max_workers() >= 0
+        True
+    """
+    if multiprocessing.current_process().daemon:  # a worker itself
+        return 0
+    if worker_start_method(start_method) != "fork" and not _program_is_guarded():
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _program_is_guarded() -> bool:
+    """Whether a worker can import the program again without running it."""
+    main = sys.modules.get("__main__")
+    try:
+        return "__main__" in Path(str(main.__file__)).read_text("utf-8")  # type: ignore[union-attr]
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def require_picklable(data: Any, name: str = "data") -> None:
+    """Refuse data that cannot be sent to worker processes, and name the part that cannot.
+
+    Example:
+        >>> pairs = [("a.jpg", "a dog", lambda image: image)]
+        >>> require_picklable(pairs)
+        Traceback (most recent call last):
+        ...
+        capdistill.errors.ConfigError: data[0][2] cannot be pickled ...
+
+    Args:
+        data: A data set, with all that it holds, such as its transform.
+        name: How the message begins.
+
+    Raises:
+        ConfigError: it cannot be pickled.
+    """
+    error = _pickling_error(data)
+    if error is None:
+        return
+    part, value = _unpicklable_part(data, name)
+    raise ConfigError(
+        f"{part} cannot be pickled ({shortened(value)}: {error}), so it cannot be sent to worker "
+        "processes. Use num_workers=0, or replace it: a lambda by a function of a module, an open "
+        "file by its path."
+    ) from error
+
+
+def is_picklable(value: Any) -> bool:
+    """Whether a value can be sent to another process."""
+    return _pickling_error(value) is None
+
+
+def _pickling_error(value: Any) -> Exception | None:
+    try:
+        pickle.Pickler(_Discard(), pickle.HIGHEST_PROTOCOL).dump(value)
+    except Exception as error:
+        return error
+    return None
+
+
+class _Discard:
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def _unpicklable_part(value: Any, name: str, depth: int = 0) -> tuple[str, Any]:
+    """The innermost part that cannot be pickled, with its name, such as "data.transform"."""
+    parts: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        parts = {f"{name}[{key!r}]": each for key, each in value.items()}
+    elif isinstance(value, (list, tuple)):
+        parts = {f"{name}[{number}]": each for number, each in enumerate(value)}
+    elif not isinstance(value, (type, FunctionType)):
+        parts = {f"{name}.{key}": each for key, each in getattr(value, "__dict__", {}).items()}
+    for part, each in parts.items():
+        if depth < 9 and not is_picklable(each):
+            return _unpicklable_part(each, part, depth + 1)
+    return name, value

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +211,7 @@ def test_arrays_and_tensors_become_the_same_pixels(array: object) -> None:
         (io.StringIO("text"), "'rb'"),
         (42, "given as int"),
         ("missing.jpg", r"missing\.jpg.*No such file"),
-        ("a\0b.jpg", "cannot be read"),
+        ("a\0b.jpg", "cannot be used"),
     ],
     ids=range(10),
 )
@@ -266,3 +268,46 @@ def test_a_file_that_another_program_would_draw_is_refused(tmp_path: Path) -> No
     noise().save(tmp_path / "drawing.eps")
     with pytest.raises(DataError, match=r"drawing\.eps: EPS is a drawing"):
         read_image(tmp_path / "drawing.eps")
+
+
+def test_threads_may_read_and_nothing_of_the_process_is_changed(tmp_path: Path) -> None:
+    quadrants().save(tmp_path / "exif.jpg", exif=b"Exif\0\0MM\0*\0\0\xff\xff junk")
+    noise().save(tmp_path / "plain.jpg")
+    palette_with_hole().save(tmp_path / "palette.png")
+    paths = [*broken_files(tmp_path), *(tmp_path / n for n in ("exif.jpg", "plain.jpg"))] * 20
+    paths += [tmp_path / "palette.png"] * 20
+
+    def outcome(path: Path) -> object:
+        try:
+            return read_image(path).sum().item()
+        except DataError as error:
+            return str(error)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, shown = list(warnings.filters), warnings.showwarning
+        alone = [outcome(path) for path in paths]
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(outcome, paths))
+        assert together == alone
+        assert warnings.filters == before
+        assert warnings.showwarning is shown
+        with pytest.warns(UserWarning, match="still heard"):
+            warnings.warn("still heard", stacklevel=1)
+
+
+def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    noise().save(tmp_path / "a.png")
+    assert torch.equal(read_image("~/a.png"), read_image(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("error", [ValueError("closed"), RuntimeError("odd"), KeyError("x")])
+def test_a_file_object_that_fails_is_our_error(error: Exception) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise error
+
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        read_image(Broken())
+    assert caught.value.__cause__ is error

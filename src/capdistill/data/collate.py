@@ -1,10 +1,11 @@
-"""One batch from its image numbers, in whatever process: read, choose captions, crop, pad.
+"""A batch from its image numbers, in any process: read, choose captions, crop, pad.
 
-Enter here from `Loader`; everything is picklable, so that workers can be spawned.
+`Loader` uses it. Everything can be pickled for spawned workers.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median_low
@@ -15,65 +16,56 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from capdistill.data.caption_files import Problem
+from capdistill.data.caption_files import Problem, caption_problem, image_name
 from capdistill.data.dataset import CaptionData
 from capdistill.data.images import (
-    ImageSource,
     centre_square,
     random_square,
     read_image,
     view_of,
     view_square,
 )
-from capdistill.errors import DataError
-from capdistill.outputs import Batch
-from capdistill.runtime import (
-    generator,
-)
+from capdistill.errors import DataError, shortened
+from capdistill.outputs import Batch, require_unique_ids
+from capdistill.runtime import generator
 
 BatchIndex: TypeAlias = "tuple[int, tuple[int, ...]]"  # epoch, image numbers
-BatchResult: TypeAlias = "tuple[Batch | None, list[Problem]]"
 
-_READ_ERRORS = (DataError, OSError, SyntaxError)  # Pillow calls a broken PNG a SyntaxError
-_ROOM = 1.16  # a cached image is this much larger than the crop, so that crops are not blown up
-_MOST = 5
+CACHE_MARGIN = 1.16  # side of a cached image over the crop's, so that crops are not upscaled
+MAX_CAPTIONS = 5  # of an image in one batch, unless a number is given
 
 
-def usual_captions(data: CaptionData) -> int:
-    """How many captions an image of the data usually has: the median, at most 5.
+class BatchResult(NamedTuple):
+    """A batch, what was left out of it, and the first error that was the reason.
 
-    Example:
-        >>> from pathlib import Path
-        >>> from capdistill.data.dataset import Example
-        >>> captions = [("a", "b"), ("c", "d", "e"), tuple("fghijkl")]
-        >>> usual_captions(CaptionData(Example(c[0], Path("x.jpg"), c) for c in captions))
-        3
+    Args:
+        batch: None if no image of it can be used.
+        problems: One per image or caption that was left out.
+        cause: The exception that a data set, a transform or Pillow raised, if any.
     """
-    return min(_MOST, median_low(len(example.captions) for example in data.examples))
+
+    batch: Batch | None
+    problems: list[Problem]
+    cause: Exception | None
 
 
 class SupportsEncode(Protocol):
-    """What a loader needs of a tokenizer."""
+    """The part of a tokenizer that a loader needs."""
 
     @property
     def pad_id(self) -> int:
-        """The id that fills short rows; may equal another id, since masks go by position."""
+        """The id that fills short rows. It may equal another id: masks go by position."""
 
     def encode(self, caption: str) -> list[int]:
         """The ids from the start token to the end token."""
 
 
-class Item(NamedTuple):
-    """An image as the data set gives it."""
-
-    image_id: str
-    captions: tuple[str, ...]
-    image: ImageSource | None
-    place: str
-
-
 class Collator(Dataset[BatchResult]):
-    """`collator[epoch, images]` is (Batch or None, problems). For the arguments see `Loader`."""
+    """`collator[epoch, image_numbers]` is a `BatchResult`. For the arguments see `Loader`.
+
+    Raises:
+        DataError: the data set has `image_ids` that are not unique names, one per item.
+    """
 
     def __init__(
         self,
@@ -98,70 +90,72 @@ class Collator(Dataset[BatchResult]):
         self.flip, self.random_crop = flip and (train or view > 0), train and crop
         self.with_images, self.max_length = with_images, max_length
         self.views, self.view = views, view
-        self.ids: Sequence[str] | None = getattr(data, "image_ids", None)
-        self.cache: dict[int, Tensor] | None = {} if cache_images else None
+        self.ids = None if isinstance(data, CaptionData) else _image_ids(data)
+        self.images: dict[int, Tensor] | None = {} if cache_images else None
         self._k = captions_per_image
 
-    def __getitem__(self, job: BatchIndex) -> BatchResult:
-        epoch, numbers = job
-        parts, problems = [], []
+    def __getitem__(self, index: BatchIndex) -> BatchResult:
+        epoch, numbers = index
+        samples: list[_Sample] = []
+        problems: list[Problem] = []
+        cause: Exception | None = None
         for number in numbers:
             try:
-                parts.append(self._part(number, epoch))
+                samples.append(self._sample(number, epoch, problems))
             except _UnusableError as error:
                 problems.append(error.problem)
-        return (self._join(parts) if parts else None), problems
+                cause = cause or _portable(error.__cause__)
+        return BatchResult(self._collate(samples) if samples else None, problems, cause)
 
     @property
     def k(self) -> int:
-        """Captions an image; unless given, as many as its images usually have, at most 5."""
+        """Captions per image. By default as many as its images usually have, at most 5."""
         if self._k is None:
             self._k = self._usual()
         return self._k
 
     def _usual(self) -> int:
-        """The median in training, so that few come twice; else what the first usable image has."""
+        """The median in training, which repeats few; otherwise as the first usable image has."""
         if self.train and isinstance(self.data, CaptionData):
             return usual_captions(self.data)
         for number in range(len(self.data)):
             try:
-                return min(_MOST, len(self._item(number).captions))
+                return min(MAX_CAPTIONS, len(self._item(number, []).captions))
             except _UnusableError:
                 continue
         return 1
 
-    def _part(self, number: int, epoch: int) -> _Part:
-        item = self._item(number)
+    def _sample(self, number: int, epoch: int, problems: list[Problem]) -> _Sample:
+        item = self._item(number, problems)
         rng = generator(self.seed, epoch, item.image_id)
         chosen = sample_captions(item.captions, self.k, rng if self.train else None)
         view = view_of(epoch, item.image_id, self.views) if self.views > 1 else self.view
-        pixels = self._pixels(number, item, rng, view)
-        caches = {key: self._at(store, view) for key, store in self.caches.items()}
-        cached = {key: _fetch(store, key, item) for key, store in caches.items()}
-        return _Part(item.image_id, item.captions, chosen, pixels, cached)
+        pixels = self._pixels(number, item, rng, view)  # (3, S, S)
+        cached = {
+            key: _features(cache[view] if self.views > 1 else cache, key, item)  # (N, D0)
+            for key, cache in self.caches.items()
+        }
+        return _Sample(item.image_id, item.captions, chosen, pixels, cached)
 
-    def _at(self, store: Any, view: int) -> Any:
-        return store[view] if self.views > 1 else store
-
-    def _item(self, number: int) -> Item:
+    def _item(self, number: int, problems: list[Problem]) -> Item:
         if isinstance(self.data, CaptionData):
             example = self.data.examples[number]
             return Item(example.image_id, example.captions, example.path, str(example.path))
-        name = str(self.ids[number]) if self.ids is not None else str(number)
+        name = self.ids[number] if self.ids is not None else str(number)
         try:
             pair = self.data[number]
-        except _READ_ERRORS as error:
-            raise _UnusableError("corrupt image", f"item {name}", str(error)) from error
-        return _checked(pair, name)
+        except Exception as error:  # the user's code: whatever it raises, the item is not there
+            raise _UnusableError("corrupt image", f"item {name}", _reason(error)) from error
+        return _checked_item(pair, name, problems)
 
     def _pixels(self, number: int, item: Item, rng: torch.Generator, view: int) -> Tensor:
         if not self.with_images:
             return torch.empty(3, 0, 0, dtype=torch.uint8)
-        image = None if self.cache is None else self.cache.get(number)
+        image = None if self.images is None else self.images.get(number)
         if image is None:
-            image = self._decoded(item)
-            if self.cache is not None:
-                image = self.cache[number] = self._to_keep(image)
+            image = _decoded(item)
+            if self.images is not None:
+                image = self.images[number] = self._to_keep(image)
         if view or self.views > 1:
             return view_square(image, self.image_size, view, item.image_id, flip=self.flip)
         if self.random_crop:
@@ -170,36 +164,73 @@ class Collator(Dataset[BatchResult]):
         flipped = self.flip and torch.rand(1, generator=rng).item() < 0.5
         return square.flip(2) if flipped else square
 
-    def _decoded(self, item: Item) -> Tensor:
-        try:
-            assert item.image is not None
-            return read_image(item.image)
-        except DataError as error:
-            raise _UnusableError("corrupt image", item.place, str(error)) from error
-
     def _to_keep(self, image: Tensor) -> Tensor:
         if not self.random_crop:
             return centre_square(image, self.image_size)
-        return centre_square(image, min(round(self.image_size * _ROOM), *image.shape[1:]))
+        return centre_square(image, min(round(self.image_size * CACHE_MARGIN), *image.shape[1:]))
 
-    def _join(self, parts: list[_Part]) -> Batch:
+    def _collate(self, samples: list[_Sample]) -> Batch:
         from capdistill.tokenizer import pad_batch
 
-        captions = tuple(caption for part in parts for caption in part.chosen)
+        captions = tuple(caption for sample in samples for caption in sample.chosen)
         rows = [self.tokenizer.encode(caption)[: self.max_length] for caption in captions]
         ids, mask = pad_batch(rows, self.tokenizer.pad_id)  # (B, T)
         return Batch(
-            images=torch.stack([part.pixels for part in parts]),  # (I, 3, S, S)
+            images=torch.stack([sample.pixels for sample in samples]),  # (I, 3, S, S)
             input_ids=ids,
             mask=mask,
             captions=captions,
-            image_ids=tuple(part.image_id for part in parts),
-            references=None if self.train else tuple(part.captions for part in parts),
-            cached={key: torch.stack([p.cached[key] for p in parts]) for key in self.caches},
+            image_ids=tuple(sample.image_id for sample in samples),
+            references=None if self.train else tuple(sample.captions for sample in samples),
+            cached={
+                key: torch.stack([sample.cached[key] for sample in samples])  # (I, N, D0)
+                for key in self.caches
+            },
         )
 
 
-class _Part(NamedTuple):
+def usual_captions(data: CaptionData) -> int:
+    """How many captions an image of the data usually has: the median, at most 5.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from capdistill.data.dataset import Example
+        >>> captions = [("a", "b"), ("c", "d", "e"), tuple("fghijkl")]
+        >>> usual_captions(CaptionData(Example(c[0], Path("x.jpg"), c) for c in captions))
+        3
+    """
+    return min(MAX_CAPTIONS, median_low(len(example.captions) for example in data.examples))
+
+
+def sample_captions(
+    captions: Sequence[str], k: int, rng: torch.Generator | None = None
+) -> list[str]:
+    """k captions, none twice before all are used. Without a generator, the first k.
+
+    Example:
+        >>> sample_captions(["a", "b"], 3)
+        ['a', 'b', 'a']
+        >>> sorted(sample_captions(["a", "b", "c"], 3, generator(0)))
+        ['a', 'b', 'c']
+    """
+    chosen: list[str] = []
+    while len(chosen) < k:
+        n = len(captions)
+        order = range(n) if rng is None else torch.randperm(n, generator=rng).tolist()
+        chosen += [captions[i] for i in order]
+    return chosen[:k]
+
+
+class Item(NamedTuple):
+    """An image and its captions as a data set gives them, and where they are for messages."""
+
+    image_id: str
+    captions: tuple[str, ...]
+    image: Any  # whatever `read_image` takes, if the data set is right
+    place: str
+
+
+class _Sample(NamedTuple):
     image_id: str
     captions: tuple[str, ...]
     chosen: list[str]
@@ -214,58 +245,77 @@ class _UnusableError(Exception):
         self.problem = Problem(kind, where, "", detail)
 
 
-def _checked(pair: Any, name: str) -> Item:
+def _image_ids(data: Any) -> list[str] | None:
+    """The ids that a user's data set gives its items, checked; None if it gives none."""
+    given = getattr(data, "image_ids", None)
+    if given is None:
+        return None
+    ids = [image_name(each) for each in given]
+    if len(ids) != len(data) or None in ids:
+        wrong = next((each for each in given if image_name(each) is None), None)
+        what = f"{len(ids)} entries for {len(data)} items" if len(ids) != len(data) else repr(wrong)
+        raise DataError(
+            f"{type(data).__name__}.image_ids: {what}; expected one string per item, or no such "
+            "attribute."
+        )
+    require_unique_ids([str(each) for each in ids], f"{type(data).__name__}.image_ids")
+    return [str(each) for each in ids]
+
+
+def _checked_item(pair: Any, name: str, problems: list[Problem]) -> Item:
     where = f"item {name}"
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise DataError(f"{where} is {type(pair).__name__}; expected a pair (image, captions).")
+        shape = f" of {len(pair)}" if isinstance(pair, (tuple, list)) else ""
+        reason = f"it is a {type(pair).__name__}{shape}; expected a pair (image, captions)"
+        raise _UnusableError("malformed item", where, reason)
     image, captions = pair
-    texts = tuple(_texts(captions, where))
+    texts = tuple(_usable_captions(captions, where, problems))
     if not texts:
-        raise _UnusableError("empty caption", where, "no caption with text")
+        raise _UnusableError("image without caption", where, f"captions: {shortened(captions)}")
     return Item(name, texts, image, where)
 
 
-def _texts(captions: Any, where: str) -> Iterator[str]:
-    several = (captions,) if isinstance(captions, str) else captions
-    if not isinstance(several, Sequence) or not all(isinstance(text, str) for text in several):
-        raise DataError(
-            f"{where}: captions are {type(captions).__name__}; expected a string or a list of "
-            "strings. A data set that yields (images, ids) is not one of captions."
-        )
-    return (text for text in several if text.strip())
+def _usable_captions(captions: Any, where: str, problems: list[Problem]) -> Iterator[str]:
+    several: Sequence[Any] = captions
+    if isinstance(captions, (str, bytes)) or not isinstance(captions, Sequence):
+        several = [captions]
+    for caption in several:
+        problem = caption_problem(caption)
+        if problem is None:
+            yield caption
+        elif problem[0] == "invalid caption":
+            problems.append(Problem("invalid caption", where, "", problem[1]))
 
 
-def _fetch(store: Any, key: str, item: Item) -> Tensor:
+def _decoded(item: Item) -> Tensor:
     try:
-        tokens: Tensor = store[item.image_id]  # (N, D0)
+        return read_image(item.image)
+    except Exception as error:  # an array or image of the user's own class may raise anything
+        raise _UnusableError("corrupt image", item.place, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says, with its type where the text alone says little."""
+    plain = isinstance(error, (DataError, OSError, SyntaxError)) and str(error)
+    return str(error) if plain else f"{type(error).__name__}: {error}"
+
+
+def _portable(error: BaseException | None) -> Exception | None:
+    """The exception as another process can have it."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error if isinstance(error, Exception) and type(copy) is type(error) else None
+
+
+def _features(cache: Any, key: str, item: Item) -> Tensor:
+    try:
+        tokens: Tensor = cache[item.image_id]  # (N, D0)
     except KeyError as error:
-        raise _UnusableError(
-            "no cached features", item.place, f"{item.image_id} in {key}"
-        ) from error
+        reason = f"{item.image_id} in {key}"
+        raise _UnusableError("no cached features", item.place, reason) from error
     return tokens
-
-
-def sample_captions(
-    captions: Sequence[str], k: int, rng: torch.Generator | None = None
-) -> list[str]:
-    """k captions, none twice before all are used; the first k where there is no generator.
-
-    Example:
-        >>> sample_captions(["a", "b"], 3)
-        ['a', 'b', 'a']
-        >>> sorted(sample_captions(["a", "b", "c"], 3, generator(0)))
-        ['a', 'b', 'c']
-    """
-    chosen: list[str] = []
-    while len(chosen) < k:
-        order = range(len(captions)) if rng is None else _permutation(len(captions), rng)
-        chosen += [captions[i] for i in order]
-    return chosen[:k]
-
-
-def _permutation(n: int, rng: torch.Generator) -> list[int]:
-    order: list[int] = torch.randperm(n, generator=rng).tolist()
-    return order
 
 
 class FeatureCache:

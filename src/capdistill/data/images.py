@@ -1,4 +1,4 @@
-"""The one place where a picture, in whatever form it comes, becomes RGB pixels."""
+"""Images in any form to RGB pixels, and the squares that models see."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from capdistill.data.caption_files import DataReport, Policy
 from capdistill.errors import DataError
+from capdistill.files import user_path
 from capdistill.runtime import generator, stable_hash
 
 Encoded: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | IO[bytes]"
@@ -41,11 +42,12 @@ _UPRIGHT = {
 
 
 def read_image(source: ImageSource) -> Tensor:
-    """Any picture as uint8 RGB pixels (3, H, W), upright.
+    """Any image as uint8 RGB pixels (3, H, W), upright.
 
-    Orientation tags are honoured, transparency is laid over white, 16-bit and float pictures are
-    scaled by their depth and never stretched. The same picture gives the same pixels from a path,
-    bytes, an open file or a picture opened with Pillow, and what was given is not changed.
+    Orientation tags are applied, transparency is laid over white, 16-bit and float images are
+    scaled by their depth and never stretched. The same image gives the same pixels from a path,
+    bytes, an open file or an image opened with Pillow, and the argument is not changed. Threads may
+    read at the same time.
 
     Example:
         >>> read_image(np.full((2, 4), 65535, np.uint16))[:, 0, 0].tolist()
@@ -56,7 +58,7 @@ def read_image(source: ImageSource) -> Tensor:
             (HW, HWC or CHW with 1, 3 or 4 channels; uint8, bool, uint16, or float in [0, 1]).
 
     Raises:
-        DataError: it is missing, no image, truncated, too large, or its values have no clear
+        DataError: it is missing, not an image, truncated, too large, or its values have no clear
             meaning; the message names the file and the reason.
     """
     if isinstance(source, Tensor):
@@ -74,21 +76,19 @@ def read_image(source: ImageSource) -> Tensor:
 
 
 def _decode(data: bytes, name: str) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on size and tags: errors are ours below
-        try:
-            image = Image.open(io.BytesIO(data))
-        except Exception as error:
-            raise DataError(f"{name}: {_reason(error, data)}.") from error
-        if image.format in _PROGRAMS:
-            raise DataError(f"{name}: {image.format} is a drawing, not a photo; save it as PNG.")
-        if image.format == "PNG":
-            _check_sums(data, name)
-        return _guarded(image, name)
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception as error:
+        raise DataError(f"{name}: {_reason(error, data)}.") from error
+    if image.format in _PROGRAMS:
+        raise DataError(f"{name}: {image.format} is a drawing, not a photo; save it as PNG.")
+    if image.format == "PNG":
+        _check_sums(data, name)
+    return _guarded(image, name)
 
 
 def _check_sums(data: bytes, name: str) -> None:
-    """Pillow decodes a PNG with a flipped bit without a word unless asked to verify it."""
+    """Pillow silently decodes a PNG with a flipped bit unless asked to verify it."""
     try:
         Image.open(io.BytesIO(data)).verify()
     except Exception as error:
@@ -117,7 +117,7 @@ def _guarded(image: Image.Image, name: str) -> Tensor:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a damaged tag block says nothing about the pixels
+    except Exception:  # a damaged tag block does not affect the pixels
         return 1
 
 
@@ -153,7 +153,7 @@ def _from_depth(values: npt.NDArray[Any], top: int) -> npt.NDArray[np.uint8]:
 
 
 def _from_unit(values: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
-    if not (values.min() >= 0 and values.max() <= 1):  # so that a NaN is refused too
+    if not (values.min() >= 0 and values.max() <= 1):  # refuses NaN, too
         raise DataError(
             f"{name}: float pixels from {values.min():.4g} to {values.max():.4g}; expected [0, 1]. "
             "Undo any normalisation, or give uint8."
@@ -195,18 +195,17 @@ def _planes(pixels: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
-def _read_bytes(
-    source: Encoded,
-) -> tuple[str, bytes]:
+def _read_bytes(source: Encoded) -> tuple[str, bytes]:
     if isinstance(source, (bytes, bytearray)):
         return "image bytes", _bounded(bytes(source), "image bytes")
     if isinstance(source, (str, os.PathLike)):
+        path = user_path(source, DataError)
         try:
-            with open(source, "rb") as file:
-                return str(source), _bounded(file.read(MAX_BYTES + 1), str(source))
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{source}: the image cannot be read ({reason}).") from error
+            with open(path, "rb") as file:
+                return str(path), _bounded(file.read(MAX_BYTES + 1), str(path))
+        except OSError as error:
+            reason = error.strerror or error
+            raise DataError(f"{path}: the image cannot be read ({reason}).") from error
     if not hasattr(source, "read"):
         raise DataError(
             f"An image was given as {type(source).__name__}; expected a path, bytes, a binary "
@@ -219,7 +218,7 @@ def _read_file(file: IO[bytes]) -> tuple[str, bytes]:
     name = str(getattr(file, "name", "image file"))
     try:
         data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # any object with `read`, such as an HTTP response or a zip entry
         raise DataError(f"{name}: the image cannot be read ({error}).") from error
     if not isinstance(data, bytes):
         raise DataError(f"{name}: the file is open as text; open it with mode 'rb'.")
@@ -242,14 +241,14 @@ def _reason(error: Exception, data: bytes) -> str:
     return f"cannot be opened as an image ({error or type(error).__name__})"
 
 
-MIN_AREA = 0.75  # of the largest square, in a training crop: captions speak of the whole picture
+MIN_AREA = 0.75  # of the largest square, in a training crop: captions describe the whole image
 MAX_RATIO = 1.1
 
 
 def centre_square(image: Tensor, size: int) -> Tensor:
     """The largest centred square at `size` pixels, antialiased. (3, H, W) -> (3, size, size).
 
-    The square is cut before it is resized, so that a very long picture costs no more than others.
+    The square is cut before it is resized: a very long image costs no more than others.
 
     Example:
         >>> centre_square(torch.zeros(3, 40, 90, dtype=torch.uint8), 16).shape
@@ -271,8 +270,8 @@ def random_square(image: Tensor, size: int, rng: torch.Generator, *, flip: bool 
     Args:
         image: (3, H, W) uint8.
         size: Rows and columns of the result.
-        rng: Where all chance comes from.
-        flip: Also mirror every other picture. Off by default: captions say left and right.
+        rng: The source of all randomness.
+        flip: Also mirror every other image. Off by default, because captions name left and right.
     """
     height, width = image.shape[1:]
     area, ratio, down, right, mirror = torch.rand(5, generator=rng).tolist()
@@ -286,7 +285,7 @@ def random_square(image: Tensor, size: int, rng: torch.Generator, *, flip: bool 
 
 
 def view_square(image: Tensor, size: int, view: int, image_id: str, *, flip: bool) -> Tensor:
-    """View 0 is the centred square; any other a random crop that depends on its key alone.
+    """View 0 is the centred square. Any other is a random crop that depends on its key alone.
 
     Example:
         >>> picture = torch.arange(3 * 40 * 90).view(3, 40, 90).to(torch.uint8)
@@ -300,7 +299,7 @@ def view_square(image: Tensor, size: int, view: int, image_id: str, *, flip: boo
 
 
 def view_of(epoch: int, image_id: str, views: int) -> int:
-    """Which view of an image an epoch shows: each in turn, beginning anywhere.
+    """The view of an image that an epoch shows: each in turn, from a start that varies.
 
     Example:
         >>> sorted(view_of(epoch, "dog.jpg", views=4) for epoch in range(4))
@@ -321,9 +320,9 @@ def read_batches(
     """Read images in any form, a batch at a time, as (3, size, size) uint8 tensors.
 
     Args:
-        images: Anything that `read_image` takes, any number of them; read as they are needed.
+        images: Any number of images that `read_image` takes; read when they are needed.
         size: Side in pixels.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         errors: "raise" stops at an image that cannot be read; "skip" warns and gives None for it.
 
     Raises:
@@ -337,9 +336,6 @@ def read_batches(
 
 
 def _read(image: Any, size: int, place: int, errors: Policy) -> Tensor | None:
-    pass
-    pass
-
     try:
         return centre_square(read_image(image), size)
     except DataError as error:
@@ -365,7 +361,7 @@ def is_many(images: Any) -> bool:
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one shorter, each read when it is asked for.
+    """Lists of `size` items, the last one shorter, each read when it is needed.
 
     Example:
         >>> list(chunks("abcde", 2))

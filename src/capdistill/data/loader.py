@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
@@ -11,21 +12,26 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from capdistill.data.caption_files import DataReport, Policy
+from capdistill.data.caption_files import DataReport, Policy, pluralize
 from capdistill.data.collate import BatchIndex, BatchResult, Collator, SupportsEncode
-from capdistill.errors import ConfigError, DataError
+from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.outputs import Batch
-from capdistill.runtime import generator
+from capdistill.runtime import (
+    generator,
+    is_picklable,
+    max_workers,
+    require_picklable,
+    worker_start_method,
+)
 from capdistill.tokenizer import Tokenizer
 
 
 class Loader:
     """Batches of images with k captions each. An epoch is every image once.
 
-    Order, choice of captions and crops depend on (seed, epoch, image) alone, so that epoch n is
-    the same with any number of workers and in any process (law 7). An image that cannot be read
-    is left out and named in `skipped`; its batch is smaller, and a batch of nothing else is left
-    out.
+    Order, choice of captions and crops depend on (seed, epoch, image) alone: epoch n is the same
+    with any number of workers and in any process. An image that cannot be read is left out and
+    named in `skipped`. Its batch is smaller; a batch without any image is left out.
 
     Example:
         >>> from capdistill.data import sample
@@ -35,36 +41,40 @@ class Loader:
         >>> loader = Loader(data.val, tokenizer, image_size=32, batch_size=3)
         >>> [batch.num_images for batch in loader], loader.num_images
         ([3, 3, 2], 8)
+        >>> loader
+        <Loader 8 images at 32 px, 3 batches of 3, in order, num_workers=0>
 
     Args:
-        data: A `CaptionData`, or any data set or sequence that yields (image, captions), where the
-            image is anything that `read_image` takes and the captions are a string or several.
-        tokenizer: What turns a caption into ids (`encode`, `pad_id`).
+        data: A `CaptionData`, or any data set or sequence of (image, captions) pairs: whatever
+            `read_image` takes, and a string or list of strings. `image_ids` of its own are unique.
+        tokenizer: Turns a caption into ids (`encode`, `pad_id`).
         image_size: Rows and columns of the images.
-        batch_size: Images a batch.
-        train: Shuffle, choose captions and crop by chance; else in order, the centre, references.
-        captions_per_image: k. In training chosen without repetition while there are enough, and
-            unless given the median number of captions of an image (of a data set without records
-            that of the first usable image), at most 5; in evaluation the first k, unless given
-            those of the first image, at most 5.
-        seed: Another seed is another order.
-        num_workers: Processes that read ahead; 0 reads in this one.
+        batch_size: Images per batch.
+        train: Shuffle, sample captions and crop at random. Otherwise images come in order, centred
+            and with their references.
+        captions_per_image: k. In training, sampled without repetition while there are enough; by
+            default the median number of captions per image, at most 5 (of a data set without
+            records, that of its first usable image). In evaluation the first k; by default as
+            many as the first image has, at most 5.
+        seed: Another seed gives another order, other captions and other crops.
+        num_workers: Processes that read ahead; 0 reads in this process; None decides by
+            `default_num_workers`.
         flip: In training, mirror every other image.
-        crop: In training, crop by chance; else the centre.
-        cache_images: Keep the images in memory, at the size needed: in every worker its own, so
-            best with num_workers=0. Random crops are then taken from the centred square.
-        errors: "skip" or "raise", for an image that cannot be read.
+        crop: In training, crop at random; otherwise take the centre.
+        cache_images: Keep the images in memory at the size needed. Every worker keeps its own, so
+            num_workers=0 suits it best. Random crops are then taken from the centred square.
+        errors: "skip" or "raise", for an image or item that cannot be used.
         caches: Encoder fingerprint -> trunk tokens by image id; batches carry them in `cached`.
         with_images: False gives images of (I, 3, 0, 0) and opens no file of a `CaptionData`.
-        max_length: Cut ids to this many tokens; default as the tokenizer gives them.
-        views: How many views of an image the epochs take in turn: the centre, and random crops
-            that are always the same. Each of `caches` is then a sequence, one store a view.
+        max_length: Cut ids to this many tokens; by default as the tokenizer gives them.
+        views: The number of views of an image that the epochs show in turn: the centre, and fixed
+            random crops. Each of `caches` is then a sequence with one cache per view.
         view: Show this view in every epoch.
-        start_method: How workers start: "fork", "spawn", "forkserver"; default Python's own.
+        start_method: How workers start: "fork", "spawn" or "forkserver"; by default Python's own.
 
     Raises:
-        DataError: there is no image, or none that can be read.
-        ConfigError: a number that cannot work.
+        DataError: there is no image; ids that occur twice.
+        ConfigError: a number out of range.
     """
 
     def __init__(
@@ -89,22 +99,12 @@ class Loader:
         view: int = 0,
         start_method: str | None = None,
     ) -> None:
-        _at_least(1, image_size=image_size, batch_size=batch_size)
-        _at_least(1, captions_per_image=captions_per_image, max_length=max_length)
-        _at_least(0, num_workers=num_workers, view=view)
-        _at_least(1, views=views)
+        _require_at_least(1, image_size=image_size, batch_size=batch_size, views=views)
+        _require_at_least(1, captions_per_image=captions_per_image, max_length=max_length)
+        _require_at_least(0, num_workers=num_workers, view=view)
         self.num_images = _length(data)
-        self.batch_size, self.train, self.seed, self.num_workers = (
-            batch_size,
-            train,
-            seed,
-            num_workers or 0,
-        )
-        self.errors: Policy = DataReport(errors).errors
-        self.skipped = DataReport()
-        self._start_method = start_method
-        self._pool: DataLoader[BatchResult] | None = None
-        self._busy = False
+        self.batch_size, self.train, self.seed = batch_size, train, seed
+        self.errors, self.skipped = DataReport(errors).errors, DataReport()
         self.collator = Collator(
             data,
             tokenizer,
@@ -121,38 +121,57 @@ class Loader:
             views=views,
             view=view,
         )
+        self._start_method = start_method
+        reads_files = with_images and not cache_images
+        if num_workers is None and reads_files:
+            num_workers = default_num_workers(data, batch_size, start_method=start_method)
+        self.num_workers = num_workers or 0
+        self._pool: DataLoader[BatchResult] | None = None
+        self._busy = False
 
     def __len__(self) -> int:
-        """Batches an epoch, where every image can be read."""
+        """Batches per epoch, if every image can be read."""
         return -(-self.num_images // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
 
+    def __repr__(self) -> str:
+        order = "shuffled" if self.train else "in order"
+        return (
+            f"<Loader {pluralize(self.num_images, 'image')} at {self.collator.image_size} px, "
+            f"{len(self)} batches of {self.batch_size}, {order}, num_workers={self.num_workers}>"
+        )
+
     def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch n.
 
         Args:
-            n: Which epoch; in training each has its own order, captions and crops.
+            n: The epoch. In training each has its own order, captions and crops.
             start: Leave out the batches before this one, without reading them.
 
         Raises:
-            DataError: no image at all can be read, or one cannot and `errors` is "raise".
+            DataError: no image at all can be used, or one cannot and `errors` is "raise". The
+                error that a data set or transform raised is its cause.
+            ConfigError: workers that are not forked need a data set that can be pickled.
         """
-        jobs = self._plan(n)[start:]
-        seen = 0
-        for batch, problems in self._made(jobs):
+        indices = self._batch_indices(n)[start:]
+        seen, first_cause = 0, None
+        for batch, problems, cause in self._results(indices):
             for problem in problems:
                 self.skipped.add(problem)
+            first_cause = first_cause or cause
             if problems and self.errors == "raise":
-                raise DataError(f"{problems[0]}. Mend it, or pass errors='skip' to leave it out.")
+                fix = "Fix it, or pass errors='skip' to leave it out."
+                raise DataError(f"{problems[0]}. {fix}") from cause
             if batch is not None:
                 seen += 1
                 yield batch
-        if jobs and not seen and start == 0:
-            raise DataError(f"None of the {self.num_images} images can be used.\n{self.skipped}")
+        if indices and not seen and start == 0:
+            unusable = f"None of the {self.num_images} images can be used.\n{self.skipped}"
+            raise DataError(unusable) from first_cause
 
-    def _plan(self, epoch: int) -> list[BatchIndex]:
+    def _batch_indices(self, epoch: int) -> list[BatchIndex]:
         order: list[int] = list(range(self.num_images))
         if self.train:
             rng = generator(self.seed, "order", epoch)
@@ -160,43 +179,92 @@ class Loader:
         size = self.batch_size
         return [(epoch, tuple(order[i : i + size])) for i in range(0, len(order), size)]
 
-    def _made(self, jobs: list[BatchIndex]) -> Iterator[BatchResult]:
+    def _results(self, indices: list[BatchIndex]) -> Iterator[BatchResult]:
         if self.num_workers == 0:
-            yield from map(self.collator.__getitem__, jobs)
+            yield from map(self.collator.__getitem__, indices)
             return
-        if self._busy:  # another epoch is under way in the pool
-            yield from self._new_pool(jobs)
+        if self._busy:  # another epoch is being read by the workers
+            yield from _read_ahead(self._new_pool(indices))
             return
         if self._pool is None:
             self._pool = self._new_pool(list[BatchIndex]())
         self._busy = True
         try:
-            self._pool.sampler[:] = jobs  # type: ignore[index]
-            yield from self._pool
+            self._pool.sampler[:] = indices  # type: ignore[index]
+            yield from _read_ahead(self._pool)
         finally:
             self._busy = False
 
-    def _new_pool(self, jobs: list[BatchIndex]) -> DataLoader[BatchResult]:
-        """Workers that stay for all epochs; each job names its epoch."""
+    def _new_pool(self, indices: list[BatchIndex]) -> DataLoader[BatchResult]:
+        """Workers that stay for all epochs; each index names its epoch."""
+        if worker_start_method(self._start_method) != "fork":
+            for name, part in vars(self.collator).items():
+                require_picklable(part, name)
         return DataLoader(
             self.collator,
             batch_size=None,
-            sampler=jobs,
+            sampler=indices,
             num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_ctrl_c_to_the_main_process,
+            collate_fn=_unchanged,
+            worker_init_fn=_ignore_ctrl_c,
             persistent_workers=True,
             multiprocessing_context=self._start_method,
             generator=torch.Generator(),  # the global one stays as it is, as without workers
         )
 
 
-def _as_it_is(made: Any) -> Any:
-    return made
+def _read_ahead(pool: DataLoader[BatchResult]) -> Iterator[BatchResult]:
+    try:
+        yield from pool
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"A process that reads data has ended ({error}). It may have run out of memory, or "
+            "could not import the data set. Pass num_workers=0 to read in this process."
+        ) from error
 
 
-def _leave_ctrl_c_to_the_main_process(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # so that it can finish its step
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process finishes its step
+
+
+def default_num_workers(data: Any, batch_size: int = 16, *, start_method: str | None = None) -> int:
+    """The number of processes to read a data set with.
+
+    As many as there are CPU cores for this process, at most four. None for less than eight batches,
+    for images in memory, on a single core, or in a process that may not start others. Without
+    "fork", where workers import the program again, none for a data set that cannot be pickled or a
+    program without `if __name__ == "__main__"`.
+
+    Example:
+        >>> from capdistill.data import sample
+        >>> default_num_workers(sample().train)
+        0
+
+    Args:
+        data: A data set.
+        batch_size: Images per batch.
+        start_method: As for `Loader`.
+    """
+    workers = max_workers(start_method)
+    if workers < 2 or len(data) < _FEW_BATCHES * batch_size or _is_in_memory(data):
+        return 0
+    forked = worker_start_method(start_method) == "fork"
+    return min(workers, _MAX_WORKERS) if forked or is_picklable(data) else 0
+
+
+_FEW_BATCHES, _MAX_WORKERS = 8, 4
+
+
+def _is_in_memory(data: Any) -> bool:
+    first = data[0] if isinstance(data, (list, tuple)) else None
+    image = first[0] if isinstance(first, (list, tuple)) and first else None
+    return image is not None and not isinstance(image, (str, os.PathLike))
 
 
 def _length(data: Any) -> int:
@@ -213,10 +281,10 @@ def _length(data: Any) -> int:
     return length
 
 
-def _at_least(least: int, **numbers: int | None) -> None:
+def _require_at_least(minimum: int, **numbers: int | None) -> None:
     for name, number in numbers.items():
-        if number is not None and number < least:
-            raise ConfigError(f"Loader: {name}={number} was given; it must be at least {least}.")
+        if number is not None:
+            require_int(f"Loader: {name}", number, minimum)
 
 
 class Source(Protocol):
@@ -245,13 +313,13 @@ def skipped_images(source: Any) -> Sequence[Any]:
 
 
 class FixedBatches:
-    """Batches that the user made, the same in every epoch.
+    """Ready-made batches, the same in every epoch.
 
     Args:
-        batches: Anything that can be iterated again and again.
+        batches: An iterable of `Batch` that can be iterated several times.
 
     Raises:
-        ConfigError: a one-shot iterator, which the second epoch would find empty.
+        ConfigError: a one-shot iterator, which would be empty in the second epoch.
         DataError: no batch at all.
     """
 
@@ -260,8 +328,8 @@ class FixedBatches:
     def __init__(self, batches: Iterable[Batch]) -> None:
         if iter(batches) is batches:
             raise ConfigError(
-                "The batches come from a one-shot iterator, which the second epoch would find "
-                "empty. Give a list, or an object whose __iter__ starts anew."
+                "The batches come from a one-shot iterator, which would be empty in the second "
+                "epoch. Give a list, or an object whose __iter__ starts from the beginning."
             )
         self.batches = batches
         self.length = _count(batches)
@@ -275,7 +343,7 @@ class FixedBatches:
         """The batches, in their order.
 
         Raises:
-            ConfigError: one of them is no `Batch`.
+            ConfigError: one of them is not a `Batch`.
         """
         for batch in islice(self.batches, start, None):
             if not isinstance(batch, Batch):
@@ -339,7 +407,7 @@ def make_source(
 
 
 def _has_items(data: Any) -> bool:
-    """Whether these are (image, captions) by number, rather than ready-made batches."""
+    """Whether these are items (image, captions) by number, not ready-made batches."""
     if isinstance(data, Dataset):
         return not isinstance(data, IterableDataset)
     return hasattr(data, "__getitem__") and not _holds_batches(data)

@@ -1,0 +1,144 @@
+"""What `fit` and `evaluate` take as data, and how many workers read it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from capdistill import runtime
+from capdistill.data import CaptionData, Loader
+from capdistill.data.loader import FixedBatches, default_num_workers, make_source
+from capdistill.errors import ConfigError, DataError
+from capdistill.outputs import Batch, require_unique_ids
+from capdistill.tokenizer import WordTokenizer
+
+
+class Epochs:
+    """The contract and nothing else; it also has a length and items, which must not mislead."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
+        return iter(self.batches[start:])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.batches[index]
+
+
+def test_a_source_is_used_as_it_is(colours: CaptionData, tokenizer: WordTokenizer) -> None:
+    loader = Loader(colours, tokenizer, image_size=8, batch_size=2, train=True)
+    epochs = Epochs(list(loader))
+    for source in (loader, epochs):
+        assert make_source(source, tokenizer, image_size=16, batch_size=5, train=True) is source
+    orders = [tuple(i for b in loader.epoch(n) for i in b.image_ids) for n in range(3)]
+    assert len(set(orders)) == 3
+
+
+def test_a_class_is_no_source(tokenizer: WordTokenizer) -> None:
+    class NoMethod:
+        epoch = 3
+
+    with pytest.raises(ConfigError, match="NoMethod is no data"):
+        make_source(NoMethod(), tokenizer, image_size=8)
+
+
+def test_batches_and_data_sets_are_wrapped(colours: CaptionData, tokenizer: WordTokenizer) -> None:
+    batches = list(Loader(colours, tokenizer, image_size=8, batch_size=2))
+    assert isinstance(make_source(batches, tokenizer, image_size=8), FixedBatches)
+    assert isinstance(make_source(tuple(batches), tokenizer, image_size=8), FixedBatches)
+    pairs = [(colours[0][0], "a picture")]
+    for data in (colours, pairs, torch.utils.data.Subset(colours, [0])):
+        assert isinstance(make_source(data, tokenizer, image_size=8), Loader)
+
+
+def test_ids_are_unique_over_all_batches() -> None:
+    seen: set[str] = set()
+    require_unique_ids(("x", "y"), "val", seen)
+    require_unique_ids(("z",), "val", seen)
+    with pytest.raises(DataError, match="val: the image id 'y' occurs twice"):
+        require_unique_ids(("w", "y"), "val", seen)
+    with pytest.raises(DataError, match="'x' occurs twice"):
+        require_unique_ids(iter(["x", "x"]), "val")
+
+
+class Large:
+    def __init__(self, n: int = 1000, **parts: Any) -> None:
+        self.n = n
+        self.__dict__.update(parts)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Any:
+        return "a.jpg", "a dog"
+
+
+@pytest.fixture
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+
+
+@pytest.mark.usefixtures("eight_cores")
+@pytest.mark.parametrize(
+    ("data", "workers"),
+    [
+        (Large(), 4),
+        (Large(127), 0),
+        (Large(128), 4),
+        ([("a.jpg", "a dog")] * 1000, 4),
+        ([(torch.zeros(3, 8, 8), "a dog")] * 1000, 0),
+        ([(b"bytes", "a dog")] * 1000, 0),
+        (Large(transform=lambda image: image), 4),
+    ],
+    ids=["large", "few", "enough", "paths", "tensors", "bytes", "lambda"],
+)
+def test_workers_are_used_where_they_pay(data: Any, workers: int, tokenizer: WordTokenizer) -> None:
+    assert default_num_workers(data, 16, start_method="fork") == workers
+    loader = Loader(data, tokenizer, image_size=8, num_workers=None, start_method="fork")
+    assert loader.num_workers == workers
+    options: dict[str, Any] = {"image_size": 8, "num_workers": None, "start_method": "fork"}
+    assert Loader(data, tokenizer, cache_images=True, **options).num_workers == 0
+    assert Loader(data, tokenizer, with_images=False, **options).num_workers == 0
+    assert Loader(data, tokenizer, image_size=8).num_workers == 0
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 2), (3, 3), (64, 4)])
+def test_there_are_no_more_workers_than_cores(
+    cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert default_num_workers(Large(), start_method="fork") == workers
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_workers_that_import_the_program_need_one_that_can_be_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runtime, "_program_is_guarded", lambda: True)
+    assert default_num_workers(Large(), start_method="spawn") == 4
+    assert default_num_workers(Large(transform=lambda image: image), start_method="spawn") == 0
+    monkeypatch.setattr(runtime, "_program_is_guarded", lambda: False)
+    assert default_num_workers(Large(), start_method="spawn") == 0
+    assert default_num_workers(Large(), start_method="fork") == 4
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_a_worker_starts_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = multiprocessing.current_process()
+    monkeypatch.setattr(type(process), "daemon", property(lambda self: True))
+    assert default_num_workers(Large(), start_method="fork") == 0
+
+
+def test_asking_for_the_default_does_not_fix_it() -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    runtime.worker_start_method(None)
+    assert multiprocessing.get_start_method(allow_none=True) == before
