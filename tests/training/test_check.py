@@ -18,6 +18,7 @@ import capdistill as cd
 from capdistill.training.check import CheckReport, CheckRow, check_training
 
 WORDS = ["a", "dog", "cat", "runs", "sits", "on", "the", "grass"]
+CROPS_BESIDE_CACHE = {"cache_features": True, "flip": True}
 CAPTIONS = ("a dog runs on the grass", "the cat sits")
 
 
@@ -320,10 +321,15 @@ def test_validation_batches_without_references_fail():
 
 
 @pytest.mark.parametrize(
-    "options", [{"monitor": "spice"}, {"device": "toaster"}, {"cache_features": True, "flip": True}]
+    "options", [{"monitor": "spice"}, {"metrics": ["bleu", "spice"]}, CROPS_BESIDE_CACHE]
 )
-def test_options_that_can_not_work_fail_with_the_fix(options):
+def test_options_that_cannot_work_fail_with_the_fix(options):
     assert only(check_training(trainer(**options)), "options", "fail")
+
+
+def test_a_device_that_does_not_exist_is_refused_when_the_trainer_is_made():
+    with pytest.raises(cd.errors.ConfigError, match=r"'toaster' is no device\. Use 'auto', 'cpu'"):
+        trainer(device="toaster")
 
 
 def test_memory_that_does_not_suffice_fails_with_the_fix(monkeypatch):

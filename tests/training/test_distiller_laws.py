@@ -21,6 +21,7 @@ from capdistill.teachers import normalised, wrap
 from capdistill.tokenizer import WordTokenizer
 from tests.training import tiny_models as tiny
 
+QUIET = {**tiny.QUIET, "schedule": "constant"}  # some tests step by hand
 TRAIN = [tiny.make_batch([3, 1]), tiny.make_batch([2, 2], first=2)]
 
 
@@ -51,7 +52,7 @@ class Meddler:
 
 def test_the_teacher_is_asked_in_eval_mode_without_grad_and_stays_bit_equal() -> None:
     teacher, student = pair()
-    before, distiller = tiny.weights_of(teacher), Distiller(teacher, student, **tiny.QUIET)
+    before, distiller = tiny.weights_of(teacher), Distiller(teacher, student, **QUIET)
     meddler = Meddler(teacher)
     distiller.fit(TRAIN, TRAIN, epochs=2, callbacks=[meddler])
     assert len(meddler.seen) == 8
@@ -65,7 +66,7 @@ def test_the_teachers_own_flags_come_back() -> None:
     teacher.train()
     teacher.encoder.norm.eval()
     flags = [module.training for module in teacher.modules()]
-    Distiller(teacher, student, **tiny.QUIET).fit(TRAIN, epochs=1)
+    Distiller(teacher, student, **QUIET).fit(TRAIN, epochs=1)
     assert [module.training for module in teacher.modules()] == flags
 
 
@@ -79,7 +80,7 @@ def test_a_shared_trainable_parameter_is_refused_by_name() -> None:
 def test_what_is_unfrozen_after_construction_is_refused_too() -> None:
     teacher, student = pair(dim=6, trainable=False)
     student.encoder.conv = teacher.encoder.conv
-    distiller = Distiller(teacher, student, **tiny.QUIET)
+    distiller = Distiller(teacher, student, **QUIET)
     student.encoder.conv.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"encoder\.conv\.weight"):
         distiller.fit(TRAIN, epochs=1)
@@ -91,7 +92,7 @@ def test_a_shared_frozen_encoder_stays_frozen_for_both() -> None:
     student = tiny.make_student()
     student.encoder = teacher.encoder
     before = tiny.weights_of(teacher)
-    Distiller(teacher, student, **tiny.QUIET).fit(TRAIN, epochs=1)
+    Distiller(teacher, student, **QUIET).fit(TRAIN, epochs=1)
     assert tiny.same_bits(before, tiny.weights_of(teacher))  # batch norm's statistics among them
 
 
@@ -105,7 +106,7 @@ def projectors(distiller: Distiller) -> dict[str, Tensor]:
 def test_projectors_are_trained_saved_and_moved(
     saveable: Callable[..., Captioner], tmp_path: Path
 ) -> None:
-    distiller = Distiller(tiny.make_teacher(), saveable(), **tiny.QUIET)
+    distiller = Distiller(tiny.make_teacher(), saveable(), **QUIET)
     start = projectors(distiller)
     assert {name.split(".")[0] for name in start} == {"feature", "hidden"}
 
@@ -124,7 +125,7 @@ def test_projectors_are_trained_saved_and_moved(
 def test_parameters_without_a_gradient_are_named_once() -> None:
     student = tiny.make_student()
     student.decoder.never_used = nn.Linear(2, 2)
-    trainer = Trainer(student, **tiny.QUIET)
+    trainer = Trainer(student, **QUIET)
     with pytest.warns(UserWarning, match=r"2 of \d+ .*student\.decoder\.never_used\.weight"):
         trainer.step(TRAIN[0])
     trainer.step(TRAIN[0])  # warnings are errors here
@@ -172,7 +173,7 @@ def test_features_alone_may_be_compared_across_vocabularies() -> None:
     teacher = tiny.make_teacher()
     teacher.tokenizer = OTHER
     losses = {"feature": cd.FeatureKD(match="pooled")}
-    row = Distiller(teacher, tiny.make_student(), losses=losses, **tiny.QUIET).step(TRAIN[0])
+    row = Distiller(teacher, tiny.make_student(), losses=losses, **QUIET).step(TRAIN[0])
     assert set(row["terms"]) == {"ce", "feature"}
 
 
@@ -222,7 +223,7 @@ def test_what_is_no_teacher_is_refused() -> None:
 def test_the_students_directory_loads_alone(
     saveable: Callable[..., Captioner], tmp_path: Path
 ) -> None:
-    distiller = Distiller(tiny.make_teacher(), saveable(), **tiny.QUIET)
+    distiller = Distiller(tiny.make_teacher(), saveable(), **QUIET)
     distiller.fit(TRAIN, TRAIN, epochs=1, out=tmp_path)
     for name in ("best", "final"):
         files = {path.name for path in (tmp_path / name).iterdir()}
@@ -274,7 +275,7 @@ def test_a_foreign_teacher_distils_and_is_probed_before_the_optimizer_exists() -
     teacher = wrap(theirs, adapt, tiny.TOKENIZER, name="theirs")
     before = tiny.weights_of(theirs)
     losses = {"token": cd.TokenKD(2.0), "feature": cd.FeatureKD("pooled"), "hidden": cd.HiddenKD()}
-    distiller = Distiller(teacher, tiny.make_student(), losses=losses, **tiny.QUIET)
+    distiller = Distiller(teacher, tiny.make_student(), losses=losses, **QUIET)
     assert theirs.asked == []
 
     history = distiller.fit(TRAIN, TRAIN, epochs=2, learning_rate=0.01)
@@ -292,7 +293,7 @@ def test_a_foreign_teacher_distils_and_is_probed_before_the_optimizer_exists() -
 def test_a_foreign_teacher_whose_spec_is_declared_builds_at_once() -> None:
     spec = ModelSpec(7, 4, 0, (2, 2), (7,), tiny.TOKENIZER.vocabulary, False, name="theirs")
     teacher = wrap(Theirs(), adapt, tiny.TOKENIZER, spec=spec)
-    distiller = Distiller(teacher, tiny.make_student(), losses={"hidden": "hidden"}, **tiny.QUIET)
+    distiller = Distiller(teacher, tiny.make_student(), losses={"hidden": "hidden"}, **QUIET)
     assert len(list(distiller.objective.losses.parameters())) == 2
     assert distiller.step(TRAIN[0])["terms"]["hidden"]["raw"] > 0
 
@@ -300,12 +301,12 @@ def test_a_foreign_teacher_whose_spec_is_declared_builds_at_once() -> None:
 def test_a_loop_of_ones_own_steps_a_foreign_pair() -> None:
     teacher = wrap(Theirs(), adapt, tiny.TOKENIZER)
     losses = {"hidden": "hidden"}
-    distiller = Distiller(teacher, tiny.make_student(), losses=losses, **tiny.QUIET)
+    distiller = Distiller(teacher, tiny.make_student(), losses=losses, **QUIET)
     assert set(distiller.terms(TRAIN[0])) == {"ce", "hidden"}
     assert distiller.step(*TRAIN)["step"] == 1
 
 
 def test_a_teachers_copy_has_nothing_to_learn_from_it() -> None:
     teacher = tiny.make_teacher()
-    distiller = Distiller(teacher, copy.deepcopy(teacher), losses={"token": "token"}, **tiny.QUIET)
+    distiller = Distiller(teacher, copy.deepcopy(teacher), losses={"token": "token"}, **QUIET)
     assert distiller.step(TRAIN[0])["terms"]["token"]["raw"] == pytest.approx(0.0, abs=1e-5)

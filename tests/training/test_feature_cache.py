@@ -28,7 +28,9 @@ def frozen(seed: int = 1, **options: Any) -> Captioner:
 
 
 def fit(captioner: Captioner, data: Any, folder: Path, **options: Any) -> Trainer:
-    trainer = Trainer(captioner, **{**OPTIONS, "cache_dir": str(folder), **options})
+    trainer = Trainer(
+        captioner, **{**OPTIONS, "cache_dir": str(folder), "cache_features": False, **options}
+    )
     trainer.fit(data, data)
     return trainer
 
@@ -54,7 +56,7 @@ def test_losses_are_those_without_the_cache(
 
 def test_a_pair_is_distilled_from_two_caches(colours: CaptionData, tmp_path: Path) -> None:
     rows = []
-    for options in ({"augment": False}, {"cache_features": True}):
+    for options in ({"augment": False, "cache_features": False}, {"cache_features": True}):
         pair = tiny.make_teacher(trainable=False), frozen()
         distiller = Distiller(*pair, **{**OPTIONS, "cache_dir": str(tmp_path), **options})
         distiller.fit(colours)
@@ -143,7 +145,7 @@ def test_data_sets_without_files_are_told_apart_by_their_pixels(tmp_path: Path) 
 def test_random_augmentation_is_refused_with_the_reason(
     colours: CaptionData, tmp_path: Path, options: dict[str, bool]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"one encoding an image.*random augmentation"):
+    with pytest.raises(ConfigError, match=r"one encoding per image.*random augmentation"):
         cached(frozen(), colours, tmp_path, **options)
 
 
@@ -259,7 +261,7 @@ def test_the_tokens_of_an_epoch_are_those_of_the_view_it_shows(tmp_path: Path) -
     trainer.fit(Noise(1))
     trunk = student.encoder.fingerprint()
     loader = trainer.train_source
-    loader.assembler.with_images = True
+    loader.collator.with_images = True
     shown: dict[str, set[bytes]] = {}
     for epoch in range(3):
         for batch in loader.epoch(epoch):
@@ -271,7 +273,9 @@ def test_the_tokens_of_an_epoch_are_those_of_the_view_it_shows(tmp_path: Path) -
     assert all(len(views) >= 2 for views in shown.values())  # two small crops may be one
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_features": True, "cache_images": True}])
+@pytest.mark.parametrize(
+    "options", [{"cache_features": False}, {"cache_features": True, "cache_images": True}]
+)
 def test_views_that_nothing_caches_are_refused(colours: CaptionData, options: Any) -> None:
     with pytest.raises(ConfigError, match="cache_views=2 are views of cached features"):
         Trainer(frozen(), **OPTIONS, **options, cache_views=2).fit(colours)

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,15 +70,13 @@ class Seen:
     def __init__(self, watched: Trainer) -> None:
         self.images: list[tuple[str, str]] = []
         self.colours: dict[str, torch.Tensor] = {}
-        terms = watched.terms
 
-        def look(batch: Batch, counts: Any = None) -> Any:
-            if watched.objective.training:
-                self.images += zip(batch.image_ids, batch.captions, strict=True)
-                self.colours |= dict(zip(batch.captions, batch.images, strict=True))
-            return terms(batch, counts)
+        def look(batch: Batch) -> Batch:
+            self.images += zip(batch.image_ids, batch.captions, strict=True)
+            self.colours |= dict(zip(batch.captions, batch.images, strict=True))
+            return batch
 
-        watched.terms = look  # type: ignore[method-assign]
+        watched.prepare_batch = look  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -215,7 +214,7 @@ def test_validation_equals_the_loss_of_all_its_tokens_and_changes_nothing() -> N
     logits = tested.captioner(batch).logits
     expected = torch.nn.functional.cross_entropy(logits[mask], batch.targets[mask])
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
-    assert set(scores) == set(tested.scores_measured)
+    assert set(scores) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider_d"}
     assert [module.training for module in tested.objective.modules()] == flags
     assert tiny.same_bits(before, tiny.weights_of(tested.objective))
 
@@ -251,7 +250,7 @@ def test_the_number_of_captions_that_the_data_decide_is_recorded(
         written = json.loads((tmp_path / str(expected) / "run.json").read_text())
         assert written["config"]["captions_per_image"] == expected
     trainer.fit(three, captions_per_image=1)
-    assert trainer.config.captions_per_image == 1
+    assert next(iter(trainer.train_source.epoch(0))).captions_per_image == 1
 
 
 def test_options_of_decoding_stand_beside_those_of_training() -> None:
@@ -260,9 +259,11 @@ def test_options_of_decoding_stand_beside_those_of_training() -> None:
     assert trainer.config.generation.min_length == 1
     images = [np.full((8, 8, 3), 40 * n, np.uint8) for n in range(2)]
     data = [(image, ["a red dog"]) for image in images]
-    trainer.fit(data, **tiny.QUIET, epochs=1, no_repeat_ngram=2, seed=7)
-    found = trainer.config.generation
+    used: list[Any] = []
+    look = SimpleNamespace(on_step=lambda trainer, row: used.append(trainer.config))
+    trainer.fit(data, **tiny.QUIET, epochs=1, no_repeat_ngram=2, seed=7, callbacks=[look])
+    found = used[0].generation
     assert (found.beam_size, found.min_length, found.no_repeat_ngram, found.seed) == (2, 1, 2, 0)
-    assert trainer.config.seed == 7  # training's own
+    assert used[0].seed == 7  # training's own
     with pytest.raises(ConfigError, match="beam_size must be at least 1, got 0"):
         trainer.fit(data, beam_size=0)

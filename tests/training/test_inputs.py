@@ -22,7 +22,13 @@ from capdistill.data.loader import FixedBatches
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch, DecoderOutput
 from capdistill.runtime import evaluating
-from capdistill.training.decoder_inputs import AlteredInputs, chances, sample, word_mask
+from capdistill.training.decoder_inputs import (
+    NoisyInputs,
+    noisy_inputs,
+    sample,
+    token_noise,
+    word_mask,
+)
 from tests.training import tiny_models as tiny
 
 BOTH = {"word_dropout": 0.3, "scheduled_sampling": 0.8}
@@ -43,9 +49,9 @@ class Successor(nn.Module):
         return DecoderOutput(F.pad(logits[..., 4:], (4, 0), value=self.special))
 
 
-def altered(batch: Batch, decoder: nn.Module | None = None, epoch: int = 0, **rates: Any) -> Tensor:
+def noisy(batch: Batch, decoder: nn.Module | None = None, epoch: int = 0, **rates: Any) -> Tensor:
     student: Any = SimpleNamespace(decoder=decoder or Successor(), tokenizer=tiny.TOKENIZER)
-    inputs = AlteredInputs(student, chances(batch, 0, epoch), **rates)
+    inputs = NoisyInputs(student, token_noise(batch, 0, epoch), **rates)
     return inputs(batch, torch.zeros(batch.num_images, 1, 1))
 
 
@@ -58,53 +64,56 @@ def halfway(make: Callable[..., Trainer] = Trainer, **options: Any) -> Any:
     return trainer
 
 
-# -- what is altered ------------------------------------------------------------------------
+def noise_of(trainer: Trainer, batch: Batch) -> NoisyInputs | None:
+    config, progress = trainer.config, trainer.progress
+    return noisy_inputs(trainer.captioner, batch, config, trainer.epoch, progress)
+
+
+# -- which words are noisy ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 @pytest.mark.parametrize("option", ["dropped", "sampled"])
-def test_the_share_of_altered_words_is_the_one_asked_for(option: str, rate: float) -> None:
+def test_the_share_of_noisy_words_is_the_given_rate(option: str, rate: float) -> None:
     batch = tiny.make_batch(LONG, k=5)
     words = word_mask(batch, tiny.TOKENIZER)
     ids = torch.where(words, torch.full_like(batch.inputs, UNK), batch.inputs)
     unknown = Batch(batch.images, F.pad(ids, (0, 1)), batch.mask, batch.captions, batch.image_ids)
     base = batch if option == "dropped" else unknown  # no word is sampled as unknown
-    changed = altered(base, **{option: rate}) != base.inputs
+    changed = noisy(base, **{option: rate}) != base.inputs
     n = int(words.sum())
     assert abs(int(changed.sum()) - rate * n) < 4 * math.sqrt(n * rate * (1 - rate))
 
 
 @pytest.mark.parametrize("rates", [{"dropped": 0.99}, {"sampled": 1.0}])
 @pytest.mark.parametrize("special", [0.0, 99.0])
-def test_start_end_and_padding_are_neither_altered_nor_sampled(
-    rates: dict[str, float], special: float
-) -> None:
+def test_start_end_and_padding_are_never_replaced(rates: dict[str, float], special: float) -> None:
     batch = tiny.make_batch([3, 1, 5, 2], k=2)
-    read = altered(batch, Successor(special), **rates)
+    read = noisy(batch, Successor(special), **rates)
     words = batch.inputs >= FIRST_WORD
     assert torch.equal(read[~words], batch.inputs[~words])
     if "sampled" in rates:
         assert bool((read[words] >= FIRST_WORD).all())
 
 
-def test_what_comes_first_is_the_start_whatever_its_id() -> None:
+def test_the_first_id_is_never_replaced_whatever_it_is() -> None:
     batch = tiny.make_batch([3, 5])
     batch.input_ids[:, 0] = FIRST_WORD
-    assert altered(batch, dropped=0.99, sampled=1.0)[:, 0].tolist() == [FIRST_WORD] * 2
+    assert noisy(batch, dropped=0.99, sampled=1.0)[:, 0].tolist() == [FIRST_WORD] * 2
 
 
-def test_a_sampled_word_is_what_follows_the_references_words_before_it() -> None:
+def test_a_sampled_word_is_predicted_from_the_reference_words_before_it() -> None:
     batch = tiny.make_batch([3, 1, 5, 2])
-    read = altered(batch, sampled=1.0)
+    read = noisy(batch, sampled=1.0)
     wanted = FIRST_WORD + (batch.inputs[:, :-1] + 1) % (len(tiny.TOKENIZER) - FIRST_WORD)
     words = batch.inputs[:, 1:] >= FIRST_WORD
     assert torch.equal(read[:, 1:][words], wanted[words])
 
 
 @pytest.mark.parametrize("make", [tiny.make_student, tiny.make_teacher])
-def test_both_alterations_equal_a_loop_over_words(make: Callable[..., Captioner]) -> None:
+def test_both_kinds_of_noise_equal_a_loop_over_words(make: Callable[..., Captioner]) -> None:
     batch, student = tiny.make_batch([5, 2, 7, 1], k=2), make(dropout=0.4).eval()
-    draws, features = chances(batch, 3, 1), student.encode(batch)
+    draws, features = token_noise(batch, 3, 1), student.encode(batch)
     wanted = batch.inputs.tolist()
     for row, ids in enumerate(batch.input_ids):
         state = student.decoder.start(features[row // 2 : row // 2 + 1])
@@ -116,7 +125,7 @@ def test_both_alterations_equal_a_loop_over_words(make: Callable[..., Captioner]
                 wanted[row][t] = FIRST_WORD + sum(edge <= draw for edge in edges.tolist())
             if drop < 0.3:
                 wanted[row][t] = UNK
-    read = AlteredInputs(student.train(), draws, dropped=0.3, sampled=0.7)(batch, features)
+    read = NoisyInputs(student.train(), draws, dropped=0.3, sampled=0.7)(batch, features)
     assert read.tolist() == wanted != batch.inputs.tolist()
 
 
@@ -129,23 +138,23 @@ def test_even_draws_give_every_id_its_probability() -> None:
     assert sample(never, torch.tensor([0.0, 0.999999, 1 - 2.0**-24])).tolist() == [1, 3, 3]
 
 
-# -- chance ---------------------------------------------------------------------------------
+# -- randomness -----------------------------------------------------------------------------
 
 
-def test_chance_is_of_the_image_and_the_epoch_not_of_the_company() -> None:
+def test_the_noise_depends_on_image_and_epoch_not_on_the_batch() -> None:
     parts = [tiny.make_batch([3, 1], k=2), tiny.make_batch([6, 2], k=2, first=1)]
     whole = tiny.merge(parts)
-    together = altered(tiny.pad(whole, 3), dropped=0.5, sampled=0.5)
+    together = noisy(tiny.pad(whole, 3), dropped=0.5, sampled=0.5)
     for n, part in enumerate(parts):
-        alone = altered(part, dropped=0.5, sampled=0.5)
+        alone = noisy(part, dropped=0.5, sampled=0.5)
         assert torch.equal(together[2 * n : 2 * n + 2, : alone.shape[1]], alone)
-    others = [altered(whole, epoch=n, dropped=0.5).tolist() for n in range(4)]
-    assert others[0] == altered(whole, dropped=0.5).tolist()
+    others = [noisy(whole, epoch=n, dropped=0.5).tolist() for n in range(4)]
+    assert others[0] == noisy(whole, dropped=0.5).tolist()
     assert all(others[n] not in others[:n] for n in range(4))
 
 
-def test_the_captions_of_an_image_are_altered_apart() -> None:
-    draws = chances(tiny.make_batch([8, 8, 8, 8], k=4), 0, 0)
+def test_the_captions_of_an_image_have_noise_of_their_own() -> None:
+    draws = token_noise(tiny.make_batch([8, 8, 8, 8], k=4), 0, 0)
     assert len({tuple(row) for kind in draws.tolist() for row in kind}) == 12
 
 
@@ -209,13 +218,13 @@ def test_ctrl_c_within_an_epoch_and_resume_equals_one_run(
     ]
 
 
-# -- what it leaves alone -------------------------------------------------------------------
+# -- what is not changed ---------------------------------------------------------------------
 
 
-def test_targets_and_what_the_teacher_reads_stay() -> None:
+def test_targets_and_the_teachers_inputs_are_not_changed() -> None:
     batch = tiny.make_batch([3, 1, 5, 2], k=2)
     trainer = halfway(Distiller, losses={"token": "token"}, **BOTH)
-    read = trainer._altered_inputs(batch)(batch, trainer.captioner.encode(batch))
+    read = noise_of(trainer, batch)(batch, trainer.captioner.encode(batch))
     assert not torch.equal(read, batch.inputs)
     said = trainer.captioner.decoder(read, trainer.captioner.encode(batch)).logits
     with evaluating(trainer.teacher):
@@ -237,23 +246,25 @@ def test_targets_and_what_the_teacher_reads_stay() -> None:
         (BOTH, {"mode": False}),  # validation
     ],
 )
-def test_off_the_student_reads_the_references(
+def test_without_noise_the_student_reads_the_references(
     options: dict[str, float], change: dict[str, Any]
 ) -> None:
     trainer, batch = halfway(**options), tiny.make_batch([3, 1])
     trainer.step_count = change.get("step_count", trainer.step_count)
     trainer.objective.train(change.get("mode", True))
-    given: list[tuple[str, ...]] = []
+    given: list[Any] = []
     forward = trainer.captioner.forward
-    trainer.captioner.forward = lambda *a, **more: given.append(tuple(more)) or forward(*a, **more)
+    trainer.captioner.forward = lambda batch, need, input_fn: (
+        given.append(input_fn) or forward(batch, need, input_fn)
+    )
     assert_close(trainer.terms(batch)["ce"].sum, halfway().terms(batch)["ce"].sum, rtol=0, atol=0)
-    assert given == [("need",)]
+    assert given == [None]
 
 
-def test_sampling_grows_evenly_over_the_run() -> None:
+def test_the_sampling_rate_grows_linearly_over_the_run() -> None:
     trainer, rates = halfway(scheduled_sampling=0.6), []
     for trainer.step_count in (0, 2, 5, 10):
-        read = trainer._altered_inputs(tiny.make_batch([1]))
+        read = noise_of(trainer, tiny.make_batch([1]))
         rates.append(0.0 if read is None else read.sampled)
     assert rates == pytest.approx([0.0, 0.12, 0.3, 0.6])
 
@@ -265,7 +276,7 @@ def test_the_images_are_encoded_once_for_both_passes() -> None:
     assert trainer.captioner.encoder.seen == 2
 
 
-def test_validation_is_on_the_references() -> None:
+def test_validation_reads_the_references() -> None:
     batch, found = tiny.make_batch([3, 1, 5, 2], k=2), []
     for options in ({}, BOTH):
         trainer = halfway(**options)
@@ -274,19 +285,19 @@ def test_validation_is_on_the_references() -> None:
     assert found[0] == found[1]
 
 
-def test_the_first_pass_leaves_chance_and_flags() -> None:
+def test_the_first_pass_changes_neither_random_state_nor_flags() -> None:
     batch = tiny.make_batch([3, 1, 5, 2], k=2)
     student = tiny.make_student(dropout=0.5).train()
     flags = [part.training for part in student.modules()]
     torch.manual_seed(3)
-    inputs = AlteredInputs(student, chances(batch, 0, 0), sampled=1.0)
+    inputs = NoisyInputs(student, token_noise(batch, 0, 0), sampled=1.0)
     first, again = (inputs(batch, student.encode(batch)) for _ in range(2))
     assert torch.equal(first, again)
     assert float(torch.rand(1)) == float(torch.rand(1, generator=torch.Generator().manual_seed(3)))
     assert [part.training for part in student.modules()] == flags
 
 
-def test_in_half_precision_the_pass_without_gradients_takes_none_away() -> None:
+def test_in_half_precision_sampling_leaves_every_parameter_a_gradient() -> None:
     trainer = halfway(scheduled_sampling=1.0, precision="bf16")
     loss = trainer.terms(tiny.make_batch([3, 1, 5, 2], k=2))["ce"].mean
     loss.backward()
@@ -308,7 +319,7 @@ def test_word_dropout_without_an_unknown_word_is_refused() -> None:
     assert trainer.terms(tiny.make_batch([3]))["ce"].count == 4
 
 
-def test_a_run_file_takes_both() -> None:
+def test_a_run_file_accepts_both_options() -> None:
     parts = {"data": {"path": "sample"}, "model": {"preset": "debug_student"}}
     run = parse_run(TrainRun, {**parts, "train": BOTH})
     assert (run.train.word_dropout, run.train.scheduled_sampling) == (0.3, 0.8)

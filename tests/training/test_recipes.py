@@ -8,7 +8,7 @@ from capdistill.training import recipe
 from tests.training import tiny_models as tiny
 
 
-def test_the_published_recipe_is_a_distiller_as_it_was_written():
+def test_the_published_recipe_makes_a_distiller_as_described():
     distiller = Distiller(tiny.make_teacher(), tiny.make_student(), **recipe("kd_2024"))
     losses = distiller.objective.losses
     assert losses["token"].temperature == 4.0
@@ -17,11 +17,11 @@ def test_the_published_recipe_is_a_distiller_as_it_was_written():
     assert (distiller.config.learning_rate, distiller.config.captions_per_image) == (2e-4, 1)
 
 
-def test_a_recipe_is_given_anew_each_time():
+def test_each_call_returns_a_copy_of_the_recipe():
     recipe("kd_2024")["losses"]["token"]["temperature"] = 1.0
     assert recipe("kd_2024")["losses"]["token"]["temperature"] == 4.0
 
 
-def test_an_unknown_recipe_is_named_with_those_there_are():
-    with pytest.raises(UnknownName, match=r"no recipe 'kd_2042'. Did you mean 'kd_2024'"):
-        recipe("kd_2042")
+def test_an_unknown_recipe_is_refused_with_a_suggestion():
+    with pytest.raises(UnknownName, match=r"no recipe 'kd_2023'. Did you mean 'kd_2024'"):
+        recipe("kd_2023")

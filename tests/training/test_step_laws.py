@@ -22,16 +22,17 @@ from tests.training import tiny_models as tiny
 
 WEIGHTS = {"ce": 0.5, "token": 0.7, "feature": 0.4, "hidden": 0.3}
 SEVEN = [3, 1, 2, 4, 1, 5, 2]  # words of the captions, case 10
+CONSTANT = {"schedule": "constant"}  # most tests step by hand
 SGD = {"learning_rate": 0.01, "encoder_lr_scale": 1.0, "weight_decay": 0.0, "max_grad_norm": None}
 
 
 def plain(**options: Any) -> Trainer:
-    return Trainer(tiny.make_student(), **tiny.QUIET, **options)
+    return Trainer(tiny.make_student(), **{**tiny.QUIET, **CONSTANT, **options})
 
 
 def distilling(**options: Any) -> Distiller:
     pair = tiny.make_teacher(), tiny.make_student()
-    return Distiller(*pair, weights=WEIGHTS, **tiny.QUIET, **options)
+    return Distiller(*pair, weights=WEIGHTS, **{**tiny.QUIET, **CONSTANT, **options})
 
 
 both = pytest.mark.parametrize("make", [plain, distilling])
@@ -97,13 +98,13 @@ def by_hand(trainer: Trainer, groups: list[list[Batch]]) -> Captioner:
     losses = dict(trainer.objective.losses.items())
     for group in groups:
         batch = tiny.merge(group)
-        out = student(batch, need=trainer.objective.need)
+        out = student(batch, need=trainer.objective.needed_outputs)
         mask = batch.target_mask
         ce = F.cross_entropy(out.logits[mask], batch.targets[mask])
         loss = ce * (WEIGHTS["ce"] if losses else 1.0)
         if isinstance(trainer, Distiller):
             with evaluating(trainer.teacher), torch.no_grad():
-                wanted = trainer.teacher(batch, need=trainer.objective.need)
+                wanted = trainer.teacher(batch, need=trainer.objective.needed_outputs)
             log_q, p = (x[mask].div(4).log_softmax(-1) for x in (out.logits, wanted.logits))
             kl = F.kl_div(log_q, p, log_target=True, reduction="sum") / mask.sum()
             loss = loss + WEIGHTS["token"] * 16 * kl
@@ -135,9 +136,7 @@ def test_the_last_accumulation_group_is_divided_by_what_it_holds(
     make: Callable[..., Trainer],
 ) -> None:
     batches, watch = one_by_one(SEVEN), Watch()
-    trainer = with_sgd(
-        make(accumulation_steps=4, epochs=2, schedule="constant", log_every=1, **SGD)
-    )
+    trainer = with_sgd(make(accumulation_steps=4, epochs=2, log_every=1, **SGD))
     history = trainer.fit(batches, callbacks=[watch])
 
     expected = by_hand(make(), [batches[:4], batches[4:]] * 2)
@@ -161,7 +160,7 @@ def test_target_tokens_of_a_group_are_counted_with_the_end_token() -> None:
 @both
 def test_a_run_shorter_than_one_group_makes_one_update(make: Callable[..., Trainer]) -> None:
     batches = one_by_one(SEVEN[:3])
-    trainer = with_sgd(make(accumulation_steps=4, epochs=1, schedule="constant", **SGD))
+    trainer = with_sgd(make(accumulation_steps=4, epochs=1, **SGD))
     trainer.fit(batches)
     expected = by_hand(make(), [batches])
     assert trainer.step_count == 1
@@ -199,7 +198,9 @@ def test_the_gradient_is_clipped_to_the_limit_and_its_norm_reported() -> None:
 
 
 def test_a_row_tells_the_rate_that_the_step_took() -> None:
-    trainer = plain(epochs=1, restart_epochs=1, learning_rate=0.1, log_every=1)
+    trainer = plain(
+        schedule="cosine_restarts", epochs=1, restart_epochs=1, learning_rate=0.1, log_every=1
+    )
     rates = [row["learning_rates"] for row in trainer.fit([tiny.make_batch([2])] * 2).steps]
     assert [rate["model"] for rate in rates] == pytest.approx([0.1, 0.05])
     assert [rate["encoder"] for rate in rates] == pytest.approx([0.01, 0.005])
@@ -208,7 +209,6 @@ def test_a_row_tells_the_rate_that_the_step_took() -> None:
 def test_loss_scaling_changes_nothing_with_accumulation_and_clipping() -> None:
     parts = [tiny.make_batch([3, 1]), tiny.make_batch([2], first=2)]
     plainly, scaled = with_sgd(plain(max_grad_norm=0.1)), with_sgd(plain(max_grad_norm=0.1))
-    scaled._place()
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     rows = [trainer.step(*parts) for trainer in (plainly, scaled)]
     assert rows[1]["gradient_norm"] == pytest.approx(rows[0]["gradient_norm"], rel=1e-5)
@@ -219,7 +219,6 @@ def test_loss_scaling_changes_nothing_with_accumulation_and_clipping() -> None:
 
 def test_a_step_that_overflowed_changes_neither_weights_nor_schedule() -> None:
     trainer = with_sgd(plain())
-    trainer._place()
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
     trainer.objective.weights["ce"] = 1e6
     before = tiny.weights_of(trainer.captioner)
@@ -242,9 +241,12 @@ def test_bf16_on_the_cpu_trains() -> None:
 
 
 def test_fp16_on_the_cpu_is_refused() -> None:
-    trainer = Trainer(tiny.make_student(), **{**tiny.QUIET, "precision": "fp16"})
     with pytest.raises(ConfigError, match=r"needs CUDA.*bf16"):
-        trainer.fit([tiny.make_batch([2])])
+        Trainer(tiny.make_student(), **{**tiny.QUIET, "precision": "fp16"})
+    trainer = Trainer(tiny.make_student(), **tiny.QUIET)
+    with pytest.raises(ConfigError, match=r"needs CUDA.*bf16"):
+        trainer.fit([tiny.make_batch([2])], precision="fp16")
+    assert (trainer.config.precision, trainer.precision) == ("fp32", "fp32")
 
 
 class Undefined(DistillationLoss):
@@ -263,9 +265,11 @@ class Undefined(DistillationLoss):
 def test_what_is_not_finite_stops_before_anything_is_updated(value: str, said: str) -> None:
     pair = tiny.make_teacher(), tiny.make_student()
     losses = {"mine": Undefined(value)}
-    distiller = Distiller(*pair, losses=losses, weights={"ce": 1, "mine": 1}, **tiny.QUIET)
+    distiller = Distiller(
+        *pair, losses=losses, weights={"ce": 1, "mine": 1}, **tiny.QUIET, **CONSTANT
+    )
     before = tiny.weights_of(distiller.objective)
-    with pytest.raises(NotFiniteLoss, match=rf"Step 1 \(epoch 0\): {said}"):
+    with pytest.raises(NotFiniteLoss, match=rf"Step 1 \(epoch 1\): {said}"):
         distiller.step(tiny.make_batch([2, 1]))
     assert tiny.same_bits(before, tiny.weights_of(distiller.objective))
     assert distiller.step_count == 0

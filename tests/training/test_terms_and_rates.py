@@ -32,10 +32,10 @@ def test_the_references_losses_and_weights_are_the_defaults() -> None:
 
 def test_a_term_of_constant_weight_0_is_not_built() -> None:
     weights = {"ce": 0, "feature": 0.0, "hidden": (0.0, 0.0)}
-    distiller = Distiller(*pair(), weights=weights, **tiny.QUIET)
+    distiller = Distiller(*pair(), weights=weights, **tiny.QUIET, schedule="constant")
     assert list(distiller.objective.losses) == ["token"]
     assert list(distiller.objective.losses.parameters()) == []
-    assert distiller.objective.need == {"logits"}
+    assert distiller.objective.needed_outputs == {"logits"}
     assert set(distiller.step(tiny.make_batch([2]))["terms"]) == {"token"}
 
 
@@ -76,7 +76,8 @@ def test_weights_that_can_not_be_are_refused(weights: Any, said: str) -> None:
 
 def test_a_function_that_gives_no_weight_is_refused_when_it_does() -> None:
     weights = {"token": lambda progress: -1.0}
-    distiller = Distiller(*pair(), losses={"token": "token"}, weights=weights, **tiny.QUIET)
+    options = {**tiny.QUIET, "schedule": "constant"}
+    distiller = Distiller(*pair(), losses={"token": "token"}, weights=weights, **options)
     with pytest.raises(ConfigError, match=r"'token' gave -1\.0 at 0% of the run"):
         distiller.step(tiny.make_batch([2]))
 
@@ -173,7 +174,7 @@ def rates(schedule: Any, steps: int) -> list[float]:
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_cosine_restarts_are_those_of_torch(epochs: int, factor: int, steps: int) -> None:
-    config = TrainConfig(restart_epochs=epochs, restart_factor=factor)
+    config = TrainConfig(schedule="cosine_restarts", restart_epochs=epochs, restart_factor=factor)
     theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
         optimizer(0.3), epochs * steps, factor
     )
@@ -182,8 +183,8 @@ def test_cosine_restarts_are_those_of_torch(epochs: int, factor: int, steps: int
 
 
 @pytest.mark.parametrize("steps", [1, 7, 375])
-def test_thirty_epochs_of_the_defaults_end_at_a_minimum(steps: int) -> None:
-    share = share_of_rate(TrainConfig(), steps)
+def test_thirty_epochs_of_cosine_restarts_end_at_a_minimum(steps: int) -> None:
+    share = share_of_rate(TrainConfig(epochs=30, schedule="cosine_restarts"), steps)
     run = [share(step) for step in range(30 * steps)]
     assert run[0] == run[10 * steps] == 1.0
     assert run[-1] == min(run[10 * steps :])

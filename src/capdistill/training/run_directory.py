@@ -102,7 +102,7 @@ def describe_run(stepper: Stepper, train: Source, captions: int | None, out: Pat
         "precision": stepper.precision,
         "num_workers": getattr(train, "num_workers", None),
         "weights": {name: _plain(value) for name, value in stepper.objective.weights.items()},
-        "losses": {name: _part(loss) for name, loss in stepper.objective.losses.items()},
+        "losses": {name: _loss(loss) for name, loss in stepper.objective.losses.items()},
         "models": [_model(model) for model in stepper.models],
         "versions": versions(),
     }
@@ -127,10 +127,17 @@ def _model(model: Any) -> dict[str, Any]:
     return {"name": model.name, "parameters": model.num_parameters(), **parts}
 
 
+def _loss(loss: Any) -> dict[str, Any]:
+    """As it may be given to a `Distiller`, where a registry made it."""
+    part = _part(loss)
+    arguments = part.pop("kwargs", {})
+    return {**part, **arguments}
+
+
 def _part(part: Any) -> dict[str, Any]:
     recipe = recipe_of(part)
     if recipe is not None:
-        return {"name": recipe.name, **recipe.kwargs}
+        return {"name": recipe.name, "kwargs": recipe.kwargs}
     kind = f"{type(part).__module__}:{type(part).__qualname__}"
     return {"class": kind, **_plain_attributes(part)}
 

@@ -38,8 +38,8 @@ class Stepper:
         config: Options of the training.
 
     Attributes:
-        steps_per_epoch: Optimizer steps per epoch; `fit` sets it. In a loop of your own, set it
-            before the first step, or the learning rate stays constant.
+        steps_per_epoch: Optimizer steps per epoch; `fit` sets it. Set it in a loop of your own, or
+            the learning rate stays constant.
         meter: Sums over the steps since the epoch began.
         metrics: Metrics that validation computes, names or `Metric` objects of your own, instead
             of `config.metrics`; `monitor` may name any of their scores.
@@ -54,7 +54,8 @@ class Stepper:
         self.objective = objective
         self.optimizer: torch.optim.Optimizer | None = None
         self.schedule: Scheduler
-        self.steps_per_epoch: int | None = None
+        self._steps_per_epoch: int | None = None
+        self._first_step = True  # of the optimizer: what is not trained is reported then
         self.step_count = 0
         self.skipped_steps = 0  # in a row
         self.epoch = 0
@@ -75,6 +76,18 @@ class Stepper:
     def models(self) -> list[nn.Module]:
         """The models that read a batch."""
         return [self.captioner]
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps per epoch, which the schedule follows; None where it is not known."""
+        return self._steps_per_epoch
+
+    @steps_per_epoch.setter
+    def steps_per_epoch(self, steps: int | None) -> None:
+        self._steps_per_epoch = steps
+        if self.optimizer is not None:
+            done = self.schedule.last_epoch
+            self.schedule = make_schedule(self.optimizer, self.config, steps, done)
 
     @property
     def progress(self) -> float:
@@ -139,8 +152,10 @@ class Stepper:
         began = time.perf_counter()
         if not micro_batches:
             raise ConfigError("step() was given no batch. Give at least one.")
-        first = self.optimizer is None
         optimizer = self.optimizer or self.make_ready(micro_batches[0])
+        first, self._first_step = self._first_step, False
+        if first:
+            self._warn_of_constant_rate()
         if not (self.objective.training and self.captioner.training):
             self.objective.train()
 
@@ -193,6 +208,7 @@ class Stepper:
             "step": self.step_count,
             "epoch": self.epoch,
             **step.summary(),
+            "counts": counts,
             "learning_rates": rates,
             "gradient_norm": norm_value,
             "skipped_steps": self.skipped_steps,
@@ -213,6 +229,11 @@ class Stepper:
         self.objective.to(self.device)
         groups = parameter_groups(self.objective, self.captioner, self.config)
         self.optimizer = self.make_optimizer(groups)
+        self._first_step = True
+        self.schedule = make_schedule(self.optimizer, self.config, self.steps_per_epoch)
+        return self.optimizer
+
+    def _warn_of_constant_rate(self) -> None:
         if self.steps_per_epoch is None and self.config.schedule != "constant":
             warnings.warn(
                 f"The learning rate stays at {self.config.learning_rate:g}: the number of steps is "
@@ -220,8 +241,6 @@ class Stepper:
                 "steps_per_epoch on the trainer, or schedule='constant'.",
                 stacklevel=3,
             )
-        self.schedule = make_schedule(self.optimizer, self.config, self.steps_per_epoch)
-        return self.optimizer
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         """The sums of the terms; a single image that batch norm refuses uses running statistics."""

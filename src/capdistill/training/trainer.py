@@ -145,7 +145,7 @@ class Trainer(Stepper):
         with self._options(options):
             # What can be wrong is found before the first step.
             require_single_process()
-            monitor = None if val is None else self.make_monitor()
+            monitor = self.make_monitor()  # refuses a score that nothing measures
             directory, resumes = open_directory(out, resume, overwrite)
             state = load_state(directory / STATE) if directory is not None and resumes else None
             if directory is not None:
@@ -161,7 +161,9 @@ class Trainer(Stepper):
             self.meter = EpochMeter()
             self.stopping = self._batches_are_lost = False
             self.history = History()
-            self.callbacks = self._make_callbacks(directory, monitor, callbacks)
+            self.callbacks = self._make_callbacks(
+                directory, None if val is None else monitor, callbacks
+            )
             self.make_ready(first)
             self._identity = identity(self, self.train_source)
             seed_everything(self.config.seed)
@@ -266,8 +268,10 @@ class Trainer(Stepper):
             self.place()
             yield
         finally:
-            self.config = before
+            used, self.config = self.config, before
             self.objective.label_smoothing = before.label_smoothing
+            if (used.device, used.precision) != (before.device, before.precision):
+                self.place()
 
     @contextmanager
     def _session(self) -> Iterator[None]:

@@ -191,8 +191,7 @@ _TRUNCATED, _UNKNOWN = 0.01, 0.05  # shares of captions and of words that are wo
 def check_options(trainer: Stepper, val: Any) -> Iterator[CheckRow]:
     """Device, precision, monitor and caching, as `fit` would choose or refuse them."""
     config = trainer.config
-    if val is not None:
-        trainer.make_monitor()
+    trainer.make_monitor()
     wants_crops(config)
     if config.cache_features and not any(
         has_frozen_stages(model, model is trainer.captioner) for model in trainer.models
