@@ -115,6 +115,17 @@ def test_a_table_of_lazy_names_is_no_import(package: Callable[..., dict[str, Pat
     assert structure.find_cycles(graph) == []
 
 
+def test_the_same_table_for_a_type_checker_is_no_import(
+    package: Callable[..., dict[str, Path]],
+) -> None:
+    table = "if TYPE_CHECKING:\n    from capdistill.{} import Name as {}"
+    again, other = table.format("inner", "Name"), table.format("inner", "Other")
+    modules = package(__init__=again, inner="import capdistill")
+    assert structure.import_graph(modules)["capdistill"] == {}
+    graph = structure.import_graph(package(__init__=other))
+    assert graph["capdistill"] == {"capdistill.inner": 2}
+
+
 def test_an_import_from_above_is_found_with_its_line(
     package: Callable[..., dict[str, Path]],
 ) -> None:

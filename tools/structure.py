@@ -52,8 +52,9 @@ def import_graph(modules: Mapping[str, Path]) -> Graph:
     """Who imports whom, wherever the import stands: also in functions and under TYPE_CHECKING.
 
     The table of names in a package's `__init__`, which `__getattr__` imports when asked, is a
-    re-export and no dependency of the package: it does not count as an import. A name imported
-    through such a table counts as an import of the module that the table gives.
+    re-export and no dependency of the package: neither the table nor the `import x as x` that tell
+    a type checker the same count as imports. A name imported through such a table counts as an
+    import of the module that the table gives.
     """
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in modules.items()}
     tables = {
@@ -65,6 +66,8 @@ def import_graph(modules: Mapping[str, Path]) -> Graph:
     for name, tree in trees.items():
         package = name if name in tables else name.rpartition(".")[0]
         graph[name] = {}
+        if name in tables:
+            tree.body = [node for node in tree.body if not _is_typing_table(node)]
         for target, line in _imports(tree, package, modules, tables):
             if target != name:
                 graph[name].setdefault(target, line)
@@ -83,6 +86,18 @@ def _lazy_table(package: str, tree: ast.Module, modules: Mapping[str, Path]) -> 
                 targets = [name for name in (f"{package}.{named}", named) if name in modules]
                 table.update({str(key.value): target for target in targets[:1]})
     return table
+
+
+def _is_typing_table(node: ast.stmt) -> bool:
+    """Whether it is `if TYPE_CHECKING:` with nothing but re-exports (`import x as x`)."""
+    return (
+        isinstance(node, ast.If)
+        and ast.unparse(node.test) == "TYPE_CHECKING"
+        and all(
+            isinstance(each, ast.ImportFrom) and all(a.asname == a.name for a in each.names)
+            for each in node.body
+        )
+    )
 
 
 def _imports(
