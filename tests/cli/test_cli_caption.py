@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from capdistill import Captioner
 from capdistill.cli import main
+from capdistill.data import read_image
+from tests.cli.cli_commands import refused
 
 
 def test_caption_prints_path_tab_caption(
@@ -77,3 +82,153 @@ def test_attention_is_drawn_for_each_photo(
     assert {path.name for path in (tmp_path / "all").iterdir()} == names
     assert main([*command, photos[0], "--attention", str(tmp_path / "noname")]) == 1
     assert "Use " in capsys.readouterr().err
+
+
+def test_a_run_stands_for_its_best_captioner(
+    student: Path, photos: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for given in (student, student / "best", student / "best" / "captioner.json"):
+        assert main(["caption", str(given), *photos]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2]
+
+
+def test_a_run_with_a_final_captioner_alone_stands_for_that(
+    student: Path, photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(student / "final", tmp_path / "final")
+    assert main(["caption", str(tmp_path), photos[0]]) == 0
+    assert capsys.readouterr().out.startswith(photos[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("rnu", "there is no such directory. Did you mean '{}/run'?"),
+        ("empty", "holds no saved captioner. Expected a directory"),
+        ("file.txt", "holds no saved captioner. Expected a directory"),
+        ("file.txt/best", "there is no such directory"),
+        ("run", "is a run that has not saved a captioner yet"),
+        ("x" * 300, "the path cannot be used"),
+    ],
+)
+@pytest.mark.parametrize("command", ["caption", "evaluate", "compare", "distill", "train"])
+def test_a_directory_without_a_captioner_is_named(
+    command: str, given: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("run", "empty"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "run" / "state.pt").write_bytes(b"")
+    (tmp_path / "file.txt").write_text("")
+    path, out = str(tmp_path / given), ["--data", "sample", "--out", str(tmp_path / "out")]
+    words = {
+        "caption": ["caption", path, "dog.jpg"],
+        "evaluate": ["evaluate", path, "--data", "sample"],
+        "compare": ["compare", path, path, *out],
+        "distill": ["distill", "--teacher", path, "--student", "debug_student", *out],
+        "train": ["train", "--preset", path, *out],
+    }[command]
+    assert main(words) == 1
+    assert message.format(tmp_path) in capsys.readouterr().err
+
+
+def test_a_folder_stands_for_its_images_sorted(
+    student: Path, photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    names = ["b.JPG", "a.jpg", "inner/c.png", ".hidden.jpg", ".cache/d.jpg", "notes.txt"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos[0], folder / name)
+    (folder / "broken.jpg").write_text("<html>404</html>")
+    expected = [str(folder / name) for name in ("a.jpg", "b.JPG", "inner/c.png")]
+    assert main(["caption", str(student), str(folder), photos[1]]) == 1
+    shown = capsys.readouterr()
+    assert [line.split("\t")[0] for line in shown.out.splitlines()] == [*expected, photos[1]]
+    assert str(folder / "broken.jpg") in shown.err
+    assert "1 of 5 images" in shown.err
+    (folder / "broken.jpg").unlink()
+    assert main(["caption", str(student), str(folder)]) == 0
+    assert main(["caption", str(student), str(tmp_path / "photos" / ".cache")]) == 0
+    (tmp_path / "none").mkdir()
+    capsys.readouterr()
+    assert "holds no image" in refused(["caption", str(student), str(tmp_path / "none")], capsys)
+
+
+def test_paths_can_come_from_stdin(
+    student: Path,
+    photos: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(photos) + "\n\n"))
+    assert main(["caption", str(student), "-"]) == 0
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == photos
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "list on stdin holds no image" in refused(["caption", str(student), "-"], capsys)
+
+
+@pytest.mark.parametrize("options", [["--num-return", "3"], ["--details", "--beam-size", "3"]])
+def test_all_captions_are_printed_with_their_scores(
+    student: Path, photos: list[str], options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["caption", str(student), *photos, *options, "--max-length", "5"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    count = 3 if "--num-return" in options else 1
+    results = Captioner.load(student / "best").caption(
+        photos, details=True, beam_size=3, num_return=count, max_length=5
+    )
+    assert rows == [
+        [path, str(rank), f"{each.score:.4f}", f"{each.log_prob:.4f}", each.text]
+        for path, result in zip(photos, results, strict=True)
+        for rank, each in enumerate(result.n_best, start=1)
+    ]
+    assert len(rows) == count * len(photos)
+
+
+def test_captions_are_printed_as_they_are_made(
+    student: Path,
+    photos: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    read: list[str] = []
+
+    def reading(path: Any) -> Any:
+        if len(read) == 1:
+            assert capsys.readouterr().out.startswith(photos[0])
+        read.append(path)
+        return read_image(path)
+
+    monkeypatch.setattr("capdistill.data.read_image", reading)
+    assert main(["caption", str(student), *photos, "--batch-size", "1"]) == 0
+    assert len(read) == 2
+
+
+def test_many_images_as_json_show_progress(
+    student: Path,
+    photos: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("capdistill.cli.caption._EVERY", 2)
+    assert main(["caption", str(student), *photos, photos[0], "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "captioned 2 of 3 images\n"
+    assert len(json.loads(shown.out)) == 3
+
+
+def test_a_caption_of_any_characters_goes_to_any_terminal(
+    student: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(buffer, encoding="ascii"))
+    monkeypatch.setattr(
+        Captioner, "caption_stream", lambda self, images, **_: ["\U0001f415 \ud83d" for _ in images]
+    )
+    assert main(["caption", str(student), photos[0]]) == 0
+    assert buffer.getvalue().endswith(b"\t\\U0001f415 \\ud83d\n")
+    assert main(["caption", str(student), photos[0], "--json"]) == 0
+    [row] = json.loads(buffer.getvalue()[buffer.getvalue().index(b"[") :])
+    assert row["caption"] == "\U0001f415 \ud83d"

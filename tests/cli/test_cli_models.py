@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from capdistill import presets
-from capdistill.cli import main
+from capdistill import decoders, encoders, losses, presets
+from capdistill.cli import main, models
 
 
 def test_models_prints_the_true_sizes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,6 +35,23 @@ def test_a_broken_plugin_is_shown_and_hurts_nobody(
     assert "badplug 1.0" in line
     assert "cannot be used" in line
     assert any(line.startswith("  token ") for line in lines)
+
+
+def test_the_built_in_parts_are_those_of_the_registries() -> None:
+    for kind, registry in (("encoders", encoders), ("decoders", decoders), ("losses", losses)):
+        assert models.BUILT_IN[kind] == registry.registry._builtins
+        for part in models.built_in()[kind]:
+            about = registry.describe(part["name"])
+            assert part["summary"] == about.docstring.split("\n", 1)[0]
+            assert part["origin"] == about.origin
+
+
+def test_the_list_imports_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; from capdistill.cli import main; main(['models']); "
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'timm', 'numpy')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert main(["models"]) == 0
+    assert done.stdout == capsys.readouterr().out
 
 
 def test_a_vocabulary_without_words_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from dataclasses import asdict
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
+import capdistill
 from capdistill.cli import DONE, columns, print_result
 
 _EXAMPLE = """\
 example:
   capdistill models
   capdistill models --vocabulary 10000 --json"""
+
+BUILT_IN = {
+    "encoders": {
+        "timm": "capdistill.encoders.timm:TimmEncoder",
+        "torchvision": "capdistill.encoders.torchvision:TorchvisionEncoder",
+    },
+    "decoders": {
+        "lstm": "capdistill.decoders.lstm:LSTMDecoder",
+        "transformer": "capdistill.decoders.transformer:TransformerDecoder",
+    },
+    "losses": {
+        "feature": "capdistill.losses.feature:FeatureKD",
+        "hidden": "capdistill.losses.hidden:HiddenKD",
+        "token": "capdistill.losses.token:TokenKD",
+    },
+}  # as in the registries, which cannot be asked without importing torch
 
 
 def models_command(parser: argparse.ArgumentParser) -> None:
@@ -33,10 +53,36 @@ def run(options: argparse.Namespace) -> int:
     from capdistill import presets
 
     sizes = [asdict(size) for size in presets.table(options.vocabulary)]
-    parts = registered()
+    installed = any(entry_points(group=f"capdistill.{kind}") for kind in BUILT_IN)
+    parts = registered() if options.json or installed else built_in()
     content = {"vocabulary": options.vocabulary, "presets": sizes, **parts}
     print_result(options, content, lambda: _text(options.vocabulary, sizes, parts))
     return DONE
+
+
+def built_in() -> dict[str, list[dict[str, Any]]]:
+    """The parts of this package as in `registered`, read from the source: no model is imported.
+
+    Example:
+        >>> [part["name"] for part in built_in()["decoders"]]
+        ['lstm', 'transformer']
+    """
+    return {
+        kind: [
+            {"name": name, "origin": "built-in", "summary": _summary(target)}
+            for name, target in targets.items()
+        ]
+        for kind, targets in BUILT_IN.items()
+    }
+
+
+def _summary(target: str) -> str:
+    """The first line of a class's docstring."""
+    module, _, name = target.partition(":")
+    path = Path(capdistill.__file__).parent.joinpath(*module.split(".")[1:])
+    body = ast.parse(path.with_suffix(".py").read_text(encoding="utf-8")).body
+    classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name == name]
+    return (ast.get_docstring(classes[0]) or "").split("\n", 1)[0]
 
 
 def registered() -> dict[str, list[dict[str, Any]]]:
@@ -87,5 +133,6 @@ def _text(vocabulary: int, sizes: list[dict[str, Any]], parts: dict[str, Any]) -
 
 
 def _remark(part: dict[str, Any]) -> str:
-    shadows = "".join(f" [shadows {claim}]" for claim in part["shadows"])
-    return (f"cannot be used: {part['error']}" if part["error"] else part["summary"]) + shadows
+    shadows = "".join(f" [shadows {claim}]" for claim in part.get("shadows", ()))
+    error = part.get("error")
+    return (f"cannot be used: {error}" if error else part["summary"]) + shadows
