@@ -140,6 +140,8 @@ def wants_cache(stepper: Stepper, data: Any) -> bool:
         return True
     if config.augment or config.flip or config.cache_images or not hasattr(data, "examples"):
         return False
+    if not stepper.captioner.encoder.trunk_frozen:
+        return False
     if not _is_cacheable(stepper.captioner, stepper.captioner):
         return False
     models: list[Any] = [m for m in stepper.models if _is_cacheable(m, stepper.captioner)]
