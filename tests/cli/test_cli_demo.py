@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -64,3 +65,24 @@ def test_the_demo_refuses_a_place_that_can_not_be_written_at_once(
     (tmp_path / "file").write_text("")
     assert main(["demo", "--out", str(tmp_path / "file")]) == 1
     assert "Cannot write" in capsys.readouterr().err
+
+
+def test_a_recipe_of_a_whole_run_trains_teacher_baseline_and_student_and_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capdistill.evaluation.measure.cpu_memory", lambda *_, **__: Memory(1, 1))
+    out = tmp_path / "small"
+    command = ["distill", "--recipe", "flickr8k_small", "--data", "sample", "--limit", "3"]
+    command += ["--weights", "random", "--teacher-weights", "random", "--epochs", "1"]
+    command += ["--set", "train.cache_views=1", "--set", "train.flip=false"]
+    command += ["--set", "tokenizer.min_count=1", "--out", str(out)]
+    assert main(command) == 0
+    best = {role: out / role / "best" / "captioner.json" for role in ("teacher", "baseline")}
+    written = {role: path.stat().st_mtime_ns for role, path in best.items()}
+    content = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
+    assert list(content["models"]) == ["teacher", "student", "baseline"]
+    losses = json.loads((out / "student" / "run.json").read_text(encoding="utf-8"))["losses"]
+    assert losses["token"]["temperature"] == 4.0
+    capsys.readouterr()
+    assert main(command) == 0  # finished runs are not trained again
+    assert {role: path.stat().st_mtime_ns for role, path in best.items()} == written

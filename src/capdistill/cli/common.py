@@ -22,6 +22,7 @@ from pydantic import (
 from capdistill.errors import CheckpointError, ConfigError, UnknownName, parse, suggest
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
+from capdistill.training.config import recipe, recipe_models
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
@@ -356,3 +357,30 @@ def require_writable(directory: str | Path) -> None:
     probe = user_path(directory) / ".capdistill-probe"
     write_text(probe, "")
     probe.unlink(missing_ok=True)
+
+
+def recipe_values(name: str, section: str = "student", role: str = "student") -> dict[str, Any]:
+    """A recipe as values of a run file.
+
+    Example:
+        >>> recipe_values("kd_2024")["losses"]["token"]
+        {'name': 'token', 'temperature': 4.0}
+
+    Args:
+        name: A name that `capdistill.training.recipe` knows.
+        section: "student" to distil, "model" to train by cross-entropy.
+        role: Which of the recipe's models goes there, if it has models: "teacher" or "student".
+
+    Raises:
+        UnknownName: there is no such recipe; the message lists those there are.
+    """
+    options = recipe(name)
+    values = {key: options.pop(key) for key in ("losses", "weights")}
+    values = {**(values if section == "student" else {}), "train": options}
+    models = recipe_models(name)
+    if models is not None:
+        kinds = models[role].items()
+        values[section] = {kind: {"name": n, "kwargs": kwargs} for kind, (n, kwargs) in kinds}
+        if section == "model":
+            values["tokenizer"] = models["tokenizer"]
+    return values

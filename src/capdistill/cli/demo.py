@@ -1,4 +1,4 @@
-"""`capdistill demo`: train, distil and compare on the bundled photos, from nothing to a report."""
+"""Teacher, baseline, student and report in one command: the demo, and recipes of a whole run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capdistill.cli import DONE, INTERRUPTED, print_result, print_status
-from capdistill.errors import MissingExtra
+from capdistill.errors import ConfigError, MissingExtra
 from capdistill.files import user_path
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from capdistill.cli.runfile import RunConfig
     from capdistill.data import Splits
     from capdistill.evaluation.comparison import Comparison
+    from capdistill.training.run_directory import Resume
 
 _EXAMPLE = """\
 example:
@@ -94,12 +96,9 @@ def _run(options: argparse.Namespace) -> int:
     runs = demo_runs(out, options.epochs, options.limit)
     data = runs["teacher"].data.load()
     print_status(_INTRODUCTION.format(images=len(data.all), held_out=len(data.val)))
-    models: dict[str, Captioner] = {}
-    for role, each in runs.items():
-        captioner = _train(role, each, data)
-        if captioner is None:
-            return INTERRUPTED
-        models[role] = captioner
+    models = _train_all(runs, data, overwrite=_is_a_demo(out))
+    if models is None:
+        return INTERRUPTED
     print_status("\nComparing the three models on the held-out photos ...")
     same: dict[str, Any] = {key: _TRAINING[key] for key in ("device", "precision")}
     same |= draw_curves({role: out / role for role in runs})
@@ -139,8 +138,69 @@ def demo_runs(out: Path, epochs: int, limit: int | None = None) -> dict[str, Run
     }
 
 
-def _train(role: str, run: RunConfig, data: Splits) -> Captioner | None:
-    """Train one of the three; None if Ctrl-C ended it."""
+def _is_a_demo(out: Path) -> bool:
+    """Whether an earlier demo made this directory; then a new one may replace it."""
+    from capdistill.cli.runfile import NAME, read_values
+
+    try:
+        found = read_values(out / "teacher" / NAME).get("data")
+    except ConfigError:
+        return False
+    return isinstance(found, dict) and found.get("format") == "sample"
+
+
+def run_recipe(options: argparse.Namespace) -> int:
+    """Train the models of a recipe that is a whole run, compare them, and write the report."""
+    from capdistill.evaluation.comparison import compare
+
+    runs = recipe_runs(options)
+    data = runs["teacher"].data.load()
+    print_status(data.summary())
+    out = user_path(options.out)
+    resume: Resume = "auto" if not options.overwrite else False
+    models = _train_all(runs, data, resume=resume, overwrite=options.overwrite)
+    if models is None:
+        print_status(f"Interrupted. The same command continues, with --out {out}.")
+        return INTERRUPTED
+    print_status("\nComparing the three models ...")
+    found = compare(
+        models["teacher"], models["student"], data.val, models["baseline"], bootstrap=1000
+    )
+    page = found.save(out / "report")
+    content = {"report": str(page), **found.to_json()}
+    print_result(options, content, lambda: f"{found}\n\nThe report is in {page}")
+    return DONE
+
+
+def recipe_runs(options: argparse.Namespace) -> dict[str, RunConfig]:
+    """The three runs of a whole recipe: the options hold for each, in a directory of its own."""
+    from capdistill.cli.runfile import TrainRun
+    from capdistill.cli.train import make_run
+
+    if not options.out:
+        raise ConfigError("out: no directory for the runs was given. Give --out DIR.")
+    out = user_path(options.out)
+    plain = {"run_class": TrainRun, "model": "model", "preset": None}
+    changes: dict[str, dict[str, Any]] = {
+        "teacher": {**plain, "role": "teacher", "weights": options.teacher_weights},
+        "baseline": {**plain, "role": "student"},
+        "student": {"teacher": str(out / "teacher" / "best")},
+    }
+    runs = {}
+    for role, change in changes.items():
+        each = {**vars(options), **change, "out": str(out / role)}
+        runs[role] = make_run(argparse.Namespace(**each))
+    return runs
+
+
+def _train_all(
+    runs: Mapping[str, RunConfig],
+    data: Splits,
+    *,
+    resume: Resume = False,
+    overwrite: bool = False,
+) -> dict[str, Captioner] | None:
+    """Train the models in their order; None if one was interrupted."""
     from capdistill.cli.train import run_training
 
     titles = {
@@ -148,13 +208,16 @@ def _train(role: str, run: RunConfig, data: Splits) -> Captioner | None:
         "baseline": "Training the small model by cross-entropy alone, for comparison",
         "student": "Distilling the same small model from the teacher",
     }
-    print_status(f"\n{titles[role]} ({run.train.epochs} epochs) ...")
-    trainer, history = run_training(run, data)
-    if history.interrupted:
-        return None
-    first, last = (history.epochs[i]["train"]["terms"]["ce"]["raw"] for i in (0, -1))
-    print_status(f"cross-entropy per word on the training captions: {first:.2f} -> {last:.2f}")
-    return trainer.captioner
+    models = {}
+    for role, run in runs.items():
+        print_status(f"\n{titles[role]} ({run.train.epochs} epochs) ...")
+        trainer, history = run_training(run, data, resume=resume, overwrite=overwrite)
+        if history.interrupted:
+            return None
+        first, last = (history.epochs[i]["train"]["terms"]["ce"]["raw"] for i in (0, -1))
+        print_status(f"cross-entropy per word on the training captions: {first:.2f} -> {last:.2f}")
+        models[role] = trainer.captioner
+    return models
 
 
 def draw_curves(directories: dict[str, Path]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from capdistill.cli.common import (
     data_values,
     generation_values,
     metric_names,
+    recipe_values,
 )
 from capdistill.cli.runfile import (
     NAME,
@@ -34,7 +35,7 @@ from capdistill.cli.runfile import (
 )
 from capdistill.errors import ConfigError
 from capdistill.files import user_path
-from capdistill.training.config import TrainConfig, recipe, recipe_models
+from capdistill.training.config import TrainConfig, recipe_models
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
@@ -52,7 +53,9 @@ example:
   capdistill distill --teacher runs/teacher --student lite0_lstm --data flickr8k \\
       --set losses.token.temperature=2 --set weights.ce=0.5 --out runs/student-2
   capdistill distill --config runs/student/config.json --out runs/again    # the same run again
-  capdistill distill --resume --out runs/student                 # continue an interrupted run"""
+  capdistill distill --resume --out runs/student                 # continue an interrupted run
+  capdistill distill --recipe flickr8k_small --data flickr8k --out runs/small    # a whole recipe:
+      # teacher, baseline, student and report, as in README"""
 _CHECK = """\
 example:
   capdistill check --teacher runs/teacher --student lite0_lstm --data flickr8k"""
@@ -96,7 +99,7 @@ def distill_command(parser: argparse.ArgumentParser) -> None:
     parser.usage = "capdistill distill --teacher DIR --student NAME --data PATH --out DIR [options]"
     _add_pair_options(parser)
     _add_run_options(parser)
-    parser.set_defaults(run=train, run_class=DistillRun, model="student", role="student")
+    parser.set_defaults(run=distill, run_class=DistillRun, model="student", role="student")
 
 
 def check_command(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +131,16 @@ def train(options: argparse.Namespace) -> int:
     }
     print_result(options, content, lambda: _summary(content))
     return INTERRUPTED if history.interrupted else DONE
+
+
+def distill(options: argparse.Namespace) -> int:
+    """Distil; or run a whole recipe, where one with models of its own is given and no teacher."""
+    given = options.teacher or options.config or options.student or options.resume is True
+    if options.recipe and not given and recipe_models(options.recipe) is not None:
+        from capdistill.cli.demo import run_recipe
+
+        return run_recipe(options)
+    return train(options)
 
 
 def _load(options: argparse.Namespace) -> tuple[RunConfig, Splits]:
@@ -258,33 +271,6 @@ def _drop_weights(values: dict[str, Any], of_recipe: Mapping[str, Any]) -> None:
         values["weights"] = kept
 
 
-def recipe_values(name: str, section: str = "student", role: str = "student") -> dict[str, Any]:
-    """A recipe as values of a run file.
-
-    Example:
-        >>> recipe_values("kd_2024")["losses"]["token"]
-        {'name': 'token', 'temperature': 4.0}
-
-    Args:
-        name: A name that `capdistill.training.recipe` knows.
-        section: "student" to distil, "model" to train by cross-entropy.
-        role: Which of the recipe's models goes there, if it has models: "teacher" or "student".
-
-    Raises:
-        UnknownName: there is no such recipe; the message lists those there are.
-    """
-    options = recipe(name)
-    values = {key: options.pop(key) for key in ("losses", "weights")}
-    values = {**(values if section == "student" else {}), "train": options}
-    models = recipe_models(name)
-    if models is not None:
-        kinds = models[role].items()
-        values[section] = {kind: {"name": n, "kwargs": kwargs} for kind, (n, kwargs) in kinds}
-        if section == "model":
-            values["tokenizer"] = models["tokenizer"]
-    return values
-
-
 def _read_run_file(options: argparse.Namespace) -> dict[str, Any]:
     if options.config is not None:
         return read_values(options.config)
@@ -335,6 +321,11 @@ def _joined(old: Any, new: Any) -> Any:
 def _add_pair_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", metavar="DIR", help="the teacher: a run's or a saved captioner's directory"
+    )
+    parser.add_argument(
+        "--teacher-weights",
+        metavar="W",
+        help="with a recipe that trains its teacher: the weights of the teacher's encoder",
     )
     parser.add_argument(
         "--student",

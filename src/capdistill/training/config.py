@@ -216,6 +216,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "captions_per_image": 5,
         "learning_rate": 1.5e-3,
+        "encoder_lr_scale": 1.0,  # only its last stage is trained
         "weight_decay": 0.05,
         "schedule": "warmup_cosine",
         "label_smoothing": 0.1,
