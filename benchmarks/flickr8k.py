@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tail_encoder import as_timm
 
 import capdistill as cd
 
@@ -42,8 +41,6 @@ def main() -> None:
         **training_options(options),
     )
     minutes = (time.perf_counter() - began) / 60
-    if options.tail:
-        as_timm(captioner).save(options.out / "plain")
     print(json.dumps(summary(captioner, history, minutes)), flush=True)
 
 
@@ -54,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", default=True, help="file of encoder weights (default: hub)")
     parser.add_argument("--encoder", help="timm name (lite2 for the teacher, lite0 the student)")
     parser.add_argument("--trainable", default="none", help="none, all, or n last stages")
-    parser.add_argument("--tail", type=int, default=0, help="train n last stages on cached maps")
+    parser.add_argument("--tail", type=int, default=0, help="train n last stages, others cached")
     parser.add_argument("--encoder-options", type=json.loads, default={}, help="JSON")
     parser.add_argument("--decoder", type=json.loads, default={}, help="JSON, over the defaults")
     parser.add_argument("--start", type=Path, help="a saved captioner whose decoder to start from")
@@ -75,14 +72,14 @@ def make_captioner(options: argparse.Namespace, tokenizer: cd.WordTokenizer) -> 
     teacher = options.what == "teacher"
     trainable = options.trainable
     backbone = options.encoder or f"tf_efficientnet_lite{2 if teacher else 0}"
-    common = {"name": backbone, "dim": 512 if teacher else 256, "weights": options.weights}
-    if options.tail:
-        encoder = cd.encoders.create(
-            "timm_tail", **common, stages=options.tail, **options.encoder_options
-        )
-    else:
-        stages = int(trainable) if trainable.isdigit() else trainable
-        encoder = cd.encoders.create("timm", **common, trainable=stages, **options.encoder_options)
+    encoder = cd.encoders.create(
+        "timm",
+        name=backbone,
+        dim=512 if teacher else 256,
+        weights=options.weights,
+        trainable=options.tail or (int(trainable) if trainable.isdigit() else trainable),
+        **options.encoder_options,
+    )
     defaults: dict[str, Any] = (
         {"name": "transformer", "dim": 512, "width": 512, "layers": 2, "ffn": 1024, "dropout": 0.3}
         if teacher
@@ -113,7 +110,7 @@ def training_options(options: argparse.Namespace) -> dict[str, Any]:
         "learning_rate": 1e-3,
         "schedule": "warmup_cosine",
         "label_smoothing": 0.1,
-        "cache_features": options.trainable == "none",
+        "cache_features": options.trainable == "none",  # --tail included
         "seed": options.seed,
         "progress": None,
     }

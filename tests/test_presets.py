@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -18,7 +21,7 @@ PARAMETERS = {
     "resnet50_lstm_large": 47_608_056,
     "lite0_lstm": 7_296_696,
     "debug_teacher": 889_408,
-    "debug_student": 987_188,
+    "debug_student": 443_636,
 }
 
 
@@ -35,6 +38,50 @@ def tokenizer():
 def test_the_table_tells_true_parameter_counts(sizes):
     assert {name: row.parameters for name, row in sizes.items()} == PARAMETERS
     assert list(sizes) == presets.names()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [50, 3000, 30_000])
+@pytest.mark.parametrize("name", presets.names())
+def test_stored_counts_are_those_of_the_model_itself(name, vocabulary):
+    preset = presets.describe(name)
+    cd.encoders.get(preset.encoder)  # imported off the meta device
+    with torch.device("meta"):
+        encoder, decoder = presets.parts(name, weights=False)
+        decoder.build(vocabulary)
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+
+    assert {row.name: row for row in presets.table(vocabulary)}[name] == presets.Size(
+        name=name,
+        description=preset.description,
+        parameters=sum(p.numel() for p in parameters),
+        encoder=sum(p.numel() for p in encoder.parameters()),
+        decoder=sum(p.numel() for p in decoder.parameters()),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        tokens=encoder.tokens,
+        dim=encoder.dim,
+        image_size=encoder.image_size,
+    )
+
+
+@pytest.mark.parametrize("vocabulary", [5, 50, 3000, 30_000, 300_000])
+def test_the_debug_student_is_smaller_than_its_teacher(vocabulary):
+    sizes = {row.name: row for row in presets.table(vocabulary)}
+    student, teacher = sizes["debug_student"], sizes["debug_teacher"]
+
+    assert student.parameters < teacher.parameters
+    assert student.encoder < teacher.encoder
+    assert student.decoder < teacher.decoder
+
+
+def test_the_table_needs_neither_torch_nor_a_model():
+    program = (
+        "import sys; from capdistill import presets; presets.table(); presets.names();"
+        "print([name for name in ('torch', 'timm', 'torchvision') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert run.stdout.strip() == "[]", run.stderr
 
 
 def test_presets_are_of_the_promised_size(sizes):
@@ -108,7 +155,7 @@ def test_an_argument_that_no_part_has_is_named(tokenizer):
         Captioner.create("debug_student", tokenizer=tokenizer, decoder={"depth": 2})
 
 
-def test_the_table_takes_no_memory_and_leaves_chance_alone():
+def test_the_table_leaves_the_random_state_alone():
     torch.manual_seed(0)
     expected = torch.rand(1)
 

@@ -1,24 +1,48 @@
-"""Captioners by name: which encoder and decoder make them, and how large they are."""
+"""Captioners by name: which encoder and decoder they consist of, and how large they are.
+
+Importing this module and printing the table load neither torch nor any model.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from capdistill import decoders, encoders
-from capdistill.decoders.base import Decoder
-from capdistill.encoders.base import Encoder
 from capdistill.errors import UnknownName, suggest
+
+if TYPE_CHECKING:
+    from capdistill.decoders.base import Decoder
+    from capdistill.encoders.base import Encoder
 
 __all__ = ["Preset", "Size", "describe", "names", "parts", "table"]
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a preset, and the shape of its features.
+
+    Args:
+        encoder: Parameters of the encoder.
+        head: Those of them that are trained while the trunk is frozen.
+        decoder: Parameters of the decoder that do not depend on the vocabulary.
+        per_word: Parameters that each entry of the vocabulary adds.
+        tokens, dim: N and D, the features that the decoder reads.
+        image_size: Side in pixels.
+    """
+
+    encoder: int
+    head: int
+    decoder: int
+    per_word: int
+    tokens: int
+    dim: int
+    image_size: int
 
 
 @dataclass(frozen=True)
@@ -31,13 +55,15 @@ class Preset:
 
     Args:
         description: One line.
+        counts: Its size.
         encoder, decoder: Names in the registries.
-        encoder_kwargs, decoder_kwargs: Their arguments; the decoder's width in is the encoder's
-            width out.
+        encoder_kwargs, decoder_kwargs: Their arguments; the decoder's input width is the encoder's
+            output width.
         random: True where pretrained weights are never wanted.
     """
 
     description: str
+    counts: Counts
     encoder: str
     encoder_kwargs: Mapping[str, Any]
     decoder: str
@@ -51,9 +77,9 @@ class Size:
 
     Args:
         name, description: Of the preset.
-        parameters: In all; `encoder` and `decoder` are its two parts.
+        parameters: Total number; `encoder` and `decoder` are its two parts.
         trainable: Those that are trained unless the encoder is unfrozen.
-        tokens, dim: N and D, what the decoder looks at.
+        tokens, dim: N and D, the features that the decoder reads.
         image_size: Side in pixels.
     """
 
@@ -119,14 +145,19 @@ def parts(
         CheckpointError: the weights cannot be found, read or fitted.
         ConfigError: an argument that is invalid.
     """
+    from capdistill import decoders, encoders
+
     preset = describe(name)
     if preset.random and weights is True:
         weights = False
-    return _create(preset, weights, encoder, decoder)
+    options = {**preset.encoder_kwargs, "weights": weights, **(encoder or {})}
+    made = encoders.create(preset.encoder, **options)
+    options = {**preset.decoder_kwargs, "dim": made.dim, **(decoder or {})}
+    return made, decoders.create(preset.decoder, **options)
 
 
 def table(vocabulary: int = 3000) -> list[Size]:
-    """Every preset's true size, counted on the meta device where timm can be built there.
+    """The size of every preset, computed from stored counts: no model is built.
 
     Example:
         >>> all(row.parameters == row.encoder + row.decoder for row in table(100))
@@ -135,52 +166,30 @@ def table(vocabulary: int = 3000) -> list[Size]:
     Args:
         vocabulary: V, words and special tokens.
     """
-    return [_size(name, preset, vocabulary) for name, preset in _PRESETS.items()]
+    rows = []
+    for name, preset in _PRESETS.items():
+        counts = preset.counts
+        decoder = counts.decoder + counts.per_word * vocabulary
+        size = Size(
+            name=name,
+            description=preset.description,
+            parameters=counts.encoder + decoder,
+            encoder=counts.encoder,
+            decoder=decoder,
+            trainable=counts.head + decoder,
+            tokens=counts.tokens,
+            dim=counts.dim,
+            image_size=counts.image_size,
+        )
+        rows.append(size)
+    return rows
 
 
-def _create(
-    preset: Preset,
-    weights: bool | str | os.PathLike[str],
-    encoder: Mapping[str, Any] | None = None,
-    decoder: Mapping[str, Any] | None = None,
-) -> tuple[Encoder, Decoder]:
-    options = {**preset.encoder_kwargs, "weights": weights, **(encoder or {})}
-    built = encoders.create(preset.encoder, **options)
-    options = {**preset.decoder_kwargs, "dim": built.dim, **(decoder or {})}
-    return built, decoders.create(preset.decoder, **options)
-
-
-def _built(preset: Preset, vocabulary: int) -> tuple[Encoder, Decoder]:
-    encoder, decoder = _create(preset, weights=False)
-    decoder.build(vocabulary)
-    return encoder, decoder
-
-
-def _size(name: str, preset: Preset, vocabulary: int) -> Size:
-    encoders.get(preset.encoder), decoders.get(preset.decoder)  # imported off the meta device
-    try:
-        with torch.device("meta"):
-            encoder, decoder = _built(preset, vocabulary)
-    except (RuntimeError, NotImplementedError):  # older versions of timm read values while building
-        encoder, decoder = _built(preset, vocabulary)
-    of_encoder, of_decoder = list(encoder.parameters()), list(decoder.parameters())
-    return Size(
-        name=name,
-        description=preset.description,
-        parameters=sum(p.numel() for p in of_encoder + of_decoder),
-        encoder=sum(p.numel() for p in of_encoder),
-        decoder=sum(p.numel() for p in of_decoder),
-        trainable=sum(p.numel() for p in of_encoder + of_decoder if p.requires_grad),
-        tokens=encoder.tokens,
-        dim=encoder.dim,
-        image_size=encoder.image_size,
-    )
-
-
-def _vit(layers: int) -> Preset:
+def _vit(layers: int, decoder: int) -> Preset:
     words = "3 layers" if layers == 3 else "1 layer"
     return Preset(
         f"teacher: ViT-S/16, 197 x 384 tokens; Transformer 512, {words}",
+        Counts(21_665_664, 0, decoder, 512, 197, 384, 224),
         "timm",
         {"name": "vit_small_patch16_224"},
         "transformer",
@@ -188,25 +197,34 @@ def _vit(layers: int) -> Preset:
     )
 
 
-def _resnet(dim: int, hidden: int, layers: int, refine: str) -> Preset:
+def _resnet(hidden: int, layers: int, refine: str, counts: Counts) -> Preset:
     refined = "refined" if refine != "none" else "not refined"
     return Preset(
-        f"student: ResNet-50, 49 tokens, {refined}, projected to {dim}; LSTM {layers} x {hidden}",
+        f"student: ResNet-50, 49 tokens, {refined}, projected to {counts.dim}; "
+        f"LSTM {layers} x {hidden}",
+        counts,
         "torchvision",
-        {"name": "resnet50", "dim": dim, "refine": refine},
+        {"name": "resnet50", "dim": counts.dim, "refine": refine},
         "lstm",
         {"hidden": hidden, "layers": layers, "dropout": 0.3, "tied": False},
     )
 
 
 _PRESETS = {
-    "vit_transformer": _vit(layers=3),
-    "vit_transformer_small": _vit(layers=1),
-    "resnet50_lstm": _resnet(256, 512, 2, "pre"),
-    "resnet50_lstm_small": _resnet(128, 256, 1, "none"),
-    "resnet50_lstm_large": _resnet(384, 768, 3, "pre"),
+    "vit_transformer": _vit(3, 12_482_560),
+    "vit_transformer_small": _vit(1, 4_336_640),
+    "resnet50_lstm": _resnet(
+        512, 2, "pre", Counts(25_289_024, 1_780_992, 5_909_760, 769, 49, 256, 224)
+    ),
+    "resnet50_lstm_small": _resnet(
+        256, 1, "none", Counts(23_774_400, 266_368, 887_936, 513, 49, 128, 224)
+    ),
+    "resnet50_lstm_large": _resnet(
+        768, 3, "pre", Counts(26_321_856, 2_813_824, 18_211_200, 1025, 49, 384, 224)
+    ),
     "lite0_lstm": Preset(
         "small student: EfficientNet-lite0, 49 tokens projected to 256; LSTM 1 x 512, tied",
+        Counts(3_701_504, 330_496, 2_824_192, 257, 49, 256, 224),
         "timm",
         {"name": "tf_efficientnet_lite0", "dim": 256},
         "lstm",
@@ -214,6 +232,7 @@ _PRESETS = {
     ),
     "debug_teacher": Preset(
         "tiny and random: test_vit; Transformer 128, 1 layer",
+        Counts(306_240, 0, 199_168, 128, 101, 64, 160),
         "timm",
         {"name": "test_vit"},
         "transformer",
@@ -221,11 +240,12 @@ _PRESETS = {
         random=True,
     ),
     "debug_student": Preset(
-        "tiny and random: test_efficientnet; LSTM 1 x 256",
+        "tiny and random: test_efficientnet; LSTM 1 x 128",
+        Counts(107_932, 8_736, 140_704, 65, 25, 32, 160),
         "timm",
         {"name": "test_efficientnet", "dim": 32},
         "lstm",
-        {"embed": 128, "hidden": 256, "layers": 1},
+        {"embed": 64, "hidden": 128, "layers": 1},
         random=True,
     ),
 }
