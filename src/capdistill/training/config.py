@@ -66,12 +66,12 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    epochs: int = Field(30, ge=1)
+    epochs: int = Field(15, ge=1)
     batch_size: int = Field(16, ge=1)
     captions_per_image: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     encoder_lr_scale: float = Field(0.1, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
     schedule: Literal["cosine_restarts", "warmup_cosine", "constant"] = "warmup_cosine"
     restart_epochs: int = Field(10, ge=1)
     restart_factor: int = Field(2, ge=1)
@@ -79,10 +79,10 @@ class TrainConfig(BaseModel):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     accumulation_steps: int = Field(1, ge=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
     word_dropout: float = Field(0.0, ge=0, lt=1)
     scheduled_sampling: float = Field(0.0, ge=0, le=1)
-    patience: int | None = Field(7, ge=1)
+    patience: int | None = Field(5, ge=1)
     monitor: str = "cider"
     metrics: tuple[str, ...] = ("bleu", "cider_d")
     seed: int = 0
