@@ -189,15 +189,23 @@ def require_scalars(
                         f"The loss '{name}' ({type(loss).__name__}) needs {what}, which the "
                         f"{role} does not give. Leave the loss out, or use a {role} that has it."
                     )
-        device = _device_of(loss)
-        with inference(loss, fork_rng=True):
-            value = loss(_to(student, device), _to(teacher, device), batch.to(device))
+        value = loss_value(loss, student, teacher, batch)
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
             raise IncompatibleModels(
                 f"The loss '{name}' ({type(loss).__name__}) gives {given}, but must give one "
                 "number: the sum over tokens or images, a floating-point tensor of shape ()."
             )
+
+
+def loss_value(
+    loss: DistillationLoss, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch
+) -> Tensor:
+    """The sum that a built loss returns, wherever it is; nothing is changed by it."""
+    device = _device_of(loss)
+    with inference(loss, fork_rng=True):
+        value: Tensor = loss(_to(student, device), _to(teacher, device), batch.to(device))
+    return value
 
 
 def _device_of(module: nn.Module) -> torch.device:

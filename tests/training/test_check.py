@@ -63,7 +63,7 @@ class Pictures(Dataset):
 
 
 class Squared(cd.DistillationLoss):
-    """Mean of the squared logits, times a factor that may be NaN, detached on request."""
+    """Squared logits, times a factor that may be NaN, detached on request."""
 
     per = "image"
 
@@ -73,7 +73,7 @@ class Squared(cd.DistillationLoss):
 
     def forward(self, student, teacher, batch):
         logits = student.logits.detach() if self.detach else student.logits
-        return self.factor * logits.float().square().mean()
+        return self.factor * logits.float().square().mean((1, 2)).sum()
 
 
 def captioner(words=WORDS, name="student", encoder=None):
@@ -399,6 +399,54 @@ def test_a_foreign_teacher_is_checked_with_projectors_that_are_not_kept():
     assert report.ok, str(report)
     assert "hidden.projectors.0 8 x 8" in rows(report, "losses")[0].finding
     assert not list(one.objective.losses.parameters())
+
+
+class Mean(cd.TokenKD):
+    def forward(self, student, teacher, batch):
+        return super().forward(student, teacher, batch) / self.count(batch)
+
+
+class AcrossImages(cd.DistillationLoss):
+    """Looks at the mean over the images of the batch."""
+
+    needs = frozenset({"features"})
+    per = "image"
+
+    def forward(self, student, teacher, batch):
+        gap = student.features.mean(1) - teacher.features.detach().mean(1)
+        return gap.square().mean(1).sum() * student.features.shape[0]
+
+
+def test_a_loss_that_returns_a_mean_fails():
+    row = only(check_training(distiller(losses={"mean": Mean()})), "losses", "fail")
+    assert row.finding.startswith("mean: the loss is ")
+    assert "it is a mean" in row.finding
+    assert "Return the sum" in row.fix
+
+
+def test_a_loss_that_looks_across_images_without_saying_so_is_a_note():
+    row = only(check_training(distiller(losses={"all": AcrossImages()})), "losses", "note")
+    assert "couples_batch = True" in row.fix
+
+
+def test_a_loss_that_looks_across_images_sees_one_batch_of_an_accumulation_and_a_note_says_so():
+    coupled = type("Coupled", (AcrossImages,), {"couples_batch": True})
+    one = distiller(losses={"all": coupled()}, accumulation_steps=3)
+    row = only(check_training(one), "losses", "note")
+    assert "sees 4 at a time with accumulation_steps=3" in row.finding
+    alone = check_training(distiller(losses={"all": coupled()}))
+    assert not rows(alone, "losses", "note")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_decoder_whose_step_disagrees_with_its_forward_fails(role):
+    models = {"student": captioner(), "teacher": captioner(name="teacher")}
+    decoder = models[role].decoder
+    step = decoder.step
+    decoder.step = lambda tokens, state: (2 * step(tokens, state)[0], step(tokens, state)[1])
+    row = only(check_training(distiller(models["teacher"], models["student"])), "shapes", "fail")
+    assert row.finding.startswith(f"{role}: step and forward of LSTMDecoder disagree")
+    assert "check_decoder" in row.fix
 
 
 def unattended_teacher(words=WORDS):

@@ -17,6 +17,7 @@ from capdistill.training.check.models import (
     check_projectors,
     check_shapes,
     check_sizes,
+    check_sums,
     check_terms,
     check_trained,
     check_vocabularies,
@@ -107,6 +108,7 @@ _CHECKS: tuple[tuple[str, Callable[[Trial], Iterable[CheckRow]]], ...] = (
     ("shapes", check_shapes),
     ("losses", check_projectors),  # what they need is known once they are built
     ("shapes", check_outputs),
+    ("losses", check_sums),
     ("weights", check_weights),
     ("trained", check_trained),
     ("terms", check_terms),

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
-from capdistill.compatibility import checked_forward, probe_batch
+from capdistill.compatibility import checked_forward, loss_value, probe_batch
 from capdistill.encoders.base import Encoder
 from capdistill.errors import IncompatibleModels
+from capdistill.losses.base import DistillationLoss
 from capdistill.losses.divergence import cross_entropy
 from capdistill.losses.token import first_difference
-from capdistill.outputs import LossTerm, ModelSpec
+from capdistill.outputs import Batch, LossTerm, ModelSpec, part
 from capdistill.registry import recipe_of
 from capdistill.runtime import autocast, inference
+from capdistill.testing import double_batch, double_output, step_logits
 from capdistill.training.check.trial import CheckRow, Trial, listed, millions, name_of, numel
 
 if TYPE_CHECKING:
@@ -78,6 +80,24 @@ def check_outputs(trial: Trial) -> Iterator[CheckRow]:
         batch = tiny if isinstance(model, Captioner) else trial.batch
         checked_forward(model, batch, trial.need)
     yield CheckRow("shapes", "ok", "every output has the shape its specification promises")
+    for role, model in trial.roles.items():
+        if isinstance(model, Captioner):
+            yield from _check_steps(role, model, tiny)
+
+
+def _check_steps(role: str, captioner: Captioner, batch: Batch) -> Iterator[CheckRow]:
+    """Captions are made by `step`, training uses `forward`: both must give the same logits."""
+    batch = batch.to(captioner.device)
+    ids = batch.inputs % len(captioner.tokenizer.vocabulary)  # a teacher may know fewer words
+    with inference(captioner):
+        steps, whole = step_logits(captioner.decoder, ids, captioner.encode(batch))
+    gap = float((steps - whole).abs().max())
+    if gap <= torch.finfo(whole.dtype).eps ** 0.5 * max(1.0, float(whole.abs().max())):
+        return
+    name = type(captioner.decoder).__name__
+    finding = f"{role}: step and forward of {name} disagree: logits differ by up to {gap:.3g}"
+    fix = "Correct the decoder; capdistill.testing.check_decoder tests it law by law."
+    yield CheckRow("shapes", "fail", finding, fix)
 
 
 def _describe(spec: ModelSpec) -> str:
@@ -158,6 +178,40 @@ def check_projectors(trial: Trial) -> Iterator[CheckRow]:
     if len(losses):
         finding = f"{', '.join(losses)}; projectors: {', '.join(made) or 'none'}"
         yield CheckRow("losses", "ok", f"{finding}; {millions(numel(losses.parameters()))} in them")
+
+
+def check_sums(trial: Trial) -> Iterator[CheckRow]:
+    """A loss is a sum over tokens or images: twice the batch, twice the loss."""
+    trainer = trial.trainer
+    losses = cast("dict[str, DistillationLoss]", dict(trainer.objective.losses.items()))
+    if not losses:
+        return
+    few = part(trial.batch, 0, min(2, trial.batch.num_images))
+    student, teacher = (checked_forward(model, few, trial.need) for model in trainer.models)
+    for name, loss in losses.items():
+        once = float(loss_value(loss, student, teacher, few))
+        outputs = double_output(student), double_output(teacher)
+        twice = float(loss_value(loss, *outputs, double_batch(few)))
+        yield from _check_sum(name, loss, once, twice, trainer.config)
+
+
+def _check_sum(name: str, loss: Any, once: float, twice: float, config: Any) -> Iterator[CheckRow]:
+    steps = config.accumulation_steps
+    if loss.couples_batch and steps > 1:
+        finding = (
+            f"{name}: the loss looks across images, but sees {config.batch_size} at a time "
+            f"with accumulation_steps={steps}"
+        )
+        yield CheckRow("losses", "note", finding, "Raise batch_size in place of accumulation.")
+    if loss.couples_batch or math.isclose(twice, 2 * once, rel_tol=1e-3, abs_tol=1e-6):
+        return
+    finding = f"{name}: the loss is {once:.4g} for a batch and {twice:.4g} for the same batch twice"
+    if math.isclose(twice, once, rel_tol=1e-3):
+        fix = "Return the sum over tokens or images: the trainer divides by count(batch) once."
+        yield CheckRow("losses", "fail", f"{finding}, so it is a mean", fix)
+        return
+    fix = "If it looks across the images of a batch, set couples_batch = True in its class."
+    yield CheckRow("losses", "note", finding, fix)
 
 
 def check_trained(trial: Trial) -> Iterator[CheckRow]:
