@@ -1,14 +1,21 @@
-"""How a run went: its history as curves."""
+"""Pictures: the curves of a run, and where a model looked while it wrote a caption."""
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import math
+import os
+import shutil
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from capdistill.errors import ConfigError, DataError, MissingExtra
 from capdistill.files import write_atomically
@@ -27,7 +34,9 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_TRAIN, _VAL = "#0072B2", "#D55E00"  # Okabe and Ito: for every kind of eye
+__all__ = ["attention", "highlight", "history", "read_history", "require_matplotlib"]
+
+_TRAIN, _VAL = "#0072B2", "#D55E00"  # Okabe and Ito: distinct for colour-blind readers too
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BEST: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
 _MARKED: dict[str, Any] = {"marker": "o", "markersize": 3}
@@ -45,8 +54,7 @@ _Value: TypeAlias = "Callable[[dict[str, Any]], float | None]"
 def history(run: str | Path | History, path: str | Path | None = None) -> Figure:
     """Draw the curves of a run: the loss, every term, the scores, the learning rates.
 
-    Steps are faint, epochs full. Where the first steps are far above all else they leave the panel
-    at its top.
+    Steps are faint, epochs full. First steps far above all others leave the panel at its top.
 
     Example:
         `plots.history("runs/student", "curves.png")`
@@ -58,7 +66,7 @@ def history(run: str | Path | History, path: str | Path | None = None) -> Figure
     Raises:
         MissingExtra: matplotlib is not installed.
         DataError: there is no history, or it has no row yet.
-        ConfigError: the file's kind is unknown.
+        ConfigError: the file's suffix is unknown.
     """
     figure, found = new_figure(path), read_history(run)
     panels = _panels(found)
@@ -187,21 +195,26 @@ def _finite(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
-__all__ = ["attention", "history", "require_matplotlib"]
-
 _TILE, _HEAD, _GAP = 1.8, 0.45, 0.08  # inches: a tile, the title above it, between tiles
+_FOOT = 0.75  # inches: the colour bar and the note
 _COLUMNS = 6
 _WIDE = 18  # letters of a word that fit above a tile at full size
-_STRONGEST = 0.85  # of the colour over the photo, where attention is highest
+
+NEARLY_EVEN = 2.0
+"""Attention that is nowhere this many times even attention is called nearly even."""
+
+_LEAST_SCALE = 4.0  # the scale's end, in multiples of even attention, is never below it
+_DIM = 0.35  # brightness of the grey photo where no attention is
 
 
 def attention(result: CaptionResult, path: str | Path | None = None) -> Figure:
-    """Draw, word by word, where the model looked over the photo.
+    """Draw, word by word, where the model looked in the photo.
 
-    Each tile is the photo in grey under the attention of one token over the visual tokens that
-    form the map: the brighter the colour, the higher, relative to the token's own maximum. Above
-    it stand the token and its probability. What a token gave to visual tokens outside the map
-    (CLS, registers) is not drawn.
+    Each tile is the photo in full colour where one token's attention is high, and grey and dim
+    where it is low. All tiles share one scale, in multiples of even attention 1/N over the N
+    visual tokens; the bar below shows it. If attention is nowhere twice even, a note says that it
+    is nearly even. Above each tile stand the token and its probability. Attention to visual tokens
+    outside the map (CLS, registers) is not drawn.
 
     Example:
         `plots.attention(student.caption("dog.jpg", details=True), "looked.png")`
@@ -212,33 +225,84 @@ def attention(result: CaptionResult, path: str | Path | None = None) -> Figure:
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        ConfigError: the decoder shows no attention, its tokens form no map, or the file's kind
+        ConfigError: the decoder shows no attention, its tokens form no map, or the file's suffix
             is unknown.
     """
     figure, maps = new_figure(path), _maps(result)
     figure.set_layout_engine("none")  # every place is known, and measuring forty takes seconds
     photo = result.image.permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
-    titles = ["photo", *map(_titled, result.tokens, result.token_log_probs)]
-    columns = min(_COLUMNS, len(titles))
-    text = textwrap.wrap(result.text, 18 * columns) or ["(empty caption)"]
+    most = float(maps.max()) if maps.size else 0.0
+    scale = max(most, _LEAST_SCALE)
+    titles = ["photo", *map(_title, result.tokens, result.token_log_probs)]
+    pictures = [photo, *(highlight(photo, each, scale) for each in maps)]
+    text = textwrap.wrap(result.text, 18 * min(_COLUMNS, len(titles))) or ["(empty caption)"]
     tiles = _tiles(figure, len(titles), len(text))
-    for place, (axes, title) in enumerate(zip(tiles, titles, strict=True)):
+    for axes, title, picture in zip(tiles, titles, pictures, strict=True):
         size = 10 * min(1.0, _WIDE / max(map(len, title.split("\n"))))
         axes.set_title(title, y=1.0, fontsize=max(size, 5), parse_math=False)
-        axes.imshow(photo if place == 0 else _grey(photo), cmap="gray", vmin=0, vmax=255)
-        if place:
-            _overlay(axes, maps[place - 1], photo.shape)
+        axes.imshow(picture)
+    if maps.size:
+        _draw_scale(figure, scale, most)
     above = 1 - _GAP / figure.get_figheight()
     figure.suptitle("\n".join(text), y=above, va="top", fontsize=11, parse_math=False)
     return finished(figure, path)
 
 
+def highlight(
+    photo: NDArray[np.uint8], weights: NDArray[np.floating[Any]], scale: float
+) -> NDArray[np.uint8]:
+    """The photo in colour where the weights are high, grey and dim where they are low.
+
+    Example:
+        >>> photo = np.full((2, 2, 3), (200, 100, 0), np.uint8)
+        >>> highlight(photo, np.array([[0.0, 4.0]]), scale=4.0)[0].tolist()
+        [[41, 41, 41], [200, 100, 0]]
+
+    Args:
+        photo: (H, W, 3) uint8.
+        weights: (h, w) attention of a map over the whole photo, in multiples of even attention;
+            it is enlarged linearly.
+        scale: The weight at and above which the photo is shown as it is; 0 is dimmed most.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    height, width = photo.shape[:2]
+    rows = _enlarge(np.asarray(weights, np.float64), height)  # (H, w)
+    share = np.clip(_enlarge(rows.T, width).T / scale, 0.0, 1.0)[..., None]  # (H, W, 1)
+    grey = (photo @ np.array([0.299, 0.587, 0.114]))[..., None] * _DIM  # luma of ITU-R BT.601
+    mixed: NDArray[np.uint8] = np.rint(share * photo + (1.0 - share) * grey).astype(np.uint8)
+    return mixed
+
+
+def _enlarge(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """(h, w) to (size, w), linearly between the centres of the cells."""
+    centres = (np.arange(size) + 0.5) * len(values) / size - 0.5
+    columns = [np.interp(centres, np.arange(len(values)), column) for column in values.T]
+    return np.stack(columns, 1)
+
+
+def _draw_scale(figure: Figure, scale: float, most: float) -> None:
+    """The colour bar in multiples of even attention, and a note if attention is nearly even."""
+    wide, high = figure.get_size_inches()
+    axes = figure.add_axes((0.3 / wide, 0.42 / high, min(2.4, wide - 0.6) / wide, 0.12 / high))
+    swatch = np.full((1, 256, 3), (230, 159, 0), np.uint8)
+    ramp = np.linspace(0.0, scale, 256)[None]
+    axes.imshow(highlight(swatch, ramp, scale), aspect="auto", extent=(0.0, scale, 0.0, 1.0))
+    axes.set_yticks([])
+    axes.set_xticks([0.0, 1.0, scale], ["0", "1", f"{scale:.3g}"], fontsize=7)
+    label = "attention, in multiples of even attention"
+    if most < NEARLY_EVEN:
+        label += f"\nattention is nearly even: at most {most:.1f} times"
+    figure.text(0.3 / wide, 0.04 / high, label, fontsize=7, va="bottom")
+
+
 def _tiles(figure: Figure, count: int, lines: int) -> list[Axes]:
-    """Square axes row by row, each with room for its title, below `lines` lines of text."""
+    """Square axes row by row, each with room for its title, between the text and the scale."""
     columns = min(_COLUMNS, count)
     rows, top = math.ceil(count / columns), 0.2 * lines + 2 * _GAP
     wide = columns * (_TILE + _GAP) + _GAP
-    high = top + rows * (_HEAD + _TILE) + _GAP
+    high = top + rows * (_HEAD + _TILE) + _GAP + _FOOT
     figure.set_size_inches(wide, high)
     corners = [
         (_GAP + column * (_TILE + _GAP), high - top - (row + 1) * (_HEAD + _TILE))
@@ -254,8 +318,8 @@ def _tiles(figure: Figure, count: int, lines: int) -> list[Axes]:
     return tiles
 
 
-def _maps(result: CaptionResult) -> Any:
-    """(T, h, w) attention over the map."""
+def _maps(result: CaptionResult) -> NDArray[np.float64]:
+    """(T, h, w) attention over the map, in multiples of even attention over all visual tokens."""
     if result.attention is None:
         raise ConfigError(
             "plots.attention: the result holds no attention. Its decoder cannot show it "
@@ -266,36 +330,17 @@ def _maps(result: CaptionResult) -> Any:
             f"plots.attention: the {result.attention.shape[1]} visual tokens form no map "
             "(the encoder's grid is None). Use an encoder with a grid."
         )
-    words = result.attention[:, result.prefix_tokens :]  # (T, h * w)
-    return words.reshape(len(words), *result.grid).float().cpu().numpy()
+    maps = result.attention[:, result.prefix_tokens :]  # (T, h * w)
+    multiples: NDArray[np.float64] = maps.double().cpu().numpy() * result.attention.shape[1]
+    return multiples.reshape(len(multiples), *result.grid)
 
 
-def _grey(photo: Any) -> Any:
-    """(S, S) luma of ITU-R BT.601, a little darkened so that colour stands out."""
-    return photo @ [0.299, 0.587, 0.114] * 0.8
-
-
-def _overlay(axes: Axes, weights: Any, shape: tuple[int, ...]) -> None:
-    """A (h, w) map over a photo of shape (H, W, 3), enlarged smoothly, relative to its maximum."""
-    shown = weights / max(float(weights.max()), 1e-12)
-    height, width = shape[:2]
-    axes.imshow(
-        shown,
-        cmap="inferno",
-        alpha=_STRONGEST * shown,
-        vmin=0,
-        vmax=1,
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-        interpolation="bilinear",
-    )
-
-
-def _titled(token: str, log_prob: float) -> str:
+def _title(token: str, log_prob: float) -> str:
     return f"{token}\n{math.exp(log_prob):.0%}"
 
 
 def require_matplotlib() -> None:
-    """Say at once, rather than after the work, that pictures cannot be drawn.
+    """Refuse at once, rather than after the work, if pictures cannot be drawn.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -308,26 +353,39 @@ def require_matplotlib() -> None:
 
 
 def new_figure(path: str | Path | None) -> Figure:
-    """Without pyplot: no window, no state, any thread.
+    """A figure without pyplot: no window, no global state, any thread.
 
     Args:
-        path: Where it will be written; a kind that cannot be is refused before anything is drawn.
+        path: Where it will be written; an unknown suffix is refused before anything is drawn.
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        ConfigError: the file's suffix names no kind of picture.
+        ConfigError: the file's suffix is not that of a picture.
     """
     require_matplotlib()
+    _give_matplotlib_a_folder()
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")
     kinds = figure.canvas.get_supported_filetypes()
     if path is not None and _kind(path) not in kinds:
         raise ConfigError(
-            f"plots: '{path}' does not say what kind of picture to write. End it with one of "
+            f"plots: the suffix of '{path}' is not that of a picture. End the name with one of "
             f"{', '.join('.' + each for each in sorted(kinds))}."
         )
     return figure
+
+
+def _give_matplotlib_a_folder() -> None:
+    """Without a home directory matplotlib cannot be imported, unless it is told where to cache."""
+    if "MPLCONFIGDIR" in os.environ:
+        return
+    try:
+        Path.home()
+    except RuntimeError:
+        folder = tempfile.mkdtemp(prefix="matplotlib-")  # as it does where the home is read-only
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["MPLCONFIGDIR"] = folder
 
 
 def finished(figure: Figure, path: str | Path | None) -> Figure:

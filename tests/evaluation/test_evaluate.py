@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from capdistill.teachers.wrap import ForeignTeacher
 
 import capdistill as cd
 from capdistill.errors import ConfigError, DataError, UnknownName
 from capdistill.evaluation import compare, evaluate, measure
 from capdistill.evaluation.table import Progress
 from capdistill.metrics import CaptionScorer, diversity
+from capdistill.teachers import ForeignTeacher
 from tests.evaluation.tiny_captioner import SAYINGS, TinyCaptioner, batch_of
 
 PLAIN = {"metrics": ("bleu", "cider_d"), "measure": False, "device": "cpu"}

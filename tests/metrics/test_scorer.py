@@ -1,7 +1,10 @@
 import gzip
 import math
 import pickle
+import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from capdistill.metrics import (
     DocumentFrequencies,
     Metric,
     bleu,
+    bleu_rouge_meteor,
     cider_d,
     diversity,
     meteor_1_5,
@@ -329,3 +333,41 @@ def test_two_metrics_that_give_one_score_are_refused() -> None:
 def test_metrics_of_another_type_are_refused(metrics: object) -> None:
     with pytest.raises(ConfigError, match=r"metrics.*expected"):
         CaptionScorer(REFERENCES, metrics=metrics)
+
+
+def test_every_metric_works_without_a_home_directory() -> None:
+    program = """
+import os, pwd
+def nobody(uid): raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = nobody
+for name in ("HOME", "XDG_CACHE_HOME", "NLTK_DATA"):
+    os.environ.pop(name, None)
+assert os.path.expanduser("~") == "~"
+from capdistill.metrics import CaptionScorer
+names = ["bleu", "rouge_l", "cider_d", "meteor_nltk", "meteor_1_5_nopara"]
+scorer = CaptionScorer({"a": ["dogs ran"], "b": ["a sofa"]}, metrics=names)
+scores = scorer({"a": "dog", "b": "couch"})
+assert scores["meteor_nltk"] > 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+STEM_ENDINGS = (
+    "ational tional enci anci izer bli alli entli eli ousli ization ation ator alism iveness "
+    "fulness ousness aliti iviti biliti fulli logi icate ative alize iciti ical ful ness al ance "
+    "ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize ed ing eed ied ies "
+    "sses ss s y e ll"
+)
+
+
+def test_stems_are_those_of_nltk() -> None:
+    from nltk.stem.porter import PorterStemmer
+
+    stemmer, draw = PorterStemmer(), random.Random(0)
+    words = {word for line in bleu_rouge_meteor._lines()[::20] for word in line.lower().split()}
+    for ending in STEM_ENDINGS.split():
+        for _ in range(100):
+            start = "".join(draw.choices("abeiosytlzrn'", k=draw.randint(0, 6)))
+            words |= {start + ending, start + ending + draw.choice(["s", "ed", "ing", "ly"])}
+    words |= {"skies", "dying", "innings", "news", "3,000", "n't", "é", "-lrb-", "yyyy", ""}
+    assert {w: bleu_rouge_meteor._stem(w) for w in words} == {w: stemmer.stem(w) for w in words}

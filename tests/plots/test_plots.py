@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,24 +41,72 @@ def result(tokens: tuple[str, ...] = ("a", "dog", "$runs$"), **changed: Any) -> 
     return CaptionResult(**{**values, **changed})
 
 
-def test_every_word_has_a_tile_with_its_own_map_over_the_photo() -> None:
-    figure = plots.attention(result())
-    titles = [axes.get_title() for axes in figure.axes]
+def test_every_word_has_a_tile_of_the_photo_under_its_own_map() -> None:
+    given = result()
+    figure = plots.attention(given)
+    *tiles, bar = figure.axes
+    titles = [axes.get_title() for axes in tiles]
     assert titles == ["photo", "a\n50%", "dog\n50%", "$runs$\n50%"]
-    for place, axes in enumerate(figure.axes[1:]):
-        photo, shown = (image.get_array() for image in axes.get_images())
-        assert photo.shape == (24, 24)  # in grey, so that colour is attention
-        assert shown.shape == (2, 3)  # the class token is no part of it
-        assert int(np.argmax(shown)) == place
-        assert float(shown.max()) == pytest.approx(1.0)
-        assert axes.get_images()[1].get_extent() == [-0.5, 23.5, 23.5, -0.5]
+    photo = given.image.permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(tiles[0].get_images()[0].get_array(), photo)
+    even = 1 / 7  # the class token counts, though it is no part of the map
+    for place, axes in enumerate(tiles[1:]):
+        weights = np.full((2, 3), 0.02 / even)
+        weights.flat[place] = 0.88 / even
+        expected = plots.highlight(photo, weights, scale=0.88 / even)
+        shown = axes.get_images()[0].get_array()
+        assert np.abs(shown.astype(int) - expected.astype(int)).max() <= 1  # float32 weights
+    assert bar.get_xlim() == pytest.approx((0, 0.88 / even), abs=1e-5)
+
+
+def test_the_photo_is_in_colour_where_attention_is_at_the_end_of_the_scale() -> None:
+    photo = np.random.default_rng(0).integers(256, size=(4, 6, 3), dtype=np.uint8)
+    whole = plots.highlight(photo, np.full((2, 3), 5.0), scale=5.0)
+    np.testing.assert_array_equal(whole, photo)
+    np.testing.assert_array_equal(plots.highlight(photo, np.full((1, 1), 9.0), 5.0), photo)
+
+
+def test_the_photo_is_grey_and_dim_without_attention() -> None:
+    photo = np.full((2, 2, 3), (200, 100, 0), np.uint8)
+    dark = plots.highlight(photo, np.zeros((1, 1)), scale=5.0)
+    assert (dark == dark[..., :1]).all()
+    assert dark.max() < 0.5 * (0.299 * 200 + 0.587 * 100)
+
+
+def test_a_map_is_enlarged_linearly_between_the_centres_of_its_cells() -> None:
+    photo = np.full((2, 8, 3), 200, np.uint8)
+    shown = plots.highlight(photo, np.array([[0.0, 4.0]]), scale=4.0)[0, :, 0]
+    steps = np.array([0, 0, 1, 3, 5, 7, 8, 8]) / 8  # centres at 1.5 and 5.5
+    np.testing.assert_allclose(shown, 70 + steps * 130, atol=0.51)
+
+
+def test_all_tiles_share_one_scale() -> None:
+    weights = torch.full((2, 7), 0.02)
+    weights[0, 1], weights[1, 2] = 0.88, 0.08
+    weights[1, 0] = 0.82  # the second word looks at the class token
+    strong, weak = (
+        axes.get_images()[0].get_array()
+        for axes in plots.attention(result(("a", "dog"), attention=weights)).axes[1:3]
+    )
+    saturation = [np.ptp(shown.astype(int), axis=-1).max() for shown in (strong, weak)]
+    assert saturation[1] < 0.25 * saturation[0]
+
+
+@pytest.mark.parametrize(("most", "noted"), [(1.7, True), (1.99, True), (2.5, False)])
+def test_nearly_even_attention_looks_and_is_called_so(most: float, noted: bool) -> None:
+    weights = torch.full((1, 7), (1 - most / 7) / 6)
+    weights[0, 3] = most / 7
+    figure = plots.attention(result(("a",), attention=weights))
+    texts = " ".join(text.get_text() for text in figure.texts)
+    assert ("attention is nearly even" in texts) is noted
+    assert figure.axes[-1].get_xlim()[1] == 4.0  # the scale is not stretched
 
 
 @pytest.mark.parametrize("words", [1, 5, 6, 40])
 def test_captions_of_any_length_fit(words: int, tmp_path: Path) -> None:
     long = tuple(["incomprehensibilities", "a"] * words)[:words]
     figure = plots.attention(result(long), tmp_path / "looked.png")
-    assert len(figure.axes) == words + 1
+    assert len(figure.axes) == words + 2  # the photo, the words, the scale
     assert (tmp_path / "looked.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -78,7 +127,7 @@ def test_what_has_no_map_is_refused(changed: dict[str, Any], message: str) -> No
 
 @pytest.mark.parametrize("name", ["looked", "looked.xyz"])
 def test_an_unknown_kind_of_picture_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"does not say what kind .*\.png"):
+    with pytest.raises(ConfigError, match=r"is not that of a picture.*\.png"):
         plots.attention(result(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -164,3 +213,20 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(MissingExtra, match=r'pip install "capdistill\[ui\]"'):
             draw()
     assert issubclass(MissingExtra, ImportError)
+
+
+def test_pictures_are_drawn_without_a_home_directory(tmp_path: Path) -> None:
+    program = """
+import os, pwd
+def nobody(uid): raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = nobody
+for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
+    os.environ.pop(name, None)
+from capdistill import plots
+from capdistill.training.history import History
+history = History()
+history.append({"kind": "epoch", "epoch": 0, "step": 3, "train": {"loss": 1.0}, "val": {}})
+plots.history(history, "curves.png")
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -249,16 +249,104 @@ def _chunks(matches: Sequence[Match]) -> int:
     return 1 + sum(i + 1 != k or j + 1 != m for (i, j), (k, m) in following)
 
 
+# Porter's stemmer as NLTK extends it; NLTK itself cannot be imported without a home directory.
+_KEPT = "sky news inning outing canning howe proceed exceed succeed"
+_IRREGULAR = {word: word for word in _KEPT.split()}
+_IRREGULAR |= {"skies": "sky", "dying": "die", "lying": "lie", "tying": "tie"}
+_IRREGULAR |= {word + "s": word for word in ("inning", "outing", "canning")}
+
+
+def _rules(text: str) -> tuple[tuple[str, str], ...]:
+    """'ational:ate ness:' as (suffix, replacement); the first suffix that a word has counts."""
+    return tuple((old, new) for old, _, new in (pair.partition(":") for pair in text.split()))
+
+
+_STEP_2 = _rules(
+    "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble alli:al entli:ent eli:e "
+    "ousli:ous ization:ize ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous "
+    "aliti:al iviti:ive biliti:ble fulli:ful logi:log"
+)
+_STEP_3 = _rules("icate:ic ative: alize:al iciti:ic ical:ic ful: ness:")
+_STEP_4 = _rules(
+    "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ion: ou: ism: ate: iti: ous: "
+    "ive: ize:"
+)
+
+
 @cache
 def _stem(word: str) -> str:
-    return str(_stemmer().stem(word))
+    """The stem of a lower-case word, as `nltk.stem.PorterStemmer` gives it.
+
+    Source:
+        Porter (1980), "An algorithm for suffix stripping"; extensions and order as in NLTK.
+    """
+    if word in _IRREGULAR or len(word) <= 2:
+        return _IRREGULAR.get(word, word)
+    word = _past(_singular(word))
+    if word.endswith("y") and len(word) > 2 and _shape(word)[-2] == "c":
+        word = word[:-1] + "i"
+    while word.endswith("alli") and _measure(word[:-4]):
+        word = word[:-2]
+    word = _replace(_replace(word, _STEP_2, least=1), _STEP_3, least=1)
+    word = _replace(word, _STEP_4, least=2)
+    if word.endswith("e"):
+        rest = word[:-1]
+        if _measure(rest) > 1 or (_measure(rest) == 1 and not _is_short(rest)):
+            word = rest
+    return word[:-1] if word.endswith("ll") and _measure(word[:-1]) > 1 else word
 
 
-@cache
-def _stemmer() -> Any:
-    from nltk.stem.porter import PorterStemmer
+def _shape(word: str) -> str:
+    """A c for each consonant, a v for each vowel; y is a vowel behind a consonant."""
+    shape = ""
+    for letter in word:
+        vowel = letter in "aeiou" or (letter == "y" and shape.endswith("c"))
+        shape += "v" if vowel else "c"
+    return shape
 
-    return PorterStemmer()
+
+def _measure(word: str) -> int:
+    return _shape(word).count("vc")
+
+
+def _is_short(word: str) -> bool:
+    shape = _shape(word)
+    return (shape.endswith("cvc") and word[-1] not in "wxy") or shape == "vc"
+
+
+def _singular(word: str) -> str:
+    if word.endswith("ies"):
+        return word[:-1] if len(word) == 4 else word[:-2]
+    if word.endswith("sses"):
+        return word[:-2]
+    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
+
+
+def _past(word: str) -> str:
+    if word.endswith("ied"):
+        return word[:-1] if len(word) == 4 else word[:-2]
+    if word.endswith("eed"):
+        return word[:-1] if _measure(word[:-3]) else word
+    rest = next((word[: -len(end)] for end in ("ed", "ing") if word.endswith(end)), "")
+    shape = _shape(rest)
+    if "v" not in shape:
+        return word
+    if rest.endswith(("at", "bl", "iz")):
+        return rest + "e"
+    if len(rest) > 1 and rest[-1] == rest[-2] and shape[-1] == "c":
+        return rest if rest[-1] in "lsz" else rest[:-1]
+    return rest + "e" if _measure(rest) == 1 and _is_short(rest) else rest
+
+
+def _replace(word: str, rules: Sequence[tuple[str, str]], least: int) -> str:
+    """Replace a suffix if what stands before it has the least measure."""
+    for suffix, replacement in rules:
+        if word.endswith(suffix):
+            rest = word[: -len(suffix)]
+            before = word[:-3] if suffix == "logi" else rest
+            allowed = _measure(before) >= least and (suffix != "ion" or rest[-1] in "st")
+            return rest + replacement if allowed else word
+    return word
 
 
 _TABLE = Path(__file__).with_name("wordnet") / "synonyms.txt.gz"
