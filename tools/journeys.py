@@ -171,6 +171,7 @@ def step(leaves: Leaves = MODELS, losses: Any = None) -> list[str]:
     tokenizer, size = distiller.student.tokenizer, distiller.student.image_size
     loader = cd.data.Loader(photos, tokenizer, image_size=size, batch_size=2, train=True)
     *before, batch = loader.epoch(0)
+    distiller.steps_per_epoch = len(before) + 1
     for each in before:
         distiller.step(each)
     with Tracer(leaves) as tracer:
