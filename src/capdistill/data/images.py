@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from capdistill.data.caption_files import DataReport, Policy
-from capdistill.errors import DataError
+from capdistill.data.caption_files import Policy
+from capdistill.errors import ConfigError, DataError
 from capdistill.files import user_path
 from capdistill.runtime import generator, stable_hash
 
@@ -326,9 +326,11 @@ def read_batches(
         errors: "raise" stops at an image that cannot be read; "skip" warns and gives None for it.
 
     Raises:
+        ConfigError: another value of `errors`.
         DataError: an image that cannot be read, by name, unless it is skipped.
     """
-    DataReport(errors)
+    if errors not in ("skip", "raise"):
+        raise ConfigError(f"errors={errors!r} was given; use errors='skip' or 'raise'.")
     place = 0
     for chunk in chunks(images, batch_size):
         yield [_read(image, size, place + i, errors) for i, image in enumerate(chunk)]
