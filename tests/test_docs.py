@@ -160,9 +160,20 @@ def parses(words: list[str]) -> bool:
 
 
 def test_every_page_is_in_the_index_and_the_readme() -> None:
-    for page in (ROOT / "README.md", ROOT / "docs" / "index.md"):
-        links = {(page.parent / target).resolve() for target in LINK.findall(prose(page))}
-        assert [other.name for other in DOCS if other != page and other not in links] == []
+    index = ROOT / "docs" / "index.md"
+    links = {(index.parent / target).resolve() for target in LINK.findall(prose(index))}
+    assert [page.name for page in DOCS if page not in (index, *links)] == []
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in DOCS if f"`docs/{page.name}`" not in readme] == []
+
+
+def test_the_readme_reads_the_same_outside_the_repository() -> None:
+    """It is the description of the package, too: no relative link, and paths that exist."""
+    page = ROOT / "README.md"
+    assert [link for link in LINK.findall(prose(page)) if not re.match(r"https?:|#", link)] == []
+    paths = re.findall(r"`((?:docs|examples|src|tests)/[^` ]*|[A-Z]+\.md)`", prose(page))
+    assert len(paths) > len(DOCS)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_the_table_of_presets_has_their_true_sizes() -> None:

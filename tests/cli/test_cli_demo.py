@@ -86,3 +86,14 @@ def test_a_recipe_of_a_whole_run_trains_teacher_baseline_and_student_and_continu
     capsys.readouterr()
     assert main(command) == 0  # finished runs are not trained again
     assert {role: path.stat().st_mtime_ns for role, path in best.items()} == written
+
+
+def test_the_demo_does_not_replace_runs_of_another_directory_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "student" / "best").mkdir(parents=True)
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert str(tmp_path / "student") in message
+    assert "--overwrite" in message
+    assert not (tmp_path / "teacher").exists()

@@ -328,9 +328,11 @@ def captioner_directory(given: str) -> Path:
     Raises:
         CheckpointError: no captioner is there; the message says what is.
     """
+    from capdistill.saving import DESCRIPTION, saved_file
+
     path = user_path(given, CheckpointError)
     for directory in (path, path / "best", path / "final", path.parent if path.is_file() else path):
-        if (directory / "captioner.json").is_file():
+        if saved_file(directory, DESCRIPTION).is_file():
             return directory
     if not path.exists():
         siblings = path.parent.iterdir() if path.parent.is_dir() else ()

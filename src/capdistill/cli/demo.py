@@ -61,7 +61,11 @@ def demo_command(parser: argparse.ArgumentParser) -> None:
         "--out",
         default="capdistill-demo",
         metavar="DIR",
-        help="directory of the runs and the report (default: %(default)s)",
+        help="directory of the runs and the report (default: %(default)s); an earlier demo in it "
+        "is replaced",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="also replace other runs in the directory --out"
     )
     parser.add_argument(
         "--epochs",
@@ -90,13 +94,17 @@ def _run(options: argparse.Namespace) -> int:
     """Train teacher, baseline and student, compare them, and write the report."""
     from capdistill.cli.common import require_writable
     from capdistill.evaluation.comparison import compare
+    from capdistill.training.run_directory import open_directory
 
     began, out = time.perf_counter(), user_path(options.out)
     require_writable(out)
     runs = demo_runs(out, options.epochs, options.limit)
     data = runs["teacher"].data.load()
     print_status(_INTRODUCTION.format(images=len(data.all), held_out=len(data.val)))
-    models = _train_all(runs, data, overwrite=_is_a_demo(out))
+    overwrite = options.overwrite or _is_a_demo(out)
+    for role in runs:
+        open_directory(out / role, resume=False, overwrite=overwrite)
+    models = _train_all(runs, data, overwrite=overwrite)
     if models is None:
         return INTERRUPTED
     print_status("\nComparing the three models on the held-out photos ...")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,7 +166,6 @@ def _evaluation_options(options: argparse.Namespace, data: Splits) -> dict[str, 
         **given,
         "generation": generation_values(options) or None,
         "training_captions": data.train.captions if whole else None,
-        "progress": sys.stderr is not None and sys.stderr.isatty(),
     }
 
 

@@ -336,6 +336,7 @@ def _weights(given: Any, losses: Mapping[str, Any], removed: Mapping[str, Any]) 
 
 def make_tokenizer(section: TokenizerSection, data: Splits) -> WordTokenizer:
     """A saved tokenizer, or one trained on the captions of the training split."""
+    from capdistill.saving import TOKENIZER, saved_file
     from capdistill.tokenizer import WordTokenizer
 
     if section.path is None:
@@ -343,7 +344,7 @@ def make_tokenizer(section: TokenizerSection, data: Splits) -> WordTokenizer:
         return WordTokenizer.train(data.train.captions, **options)
     path = Path(section.path)
     if not path.is_file():
-        path = captioner_directory(section.path) / "tokenizer.json"
+        path = saved_file(captioner_directory(section.path), TOKENIZER)
     return WordTokenizer.load(path)
 
 
