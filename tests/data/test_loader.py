@@ -111,7 +111,7 @@ def test_epochs_are_the_same_with_and_without_workers(
     helped = Loader(data, tokenizer, num_workers=2, start_method=start_method, **options)
     state = torch.get_rng_state()
 
-    for epoch in (1, 0):
+    for epoch in (1, 0) if start_method is None else (1,):  # each spawned worker imports torch
         pairs = zip(alone.epoch(epoch), helped.epoch(epoch), strict=True)
         assert all(same(one, other) for one, other in pairs)
     assert torch.equal(torch.get_rng_state(), state)
