@@ -13,8 +13,8 @@ from typing_extensions import Unpack
 
 from capdistill import saving
 from capdistill.data.images import is_many, read_batches
-from capdistill.decoders.base import Decoder
-from capdistill.encoders.base import Encoder
+from capdistill.decoders.base import Decoder, require_decoder
+from capdistill.encoders.base import Encoder, require_encoder
 from capdistill.errors import CheckpointError, ConfigError, DataError, IncompatibleModels, suggest
 from capdistill.files import user_path
 from capdistill.generation.config import (
@@ -29,7 +29,7 @@ from capdistill.generation.decode import generate_text
 from capdistill.generation.hypotheses import CaptionResult, Hypothesis
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import inference
-from capdistill.tokenizer import Tokenizer
+from capdistill.tokenizer import Tokenizer, require_tokenizer
 from capdistill.weights import load_exactly, read_state_dict, strip_prefixes
 
 OneImage: TypeAlias = "str | os.PathLike[str] | bytes"
@@ -55,13 +55,17 @@ class Captioner(nn.Module):
 
     Raises:
         IncompatibleModels: the encoder's width is not the one the decoder reads.
-        ConfigError: the decoder already belongs to another vocabulary.
+        ConfigError: a part lacks an attribute of its contract, or the decoder already belongs to
+            another vocabulary.
     """
 
     def __init__(
         self, encoder: Encoder, decoder: Decoder, tokenizer: Tokenizer, *, name: str = "captioner"
     ) -> None:
         super().__init__()
+        require_encoder(encoder)
+        require_decoder(decoder)
+        require_tokenizer(tokenizer)
         if encoder.dim != decoder.dim:
             raise IncompatibleModels(
                 f"The encoder gives tokens of width {encoder.dim} but the decoder reads width "

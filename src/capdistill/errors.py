@@ -10,7 +10,7 @@ import difflib
 import math
 import numbers
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ number of at least 1.
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not _within(value, minimum, maximum):
         raise _not_a_number(name, value, "whole number", minimum, maximum)
-    return int(value)  # type: ignore[call-overload, no-any-return]
+    return int(value)  # type: ignore[call-overload]
 
 
 def require_bool(name: str, value: object) -> bool:
@@ -330,3 +330,67 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "value_error" and not name:
         return str(problem["ctx"]["error"])
     return f"option '{name}' was given {problem['input']!r}: {problem['msg']}."
+
+
+Requirement = tuple[Callable[[Any], bool], str]
+
+
+def require_attributes(
+    kind: str, part: object, contract: str, requirements: Mapping[str, Requirement]
+) -> None:
+    """Check that a part has the attributes that other code reads from it.
+
+    Example:
+        >>> require_attributes("encoder", object(), "Encoder", {"dim": (is_count, "its width")})
+        Traceback (most recent call last):
+        ...
+        capdistill.errors.ConfigError: The encoder object has no attribute 'dim'. An Encoder needs \
+it: its width.
+
+    Args:
+        kind: What messages call the part.
+        part: An instance of a user's class.
+        contract: Name of the class or protocol it follows.
+        requirements: Attribute -> a test of its value, and what is expected.
+
+    Raises:
+        ConfigError: one is missing or has another kind of value, or a class or a name was given.
+    """
+    article = "An" if contract[0] in "AEIOU" else "A"
+    if isinstance(part, (type, str)):
+        given = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+        raise ConfigError(f"{kind}= was given {given}. {article} {contract} object is expected.")
+    owner = type(part).__name__
+    for name, (is_valid, expected) in requirements.items():
+        try:
+            value = getattr(part, name)
+        except AttributeError as error:
+            raise ConfigError(
+                f"The {kind} {owner} has no attribute '{name}'. {article} {contract} needs it: "
+                f"{expected}."
+            ) from error
+        if not is_valid(value):
+            raise ConfigError(f"{owner}.{name} is {value!r}; expected {expected}.")
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether a value is a whole number of at least `least`.
+
+    Example:
+        >>> is_count(3), is_count(0), is_count(True), is_count(2.0)
+        (True, False, False, False)
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and int(value) >= least  # type: ignore[call-overload]
+
+
+def are_counts(values: object, length: int | None = None) -> bool:
+    """Whether a tuple or list holds positive whole numbers, `length` of them where it is given.
+
+    Example:
+        >>> are_counts((7, 7), 2), are_counts((7,), 2), are_counts(())
+        (True, False, True)
+    """
+    if not isinstance(values, (tuple, list)):
+        return False
+    return all(map(is_count, values)) and length in (None, len(values))

@@ -17,7 +17,14 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from capdistill.errors import CheckpointError, ConfigError, DataError
+from capdistill.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Requirement,
+    is_count,
+    require_attributes,
+)
 from capdistill.files import write_text
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
@@ -46,6 +53,32 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words before the first end token (a leading start token is skipped)."""
+
+
+def require_tokenizer(tokenizer: Tokenizer) -> None:
+    """Check that an object has what capdistill asks of a tokenizer.
+
+    Example:
+        >>> require_tokenizer(WordTokenizer(["dog"]))
+
+    Raises:
+        ConfigError: an attribute is missing, or has another kind of value.
+    """
+    require_attributes("tokenizer", tokenizer, "Tokenizer", _ATTRIBUTES)
+
+
+def _is_id(value: object) -> bool:
+    return is_count(value, 0)
+
+
+_ATTRIBUTES: dict[str, Requirement] = {
+    "vocabulary": (lambda words: isinstance(words, Sequence), "its entries in order of their ids"),
+    "pad_id": (_is_id, "the id of the padding token"),
+    "start_id": (_is_id, "the id of the start token"),
+    "end_id": (_is_id, "the id of the end token"),
+    "encode": (callable, "a method from a caption to ids"),
+    "decode": (callable, "a method from ids to a caption"),
+}
 
 
 def split_words(caption: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capdistill.encoders.base import TokenAttention, make_head
+from capdistill.encoders.backbone import TokenAttention, make_head
 
 
 @pytest.mark.parametrize("refine", ["none", "pre", "post"])

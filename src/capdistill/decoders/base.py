@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from capdistill.decoders.attention import Cache
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, Requirement, are_counts, is_count, require_attributes
 from capdistill.outputs import DecoderOutput
 
 
@@ -120,3 +120,22 @@ class Decoder(nn.Module):
     @abstractmethod
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """One word a row, (R,), to logits (R, V) of the next and the state after it."""
+
+
+def require_decoder(decoder: Decoder) -> None:
+    """Check that a decoder has the attributes of its contract.
+
+    Raises:
+        ConfigError: one is missing, or has another kind of value.
+    """
+    require_attributes("decoder", decoder, "Decoder", _ATTRIBUTES)
+
+
+_ATTRIBUTES: dict[str, Requirement] = {
+    "dim": (is_count, "D, the width of the features it reads, a positive whole number"),
+    "hidden_dims": (are_counts, "a tuple of widths, one per entry of DecoderOutput.hidden"),
+    "has_attention": (lambda flag: isinstance(flag, bool), "True or False"),
+    "build": (callable, "a method that makes what depends on the vocabulary"),
+    "start": (callable, "a method from features to the first state"),
+    "step": (callable, "a method from words and a state to logits and the next state"),
+}

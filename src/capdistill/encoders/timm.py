@@ -19,10 +19,10 @@ from capdistill.encoders.backbone import (
     Form,
     Layout,
     Pixels,
+    Refine,
     map_layout,
     token_layout,
 )
-from capdistill.encoders.base import Refine
 from capdistill.encoders.stages import Trainable, child_stages
 from capdistill.errors import CheckpointError, UnknownName
 from capdistill.weights import load_backbone, reachable, unavailable

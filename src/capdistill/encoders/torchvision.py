@@ -15,9 +15,9 @@ from capdistill.encoders.backbone import (
     BackboneEncoder,
     Layout,
     Pixels,
+    Refine,
     map_layout,
 )
-from capdistill.encoders.base import Refine
 from capdistill.encoders.stages import Trainable, child_stages
 from capdistill.errors import ConfigError, UnknownName, suggest
 from capdistill.weights import load_backbone, reachable, unavailable
