@@ -116,7 +116,7 @@ number of at least 1.
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not _within(value, minimum, maximum):
         raise _not_a_number(name, value, "whole number", minimum, maximum)
-    return int(value)  # type: ignore[call-overload]
+    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def require_bool(name: str, value: object) -> bool:
