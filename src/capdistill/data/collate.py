@@ -190,7 +190,7 @@ class Collator(Dataset[BatchResult]):
 
 
 def usual_captions(data: CaptionData) -> int:
-    """How many captions an image of the data usually has: the median, at most 5.
+    """The usual number of captions per image: the median, at most 5.
 
     Example:
         >>> from pathlib import Path

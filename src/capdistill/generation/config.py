@@ -47,7 +47,7 @@ class GenerationConfig(BaseModel):
         not_last: Words that no caption ends on; "function_words" are the English articles,
             prepositions, conjunctions and the like.
         prefix: Words that every caption begins with.
-        sample: Draw words by chance rather than search; `num_return` captions an image.
+        sample: Sample words at random instead of searching; `num_return` captions per image.
         temperature: Divides the log-probabilities before drawing; below 1 is bolder.
         top_k: Draw from the k most probable words; 0 from all.
         top_p: Draw from the fewest words that hold this share of the probability.
