@@ -196,7 +196,7 @@ def _finite(values: Iterable[float | None]) -> list[float]:
 
 
 _TILE, _HEAD, _GAP = 1.8, 0.45, 0.08  # inches: a tile, the title above it, between tiles
-_FOOT = 0.75  # inches: the colour bar and the note
+_FOOT = 0.85  # inches: the colour bar and the note
 _COLUMNS = 6
 _WIDE = 18  # letters of a word that fit above a tile at full size
 
@@ -285,7 +285,7 @@ def _enlarge(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
 def _draw_scale(figure: Figure, scale: float, most: float) -> None:
     """The colour bar in multiples of even attention, and a note if attention is nearly even."""
     wide, high = figure.get_size_inches()
-    axes = figure.add_axes((0.3 / wide, 0.42 / high, min(2.4, wide - 0.6) / wide, 0.12 / high))
+    axes = figure.add_axes((0.3 / wide, 0.5 / high, min(2.4, wide - 0.6) / wide, 0.12 / high))
     swatch = np.full((1, 256, 3), (230, 159, 0), np.uint8)
     ramp = np.linspace(0.0, scale, 256)[None]
     axes.imshow(highlight(swatch, ramp, scale), aspect="auto", extent=(0.0, scale, 0.0, 1.0))
@@ -294,7 +294,7 @@ def _draw_scale(figure: Figure, scale: float, most: float) -> None:
     label = "attention, in multiples of even attention"
     if most < NEARLY_EVEN:
         label += f"\nattention is nearly even: at most {most:.1f} times"
-    figure.text(0.3 / wide, 0.04 / high, label, fontsize=7, va="bottom")
+    figure.text(0.3 / wide, 0.02 / high, label, fontsize=7, va="bottom")
 
 
 def _tiles(figure: Figure, count: int, lines: int) -> list[Axes]:

@@ -2,6 +2,8 @@ import html.parser
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -422,3 +424,34 @@ def test_a_missing_history_is_named_before_the_work(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(DataError, match=r"history\.jsonl does not exist"):
         compare(TEACHER, STUDENT, None, histories={"student": tmp_path})
+
+
+def test_on_a_narrow_terminal_figures_stand_side_by_side_and_intervals_below(
+    drawn: Comparison,
+) -> None:
+    head, first, *_ = comparison_table(drawn.to_json(), width=80).splitlines()
+    assert head.split() == ["teacher", "student", "baseline"]
+    assert first.split() == ["BLEU-1", *(f"{drawn.rows[0].values[r]:.4f}" for r in drawn.models)]
+
+
+WITHOUT_HOME = """
+import os, pwd, sys
+def nobody(uid): raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = nobody
+for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"):
+    os.environ.pop(name, None)
+assert os.path.expanduser("~") == "~"
+import capdistill as cd
+data = cd.data.sample()
+tokenizer = cd.WordTokenizer.train(data.train.captions, min_count=2)
+student = cd.Captioner.create("debug_student", tokenizer=tokenizer)
+found = cd.compare(student, student, data.val.subset(2), max_length=3, bootstrap=5)
+assert "meteor_nltk" in found.models["student"]["scores"]
+assert found.models["student"]["memory_bytes"], found.models["student"]["notes"]
+found.save("report")
+"""
+
+
+def test_models_are_compared_without_a_home_directory(tmp_path) -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_HOME], cwd=tmp_path, check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"report"}

@@ -15,6 +15,7 @@ from capdistill.metrics import (
     PairedScores,
     paired_bootstrap,
 )
+from capdistill.metrics.bootstrap import changed
 
 SUBJECTS = ("a dog", "two children", "a man in red", "people", "the brown dog", "a woman")
 VERBS = ("runs", "play with a ball", "rides a bicycle", "stand", "is running", "jumps")
@@ -259,6 +260,18 @@ def test_bleu_that_is_only_its_smoothing_does_not_differ() -> None:
     found = paired_bootstrap(references, a, b, ["bleu"])
     assert 0 < abs(found["bleu_4"].difference) < 1e-3
     assert {each.p_value for each in found.values()} == {1}
+
+
+def test_scores_near_0_do_not_differ() -> None:
+    references = [["a dog runs on grass"], *[["two children play ball"]] * 999]
+    a = ["x y z"] * 1000
+    found = paired_bootstrap(references, a, [*a[:-1], "x ball"], samples=200)
+    assert 0 < found["bleu_1"].difference < 1e-3
+    assert {each.p_value for each in found.values()} == {1}
+
+
+def test_rounded_differences_have_no_negative_zero() -> None:
+    assert changed(-1e-6, (-1e-6, 1e-6), 1.0) == "+0.0000 [0.0000, 0.0000], p = 1.000"
 
 
 def test_the_bootstrap_aligns_no_caption_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         names = ", ".join(f"{role} {found['name']!r}" for role, found in self.models.items())
-        return f"Comparison({names}: {summary(self.to_json())})"
+        return f"Comparison({names}: {summary(self.to_json()).rstrip('.')})"
 
     def _repr_html_(self) -> str:
         return fragment(finite_or_none(self.to_json()))

@@ -234,11 +234,18 @@ def comparison_table(content: Mapping[str, Any], width: int | None = None) -> st
     width = terminal_width() if width is None else width
     rows, roles = [TableRow(**row) for row in content["rows"]], list(content["models"])
     head = ["", *roles, "student against teacher", "published recipe expects", "verdict"]
-    cells = [
-        [row.label, *figures_of(row, roles), row.relation, row.expected, row.verdict]
-        for row in rows
-    ]
-    parts = [text_columns([head, *cells], right=range(1, len(roles) + 1), width=width)]
+    numbers, right = [figures_of(row, roles) for row in rows], range(1, len(roles) + 1)
+    label = max(len(row.label) for row in rows)
+    apart = label + sum(2 + max(map(len, column)) for column in zip(*numbers, strict=True)) > width
+    if apart:  # figures of the models stay side by side; their intervals follow
+        numbers = [[format_value(row.values.get(role), row.unit) for role in roles] for row in rows]
+    words = [[row.relation, row.expected, row.verdict] for row in rows]
+    cells = [[r.label, *n, *w] for r, n, w in zip(rows, numbers, words, strict=True)]
+    parts = [text_columns([head, *cells], right=right, width=width)]
+    drawn = [row for row in rows if row.intervals]
+    if apart and drawn:
+        intervals = [[r.label, *(bracketed(r.intervals[m]) for m in roles)] for r in drawn]
+        parts.append(text_columns([["interval", *roles], *intervals], right=right, width=width))
     against = compared_with(rows)
     if against:
         differences = [

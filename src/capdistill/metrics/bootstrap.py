@@ -14,10 +14,10 @@ from capdistill.metrics.base import Captions, Metric, References, Scores
 from capdistill.metrics.bleu_rouge_meteor import Bleu
 from capdistill.metrics.meteor15 import Meteor15
 from capdistill.metrics.ngram_counts import Floats, Ints
-from capdistill.metrics.scorer import SCORES, CaptionScorer
+from capdistill.metrics.scorer import DIRECTIONS, SCORES, CaptionScorer
 
 FLOOR = 1e-3
-"""Below it a score means that nothing matched: what is left is the smoothing of BLEU, or noise."""
+"""Below it a score means that hardly anything matched: it is noise, or the smoothing of BLEU."""
 
 _TIE = 1e-9  # score differences up to this size are rounding
 _LEAST_P = 0.001  # smaller p-values are shown as "p < 0.001"
@@ -124,7 +124,7 @@ def paired_bootstrap(
     p-value is `min(1, 2 * (rarer + 1) / (samples + 1))`, where `rarer` is the number of samples
     whose difference is not above 0, or not below 0, whichever is smaller. So p < 0.05 goes with a
     95 % interval without 0, and equal systems have p = 1. Differences up to 1e-9 count as 0, and so
-    do BLEU differences between two scores below 0.001, where no n-gram matched.
+    do those between two built-in scores below 0.001, where hardly anything matched.
 
     BLEU and METEOR 1.5 of a sample come from the summed counts of its images. ROUGE-L, METEOR
     (NLTK) and CIDEr-D are means over its images; CIDEr-D keeps the document frequencies of all
@@ -253,7 +253,7 @@ def bracketed(interval: Sequence[float]) -> str:
         >>> bracketed((0.25, 0.5))
         '[0.2500, 0.5000]'
     """
-    low, high = interval
+    low, high = (round(end, 4) + 0.0 for end in interval)  # no -0.0000
     return f"[{low:.4f}, {high:.4f}]"
 
 
@@ -265,7 +265,7 @@ def changed(difference: float, interval: Sequence[float], p_value: float) -> str
         '+0.0500 [0.0100, 0.0900], p = 0.012'
     """
     sure = f"p = {p_value:.3f}" if p_value >= _LEAST_P else f"p < {_LEAST_P}"
-    return f"{difference:+.4f} {bracketed(interval)}, {sure}"
+    return f"{round(difference, 4) + 0.0:+.4f} {bracketed(interval)}, {sure}"
 
 
 def remark(samples: int, confidence: float) -> str:
@@ -284,7 +284,7 @@ def _pair(
 ) -> PairedScore:
     differences = theirs - ours
     differences[np.abs(differences) <= _TIE] = 0.0
-    if name in SCORES["bleu"]:
+    if name in DIRECTIONS:
         differences[(ours < FLOOR) & (theirs < FLOOR)] = 0.0
     rarer = min((differences <= 0).sum(), (differences >= 0).sum())
     return PairedScore(
