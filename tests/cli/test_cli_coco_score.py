@@ -194,8 +194,9 @@ def test_results_against_themselves_do_not_differ(
 
 
 def test_the_table_of_two_systems_has_their_intervals_and_difference(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     metrics = ["--metrics", "rouge_l", "meteor_1_5_nopara", "--per-image"]
     assert main(["score", *with_other(tmp_path), *metrics]) == 0
     table, ours, theirs, remarks = capsys.readouterr().out.split("\n\n")

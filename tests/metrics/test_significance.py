@@ -217,7 +217,11 @@ def test_one_image_gets_a_note() -> None:
     assert "single image" in found.notes[0]
 
 
-def test_what_was_found_prints_as_a_table_and_is_plain_data() -> None:
+def test_what_was_found_prints_as_a_table_and_is_plain_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.__stdout__", None)
+    monkeypatch.setenv("COLUMNS", "200")
     references, a, b = corpus()
     found = paired_bootstrap(references, a, b, ["bleu_4"], samples=100, confidence=0.9)
     _, row, remark = str(found).splitlines()
@@ -228,6 +232,17 @@ def test_what_was_found_prints_as_a_table_and_is_plain_data() -> None:
     content = json.loads(json.dumps(found.to_json()))
     assert content["scores"]["bleu_4"]["interval"] == [low, high]
     assert (content["images"], content["samples"], content["seed"]) == (IMAGES, 100, 0)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_printed_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.__stdout__", None)
+    monkeypatch.setenv("COLUMNS", str(width))
+    references, a, b = corpus()
+    found = paired_bootstrap(references, a, b, ["bleu", "cider_d"], samples=20)
+    table = str(found).rsplit("In brackets", 1)[0]
+    assert max(map(len, table.splitlines())) <= width
+    assert len(repr(found).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

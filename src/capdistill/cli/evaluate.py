@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -277,14 +278,14 @@ def _scores(scored: Mapping[str, Any]) -> str:
 
 def _side_by_side(scored: Mapping[str, Any]) -> str:
     """A score per line; every built-in score has its intervals."""
-    from capdistill.metrics.bootstrap import bracketed, changed
+    from capdistill.metrics.bootstrap import bracketed, changed, text_columns
 
     scores = {"results": scored["scores"], "against": scored["against"]["scores"]}
     rows = [("", *scores, "results minus against")]
     for name, ends in scored["intervals"].items():
         both = [f"{_figure(each[name])} {bracketed(ends[s])}" for s, each in scores.items()]
         rows.append((name, *both, changed(**scored["differences"][name])))
-    return columns(rows)
+    return text_columns(rows, width=shutil.get_terminal_size().columns)
 
 
 def _per_image(head: str, scores: Mapping[str, Mapping[str, float]]) -> str:
