@@ -236,12 +236,14 @@ def text_problem(value: object) -> str:
 
 def _printed_kind(text: str) -> str:
     """The type of the value that was printed into a text: list, dict, bytes, object; "" if none."""
+    if text[-1:] not in tuple("])}>'\""):
+        return ""
     if re.fullmatch(r"<[\w.]+(?: object)? at 0x[0-9a-fA-F]+>", text):
         return "object"
     called = re.match(r"(array|deque|dict_values|dict_keys|frozenset)\([\[({]", text)
     if called:
         return called[1]
-    if not text.startswith(("[", "(", "{", "b'", 'b"')) or text[-1] not in "])}'\"":
+    if not text.startswith(("[", "(", "{", "b'", 'b"')):
         return ""
     try:
         value = ast.literal_eval(re.sub(r"\b(?:nan|null|true|false)\b", "None", text))

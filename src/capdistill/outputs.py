@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from capdistill.errors import DataError
+from capdistill.errors import DataError, require_text, shortened, text_problem
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,12 @@ class Batch:
         mask: (B, T) True where a token is real. Padding is known by position, never by value.
         captions: B raw strings.
         image_ids: I strings.
-        references: I lists of raw strings, or None in training.
+        references: I tuples of raw strings, or None in training.
         cached: encoder fingerprint -> (I, N, D0) trunk tokens computed earlier.
 
     Raises:
-        DataError: the numbers of images, captions and ids do not fit.
+        DataError: the numbers of images, captions, ids and references do not fit; a caption or
+            reference that is not text.
     """
 
     images: Tensor
@@ -65,6 +66,30 @@ class Batch:
                 f"Batch: {captions} rows of ids and {len(self.captions)} captions for {images} "
                 "images. Every image needs the same number k >= 1 of captions, side by side."
             )
+        if isinstance(self.image_ids, str) or not all(isinstance(i, str) for i in self.image_ids):
+            raise DataError(f"Batch: image_ids are {shortened(self.image_ids)}; expected strings.")
+        k = captions // images
+        for row, caption in enumerate(self.captions):
+            if text_problem(caption):
+                require_text(caption, f"Batch: a caption of image '{self.image_ids[row // k]}'")
+        if self.references is not None:
+            self._check_references(self.references)
+
+    def _check_references(self, references: Sequence[Sequence[str]]) -> None:
+        if len(references) != self.num_images:
+            raise DataError(
+                f"Batch: references of {len(references)} images for {self.num_images} images; "
+                "expected one tuple of texts per image."
+            )
+        for image_id, texts in zip(self.image_ids, references, strict=True):
+            if isinstance(texts, str) or not isinstance(texts, Sequence):
+                raise DataError(
+                    f"Batch: the references of image '{image_id}' are {shortened(texts)}; expected "
+                    "a tuple of texts."
+                )
+            for text in texts:
+                if text_problem(text):
+                    require_text(text, f"Batch: a reference of image '{image_id}'")
 
     @property
     def num_images(self) -> int:

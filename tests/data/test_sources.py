@@ -142,3 +142,26 @@ def test_asking_for_the_default_does_not_fix_it() -> None:
     before = multiprocessing.get_start_method(allow_none=True)
     runtime.worker_start_method(None)
     assert multiprocessing.get_start_method(allow_none=True) == before
+
+
+def test_a_closed_loader_starts_its_workers_anew(
+    colours: CaptionData, tokenizer: WordTokenizer
+) -> None:
+    loader = Loader(colours, tokenizer, image_size=8, batch_size=2, num_workers=1)
+    before = [batch.image_ids for batch in loader]
+    loader.close()
+    assert not multiprocessing.active_children()
+    assert [batch.image_ids for batch in loader] == before
+
+
+def test_progress_prints_lines_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(runtime.progress("abc", 3, "Encoding", seconds=0)) == ["a", "b", "c"]
+    assert capsys.readouterr().err.splitlines() == [
+        "Encoding: 1 of 3 images (33%)",
+        "Encoding: 2 of 3 images (67%)",
+        "Encoding: 3 of 3 images (100%)",
+        "Encoding: 3 images, done",
+    ]
+    for options in ({"show": False, "seconds": 0}, {"seconds": 60}):
+        list(runtime.progress("abc", 3, "Encoding", **options))  # type: ignore[arg-type]
+    assert capsys.readouterr().err == ""

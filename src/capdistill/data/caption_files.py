@@ -25,6 +25,7 @@ Policy = Literal["skip", "raise"]
 # Harmless: every copy of the official Flickr8k file has the first, and a header row is no caption.
 TOLERATED = frozenset({"phantom row", "header row"})
 _SHOWN = 20
+FIX = "Fix it, or pass errors='skip' to leave it out."
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class DataReport:
             DataError: the policy is "raise" and the problem is not harmless.
         """
         if self.errors == "raise" and problem.kind not in TOLERATED:
-            raise DataError(f"{problem}. Fix it, or pass errors='skip' to leave it out.")
+            raise DataError(f"{problem}. {FIX}")
         if problem not in self._seen:
             self._seen.add(problem)
             self.problems.append(problem)

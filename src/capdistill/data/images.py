@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, TypeAlias
@@ -107,7 +108,7 @@ def _guarded(image: Image.Image, name: str) -> Tensor:
         image.load()
         rgb = _to_rgb(image, name)
         turn = _UPRIGHT.get(_orientation(image))
-        return _planes(np.array(rgb if turn is None else rgb.transpose(turn)))
+        return _planes(rgb if turn is None else rgb.transpose(turn))
     except DataError:
         raise
     except Exception as error:
@@ -130,7 +131,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _depth(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
@@ -178,7 +179,7 @@ def _from_array(values: npt.NDArray[Any], name: str, *, channels_first: bool) ->
         raise DataError(f"{name}: expected uint8, uint16, bool, or float in [0, 1]; convert it.")
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[pixels.shape[2]]
     flat = pixels[:, :, 0] if mode == "L" else pixels
-    return _planes(np.array(_to_rgb(Image.fromarray(np.ascontiguousarray(flat)), name)))
+    return _planes(_to_rgb(Image.fromarray(np.ascontiguousarray(flat)), name))
 
 
 def _channels_last(values: npt.NDArray[Any], name: str, first: bool) -> npt.NDArray[Any]:
@@ -191,8 +192,8 @@ def _channels_last(values: npt.NDArray[Any], name: str, first: bool) -> npt.NDAr
     raise DataError(f"{name}: expected (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4.")
 
 
-def _planes(pixels: npt.NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, H, W)
+def _planes(rgb: Image.Image) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(band) for band in rgb.split()]))  # (3, H, W)
 
 
 def _read_bytes(source: Encoded) -> tuple[str, bytes]:
@@ -201,8 +202,10 @@ def _read_bytes(source: Encoded) -> tuple[str, bytes]:
     if isinstance(source, (str, os.PathLike)):
         path = user_path(source, DataError)
         try:
-            with open(path, "rb") as file:
-                return str(path), _bounded(file.read(MAX_BYTES + 1), str(path))
+            with open(path, "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())  # reading allocates what it asks for
+                size = status.st_size if stat.S_ISREG(status.st_mode) else MAX_BYTES
+                return str(path), _bounded(file.read(min(size, MAX_BYTES) + 1) or b"", str(path))
         except OSError as error:
             reason = error.strerror or error
             raise DataError(f"{path}: the image cannot be read ({reason}).") from error

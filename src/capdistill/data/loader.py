@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from capdistill.data.caption_files import DataReport, Policy, pluralize
+from capdistill.data.caption_files import FIX, DataReport, Policy, pluralize
 from capdistill.data.collate import BatchIndex, BatchResult, Collator, SupportsEncode
 from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.outputs import Batch
@@ -24,6 +24,8 @@ from capdistill.runtime import (
     worker_start_method,
 )
 from capdistill.tokenizer import Tokenizer
+
+_FEW_BATCHES, _MAX_WORKERS = 8, 4
 
 
 class Loader:
@@ -46,7 +48,7 @@ class Loader:
 
     Args:
         data: A `CaptionData`, or any data set or sequence of (image, captions) pairs: whatever
-            `read_image` takes, and a string or list of strings. `image_ids` of its own are unique.
+            `read_image` takes, and a string or list of strings. It may have unique `image_ids`.
         tokenizer: Turns a caption into ids (`encode`, `pad_id`).
         image_size: Rows and columns of the images.
         batch_size: Images per batch.
@@ -122,8 +124,7 @@ class Loader:
             view=view,
         )
         self._start_method = start_method
-        reads_files = with_images and not cache_images
-        if num_workers is None and reads_files:
+        if num_workers is None and with_images and not cache_images:
             num_workers = default_num_workers(data, batch_size, start_method=start_method)
         self.num_workers = num_workers or 0
         self._pool: DataLoader[BatchResult] | None = None
@@ -151,8 +152,8 @@ class Loader:
             start: Leave out the batches before this one, without reading them.
 
         Raises:
-            DataError: no image at all can be used, or one cannot and `errors` is "raise". The
-                error that a data set or transform raised is its cause.
+            DataError: no image at all can be used, or one cannot and `errors` is "raise". Its
+                cause is the error that a data set or transform raised.
             ConfigError: workers that are not forked need a data set that can be pickled.
         """
         indices = self._batch_indices(n)[start:]
@@ -162,21 +163,23 @@ class Loader:
                 self.skipped.add(problem)
             first_cause = first_cause or cause
             if problems and self.errors == "raise":
-                fix = "Fix it, or pass errors='skip' to leave it out."
-                raise DataError(f"{problems[0]}. {fix}") from cause
+                raise DataError(f"{problems[0]}. {FIX}") from cause
             if batch is not None:
                 seen += 1
                 yield batch
         if indices and not seen and start == 0:
-            unusable = f"None of the {self.num_images} images can be used.\n{self.skipped}"
-            raise DataError(unusable) from first_cause
+            none = f"None of the {self.num_images} images can be used."
+            raise DataError(f"{none}\n{self.skipped}") from first_cause
+
+    def close(self) -> None:
+        """Stop the workers. The next epoch starts new ones."""
+        self._pool = None
 
     def _batch_indices(self, epoch: int) -> list[BatchIndex]:
-        order: list[int] = list(range(self.num_images))
+        order, size = list(range(self.num_images)), self.batch_size
         if self.train:
             rng = generator(self.seed, "order", epoch)
             order = torch.randperm(self.num_images, generator=rng).tolist()
-        size = self.batch_size
         return [(epoch, tuple(order[i : i + size])) for i in range(0, len(order), size)]
 
     def _results(self, indices: list[BatchIndex]) -> Iterator[BatchResult]:
@@ -256,9 +259,6 @@ def default_num_workers(data: Any, batch_size: int = 16, *, start_method: str | 
         return 0
     forked = worker_start_method(start_method) == "fork"
     return min(workers, _MAX_WORKERS) if forked or is_picklable(data) else 0
-
-
-_FEW_BATCHES, _MAX_WORKERS = 8, 4
 
 
 def _is_in_memory(data: Any) -> bool:

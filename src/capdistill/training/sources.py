@@ -84,6 +84,13 @@ def require_usable(stepper: Stepper, train: Source, val: Source | None) -> Batch
     return batch
 
 
+def close_workers(*sources: Source | None) -> None:
+    """End the worker processes of sources; a later epoch starts them again."""
+    for source in sources:
+        if isinstance(source, Loader):
+            source.close()
+
+
 def number_of_batches(source: Source) -> int:
     """Batches per epoch. A source without a length is read once to count them."""
     if hasattr(source, "__len__"):
@@ -162,7 +169,7 @@ def _source(stepper: Stepper, data: Any, cached: bool, **options: Any) -> Source
     size = image_size(stepper.models)
     if not cached:
         return make_source(
-            data, tokenizer, image_size=size, num_workers=config.num_workers or 0, **options
+            data, tokenizer, image_size=size, num_workers=config.num_workers, **options
         )
     frozen = [model for model in stepper.models if _is_cacheable(model, stepper.captioner)]
     views = config.cache_views if options["train"] else 1
@@ -173,7 +180,7 @@ def _source(stepper: Stepper, data: Any, cached: bool, **options: Any) -> Source
         image_size=size,
         caches=_caches(stepper, frozen, list(_views(stepper, data, views, size, options))),
         with_images=reads_images,
-        num_workers=config.num_workers or 0,
+        num_workers=config.num_workers,
         **options,
         views=views,
     )
@@ -186,7 +193,7 @@ def _views(
     config = stepper.config
     plain = {**options, "train": False, "batch_size": config.eval_batch_size}
     plain |= {"cache_images": False, "crop": False, "captions_per_image": 1}
-    plain |= {"num_workers": config.num_workers or 0}
+    plain |= {"num_workers": config.num_workers}
     key = ""
     for view in range(views):
         source = make_source(data, stepper.captioner.tokenizer, image_size=size, view=view, **plain)

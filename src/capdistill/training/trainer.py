@@ -41,6 +41,7 @@ from capdistill.training.run_directory import (
 )
 from capdistill.training.sources import (
     captions_per_image,
+    close_workers,
     number_of_batches,
     open_sources,
     require_usable,
@@ -189,6 +190,7 @@ class Trainer(Stepper):
                     if self.history.interrupted:
                         break
                 self._finish()
+            close_workers(self.train_source, self.val_source)
         return self.history
 
     def _groups(self) -> Iterator[list[Batch]]:
