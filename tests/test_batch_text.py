@@ -47,7 +47,7 @@ def test_every_image_has_its_references() -> None:
 
 @pytest.mark.parametrize("ids", ["12", (1, 2), ("1", None)], ids=repr)
 def test_image_ids_are_strings(ids: Any) -> None:
-    with pytest.raises(DataError, match="image_ids are .*expected strings"):
+    with pytest.raises(DataError, match=r"image_ids are .*expected strings"):
         batch(image_ids=ids)
 
 
