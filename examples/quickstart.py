@@ -19,11 +19,9 @@ tokenizer = cd.WordTokenizer.train(data.train.captions, min_count=2)
 encoder = cd.encoders.create("timm", name="test_vit", dim=128, weights=False, trainable="all")
 decoder = cd.decoders.create("transformer", dim=128, width=128, layers=1, heads=4)
 teacher = cd.Captioner(encoder, decoder, tokenizer)
-small = {"name": "test_efficientnet", "dim": 32}
-encoder = cd.encoders.create("timm", **small, weights=False, trainable="all")
+encoder = cd.encoders.create("timm", name="test_efficientnet", dim=32, weights=False)
 student = cd.Captioner(encoder, cd.decoders.create("lstm", dim=32, hidden=128), tokenizer)
-options = {"epochs": 6, "batch_size": 8, "learning_rate": 2e-3}
-options |= {"cache_images": True, "schedule": "warmup_cosine", "encoder_lr_scale": 0.3}
+options = {"epochs": 6, "batch_size": 8, "learning_rate": 2e-3, "encoder_lr_scale": 0.3}
 cd.Trainer(teacher, **options).fit(data.train, data.val)
 losses = {"token": cd.TokenKD(temperature=2.0), "favourite": "favourite"}
 distiller = cd.Distiller(teacher, student, losses, {"favourite": 0.1}, **options)

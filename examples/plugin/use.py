@@ -1,4 +1,4 @@
-"""Distil with a loss that an installed plugin brings: only its name is written here."""
+"""Distil with a loss from an installed plugin, by its name alone."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ BAD_REFERENCES = {
 
 
 @pytest.mark.parametrize("case", BAD_RESULTS)
-def test_results_that_can_not_be_used_are_named(
+def test_results_that_cannot_be_used_are_named(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results, message = BAD_RESULTS[case]
@@ -289,7 +289,7 @@ def test_results_that_can_not_be_used_are_named(
 
 
 @pytest.mark.parametrize("case", BAD_REFERENCES)
-def test_references_that_can_not_be_used_are_named(
+def test_references_that_cannot_be_used_are_named(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     references, message = BAD_REFERENCES[case]

@@ -59,7 +59,7 @@ def test_curves_are_left_in_every_run_unless_matplotlib_is_absent(
     assert "The report will have no pictures" in capsys.readouterr().err
 
 
-def test_the_demo_refuses_a_place_that_can_not_be_written_at_once(
+def test_the_demo_refuses_a_place_that_cannot_be_written_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -46,7 +46,7 @@ def test_compare_draws_as_many_samples_as_asked(
     assert set(content["rows"][0]["differences"]) == {"teacher"}
 
 
-def test_an_output_that_can_not_be_written_is_refused_before_the_work(
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")

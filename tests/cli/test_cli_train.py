@@ -208,7 +208,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_is_exit_code_130(
         (["--device", "gpu"], "Use 'auto', 'cpu'"),
     ],
 )
-def test_what_can_not_be_trained_is_named_with_the_fix(
+def test_what_cannot_be_trained_is_named_with_the_fix(
     teacher: Path,
     tmp_path: Path,
     words: list[str],
@@ -228,7 +228,7 @@ def test_weights_that_do_not_fit_are_refused(
     assert "other.pt" in message
 
 
-def test_a_teacher_that_is_no_captioner_is_refused(
+def test_a_teacher_that_is_not_a_captioner_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(distill(tmp_path, tmp_path / "run"), capsys)

@@ -80,7 +80,7 @@ def test_a_setting_of_another_form_is_refused(setting: str) -> None:
         ({"data": {"format": "folder", "path": "x", "image": "y"}}, "no option 'image'"),
     ],
 )
-def test_what_a_run_file_can_not_hold_is_named(changes: dict[str, Any], message: str) -> None:
+def test_what_a_run_file_cannot_hold_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CapdistillError, match=message):
         parse_run(DistillRun, {**VALUES, **changes})
 
@@ -110,7 +110,7 @@ def test_paths_do_not_depend_on_the_current_directory(
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]"])
-def test_a_file_that_is_no_run_file_is_named(tmp_path: Path, text: str | None) -> None:
+def test_a_file_that_is_not_a_run_file_is_named(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "run.json"
     if text is not None:
         path.write_text(text)

@@ -303,7 +303,7 @@ def _with_model(section: Any, name: str) -> dict[str, Any]:
     if kept.get("preset") == name:
         return kept
     kept = {key: value for key, value in kept.items() if key == "weights"}
-    is_path = os.sep in name or user_path(name).exists()
+    is_path = "/" in name or os.sep in name or user_path(name).exists()
     if name not in presets.names() and is_path:
         return {**kept, "start": str(captioner_directory(name))}
     return {**kept, "preset": name}

@@ -1,4 +1,4 @@
-"""The loss. capdistill imports this module when somebody asks for "contrastive", not before."""
+"""The loss. capdistill imports this module only when someone asks for "contrastive"."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 
 
 class ContrastiveKD(DistillationLoss):
-    """Let the student pick the teacher's vector of its own image among those of the batch.
+    """Let the student find the teacher's vector of the same image among those of the batch.
 
-    Both sides are pooled over their visual tokens and scaled to length 1; the student's is
-    projected to the teacher's width. The term is the cross-entropy of the similarities divided by
-    `tau`, one an image: the batch's other images are what tells them apart, so that a batch of
-    one image teaches nothing, and splitting a batch changes the loss (`couples_batch`).
+    Visual tokens are averaged, the student's are projected to the teacher's width, and both vectors
+    are scaled to length 1. Each image adds the cross-entropy of its similarities divided by `tau`.
+    The other images of the batch are the wrong answers: a batch of one image teaches nothing, and
+    splitting a batch changes the loss (`couples_batch`).
 
     Example:
         >>> loss = ContrastiveKD(tau=0.1)
@@ -54,9 +54,10 @@ class ContrastiveKD(DistillationLoss):
         assert student.features is not None  # asked for in `needs`
         assert teacher.features is not None
         with torch.autocast(student.features.device.type, enabled=False):  # losses stay in float32
-            ours = self.project(student.features.mean(1).float())
-            theirs = teacher.features.mean(1).detach().float()
-            similar = F.normalize(ours, dim=-1) @ F.normalize(theirs, dim=-1).T / self.tau  # (I, I)
+            student_vectors = self.project(student.features.mean(1).float())
+            teacher_vectors = teacher.features.mean(1).detach().float()
+            normal = (F.normalize(each, dim=-1) for each in (student_vectors, teacher_vectors))
+            similar = torch.einsum("id,jd->ij", *normal) / self.tau  # (I, I)
         own = torch.arange(len(similar), device=similar.device)
         return F.cross_entropy(similar, own, reduction="sum")
 
