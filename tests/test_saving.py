@@ -399,6 +399,44 @@ def test_case_13_a_compiled_model_is_saved_without_prefixes(compiled, tmp_path):
     assert again.caption(pictures()) == captioner.caption(pictures())
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def distributed(captioner: Captioner) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(captioner)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        distributed,
+        lambda captioner: distributed(wholly(captioner)),
+        lambda captioner: wholly(distributed(captioner)),
+        lambda captioner: distributed(in_part(captioner)),
+    ],
+)
+def test_case_13_a_distributed_model_is_saved_without_prefixes(wrap, tmp_path, one_process):
+    captioner = toy()
+    model = wrap(captioner)
+    train_a_step(model)
+    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    captioner.save(tmp_path / "toy")
+    assert sorted(load_file(tmp_path / "toy/model.safetensors")) == sorted(toy().state_dict())
+    again = Captioner.load(tmp_path / "toy")
+    assert again.caption(pictures()) == captioner.eval().caption(pictures())
+    save_file(state, tmp_path / "toy/model.safetensors")  # the wrapper's own names
+    assert any("module" in key for key in state)
+    assert same_tensors(Captioner.load(tmp_path / "toy"), again)
+
+
 # Files that are not ours, or damaged
 
 

@@ -5,6 +5,7 @@ Encoders enter with backbone files, `Captioner.load` with saved captioners.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import urllib.error
@@ -23,6 +24,7 @@ from capdistill.errors import CheckpointError
 _WRAPPERS = frozenset({"module", "_orig_mod", "model"})
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 _SHOWN = 5
+_DEEPEST = 8  # wrappers looked for in a name
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -187,16 +189,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _bare_name(name: str, known: frozenset[str]) -> str:
+    """The expected name that is left when the fewest wrappers are taken out, at any depth."""
     if name in known:
         return name
     parts = name.split(".")
-    leading = list(parts)
-    while len(leading) > 1 and leading[0] in _WRAPPERS:
-        leading = leading[1:]
-        if ".".join(leading) in known:
-            return ".".join(leading)
-    everywhere = ".".join(part for part in parts if part not in _WRAPPERS)
-    return everywhere if everywhere in known else name
+    places = [place for place, part in enumerate(parts) if part in _WRAPPERS][:_DEEPEST]
+    for count in range(1, len(places) + 1):
+        for removed in itertools.combinations(places, count):
+            bare = ".".join(part for place, part in enumerate(parts) if place not in removed)
+            if bare in known:
+                return bare
+    return name
 
 
 def _difference(name: str, given: Tensor, wanted: Tensor) -> str:
@@ -302,6 +305,33 @@ def reachable(url: str, seconds: float = 5.0) -> bool:
     thread.start()
     thread.join(seconds)
     return answered.is_set()
+
+
+def require_cache(name: str, source: str, cache: str, variable: str) -> None:
+    """Check that fetched weights could be kept, before anything is fetched.
+
+    Example:
+        >>> require_cache("resnet50", "https://hub", "/tmp", "TORCH_HOME")
+
+    Args:
+        name: The model.
+        source: Where its weights come from.
+        cache: Directory in which they would be kept.
+        variable: The environment variable that sets it.
+
+    Raises:
+        CheckpointError: there is no home directory, or the cache cannot be written.
+    """
+    folder = Path(cache)
+    if cache.startswith("~"):
+        problem = "there is no home directory to keep them in"
+    else:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+            return
+        problem = f"the cache cannot be written ({folder})"
+    raise unavailable(name, source, cache, f"{problem}; set {variable} to a directory")
 
 
 def unavailable(name: str, source: str, cache: str, reason: str) -> CheckpointError:

@@ -15,6 +15,7 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
+from capdistill import encoders
 from capdistill.encoders.timm import TimmEncoder
 from capdistill.errors import CheckpointError
 from capdistill.weights import reachable
@@ -147,3 +148,27 @@ def test_a_server_that_refuses_is_an_answer():
     thread.join()
     server.server_close()
     assert answered
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "variable"),
+    [("timm", "tf_efficientnet_lite0", "HF_HOME"), ("torchvision", "resnet18", "TORCH_HOME")],
+)
+@pytest.mark.parametrize("problem", ["no home", "read-only"])
+def test_a_cache_that_cannot_be_kept_names_the_variable_to_set(
+    kind, name, variable, problem, monkeypatch, tmp_path
+):
+    """Else a directory named `~` would be made, or the weights be fetched in vain."""
+    folder = "~/.cache" if problem == "no home" else str(tmp_path / "file" / "cache")
+    (tmp_path / "file").write_text("taken")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(f"capdistill.encoders.{kind}.reachable", lambda url: True)
+    monkeypatch.chdir(tmp_path)
+    reason = "there is no home directory" if problem == "no home" else "cache cannot be written"
+
+    with pytest.raises(CheckpointError, match=f"'{name}'(?s:.*){reason}(?s:.*)set {variable} to"):
+        encoders.create(kind, name=name)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -193,3 +193,24 @@ def test_a_safetensors_file_is_known_whatever_its_length_begins_with(first, tmp_
     path.write_bytes(size + header.ljust(length) + struct.pack("<f", 2.0))
     assert read_state_dict(path) == {"w": torch.tensor([2.0])}
     assert not weights._is_torch(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.module.encoder.model.weight",
+        "module.model.module._orig_mod.encoder.model.weight",
+        "encoder._orig_mod.model.weight",
+        "module.encoder._orig_mod.module.model.weight",
+        "encoder.model._orig_mod.weight",
+        "encoder.model.module.weight",
+    ],
+)
+def test_wrappers_are_taken_out_at_any_depth_and_a_part_of_that_name_stays(name):
+    expected = ["encoder.model.weight", "encoder.model.bias"]
+    assert list(strip_prefixes({name: torch.ones(1)}, expected)) == ["encoder.model.weight"]
+
+
+def test_a_name_that_fits_nothing_without_its_wrappers_is_left_for_the_report():
+    state = {"module.encoder.weights": torch.ones(1)}
+    assert strip_prefixes(state, ["encoder.weight"]) == state

@@ -25,7 +25,7 @@ from capdistill.encoders.backbone import (
 )
 from capdistill.encoders.stages import Trainable, child_stages
 from capdistill.errors import CheckpointError, UnknownName
-from capdistill.weights import load_backbone, reachable, unavailable
+from capdistill.weights import load_backbone, reachable, require_cache, unavailable
 
 _REST = {"rest": [(r".*", (99999,))]}  # timm's mark for "belongs to the group before"
 
@@ -171,6 +171,8 @@ def _pretrained(name: str, config: Any, options: dict[str, Any]) -> nn.Module:
         options["pretrained_cfg_overlay"] = {"file": cached}
     elif constants.HF_HUB_OFFLINE or not reachable(source):
         raise unavailable(name, source, cache, "there is no connection to it")
+    else:
+        require_cache(name, source, cache, "HF_HOME" if config.hf_hub_id else "TORCH_HOME")
     try:
         model: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:

@@ -20,7 +20,7 @@ from capdistill.encoders.backbone import (
 )
 from capdistill.encoders.stages import Trainable, child_stages
 from capdistill.errors import ConfigError, UnknownName, suggest
-from capdistill.weights import load_backbone, reachable, unavailable
+from capdistill.weights import load_backbone, reachable, require_cache, unavailable
 
 _CLASSIFIERS = ("avgpool", "flatten", "dropout", "fc", "classifier", "head")  # not copied
 _CONTAINERS = ("features", "trunk_output", "layers")  # hold stages
@@ -121,6 +121,7 @@ def _fetched(name: str, default: Any) -> str:
         return file
     if not reachable(default.url):
         raise unavailable(name, default.url, folder, "there is no connection to it")
+    require_cache(name, default.url, folder, "TORCH_HOME")
     try:
         default.get_state_dict(progress=True, check_hash=True)
     except Exception as error:
