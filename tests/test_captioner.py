@@ -291,14 +291,13 @@ def test_no_picture_gives_no_text(nothing):
 
 def test_a_stream_is_read_a_batch_at_a_time():
     captioner, taken, waiting = toy(), [], []
-    generate = captioner.generate
 
     def stream():
         for image in pictures(5):
             taken.append(image)
             yield image
 
-    captioner.generate = lambda *a: (waiting.append(len(taken)), generate(*a))[1]
+    captioner.encoder.register_forward_hook(lambda *_: waiting.append(len(taken)))
     captioner.caption(stream(), batch_size=2)
     assert waiting == [2, 4, 5]
 
@@ -321,3 +320,26 @@ def test_a_stream_is_read_a_batch_at_a_time():
 def test_what_is_no_picture_is_named(wrong, message):
     with pytest.raises(DataError, match=message):
         toy().caption(wrong)
+
+
+def test_a_captioner_prints_as_one_useful_line():
+    text = repr(toy())
+    assert text.startswith("Captioner 'toy': Patches (4 tokens x 8) + LSTMDecoder, 10 vocabulary")
+    assert f"{toy().num_parameters():,} parameters" in text
+    assert len(text) < 200
+    assert "\n" not in text
+
+
+def test_details_encode_an_image_once_and_show_the_attention_of_forward():
+    captioner, images = toy(), pictures(3)
+    calls = []
+    handle = captioner.encoder.register_forward_hook(lambda *args: calls.append(1))
+    results = captioner.caption(images, details=True, batch_size=3)
+    handle.remove()
+    assert len(calls) == 1
+    assert [result.text for result in results] == captioner.caption(images)
+    features = captioner.eval().encoder(images)
+    for index, result in enumerate(results):
+        ids = torch.tensor([[1, *map(captioner.tokenizer.vocabulary.index, result.tokens)]])
+        out = captioner.decoder(ids, features[index : index + 1], BOTH)
+        assert_close(result.attention, out.attention[0, : len(result.tokens)].detach())

@@ -282,3 +282,24 @@ def test_ascii_punctuation_that_is_no_separator_is_known():
     """A change here changes every vocabulary."""
     joined = [c for c in string.punctuation if split_words(f"a{c}b") != ["a", "b"]]
     assert joined == ["$", "%", "&", "'", "-", "@"]
+
+
+NO_TEXT = [None, float("nan"), 3, ["a dog"], {"raw": "a dog"}, b"a dog", "['a dog', 'a cat']"]
+
+
+@pytest.mark.parametrize("caption", NO_TEXT)
+def test_a_caption_that_is_not_text_is_refused_at_every_entrance(caption):
+    tokenizer = WordTokenizer(["a", "dog"])
+    for call in (
+        lambda: WordTokenizer.train(["a dog", caption], min_count=1),
+        lambda: tokenizer.encode(caption),
+        lambda: tokenizer.count_truncated([caption]),
+        lambda: tokenizer.count_unknown([caption]),
+    ):
+        with pytest.raises(DataError, match=r"WordTokenizer: .*caption.* is .*expected a string"):
+            call()
+
+
+def test_one_string_in_place_of_captions_is_refused():
+    with pytest.raises(DataError, match="one string; give a list of captions"):
+        WordTokenizer.train("a dog runs", min_count=1)

@@ -1,4 +1,4 @@
-"""Encoder + decoder + tokenizer: what is trained, distilled, saved and asked for captions."""
+"""The model: encoder, decoder and tokenizer, trained, distilled, saved and loaded together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from capdistill.generation.decode import generate_text
 from capdistill.generation.hypotheses import CaptionResult, Hypothesis
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import inference
-from capdistill.tokenizer import Tokenizer, require_tokenizer
+from capdistill.tokenizer import Tokenizer, pad_batch, require_tokenizer
 from capdistill.weights import load_exactly, read_state_dict, strip_prefixes
 
 OneImage: TypeAlias = "str | os.PathLike[str] | bytes"
@@ -51,7 +51,7 @@ class Captioner(nn.Module):
         encoder: Images to (I, N, D) tokens.
         decoder: Words given tokens of width D; it is built for the tokenizer's vocabulary here.
         tokenizer: Captions to ids and back.
-        name: How messages call the model.
+        name: Name of the model in messages.
 
     Raises:
         IncompatibleModels: the encoder's width is not the one the decoder reads.
@@ -74,6 +74,16 @@ class Captioner(nn.Module):
         decoder.build(len(tokenizer.vocabulary))
         self.encoder, self.decoder = encoder, decoder
         self.tokenizer, self.name = tokenizer, name
+
+    def __repr__(self) -> str:
+        """One line; `print(captioner.encoder)` and `print(captioner.decoder)` show the modules."""
+        encoder, decoder = type(self.encoder).__name__, type(self.decoder).__name__
+        return (
+            f"Captioner '{self.name}': {encoder} ({self.encoder.tokens} tokens x "
+            f"{self.encoder.dim}) + {decoder}, {len(self.tokenizer.vocabulary):,} vocabulary "
+            f"entries, {self.num_parameters():,} parameters "
+            f"({self.num_parameters(trainable=True):,} trainable)"
+        )
 
     @classmethod
     def create(
@@ -156,20 +166,20 @@ class Captioner(nn.Module):
         generation: GenerationConfig | Mapping[str, Any] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> list[Hypothesis]:
-        """One caption an image, greedily unless told otherwise; training flags are restored.
+        """One caption per image, greedily by default; training flags are restored.
 
         Example:
             `captioner.generate(batch, beam_size=3, no_repeat_ngram=3)`
 
         Args:
             batch: A batch, or (I, 3, H, W) uint8 images.
-            generation: How, as a whole.
-            options: Fields of `GenerationConfig`, over those of `generation`.
+            generation: All options together.
+            options: Fields of `GenerationConfig`; they override those of `generation`.
 
         Raises:
-            ConfigError: options that cannot be.
+            ConfigError: invalid options.
         """
-        spec = GenerationSpec.of(resolve(generation, options), self.tokenizer)
+        spec = self._generation_spec(generation, **options)
         with inference(self):
             features = self.encode(batch) if isinstance(batch, Batch) else self.encoder(batch)
             return generate_text(self.decoder, features, self.tokenizer, spec, batch)
@@ -218,17 +228,17 @@ class Captioner(nn.Module):
 
         Args:
             images: One image gives a text; an iterable of any length, or a (I, 3, H, W) array or
-                tensor, gives a list of texts in its order.
-            batch_size: Images that are in memory, and in the model, at once.
-            errors: What to do about an image that cannot be read: "raise", or "skip": a warning
-                names it and its place in the list is None.
-            details: Give a `CaptionResult` (log-probabilities, n-best, attention) for each text.
+                tensor, gives a list of texts in the same order.
+            batch_size: Images in memory, and in the model, at once.
+            errors: For an image that cannot be read: "raise", or "skip", where a warning names it
+                and its place in the list is None.
+            details: Return a `CaptionResult` (log-probabilities, n-best, attention) per image.
             progress: Show a bar.
             generation: As for `generate`: `beam_size=3`, `max_length=20`, `generation=config`, ...
 
         Raises:
             DataError: an image that cannot be read, by name.
-            ConfigError: batch_size < 1, or options of `generate` that cannot be.
+            ConfigError: batch_size < 1, or invalid options of `generate`.
         """
         many = is_many(images)
         wanted: dict[str, Any] = {"batch_size": batch_size, "errors": errors, "details": details}
@@ -246,19 +256,25 @@ class Captioner(nn.Module):
         details: bool = False,
         **generation: Unpack[DecodingOptions],
     ) -> Iterator[Any]:
-        """As `caption` for an iterable, each caption as soon as its batch is done.
+        """As `caption` for an iterable; each caption comes as soon as its batch is done.
 
-        Nothing is kept, so that the iterable may be endless (a camera, a queue).
+        Nothing is kept: the iterable may be endless (a camera, a queue).
 
         Example:
             `for text in student.caption_stream(frames, batch_size=1): print(text)`
         """
         if batch_size < 1:
             raise ConfigError(f"caption: batch_size must be at least 1, got {batch_size}.")
-        for pixels in read_batches(images, self.image_size, batch_size, errors):
-            readable = [square for square in pixels if square is not None]
-            found = iter(_caption(self, readable, details, generation))
-            yield from (None if square is None else next(found) for square in pixels)
+        spec = self._generation_spec(**generation)
+        for squares in read_batches(images, self.image_size, batch_size, errors):
+            readable = [square for square in squares if square is not None]
+            made = iter(_caption(self, torch.stack(readable), spec, details) if readable else ())
+            yield from (None if square is None else next(made) for square in squares)
+
+    def _generation_spec(
+        self, generation: GenerationConfig | Mapping[str, Any] | None = None, **options: Any
+    ) -> GenerationSpec:
+        return GenerationSpec.of(resolve(generation, options), self.tokenizer)
 
     @property
     def image_size(self) -> int:
@@ -355,23 +371,21 @@ def _bar(stream: Iterator[Any], images: Any) -> Iterator[Any]:
     yield from tqdm(stream, total=total, desc="captioning", unit="image")
 
 
-Found = str | CaptionResult | None
-
-
 def _caption(
-    captioner: Captioner, squares: list[Tensor], details: bool, generation: Mapping[str, Any]
-) -> Sequence[Found]:
-    """Images (3, S, S) uint8 to texts, or to results with all that is known."""
-    if not squares:
-        return []
-    pixels = torch.stack(squares)  # (I, 3, S, S)
-    hypotheses = captioner.generate(pixels.to(captioner.device), **generation)
-    if not details:
-        return [hypothesis.text for hypothesis in hypotheses]
-    looked = attention_of(captioner, pixels, hypotheses)
+    captioner: Captioner, pixels: Tensor, spec: GenerationSpec, details: bool
+) -> Sequence[str | CaptionResult]:
+    """(I, 3, S, S) uint8 images to texts, or to results with all that is known of them."""
+    decoder, tokenizer = captioner.decoder, captioner.tokenizer
+    pixels = pixels.to(captioner.device)
+    with inference(captioner):
+        features = captioner.encoder(pixels)  # (I, N, D)
+        hypotheses = generate_text(decoder, features, tokenizer, spec, pixels)
+        if not details:
+            return [hypothesis.text for hypothesis in hypotheses]
+        attention = _attention(captioner, features, hypotheses)
     return [
         _result(captioner, hypothesis, weights, square)
-        for hypothesis, weights, square in zip(hypotheses, looked, pixels, strict=True)
+        for hypothesis, weights, square in zip(hypotheses, attention, pixels.cpu(), strict=True)
     ]
 
 
@@ -393,23 +407,19 @@ def _result(
     )
 
 
-def attention_of(
-    captioner: Captioner, pixels: Tensor, hypotheses: Sequence[Hypothesis]
+def _attention(
+    captioner: Captioner, features: Tensor, hypotheses: Sequence[Hypothesis]
 ) -> list[Tensor | None]:
-    """Where each word of each caption looked, (T, N) an image; None where that is not shown.
+    """The attention of each caption's tokens, (T, N) per image; None where there is none.
 
-    The captions are read once more by the decoder's `forward`, which gives the logits of `step`.
+    The decoder's `forward` reads the captions once more: it gives the logits of `step`.
     """
-    from capdistill.tokenizer import pad_batch
-
     if not captioner.decoder.has_attention:
         return [None] * len(hypotheses)
     tokenizer = captioner.tokenizer
     rows = [[tokenizer.start_id, *hypothesis.tokens] for hypothesis in hypotheses]
-    ids = pad_batch(rows, tokenizer.pad_id)[0].to(captioner.device)  # (I, T + 1)
-    with inference(captioner):
-        features = captioner.encoder(pixels.to(captioner.device))
-        weights = captioner.decoder(ids, features, frozenset({"attention"})).attention
+    ids = pad_batch(rows, tokenizer.pad_id)[0].to(features.device)  # (I, T + 1)
+    weights = captioner.decoder(ids, features, frozenset({"attention"})).attention
     if weights is None:
         return [None] * len(hypotheses)
     pairs = zip(weights.float().cpu(), hypotheses, strict=True)

@@ -24,6 +24,8 @@ from capdistill.errors import (
     Requirement,
     is_count,
     require_attributes,
+    require_text,
+    shortened,
 )
 from capdistill.files import write_text
 
@@ -143,12 +145,12 @@ class WordTokenizer:
             max_length: Words kept of a caption.
 
         Raises:
-            DataError: no word is frequent enough.
+            DataError: no word is frequent enough, or a caption is not text.
             ConfigError: max_size leaves no room for a word, max_length < 1.
         """
         if max_size is not None:
             _check_limit("max_size", max_size, len(SPECIAL) + 1)
-        counts = Counter(word for caption in captions for word in split_words(caption))
+        counts = Counter(word for caption in _texts(captions) for word in split_words(caption))
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         words = [word for word, count in ranked if count >= min_count]
         if not words:
@@ -181,7 +183,7 @@ class WordTokenizer:
 
     def encode(self, caption: str) -> list[int]:
         """Ids of a caption: start, words, end; without end where it was cut."""
-        words = split_words(caption)
+        words = split_words(require_text(caption, "WordTokenizer: the caption"))
         ids = [self._ids.get(word, self.unk_id) for word in words[: self.max_length]]
         end = [] if len(words) > self.max_length else [self.end_id]
         return [self.start_id, *ids, *end]
@@ -198,11 +200,11 @@ class WordTokenizer:
 
     def count_truncated(self, captions: Iterable[str]) -> int:
         """How many captions are longer than `max_length` words."""
-        return sum(len(split_words(caption)) > self.max_length for caption in captions)
+        return sum(len(split_words(caption)) > self.max_length for caption in _texts(captions))
 
     def count_unknown(self, captions: Iterable[str]) -> tuple[int, int]:
         """How many words of the captions are unknown, and of how many."""
-        words = [word for caption in captions for word in split_words(caption)]
+        words = [word for caption in _texts(captions) for word in split_words(caption)]
         return sum(word not in self._ids for word in words), len(words)
 
     def save(self, path: str | Path) -> None:
@@ -245,6 +247,21 @@ def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
     longest = int(lengths.max())
     rows = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
     return torch.tensor(rows, dtype=torch.int64), torch.arange(longest) < lengths[:, None]
+
+
+def _texts(captions: Iterable[str]) -> Iterable[str]:
+    """The captions, each of which must be text.
+
+    Raises:
+        DataError: one is not, or they are one string.
+    """
+    if isinstance(captions, str):
+        raise DataError(
+            f"WordTokenizer: the captions are {shortened(captions)}, one string; give a list of "
+            "captions."
+        )
+    for number, caption in enumerate(captions):
+        yield require_text(caption, f"WordTokenizer: caption {number}")
 
 
 def _checked(words: Iterable[str]) -> Iterable[str]:

@@ -115,7 +115,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, repr=False)
 class CaptionResult:
-    """A caption with what the model thought of it and where it looked.
+    """A caption with its probabilities, the other hypotheses and the attention of each token.
 
     Args:
         text: The words.
@@ -124,8 +124,8 @@ class CaptionResult:
         token_log_probs: One log-probability (nats) a token, the end token's last where it ended.
         finished: Whether it ended by itself rather than at the length limit.
         n_best: All hypotheses found for the image, best first; the first is this caption.
-        attention: (T, N) where each token looked: a share of attention for each visual token, each
-            row summing to 1; None where the decoder cannot show it.
+        attention: (T, N) share of attention that each token pays to each visual token, rows sum
+            to 1; None where the decoder has none.
         grid: (h, w) of the visual tokens that form a map, or None.
         prefix_tokens: Visual tokens before the map (CLS, registers).
         image: (3, S, S) uint8, the image as the model saw it.
