@@ -29,7 +29,7 @@ from capdistill.training.check.trial import (
     Trial,
     less_memory,
     made_up_batch,
-    undisturbed,
+    restoring_state,
 )
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ def check_training(trainer: Stepper, train: Any = None, val: Any = None) -> Chec
         val: As for `fit`.
 
     Returns:
-        Rows with a finding, and a fix where one is due. A trouble is a row, never an exception.
+        Rows with a finding, and a fix where one is due. A problem is a row, never an exception.
     """
     rows: list[CheckRow] = []
-    with undisturbed(trainer):
+    with restoring_state(trainer):
         if not _attempt(rows, "options", check_options, trainer, val):
             return CheckReport(tuple(rows))
         trial = Trial(trainer, trainer.config, made_up_batch(trainer))

@@ -228,7 +228,7 @@ def check_data(trial: Trial, train: Any, val: Any) -> Iterator[CheckRow]:
 def _check_unreadable(trial: Trial, source: Source, data: Any) -> Iterator[CheckRow]:
     files = [Path(example.path) for example in getattr(data, "examples", ())]
     missing = [path for path in files if not path.exists()]
-    fix = "Mend or remove them; with errors='skip' they are left out, errors='raise' stops."
+    fix = "Fix or remove them; with errors='skip' they are left out, errors='raise' stops."
     if missing:
         finding = f"{len(missing)} of {len(files)} image files are missing, first {missing[0]}"
         yield CheckRow("images", "fail" if trial.config.errors == "raise" else "note", finding, fix)

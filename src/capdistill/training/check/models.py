@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from capdistill.training.step import Stepper
 
 
-_UNTAUGHT = 0.9  # of log V: the cross-entropy of a teacher that knows no words
+UNTRAINED_SHARE = 0.9  # of log V: the cross-entropy of a teacher that knows no words
 
 
 def check_sizes(trial: Trial) -> Iterator[CheckRow]:
@@ -152,18 +152,18 @@ def _check_teacher_knows(trial: Trial) -> Iterator[CheckRow]:
     teacher = trial.roles["teacher"]
     with inference(teacher), autocast(trainer.device, trainer.precision):
         output = teacher(batch)
-    surprise = float(cross_entropy(output.logits, batch.targets, batch.target_mask))
-    surprise /= max(int(batch.target_mask.sum()), 1)
+    loss = float(cross_entropy(output.logits, batch.targets, batch.target_mask))
+    loss /= max(int(batch.target_mask.sum()), 1)
     chance = math.log(output.logits.shape[-1])
-    finding = f"teacher: cross-entropy {surprise:.2f} on a batch, chance is {chance:.2f}"
-    if surprise < _UNTAUGHT * chance:
+    finding = f"teacher: cross-entropy {loss:.2f} on a batch, chance is {chance:.2f}"
+    if loss < UNTRAINED_SHARE * chance:
         yield CheckRow("weights", "ok", finding)
         return
     fix = "Train it first, or load trained weights (Captioner.load)."
     yield CheckRow("weights", "note", f"{finding}: the teacher looks untrained", fix)
 
 
-_FAINT = 1e-3  # a term with a smaller share of the gradient teaches nothing
+MIN_GRADIENT_SHARE = 1e-3  # a term with a smaller share of the gradient teaches nothing
 
 
 def check_projectors(trial: Trial) -> Iterator[CheckRow]:
@@ -285,7 +285,7 @@ def _term_row(
     finding = (
         f"{name}: {float(term.mean.detach()):.4g} x weight {peak:g}; {share:.1%} of the gradient"
     )
-    if share >= _FAINT or math.isnan(share):
+    if share >= MIN_GRADIENT_SHARE or math.isnan(share):
         return CheckRow("terms", "ok", finding)
     reason = "it gives the model no gradient" if norms[name] == 0 else "too little to matter"
     fix = f"Raise weights['{name}'], or leave the term out: it costs time and teaches nothing."

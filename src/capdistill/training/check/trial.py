@@ -135,8 +135,8 @@ def less_memory(config: Any) -> str:
 
 
 @contextmanager
-def undisturbed(trainer: Stepper) -> Iterator[None]:
-    """Afterwards weights, buffers, gradients, flags, chance, devices and trainer are as before."""
+def restoring_state(trainer: Stepper) -> Iterator[None]:
+    """Restore weights, buffers, gradients, flags, random state, devices and trainer afterwards."""
     about, losses = dict(vars(trainer)), trainer.objective.losses
     numbers, python = np.random.get_state(), random.getstate()
     modules = [trainer.objective, *trainer.models]
