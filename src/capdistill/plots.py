@@ -389,7 +389,7 @@ def _give_matplotlib_a_folder() -> None:
 
 
 def finished(figure: Figure, path: str | Path | None) -> Figure:
-    """The figure, written where there is a path."""
+    """The figure, written to `path` if there is one."""
     if path is None:
         return figure
     with warnings.catch_warnings():

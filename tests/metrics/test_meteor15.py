@@ -384,12 +384,12 @@ def test_without_pycocoevalcap_there_is_no_table(monkeypatch: pytest.MonkeyPatch
 def test_a_file_that_is_no_table_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other.gz"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"other\.gz is no table of paraphrases"):
+    with pytest.raises(DataError, match=r"other\.gz is not a table of paraphrases"):
         Meteor15(REFERENCES, path)(HYPOTHESES)
 
 
 def test_a_missing_table_is_named() -> None:
-    with pytest.raises(DataError, match=r"'missing\.gz', which is no file"):
+    with pytest.raises(DataError, match=r"'missing\.gz', which does not exist"):
         Meteor15(REFERENCES, "missing.gz")(HYPOTHESES)
 
 

@@ -310,7 +310,7 @@ class CaptioningRun:
             for i, (hypothesis, texts) in enumerate(zip(hypotheses, batch.references, strict=True)):
                 self._keep(batch, i, hypothesis, texts)
         if not self.captions:
-            raise DataError("There is no image to evaluate: the data or the limit are empty.")
+            raise DataError("There is no image to evaluate: the data are empty.")
 
     def skipped(self) -> Iterable[Any]:
         """The images that the source left out, each with its reason."""

@@ -178,7 +178,7 @@ def measure_costs(
 
 
 def _preprocessing(captioner: Any, data: Any) -> Latency | None:
-    """Time an image from file to pixels, where the data name files."""
+    """Time per image from file to pixels, if the data name files."""
     from capdistill.data.images import centre_square, read_image
 
     size = image_size(captioner)

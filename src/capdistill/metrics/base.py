@@ -108,7 +108,7 @@ def by_image(
     """Items by image: of a mapping, of (image, item) pairs, or of a list numbered from 0.
 
     Raises:
-        DataError: something else, or pairs that have an image twice.
+        DataError: it is none of these, or an image comes twice in the pairs.
     """
     if isinstance(given, Mapping):
         return dict(given)
@@ -250,7 +250,7 @@ class Scores(Mapping[str, float]):
 ORDER = 4
 Tokens = Sequence[str]
 Ngram = tuple[str, ...]
-Result = tuple[float, list[float]]  # corpus score, one score an image
+Result = tuple[float, list[float]]  # corpus score, one score per image
 
 
 def words(tokens: Tokens) -> Tokens:

@@ -34,7 +34,7 @@ class Bleu:
         0.6065
 
     Args:
-        references: One list of tokenised references an image, or these counted.
+        references: One list of tokenised references per image, or these counted.
 
     Source:
         Papineni et al. (2002); constants and the closest length as in pycocoevalcap.
@@ -109,7 +109,7 @@ class RougeL:
         0.7722
 
     Args:
-        references: One list of tokenised references an image.
+        references: One list of tokenised references per image.
 
     Source:
         Lin (2004); beta and the maxima as in pycocoevalcap, but a caption without words scores
@@ -120,7 +120,7 @@ class RougeL:
         self._references = references
 
     def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
-        """Corpus and per-image scores of one tokenised caption an image, in the same order."""
+        """Corpus and per-image scores of one tokenised caption per image, in the same order."""
         pairs = zip(hypotheses, self._references, strict=True)
         scores = [_f_score(tokens, references) for tokens, references in pairs]
         return {"rouge_l": (sum(scores) / max(len(scores), 1), scores)}
@@ -164,7 +164,7 @@ class MeteorNltk:
         0.98
 
     Args:
-        references: One list of tokenised references an image.
+        references: One list of tokenised references per image.
 
     Source:
         Banerjee, Lavie (2005); `nltk.translate.meteor_score` with its defaults.
@@ -174,7 +174,7 @@ class MeteorNltk:
         self._references = [[_Sentence.of(tokens) for tokens in image] for image in references]
 
     def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
-        """Corpus and per-image scores of one tokenised caption an image, in the same order."""
+        """Corpus and per-image scores of one tokenised caption per image, in the same order."""
         pairs = zip(map(_Sentence.of, hypotheses), self._references, strict=True)
         scores = [max(_score(ours, theirs) for theirs in image) for ours, image in pairs]
         return {"meteor_nltk": (sum(scores) / max(len(scores), 1), scores)}

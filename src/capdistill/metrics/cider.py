@@ -1,4 +1,4 @@
-"""CIDEr-D on the COCO tool's scale: 0 to 10, a person scores about 0.8 on Flickr8k."""
+"""CIDEr-D on the COCO tool's scale, 0 to 10; people score about 0.8 on Flickr8k."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class CiderD:
         5.493
 
     Args:
-        references: One list of tokenised references an image, or these counted.
-        document_frequencies: Where the references are too few to count; None counts them in
+        references: One list of tokenised references per image, or these counted.
+        document_frequencies: For references that are too few to count; None counts them in
             `references`.
 
     Source:
@@ -81,7 +81,7 @@ class CiderD:
         ]
 
     def __call__(self, hypotheses: Sequence[Tokens] | HypothesisNgrams) -> dict[str, Result]:
-        """Corpus and per-image scores of one tokenised caption an image, in the same order."""
+        """Corpus and per-image scores of one tokenised caption per image, in the same order."""
         references = self._references
         if not isinstance(hypotheses, HypothesisNgrams):
             hypotheses = references.count(hypotheses)
@@ -123,7 +123,7 @@ def _take(values: Floats, places: Ints, otherwise: float) -> Floats:
 _FORMAT = "capdistill.document_frequencies/1"
 _MAX_BYTES = 2**32  # of the arrays in a file
 _PICKLE = """\
-{path} is a pickle, and a pickle can run any code when it is read. Where you trust the file (such as
+{path} is a pickle, and a pickle can run any code when it is read. If you trust the file (such as
 coco-val-df.p), turn it into data once:
 
     import pickle

@@ -101,7 +101,7 @@ def coco_results(captions: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _is_number(image: str) -> bool:
-    """Whether it is the one way to write a whole number, so that nothing is lost."""
+    """Whether the text is a whole number in its usual form: as an int it loses nothing."""
     return image.isascii() and image.isdigit() and len(image) < 19 and str(int(image)) == image
 
 

@@ -15,7 +15,7 @@ from capdistill.metrics.base import ORDER, Tokens, words
 
 
 class HypothesisNgrams(NamedTuple):
-    """The counted n-grams of one caption an image; `ReferenceNgrams.count` makes it."""
+    """The counted n-grams of one caption per image; `ReferenceNgrams.count` makes it."""
 
     lengths: Ints  # tokens of each caption
     counted: list[Counted]  # for n = 1, 2, ...
@@ -32,7 +32,7 @@ class ReferenceNgrams:
         [2, 1, 1, 1, 1]
 
     Args:
-        references: One list of tokenised references an image.
+        references: One list of tokenised references per image.
         ids: Numbers to start from; this object keeps its own copy.
     """
 
@@ -50,7 +50,7 @@ class ReferenceNgrams:
         self.tables = [Table(c, self.image, n) for c, n in zip(counted, sizes, strict=True)]
 
     def count(self, hypotheses: Sequence[Tokens]) -> HypothesisNgrams:
-        """The n-grams of one caption an image, in the numbers of the references.
+        """The n-grams of one caption per image, in the numbers of the references.
 
         Raises:
             ValueError: as many captions as images were expected.
@@ -228,7 +228,7 @@ def unpack(keys: Ints) -> tuple[Ints, Ints]:
 
 
 def find(keys: Ints, wanted: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-    """Where sorted keys have the wanted ones, and whether they do."""
+    """The places of wanted keys among sorted ones, and whether they are there."""
     if not len(keys):
         return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.bool_)
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)

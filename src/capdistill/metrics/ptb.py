@@ -56,7 +56,7 @@ _closed, _joined = _ClosedPieces(), _Pieces()
 def ptb_tokenize(text: str) -> list[str]:
     """The tokens of one caption, as the COCO tool's tokeniser (in Java) gives them.
 
-    Any white space separates, line breaks included, so that one caption stays one caption.
+    Any white space separates, line breaks included: one caption stays one caption.
 
     Example:
         >>> ptb_tokenize("A man can't see the dogs' ball (red) .")
@@ -90,7 +90,7 @@ def _scan(text: str) -> Iterator[str]:
 
 
 def _next(text: str, place: int, failing: dict[Rule, int]) -> tuple[str, int]:
-    """The token at `place` ("" where there is none), and where the text goes on."""
+    """The token at `place` ("" if there is none), and where the text continues."""
     plain = PLAIN_WORD.match(text, place)
     if plain and plain[0].lower() not in _TWO_TOKENS:
         return plain[0].lower(), plain.end()

@@ -33,7 +33,7 @@ _ONE_IMAGE = (
     "over the images. Score several images together, or give document_frequencies."
 )
 _NO_PARAPHRASES = (
-    "meteor_1_5_nopara stands in place of meteor_1_5: there is no table of paraphrases. "
+    "meteor_1_5_nopara replaces meteor_1_5, because there is no table of paraphrases. "
     "`pip install capdistill[coco]` brings it, or CAPDISTILL_METEOR_PARAPHRASES names the file."
 )
 
@@ -56,7 +56,7 @@ class CaptionScorer:
             as they are.
         metrics: Which to compute: "bleu", "rouge_l", "cider_d", "meteor_nltk", "meteor_1_5", or a
             score's own name such as "bleu_4", or a `Metric` of your own. None is all the built-in
-            ones. "meteor_1_5" is called "meteor_1_5_nopara" where there is no paraphrase table.
+            ones. "meteor_1_5" becomes "meteor_1_5_nopara" without a paraphrase table.
         document_frequencies: What CIDEr-D weighs n-grams by; None counts them in `references`.
 
     Raises:
@@ -124,7 +124,7 @@ class CaptionScorer:
             1.0
 
         Args:
-            hypotheses: Image -> caption. Where the references were a list, an image is its place.
+            hypotheses: Image -> caption. If the references were a list, an image is its index.
 
         Raises:
             DataError: an image without references, one that has its caption already, or a

@@ -101,7 +101,7 @@ class Meteor15:
         ('meteor_1_5_nopara', 0.9143)
 
     Args:
-        references: One list of tokenized references an image.
+        references: One list of tokenised references per image.
         paraphrases: The table for the fourth stage, `find_paraphrases()` for an installed one;
             its part for these references is read at the first call (some seconds). None: three
             stages, whose scores are lower and carry their own name.

@@ -33,8 +33,8 @@ _LETTER = (
 )
 _ELLIPSIS = "\ue000"  # one for each dot of an ellipsis, while single dots are dealt with
 
-# In this order. Every rule reads on behind its last match, as the tool's do, so that of two
-# marks in a row the second may stay where it is.
+# In this order. Every rule continues behind its last match, as the tool's do: of two marks in a
+# row the second may stay where it is.
 _RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -169,7 +169,7 @@ def stem(word: str) -> str:
 
 
 def _mark_consonant_y(word: str) -> str:
-    """Write Y for each y that starts the word or follows a vowel: it is no vowel there."""
+    """Write Y for each y that starts the word or follows a vowel: it is a consonant there."""
     letters = list(word)
     for place, letter in enumerate(letters):
         if letter == "y" and (place == 0 or letters[place - 1] in _VOWELS):
@@ -258,7 +258,7 @@ _stem = lru_cache(maxsize=1 << 16)(stem)
 
 
 class Sentence:
-    """One caption; what the stages look up is computed once, when it is first asked for.
+    """One caption; what the stages look up is computed once, at its first use.
 
     Example:
         >>> dogs = Sentence(["two", "dogs", "run"])

@@ -48,9 +48,9 @@ def read_paraphrases(path: Path, phrases: set[str]) -> Rewrites:
         phrases: Every run of up to `LONGEST` words in the references.
 
     Raises:
-        DataError: The file does not exist or is no such table.
+        DataError: The file does not exist or is not such a table.
     """
-    stamp = _existing(path, "the table of paraphrases is to be").stat().st_mtime_ns
+    stamp = _existing(path, "the table of paraphrases is").stat().st_mtime_ns
     return _rows(path, stamp, frozenset(phrases))
 
 
@@ -67,7 +67,7 @@ def _rows(path: Path, stamp: int, phrases: frozenset[str]) -> Rewrites:
                     count += 1
     except (gzip.BadGzipFile, EOFError, ValueError, zlib.error) as error:
         raise DataError(
-            f"METEOR 1.5: {path} is no table of paraphrases ({error}). Expected "
+            f"METEOR 1.5: {path} is not a table of paraphrases ({error}). Expected "
             "paraphrase-en.gz as in pycocoevalcap/meteor/data."
         ) from error
     return rewrites
@@ -86,10 +86,10 @@ def _read(path: Path) -> Iterator[Iterable[tuple[bytes, bytes]]]:
             yield zip(lines[1:whole:3], lines[2:whole:3], strict=True)
 
 
-def _existing(path: Path, asked: str) -> Path:
+def _existing(path: Path, wanted: str) -> Path:
     if not path.is_file():
         raise DataError(
-            f"METEOR 1.5: {asked} '{path}', which is no file. "
+            f"METEOR 1.5: {wanted} '{path}', which does not exist. "
             "Give the path of paraphrase-en.gz, or paraphrases=None for three stages."
         )
     return path
