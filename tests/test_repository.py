@@ -33,6 +33,23 @@ def test_the_search_for_machine_paths_finds_them(parts: tuple[str, ...], found: 
     assert bool(OURS.search("/".join(parts).encode())) is found
 
 
+# What reads as translated, and names that only we would understand.
+UNIDIOMATIC = re.compile(
+    r"\bcan not\b(?! gon)|\bmend(s|ed|ing)?\b|\ba trouble\b|\bhere is no\b|\bof no account\b"
+    r"|\bby chance\b|\bcaptions an image\b|\bundisturbed\b|\brehearse|\btally\b|\bsurprise\b",
+    re.IGNORECASE,
+)
+PROSE = ("src", "docs", "tests", "tools", "examples", "benchmarks")
+
+
+def test_words_are_those_of_idiomatic_english() -> None:
+    files = [*ROOT.glob("*.md"), *(p for d in PROSE for p in (ROOT / d).rglob("*.[pm][yd]"))]
+    assert len(files) > 150
+    texts = {file: file.read_text("utf-8") for file in files if file != Path(__file__)}
+    found = {str(file.relative_to(ROOT)): UNIDIOMATIC.search(text) for file, text in texts.items()}
+    assert {name: match[0] for name, match in found.items() if match} == {}
+
+
 def test_files_of_the_forge_are_valid_yaml() -> None:
     files = [ROOT / ".pre-commit-config.yaml", *(ROOT / ".github").rglob("*.yml")]
     assert len(files) == 5

@@ -1,6 +1,6 @@
 """What passes between the parts: batches, model outputs, specifications, loss terms.
 
-Letters in shapes: I images, k captions an image, B = I * k captions, T tokens, V vocabulary,
+Letters in shapes: I images, k captions per image, B = I * k captions, T tokens, V vocabulary,
 N visual tokens, D and H widths. Token ids are int64; masks are bool, True = real.
 """
 
