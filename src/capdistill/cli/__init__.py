@@ -25,7 +25,7 @@ COMMANDS = {
     "models": ("models", "list the presets with their sizes, and all registered parts"),
     "check": ("train", "try a teacher, a student and their losses before a long run"),
     "train": ("train", "train a captioner by cross-entropy"),
-    "distill": ("train", "train a student with a teacher"),
+    "distill": ("demo", "train a student with a teacher"),
     "evaluate": ("evaluate", "score and measure a saved captioner"),
     "compare": ("evaluate", "compare a student with its teacher and write a report"),
     "caption": ("caption", "caption images"),

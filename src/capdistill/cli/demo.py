@@ -157,6 +157,25 @@ def _is_a_demo(out: Path) -> bool:
     return isinstance(found, dict) and found.get("format") == "sample"
 
 
+def distill_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `distill`, which trains one student or a whole recipe."""
+    from capdistill.cli import train
+
+    train.distill_command(parser)
+    parser.set_defaults(run=run_distill)
+
+
+def run_distill(options: argparse.Namespace) -> int:
+    """Distil, or run a whole recipe if one with models of its own is given, and no teacher."""
+    from capdistill.cli import train
+    from capdistill.training.config import recipe_models
+
+    given = options.teacher or options.config or options.student or options.resume is True
+    if options.recipe and not given and recipe_models(options.recipe) is not None:
+        return run_recipe(options)
+    return train.train(options)
+
+
 def run_recipe(options: argparse.Namespace) -> int:
     """Train the models of a recipe that is a whole run, compare them, and write the report."""
     from capdistill.evaluation.comparison import compare

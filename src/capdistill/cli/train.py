@@ -35,7 +35,7 @@ from capdistill.cli.runfile import (
 )
 from capdistill.errors import ConfigError
 from capdistill.files import user_path
-from capdistill.training.config import TrainConfig, recipe_models
+from capdistill.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
@@ -98,7 +98,7 @@ def distill_command(parser: argparse.ArgumentParser) -> None:
     parser.usage = "capdistill distill --teacher DIR --student NAME --data PATH --out DIR [options]"
     _add_pair_options(parser)
     _add_run_options(parser)
-    parser.set_defaults(run=distill, run_class=DistillRun, model="student", role="student")
+    parser.set_defaults(run=train, run_class=DistillRun, model="student", role="student")
 
 
 def check_command(parser: argparse.ArgumentParser) -> None:
@@ -130,16 +130,6 @@ def train(options: argparse.Namespace) -> int:
     }
     print_result(options, content, lambda: _summary(content))
     return INTERRUPTED if history.interrupted else DONE
-
-
-def distill(options: argparse.Namespace) -> int:
-    """Distil; or run a whole recipe, where one with models of its own is given and no teacher."""
-    given = options.teacher or options.config or options.student or options.resume is True
-    if options.recipe and not given and recipe_models(options.recipe) is not None:
-        from capdistill.cli.demo import run_recipe
-
-        return run_recipe(options)
-    return train(options)
 
 
 def _load(options: argparse.Namespace) -> tuple[RunConfig, Splits]:
