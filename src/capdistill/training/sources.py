@@ -314,8 +314,13 @@ def _write_cache(
                 index["shape"] = tokens.shape[1:]
                 file.write(tokens.tobytes())
 
-    write_atomically(path, write)
-    write_text(path.with_suffix(".json"), json.dumps(index))
+    try:
+        write_atomically(path, write)
+        write_text(path.with_suffix(".json"), json.dumps(index))
+    except ConfigError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise ConfigError(f"{error} cache_dir= sets where features are cached.") from error
     return FeatureCache(
         open_features(path, (len(index["image_ids"]), *index["shape"])), index["image_ids"]
     )
