@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import capdistill as cd
-from capdistill.training.check import CheckReport, CheckRow, check_training
+from capdistill.training.check import CheckReport, CheckRow, check_training, costs
 
 WORDS = ["a", "dog", "cat", "runs", "sits", "on", "the", "grass"]
 CROPS_BESIDE_CACHE = {"cache_features": True, "flip": True}
@@ -514,3 +514,28 @@ def test_a_report_reads_as_an_aligned_table_and_as_json():
     assert max(map(len, lines)) <= 100
     assert json.loads(json.dumps(report.to_json())) == report.to_json()
     assert report.to_json()["rows"][1]["fix"] == "Lower batch_size."
+
+
+@pytest.mark.parametrize(("workers", "ok"), [(2, False), (None, True), (0, True)])
+def test_data_that_spawned_workers_cannot_get_are_named(monkeypatch, workers, ok) -> None:
+    monkeypatch.setattr(costs, "worker_start_method", lambda given: "spawn")
+    data = Pictures()
+    data.transform = lambda image: image
+    tested = trainer(num_workers=workers)
+    report = check_training(tested, data)
+    assert all("cannot be pickled" not in row.finding for row in report.rows) == ok
+    if not ok:
+        row = only(report, "data", "fail")
+        assert row.finding.startswith("train.transform cannot be pickled")
+        assert "num_workers=0" in row.fix
+
+
+def test_items_that_raise_are_a_note_and_not_the_end() -> None:
+    class Odd(Pictures):
+        def __getitem__(self, index):
+            if index == 1:
+                raise KeyError("caption")
+            return super().__getitem__(index)
+
+    report = check_training(trainer(), Odd())
+    assert "item 1: corrupt image (KeyError: 'caption')" in only(report, "images", "note").finding

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from capdistill.compatibility import image_size
-from capdistill.data.loader import FixedBatches, Source
+from capdistill.data.loader import FixedBatches, Loader, Source, default_num_workers
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
-from capdistill.runtime import autocast
+from capdistill.runtime import autocast, require_picklable, worker_start_method
 from capdistill.training.check.trial import (
     CheckRow,
     Trial,
@@ -128,7 +128,7 @@ def check_time(trial: Trial) -> Iterator[CheckRow]:
 def _check_loading(trial: Trial) -> Iterator[CheckRow]:
     """Time that a step waits for its batch: all of the reading without workers."""
     config, load, step = trial.config, trial.load_seconds, trial.step_seconds
-    workers = config.num_workers or 0
+    workers = _workers(trial)
     wait = load if workers == 0 else max(load / workers - step, 0.0)
     finding = (
         f"reading a batch takes {milliseconds(load)} in one process "
@@ -143,9 +143,17 @@ def _check_loading(trial: Trial) -> Iterator[CheckRow]:
         yield CheckRow("loading", "note", finding, _faster_loading(trial, load / step))
 
 
+def _workers(trial: Trial) -> int:
+    """The workers that `fit` reads with."""
+    given, source = trial.config.num_workers, trial.source
+    if given is None and isinstance(source, Loader) and not trial.config.cache_images:
+        return default_num_workers(source.collator.data, source.batch_size)
+    return given or 0
+
+
 def _faster_loading(trial: Trial, needed: float) -> str:
     workers = max(1, min(math.ceil(needed), os.cpu_count() or 1))
-    ways = [f"num_workers={workers}"] if workers > (trial.config.num_workers or 0) else []
+    ways = [f"num_workers={workers}"] if workers > _workers(trial) else []
     ways += ["cache_images=True", "smaller image files"]
     trainer = trial.trainer
     if any(has_frozen_stages(model, model is trainer.captioner) for model in trainer.models):
@@ -218,6 +226,9 @@ def check_data(trial: Trial, train: Any, val: Any) -> Iterator[CheckRow]:
     trial.batch = trial.read[0]
     images = sum(batch.num_images for batch in trial.read)
     yield CheckRow("data", "ok", f"{len(trial.source)} batches an epoch; {images} images read")
+    if trial.config.num_workers and worker_start_method(None) != "fork":
+        require_picklable(train, "train")
+        require_picklable(val, "val")
     yield from _check_unreadable(trial, trial.source, train)
     yield from _check_image_sizes(trial, train)
     yield from _check_captions(trial, "train", train, trial.read)
@@ -263,7 +274,7 @@ def _sides(trial: Trial, data: Any) -> list[int]:
     for number in range(0, len(data), max(len(data) // _LOOKED_AT, 1))[:_LOOKED_AT]:
         try:
             sides.append(min(read_image(data[number][0]).shape[1:]))
-        except DataError:
+        except Exception:  # `fit` leaves such an item out, and the report names it
             continue
     return sides
 
