@@ -227,8 +227,12 @@ def test_a_new_run_is_never_resumed_from_an_earlier_runs_state(
         distiller(saveable()).fit(
             colours, out=tmp_path, overwrite=True, callbacks=[At(fail, step=1)]
         )
-    with pytest.raises(CheckpointError, match="does not exist"):
-        distiller(saveable()).fit(colours, out=tmp_path, resume=True)
+    assert load_state(tmp_path / "state.pt")["step"] == 0  # the start of the new run
+    assert not (tmp_path / "best").exists()
+    resumed, fresh = distiller(saveable(seed=8)), distiller(saveable())
+    resumed.fit(colours, out=tmp_path, resume=True)
+    fresh.fit(colours)
+    assert tiny.same_bits(resumed.objective.state_dict(), fresh.objective.state_dict())
 
 
 def test_other_options_on_resume_are_said_and_followed(
@@ -281,7 +285,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_earlier_files_intact(
 ) -> None:
     one_epoch_then(saveable, colours, tmp_path, 1)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
-    assert {path.name for path in before} == {"state.pt"}
+    assert {path.name for path in before} == {"state.pt", "state.previous.pt"}
     state = load_state(tmp_path / "state.pt")
     state["ballast"] = torch.rand(300_000)
     with files_limited_to(400_000), pytest.raises(ConfigError, match=r"Cannot write .*state"):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from capdistill.data.caption_files import FIX, DataReport, Policy, pluralize
 from capdistill.data.collate import BatchIndex, BatchResult, Collator, SupportsEncode
+from capdistill.data.dataset import Splits
 from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.outputs import Batch
 from capdistill.runtime import (
@@ -386,6 +387,11 @@ def make_source(
         DataError: the data are empty.
         ConfigError: they are none of these.
     """
+    if isinstance(data, Splits):
+        raise ConfigError(
+            "Splits, a whole data set, was given as data. Give one of its splits: data.train to "
+            "train on, data.val to validate on."
+        )
     if callable(getattr(data, "epoch", None)):
         return data  # type: ignore[no-any-return]
     if _has_items(data):

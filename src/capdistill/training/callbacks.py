@@ -18,6 +18,7 @@ import torch
 
 from capdistill.captioner import Captioner
 from capdistill.data.loader import Source, skipped_images
+from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import printable
 from capdistill.saving import WEIGHTS, saved_file
 from capdistill.training.checkpoint import save_state
@@ -47,6 +48,26 @@ class Run(Protocol):
 
     def describe(self) -> list[str]:
         """Lines about the run: data, models, losses, weights and rates."""
+
+
+EVENTS = ("on_fit_start", "on_step", "on_epoch", "on_fit_end")
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Refuse what no event would reach.
+
+    Raises:
+        ConfigError: no list of objects, a class instead of an object, or an object without events.
+    """
+    several = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+    known = (*EVENTS, "state_dict")
+    wrong = [each for each in several if not any(hasattr(each, name) for name in known)]
+    wrong += [each for each in several if isinstance(each, type)]
+    if wrong or several is not callbacks:
+        raise ConfigError(
+            f"fit: callbacks={callbacks!r:.200} was given. Expected a list of objects with some of "
+            f"{', '.join(EVENTS)}."
+        )
 
 
 class Recorder:
@@ -104,6 +125,21 @@ class Checkpoints:
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.best: dict[str, torch.Tensor] | None = None  # kept here only without a directory
         self.saved = time.monotonic()
+
+    def on_fit_start(self, trainer: Run) -> None:
+        """The best student so far is needed at the end.
+
+        Raises:
+            CheckpointError: it is no longer in the directory.
+        """
+        if self.out is None or self.monitor is None or self.monitor.best_epoch is None:
+            return
+        if not saved_file(self.out / "best", WEIGHTS).exists():
+            raise CheckpointError(
+                f"The best epoch of this run is {self.monitor.best_epoch + 1}, but {self.out}/best "
+                "does not hold its weights. Put the directory back, or start anew with "
+                "overwrite=True."
+            )
 
     def on_step(self, trainer: Run, row: Row) -> None:
         """Save the state within an epoch, by steps or by time."""

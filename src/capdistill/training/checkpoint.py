@@ -18,7 +18,8 @@ from capdistill.data.loader import Source, skipped_images
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import write_atomically
 from capdistill.training.optim import make_schedule
-from capdistill.training.run_directory import PREVIOUS, identity, is_plain
+from capdistill.training.run_directory import PREVIOUS, UNFINISHED, is_plain
+from capdistill.training.sources import captions_per_image
 from capdistill.training.step import Stepper
 from capdistill.weights import load_exactly, strip_prefixes
 
@@ -31,7 +32,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     Raises:
         ConfigError: it cannot be written; what stood there stays.
     """
-    fresh = path.with_suffix(".new.pt")
+    fresh = path.with_name(UNFINISHED)
     write_atomically(fresh, lambda temporary: _dump({"format": _FORMAT, **state}, temporary))
     if path.exists():
         path.replace(path.with_name(PREVIOUS))
@@ -99,14 +100,13 @@ _HARMLESS = frozenset(
         "progress",
     }
 )
-_POSITION = ("batch_size", "captions_per_image", "seed")  # decide which batches an epoch has
 
 
 def snapshot(
     stepper: Stepper,
     train: Source | None,
     callbacks: Sequence[Any],
-    who: Mapping[str, Any] | None = None,
+    who: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All that a resumed run needs besides the data.
 
@@ -114,7 +114,7 @@ def snapshot(
         stepper: The trainer.
         train: Its training data.
         callbacks: Those that have a state are saved with it.
-        who: The run's `identity`, where it is known already.
+        who: The run's `identity`.
     """
     assert stepper.optimizer is not None
     return {
@@ -129,7 +129,8 @@ def snapshot(
         "meter": stepper.meter.state_dict(),
         "skipped": len(skipped_images(train)),
         "config": stepper.config.model_dump(),
-        "identity": dict(who or identity(stepper, train)),
+        "identity": dict(who),
+        "position": _position(stepper, train),
         "callbacks": dict(_callback_states(callbacks)),
     }
 
@@ -139,6 +140,7 @@ def restore(
     state: Mapping[str, Any],
     train: Source | None,
     callbacks: Sequence[Any],
+    who: Mapping[str, Any],
     accept_changes: bool = False,
 ) -> None:
     """Let a trainer continue from a saved state; its optimizer must exist.
@@ -148,6 +150,7 @@ def restore(
         state: From `snapshot`.
         train: The training data of the resumed run.
         callbacks: Those of the resumed run; each with a state gets its own back.
+        who: Its `identity`.
         accept_changes: Continue although losses, weights, teacher or data are others.
 
     Raises:
@@ -155,8 +158,8 @@ def restore(
     """
     assert stepper.optimizer is not None
     _require_same_groups(stepper.optimizer, state["optimizer"])
-    _require_same_run(identity(stepper, train), state["identity"], accept_changes)
-    _require_same_position(stepper.config.model_dump(), state)
+    _require_same_run(who, state["identity"], accept_changes)
+    _require_same_position(_position(stepper, train), state)
     weights = strip_prefixes(state["objective"], stepper.objective.state_dict())
     load_exactly(stepper.objective, weights, "The models and losses of the training state")
     _warn_of_changes(stepper.config.model_dump(), state["config"])
@@ -183,9 +186,11 @@ def _require_same_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
 
 
 def _require_same_run(now: Mapping[str, Any], saved: Mapping[str, Any], accept: bool) -> None:
+    # A loop of your own does not know its data, and a run may continue without validation.
+    optional = {key for key in {*now} ^ {*saved} if key.endswith(" data")}
     changed = [
         f"{key}: {saved.get(key, 'absent')} -> {now.get(key, 'absent')}"
-        for key in sorted({*now, *saved})
+        for key in sorted({*now, *saved} - optional)
         if now.get(key) != saved.get(key)
     ]
     if not changed:
@@ -199,10 +204,20 @@ def _require_same_run(now: Mapping[str, Any], saved: Mapping[str, Any], accept: 
     warnings.warn(f"The resumed run continues with changes: {'; '.join(changed)}.", stacklevel=3)
 
 
+def _position(stepper: Stepper, train: Source | None) -> dict[str, Any]:
+    """What decides which batches an epoch has, as far as the source tells."""
+    found = {name: getattr(train, name, None) for name in ("batch_size", "seed")}
+    found["captions_per_image"] = None
+    if train is not None:
+        found["captions_per_image"] = captions_per_image(train, stepper.config)
+    found["batches"] = len(train) if hasattr(train, "__len__") else None  # type: ignore[arg-type]
+    return {name: value if isinstance(value, int) else None for name, value in found.items()}
+
+
 def _require_same_position(now: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Within an epoch, numbers of batches tell which images are done: they must mean the same."""
-    before = state["config"]
-    changed = [f"{key} {before[key]} -> {now[key]}" for key in _POSITION if before[key] != now[key]]
+    before = state["position"]
+    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
     if state["meter"]["batches"] and changed:
         raise CheckpointError(
             f"The run was interrupted within epoch {state['epoch'] + 1}, after "

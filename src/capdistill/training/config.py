@@ -64,7 +64,7 @@ class TrainConfig(BaseModel):
         progress: Progress bar and summaries. None shows a bar on a terminal and lines elsewhere.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: int = Field(15, ge=1)
     batch_size: int = Field(16, ge=1)
@@ -85,7 +85,7 @@ class TrainConfig(BaseModel):
     patience: int | None = Field(5, ge=1)
     monitor: str = "cider"
     metrics: tuple[str, ...] = ("bleu", "cider_d")
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     num_workers: int | None = Field(None, ge=0)
     device: str = "auto"
     augment: bool | None = None

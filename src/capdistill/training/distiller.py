@@ -134,6 +134,7 @@ class Distiller(Trainer):
                 loss.build(student_spec, teacher_spec)
         if self.objective.needed_outputs - {"features"}:
             require_one_vocabulary(student_spec, teacher_spec)
+        require_apart(self.teacher, self.objective)  # what the losses have just made
         self._built = True
 
     def _try_models(self) -> None:
@@ -244,14 +245,22 @@ def require_apart(teacher: nn.Module, objective: nn.Module) -> None:
     Raises:
         ConfigError: it shares trainable parameters; names them.
     """
-    theirs = {id(p) for p in teacher.parameters()}
-    shared = [n for n, p in objective.named_parameters() if p.requires_grad and id(p) in theirs]
+    theirs = {key for p in teacher.parameters() for key in _memory(p)}
+    shared = [
+        n for n, p in objective.named_parameters() if p.requires_grad and theirs & {*_memory(p)}
+    ]
     if shared:
         raise ConfigError(
             "Parameters of the teacher would be trained, because the student or a loss contains "
             f"them: {', '.join(shared[:5])}{' ...' if len(shared) > 5 else ''}. Give the student "
             "or the loss a copy (copy.deepcopy), or freeze them with requires_grad_(False)."
         )
+
+
+def _memory(parameter: nn.Parameter) -> tuple[tuple[str, int], ...]:
+    """What two parameters have in common if training one changes the other."""
+    place = parameter.untyped_storage().data_ptr()
+    return (("object", id(parameter)), *([("memory", place)] if place else []))
 
 
 def shared_modules(teacher: nn.Module, objective: nn.Module) -> list[nn.Module]:

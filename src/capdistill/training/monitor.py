@@ -65,7 +65,7 @@ class Monitor:
         elif self.best is None:
             improved = True
         elif low and not math.isnan(loss):
-            improved = loss < self.best_loss
+            improved = not loss >= self.best_loss  # the first one's may be NaN
         else:
             improved = value > self.best if self.higher else value < self.best
         if improved:
@@ -108,7 +108,9 @@ class BestEpoch:
         self._stop_if_exhausted(trainer)
 
     def on_epoch(self, trainer: Stoppable, row: Row) -> None:
-        """Mark the row as improved or not."""
+        """Mark the row as improved or not, where there are validation data."""
+        if not row["val"]:
+            return
         value, loss = monitored_value(row, self.monitor.name), float(row["val"]["loss"])
         if math.isnan(value):
             warnings.warn(

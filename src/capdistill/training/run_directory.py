@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
-from capdistill.data.loader import Source
+from capdistill.data.dataset import CaptionData
+from capdistill.data.loader import Loader, Source
 from capdistill.errors import ConfigError
 from capdistill.files import user_path, write_text
+from capdistill.outputs import Batch
 from capdistill.registry import recipe_of
 from capdistill.training.step import Stepper
 
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
+UNFINISHED = "state.new.pt"  # of a writer that was killed before it became the state
 _RESULTS = (STATE, PREVIOUS, "best", "final")  # a new run does not replace these unasked
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}|\.check\..+")
 LIBRARIES = ("capdistill", "torch", "torchvision", "timm", "numpy", "pydantic", "nltk")
@@ -44,7 +47,8 @@ def open_directory(
     Raises:
         ConfigError: options that contradict each other, or a directory that holds a run.
     """
-    if resume not in (True, False, "auto") or not isinstance(overwrite, bool):
+    known = isinstance(resume, bool) or resume == "auto"
+    if not known or not isinstance(overwrite, bool):
         raise ConfigError(
             f"fit: resume={resume!r} and overwrite={overwrite!r} were given. Expected resume=True, "
             "False or 'auto', and overwrite=True or False."
@@ -57,7 +61,8 @@ def open_directory(
         return None, False
     directory = user_path(out)
     found = [name for name in _RESULTS if (directory / name).exists()]
-    if resume is True or (resume == "auto" and STATE in found and not overwrite):
+    states = {STATE, PREVIOUS} & {*found}
+    if resume is True or (resume == "auto" and states and not overwrite):
         return directory, True
     if found and not overwrite:
         raise ConfigError(
@@ -70,7 +75,7 @@ def open_directory(
 def clear_directory(out: Path, keep_results: bool) -> None:
     """Remove temporary files of interrupted writers and, for a new run, all an earlier one left."""
     for path in out.iterdir() if out.is_dir() else ():
-        stale = _TEMPORARY.fullmatch(path.name) is not None
+        stale = _TEMPORARY.fullmatch(path.name) is not None or path.name == UNFINISHED
         if stale or (not keep_results and path.name in (*_RESULTS, "run.json", "history.jsonl")):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -158,8 +163,8 @@ def _plain_attributes(module: Any) -> dict[str, Any]:
     }
 
 
-def identity(stepper: Stepper, train: Source | None) -> dict[str, Any]:
-    """What makes a run this run, as plain data: its objective, teacher, words and images."""
+def identity(stepper: Stepper, train: Source | None, val: Source | None = None) -> dict[str, Any]:
+    """What makes a run this run, as plain data: its objective, teacher, words and data."""
     config, objective = stepper.config, stepper.objective
     losses = {name: _part_of_state(loss) for name, loss in objective.losses.items()}
     weights = {name: _plain(value) for name, value in objective.weights.items()}
@@ -170,9 +175,22 @@ def identity(stepper: Stepper, train: Source | None) -> dict[str, Any]:
     found["vocabulary"] = _digest([repr(list(stepper.captioner.tokenizer.vocabulary))])
     for number, teacher in enumerate(stepper.models[1:]):
         found[f"teacher {number + 1}"] = _weights_digest(teacher)
-    if train is not None:
-        found["training images"] = getattr(train, "num_images", None)
+    for name, source in (("training data", train), ("validation data", val)):
+        if source is not None:
+            found[name] = _data_digest(source)
     return found
+
+
+def _data_digest(source: Source) -> str:
+    """How many images, and a digest of their ids and captions where these are at hand."""
+    data = source.collator.data if isinstance(source, Loader) else getattr(source, "batches", None)
+    if isinstance(data, CaptionData):
+        parts = [f"{example.image_id} {example.captions}\n" for example in data.examples]
+        return f"{len(data)} images, {_digest(parts)}"
+    if isinstance(data, (list, tuple)) and all(isinstance(batch, Batch) for batch in data):
+        parts = [f"{batch.image_ids} {batch.captions}\n" for batch in data]
+        return f"{sum(batch.num_images for batch in data)} images, {_digest(parts)}"
+    return f"{getattr(source, 'num_images', 'an unknown number of')} images"
 
 
 def _part_of_state(part: nn.Module) -> str:

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
 from capdistill.data.collate import FeatureCache, open_features
-from capdistill.data.loader import Loader, Source, make_source
+from capdistill.data.loader import FixedBatches, Loader, Source, make_source
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError
 from capdistill.files import user_path, write_atomically, write_text
@@ -74,14 +75,17 @@ def require_usable(stepper: Stepper, train: Source, val: Source | None) -> Batch
         ConfigError: validation batches without references.
     """
     if val is not None:
-        batch = next(iter(val.epoch(0)), None)
-        if batch is None:
+        ready = isinstance(val, FixedBatches) and isinstance(val.batches, (list, tuple))
+        batches = list(islice(val.epoch(0), None if ready else 1))
+        if not batches:
             raise DataError("No usable validation image: the data are empty.")
-        add_references({}, batch)
-    batch = next(iter(train.epoch(0)), None)
-    if batch is None:
+        references: dict[str, tuple[str, ...]] = {}
+        for batch in batches:
+            add_references(references, batch)
+    first = next(iter(train.epoch(0)), None)
+    if first is None:
         raise DataError("No usable training image: the data are empty.")
-    return batch
+    return first
 
 
 def close_workers(*sources: Source | None) -> None:

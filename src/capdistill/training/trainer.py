@@ -23,7 +23,13 @@ from capdistill.data.loader import skipped_images
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch
 from capdistill.runtime import evaluating, require_single_process, seed_everything
-from capdistill.training.callbacks import Checkpoints, Progress, Recorder, SkippedImages
+from capdistill.training.callbacks import (
+    Checkpoints,
+    Progress,
+    Recorder,
+    SkippedImages,
+    check_callbacks,
+)
 from capdistill.training.checkpoint import load_state, restore, snapshot
 from capdistill.training.config import TrainConfig, TrainOptions
 from capdistill.training.decoder_inputs import require_unknown_word
@@ -143,6 +149,7 @@ class Trainer(Stepper):
             CheckpointError: nothing to resume, or the state of another run.
             NotFiniteLoss: a loss became NaN; the last good checkpoint stays.
         """
+        check_callbacks(callbacks)
         with self._options(options):
             # What can be wrong is found before the first step.
             require_single_process()
@@ -162,11 +169,11 @@ class Trainer(Stepper):
             self.meter = EpochMeter()
             self.stopping = self._batches_are_lost = False
             self.history = History()
-            self.callbacks = self._make_callbacks(
-                directory, None if val is None else monitor, callbacks
-            )
+            chose = state is not None and "BestEpoch.0" in state["callbacks"]
+            monitored = monitor if val is not None or chose else None
+            self.callbacks = self._make_callbacks(directory, monitored, callbacks)
             self.make_ready(first)
-            self._identity = identity(self, self.train_source)
+            self._identity = identity(self, self.train_source, self.val_source)
             seed_everything(self.config.seed)
             if state is not None:
                 self.load_state_dict(state, accept_changes=accept_changes)
@@ -176,6 +183,8 @@ class Trainer(Stepper):
                 describe_run(self, self.train_source, captions, directory)
                 keep_until = self.step_count if state is not None else None
                 self.history = History(directory / "history.jsonl", keep_until)
+                if state is None:
+                    self.checkpoints.save(self)  # a run that is killed early can be resumed
 
             # Epochs of steps.
             with self._session():
@@ -346,7 +355,8 @@ class Trainer(Stepper):
         """All that a resumed run needs besides the data."""
         if self.optimizer is None:
             self.make_ready()
-        return snapshot(self, self.train_source, self.callbacks, self._identity)
+        who = self._identity or identity(self, self.train_source, self.val_source)
+        return snapshot(self, self.train_source, self.callbacks, who)
 
     def load_state_dict(self, state: Mapping[str, Any], accept_changes: bool = False) -> None:
         """Continue from a saved state.
@@ -356,7 +366,8 @@ class Trainer(Stepper):
         """
         if self.optimizer is None:
             self.make_ready()
-        restore(self, state, self.train_source, self.callbacks, accept_changes)
+        who = self._identity or identity(self, self.train_source, self.val_source)
+        restore(self, state, self.train_source, self.callbacks, who, accept_changes)
         self._batches_are_lost = bool(state["skipped"])
 
 
