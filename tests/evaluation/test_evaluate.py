@@ -208,17 +208,10 @@ def test_an_unknown_metric_is_suggested_before_the_work() -> None:
     assert captioner.batch_sizes == []
 
 
-def test_ids_that_are_one_text_are_refused() -> None:
-    batches = [replace(batch_of([0]), image_ids=(image,)) for image in (1, "1")]
-    with pytest.raises(DataError, match="'1' comes twice"):
-        evaluate(TinyCaptioner(), batches, **PLAIN)
-
-
 @pytest.mark.parametrize("value", [None, float("nan"), 3, b"a dog", "['a dog', 'a cat']"], ids=str)
 def test_a_reference_or_training_caption_that_is_not_text_is_refused(value: object) -> None:
-    batch = replace(batch_of([0]), references=(("a dog", value),))
-    with pytest.raises(DataError, match=r"Reference 2 of image '0\.jpg' is .*expected a string"):
-        evaluate(TinyCaptioner(), [batch], **PLAIN)
+    with pytest.raises(DataError, match=r"reference of image '0\.jpg' is .*expected a string"):
+        replace(batch_of([0]), references=(("a dog", value),))
     with pytest.raises(DataError, match=r"training caption 2 is .*expected a string"):
         evaluate(TinyCaptioner(), [batch_of([0])], training_captions=["a dog", value], **PLAIN)
 
@@ -287,3 +280,30 @@ def test_a_wrapped_model_reads_its_prefix_again_and_its_time_is_not_comparable(
     found = compare(wrapped, TinyCaptioner(), [batch_of([0, 1])], metrics=["bleu"], device="cpu")
     row = next(row for row in found.rows if row.key == "latency_ms")
     assert (row.relation, row.reached) == ("not comparable", None)
+
+
+class _OnlyGenerates:
+    """A model of someone else's: no module, no tokenizer."""
+
+    generate = staticmethod(lambda batch: TinyCaptioner().eval().generate(batch))
+    num_parameters = staticmethod(lambda: 3)
+
+
+def test_ready_batches_need_no_tokenizer_and_data_sets_name_it() -> None:
+    found = evaluate(_OnlyGenerates(), [batch_of([0])], **PLAIN)
+    assert found.captions == {"0.jpg": "a dog runs"}
+    with pytest.raises(ConfigError, match="_OnlyGenerates has no tokenizer"):
+        evaluate(_OnlyGenerates(), cd.data.sample().val, **PLAIN)
+
+
+def test_a_model_without_a_number_of_parameters_is_refused_before_the_work() -> None:
+    class Nameless:
+        generate = _OnlyGenerates.generate
+
+    with pytest.raises(ConfigError, match=r"Nameless has no num_parameters\(\)"):
+        evaluate(Nameless(), [batch_of([0])], **PLAIN)
+
+
+def test_a_whole_data_set_is_refused_with_its_splits() -> None:
+    with pytest.raises(ConfigError, match=r"expected one of its splits, such as data\.train"):
+        evaluate(TinyCaptioner(), cd.data.sample(), **PLAIN)

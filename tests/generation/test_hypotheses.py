@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from capdistill.generation import CaptionResult, Hypothesis
+from capdistill.generation.hypotheses import CaptionResult, Hypothesis
 
 
 def result(**changed: object) -> CaptionResult:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from capdistill.compatibility import image_size
 from capdistill.errors import (
@@ -291,8 +292,7 @@ class CaptioningRun:
         """Caption every image, keeping captions and references.
 
         Raises:
-            DataError: no image, a batch without references, an id that comes twice, or a
-                reference that is not text.
+            DataError: no image, a batch without references, or an id that comes twice.
             ConfigError: the model does not generate one hypothesis per image.
         """
         total = getattr(self.source, "num_images", None)
@@ -329,18 +329,10 @@ class CaptioningRun:
                 return
 
     def _keep(self, batch: Batch, i: int, hypothesis: Any, references: Sequence[str]) -> None:
-        image = str(batch.image_ids[i])
+        image = batch.image_ids[i]
         if image in self.captions:
             raise DataError(f"The image id '{image}' comes twice in the data; ids must differ.")
-        if isinstance(references, (str, bytes)) or not isinstance(references, Sequence):
-            raise DataError(
-                f"The references of image '{image}' are {shortened(references)}; expected a tuple "
-                "of texts."
-            )
-        self.references[image] = tuple(
-            require_text(text, f"Reference {n} of image '{image}'")
-            for n, text in enumerate(references, 1)
-        )
+        self.references[image] = tuple(references)
         if not hasattr(hypothesis, "text") or not hasattr(hypothesis, "finished"):
             raise ConfigError(
                 f"evaluate: generate gave {shortened(hypothesis)} ({type(hypothesis).__name__}); "
@@ -363,16 +355,17 @@ _NO_REFERENCES = (
 
 
 def require_generate(caller: str, captioner: Any) -> None:
-    """Refuse a model that cannot caption.
+    """Refuse a model that cannot be evaluated.
 
     Raises:
-        ConfigError: it has no `generate`.
+        ConfigError: it has no `generate`, or no `num_parameters`.
     """
-    if not hasattr(captioner, "generate"):
-        raise ConfigError(
-            f"{caller}: {type(captioner).__name__} has no generate(batch). Give a "
-            "capdistill.Captioner, or an object whose generate gives one Hypothesis per image."
-        )
+    for name in ("generate(batch)", "num_parameters()"):
+        if not hasattr(captioner, name.partition("(")[0]):
+            raise ConfigError(
+                f"{caller}: {type(captioner).__name__} has no {name}. Give a capdistill.Captioner, "
+                "or an object with generate, one Hypothesis per image, and num_parameters."
+            )
 
 
 def open_source(captioner: Any, data: Any, batch_size: int, num_workers: int) -> Any:
@@ -382,15 +375,27 @@ def open_source(captioner: Any, data: Any, batch_size: int, num_workers: int) ->
         ConfigError: the captioner cannot generate, or data of another kind.
         DataError: no image.
     """
+    from capdistill.data.dataset import Splits
     from capdistill.data.loader import make_source
 
     require_generate("evaluate", captioner)
     if isinstance(data, Iterator):
         return data
+    if isinstance(data, Splits):
+        raise ConfigError(
+            f"evaluate: a whole data set was given ({data.name}); expected one of its splits, such "
+            f"as data.{next(iter(data.parts), 'val')}."
+        )
+    tokenizer: Any = getattr(captioner, "tokenizer", None)
+    if isinstance(data, Dataset) and tokenizer is None:
+        raise ConfigError(
+            f"evaluate: {type(captioner).__name__} has no tokenizer, with which batches are made "
+            "of a data set. Give it one, or give ready batches with references."
+        )
     size = image_size(captioner)
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": num_workers,
         "errors": "skip",
     }
-    return make_source(data, captioner.tokenizer, image_size=size, **options)
+    return make_source(data, tokenizer, image_size=size, **options)
