@@ -77,8 +77,9 @@ def test_last_stages_learn_the_same_from_cached_maps(data, tokenizer, tmp_path, 
     assert any(key.startswith("encoder.backbone") for key in changed)
     frozen = {key for key, p in quick.named_parameters() if not p.requires_grad}
     assert not frozen & set(changed)
-    for key in ("encoder.backbone." + k for k, _ in plain.encoder.backbone.named_buffers()):
-        assert_close(plain.state_dict()[key], quick.state_dict()[key], rtol=0.02, atol=0.02)
+    for key, count in plain.state_dict().items():
+        if key.endswith("num_batches_tracked"):  # of trained batch norms alone
+            assert count == quick.state_dict()[key], key
 
 
 def test_a_teachers_trunk_is_cached_whole_whichever_stages_it_trained(data, tokenizer, tmp_path):
