@@ -169,7 +169,7 @@ def test_banning_a_word_that_the_vocabulary_has_not_bans_nothing_more():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prefix": "a zebra"}, "has words that the vocabulary has not: zebra. Leave them out"),
+        ({"prefix": "a zebra"}, "has words that are not in the vocabulary: zebra. Leave them out"),
         ({"prefix": "!!"}, "prefix='!!' holds no word"),
         ({"banned_words": ["..."]}, r"banned_words has '...', which holds no word"),
         ({"prefix": "a dog", "max_length": 2}, "prefix has 2 tokens and max_length is 2; use max"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 
 import capdistill as cd
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, parse
 from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.generation.hypotheses import best_divisor, length_divisor
+from capdistill.training.config import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -67,3 +71,60 @@ def test_divisors_of_seven_tokens(form, alpha, expected):
 def test_the_exact_bound_takes_the_most_favourable_length_still_to_come(alpha, expected):
     config = GenerationConfig(early_stopping="never", length_penalty=alpha)
     assert best_divisor(config, 7, longest=20) == pytest.approx(expected, abs=1e-12)
+
+
+NUMBERS = [
+    ("beam_size", True),
+    ("beam_size", "3"),
+    ("beam_size", 3.0),
+    ("max_length", False),
+    ("max_length", "12"),
+    ("seed", "0"),
+    ("length_penalty", True),
+    ("length_penalty", "0.7"),
+    ("temperature", math.inf),
+    ("top_p", math.nan),
+    ("diversity_penalty", -math.inf),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), NUMBERS)
+def test_a_bool_text_and_what_is_not_finite_are_no_numbers(name, value):
+    with pytest.raises(ConfigError, match=rf"(?s)'?{name}'?.*(number|got)"):
+        GenerationConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("sample", 1), ("sample", "yes"), ("sample", 0.0)])
+def test_a_number_and_text_are_no_bool(name, value):
+    with pytest.raises(ConfigError, match=f"'{name}'.*expected true or false"):
+        GenerationConfig(**{name: value})
+
+
+def test_scalars_of_numpy_and_whole_numbers_for_floats_are_accepted():
+    config = GenerationConfig(
+        beam_size=np.int64(3), length_penalty=1, early_stopping=np.bool_(True), seed=np.int32(7)
+    )
+    assert (config.beam_size, type(config.beam_size)) == (3, int)
+    assert config.length_penalty == 1.0
+    assert config.early_stopping is True
+    assert GenerationConfig(early_stopping="never").early_stopping == "never"
+    assert GenerationConfig(temperature=np.float32(0.5)).temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", True),
+        ("epochs", "3"),
+        ("batch_size", 4.0),
+        ("learning_rate", "1e-3"),
+        ("learning_rate", math.nan),
+        ("max_grad_norm", math.inf),
+        ("patience", False),
+        ("flip", 1),
+        ("augment", "no"),
+    ],
+)
+def test_options_of_training_are_as_strict(name, value):
+    with pytest.raises(ConfigError, match=f"'{name}' was given"):
+        parse(TrainConfig, {name: value}, "fit")

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from numbers import Integral, Real
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import TypedDict
 
 from capdistill.errors import ConfigError, refusal
@@ -15,7 +26,41 @@ if TYPE_CHECKING:
     from capdistill.tokenizer import Tokenizer
 
 
-class GenerationConfig(BaseModel):
+class Options(BaseModel):
+    """Options that take no True, text or NaN for a number, and no number for a bool."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _exact(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        wanted = "a finite number" if float in kinds else "a whole number"
+        if not kinds & {int, float}:
+            wanted = "true or false" if bool in kinds else ""
+        if isinstance(value, bool) or type(value).__name__ == "bool_":
+            value, right = bool(value), bool in kinds
+        elif isinstance(value, Integral):
+            value, right = int(value), bool(kinds & {int, float})
+        elif isinstance(value, Real):
+            value, right = float(value), float in kinds and math.isfinite(value)
+        else:
+            right = not isinstance(value, str) or str in kinds or value in kinds
+        if wanted and not right:
+            raise ValueError(f"expected {wanted}")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types of a union, and the values of a `Literal`."""
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return set[Any]().union(*map(_kinds, get_args(annotation)))
+    return {annotation} if isinstance(annotation, type) else set()
+
+
+class GenerationConfig(Options):
     """How captions are made from a model's probabilities.
 
     Example:
@@ -27,7 +72,7 @@ class GenerationConfig(BaseModel):
         capdistill.errors.ConfigError: generation: beam_size must be at least 1, got 0.
 
     Args:
-        beam_size: Hypotheses kept an image; 1 is greedy.
+        beam_size: Hypotheses kept per image; 1 is greedy.
         max_length: Tokens at most, the end token among them; None is the tokenizer's limit and
             the end token. A caption that reaches it without an end stays a candidate, marked
             unfinished; the end is never forced.
@@ -40,11 +85,11 @@ class GenerationConfig(BaseModel):
         early_stopping: When the beams of an image stop, once `beam_size` hypotheses are kept:
             True at once; False when the best open beam, as long as it is now, scores less than the
             worst kept; "never" when no open beam could do better at any length (exact).
-        num_return: Hypotheses given back an image, as `Hypothesis.n_best`.
+        num_return: Hypotheses returned per image, as `Hypothesis.n_best`.
         no_repeat_ngram: No n tokens in a row occur twice in a caption; 0 allows it.
-        banned_words: Words (or phrases) that are never said.
-        allow_unknown: Whether the unknown token may be said.
-        not_last: Words that no caption ends on; "function_words" are the English articles,
+        banned_words: Words (or phrases) that are never generated.
+        allow_unknown: Whether the unknown token may be generated.
+        not_last: Words that no caption ends with; "function_words" are the English articles,
             prepositions, conjunctions and the like.
         prefix: Words that every caption begins with.
         sample: Sample words at random instead of searching; `num_return` captions per image.
@@ -55,17 +100,15 @@ class GenerationConfig(BaseModel):
             batch.
         beam_groups: Groups of beams that avoid each other's words; must divide `beam_size`.
         diversity_penalty: Taken off a word's log-probability (nats) for every beam of an earlier
-            group that says it at the same place.
+            group that uses it at the same place.
 
     Raises:
-        ConfigError: an unknown option, or values that cannot be, alone or together.
+        ConfigError: an unknown option, or values that are invalid, alone or together.
 
     Source:
         "average" as in Hugging Face transformers, "gnmt" Wu et al. (2016), equation 14 without
         coverage; groups Vijayakumar et al. (2018); top-p Holtzman et al. (2020).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     beam_size: int = Field(1, ge=1)
     max_length: int | None = Field(None, ge=1)
@@ -291,25 +334,26 @@ class GenerationSpec:
             ConfigError: words that the vocabulary does not have; see `GenerationConfig`.
         """
         longest = getattr(tokenizer, "max_length", 40) + 1
-        banned = sayable(tokenizer, "banned_words", config.banned_words)
+        banned = known_ids(tokenizer, "banned_words", config.banned_words)
         words = {ids[0] for ids in banned if len(ids) == 1}
+        if config.not_last == _FUNCTION:
+            last = function_words(tokenizer)
+        else:
+            ends = known_ids(tokenizer, "not_last", config.not_last)
+            last = tuple(ids[0] for ids in ends if len(ids) == 1)
         return cls(
             tokenizer.start_id,
             tokenizer.end_id,
             longest if config.max_length is None else config.max_length,
             config,
-            banned=tuple(sorted(words | _never_said(tokenizer, config.allow_unknown))),
+            banned=tuple(sorted(words | _never_generated(tokenizer, config.allow_unknown))),
             phrases=tuple(ids for ids in banned if len(ids) > 1),
-            not_last=(
-                function_words(tokenizer)
-                if config.not_last == "function_words"
-                else single(tokenizer, "not_last", config.not_last)
-            ),
+            not_last=last,
             prefix=prefix_ids(tokenizer, config.prefix),
         )
 
 
-def _never_said(tokenizer: Tokenizer, allow_unknown: bool) -> set[int]:
+def _never_generated(tokenizer: Tokenizer, allow_unknown: bool) -> set[int]:
     """Unknown, padding and start tokens are no words; the end token must stay possible."""
     keys = ("pad_id", "start_id") if allow_unknown else ("unk_id", "pad_id", "start_id")
     ids = {getattr(tokenizer, key, None) for key in keys}
@@ -331,8 +375,8 @@ def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def sayable(tokenizer: Tokenizer, option: str, texts: Iterable[str]) -> list[tuple[int, ...]]:
-    """The ids of each text that the vocabulary can say; the others cannot be said anyway.
+def known_ids(tokenizer: Tokenizer, option: str, texts: Iterable[str]) -> list[tuple[int, ...]]:
+    """The ids of each text whose words are in the vocabulary; the others cannot occur anyway.
 
     Raises:
         ConfigError: a text without any word.
@@ -345,11 +389,6 @@ def sayable(tokenizer: Tokenizer, option: str, texts: Iterable[str]) -> list[tup
         if unknown is None or unknown not in ids:
             found.append(ids)
     return found
-
-
-def single(tokenizer: Tokenizer, option: str, texts: Iterable[str]) -> tuple[int, ...]:
-    """The ids of the texts that are one token."""
-    return tuple(ids[0] for ids in sayable(tokenizer, option, texts) if len(ids) == 1)
 
 
 def function_words(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -373,7 +412,7 @@ def prefix_ids(tokenizer: Tokenizer, prefix: str) -> tuple[int, ...]:
     if unknown in ids:
         missing = [w for w in prefix.split() if unknown in encode(tokenizer, w)]
         raise ConfigError(
-            f"generation: prefix={prefix!r} has words that the vocabulary has not: "
+            f"generation: prefix={prefix!r} has words that are not in the vocabulary: "
             f"{', '.join(missing)}. Leave them out."
         )
     return ids

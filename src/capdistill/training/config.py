@@ -6,13 +6,13 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from capdistill.errors import UnknownName, parse, suggest
-from capdistill.generation.config import GenerationConfig, GenerationOptions
+from capdistill.generation.config import GenerationConfig, GenerationOptions, Options
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Options):
     """Options of `Trainer`. Give them to the constructor, or to `fit` for that fit alone.
 
     Example:
@@ -63,8 +63,6 @@ class TrainConfig(BaseModel):
         save_every_minutes: Minutes between two such saves, or None.
         progress: Progress bar and summaries. None shows a bar on a terminal and lines elsewhere.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: int = Field(15, ge=1)
     batch_size: int = Field(16, ge=1)
