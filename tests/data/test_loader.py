@@ -320,7 +320,7 @@ def test_items_that_are_no_captioned_images_are_refused(
     [{"batch_size": 0}, {"captions_per_image": 0}, {"num_workers": -1}, {"image_size": 0}],
     ids=lambda options: next(iter(options)),
 )
-def test_numbers_that_can_not_work_are_refused(
+def test_numbers_that_cannot_work_are_refused(
     colours: CaptionData, tokenizer: WordTokenizer, options: dict[str, int]
 ) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):

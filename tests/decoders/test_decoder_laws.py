@@ -271,7 +271,7 @@ def test_bfloat16_autocast_steps(form):
         ("transformer", {"layers": 0}, "layers must be at least 1, got 0"),
     ],
 )
-def test_options_that_can_not_work_are_refused_with_the_values(name, options, message):
+def test_options_that_cannot_work_are_refused_with_the_values(name, options, message):
     with pytest.raises(ConfigError, match=message):
         decoders.create(name, dim=DIM, **options)
 

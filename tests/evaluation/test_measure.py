@@ -28,6 +28,6 @@ def test_all_files_of_a_directory_count(tmp_path) -> None:
     assert disk_bytes(tmp_path) == 7
 
 
-def test_a_model_that_can_not_be_loaded_elsewhere_says_why(tmp_path) -> None:
+def test_a_model_that_cannot_be_loaded_elsewhere_says_why(tmp_path) -> None:
     with pytest.raises(CapdistillError, match=r"memory failed: .*captioner\.json"):
         cpu_memory(tmp_path)

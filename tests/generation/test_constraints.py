@@ -175,7 +175,7 @@ def test_banning_a_word_that_the_vocabulary_has_not_bans_nothing_more():
         ({"prefix": "a dog", "max_length": 2}, "prefix has 2 tokens and max_length is 2; use max"),
     ],
 )
-def test_words_that_can_not_be_meant_are_refused(options, message):
+def test_words_that_cannot_be_meant_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         GenerationSpec.of(GenerationConfig(**options), WORDS)
 

@@ -203,7 +203,7 @@ def test_a_cache_that_is_not_whole_is_made_anew(
     assert {path.suffix for path in tmp_path.iterdir()} == {".f16", ".json", ""}  # "": pictures/
 
 
-def test_a_cache_directory_that_can_not_be_written_is_a_clear_error(
+def test_a_cache_directory_that_cannot_be_written_is_a_clear_error(
     colours: CaptionData, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("taken")

@@ -157,7 +157,7 @@ def one_epoch_then(saveable: Make, colours: CaptionData, out: Path, epochs: int)
 
 
 @pytest.mark.parametrize("what", ["truncated", "foreign", "gone"])
-def test_a_state_that_can_not_be_read_is_named_and_the_one_before_is_used(
+def test_a_state_that_cannot_be_read_is_named_and_the_one_before_is_used(
     saveable: Make, colours: CaptionData, tmp_path: Path, what: str
 ) -> None:
     whole = one_epoch_then(saveable, colours, tmp_path / "whole", 3)
@@ -251,7 +251,7 @@ def test_other_options_on_resume_are_said_and_followed(
 # -- disks and numbers that fail ------------------------------------------------------------
 
 
-def test_an_output_directory_that_can_not_be_written_fails_before_the_first_step(
+def test_an_output_directory_that_cannot_be_written_fails_before_the_first_step(
     saveable: Make, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("taken")
@@ -261,7 +261,7 @@ def test_an_output_directory_that_can_not_be_written_fails_before_the_first_step
     assert trainer.step_count == 0
 
 
-def test_a_part_that_can_not_be_saved_fails_before_the_first_step(tmp_path: Path) -> None:
+def test_a_part_that_cannot_be_saved_fails_before_the_first_step(tmp_path: Path) -> None:
     trainer = distiller(tiny.make_student())
     with pytest.raises(ConfigError, match="encoder Patches was not made by a registry"):
         trainer.fit([tiny.make_batch([2])], out=tmp_path)

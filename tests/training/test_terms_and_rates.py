@@ -69,7 +69,7 @@ def test_weights_follow_the_runs_progress() -> None:
         (dict.fromkeys(("ce", "token", "feature", "hidden"), 0.0), "nothing to train"),
     ],
 )
-def test_weights_that_can_not_be_are_refused(weights: Any, said: str) -> None:
+def test_weights_that_cannot_be_are_refused(weights: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Distiller(*pair(), weights=weights)
 
@@ -104,7 +104,7 @@ def test_losses_are_objects_names_or_dicts() -> None:
         ({"keys": "token"}, ConfigError, "cannot name a term"),
     ],
 )
-def test_losses_that_can_not_be_are_refused(losses: Any, error: Any, said: str) -> None:
+def test_losses_that_cannot_be_are_refused(losses: Any, error: Any, said: str) -> None:
     with pytest.raises(error, match=said):
         Distiller(*pair(), losses=losses)
 

@@ -34,7 +34,7 @@ from capdistill.training.config import TrainConfig
         ({"early_stopping": "always"}, "early_stopping"),
     ],
 )
-def test_options_that_can_not_be_are_refused_with_field_and_fix(options, message):
+def test_options_that_cannot_be_are_refused_with_field_and_fix(options, message):
     with pytest.raises(ConfigError, match=f"(?s)^generation: .*{message}"):
         GenerationConfig(**options)
 

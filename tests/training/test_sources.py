@@ -185,7 +185,7 @@ def test_data_of_every_kind_are_trained_and_validated_on(
         (lambda: 3, ConfigError, "int is no data"),
     ],
 )
-def test_what_can_not_be_trained_on_is_refused(
+def test_what_cannot_be_trained_on_is_refused(
     make: Callable[[], Any], error: type[Exception], said: str
 ) -> None:
     tested = trainer()

@@ -183,7 +183,7 @@ def test_an_unknown_model_is_named_with_the_nearest():
         ({"trainable": 7}, "Give 0 to 6, or 'all'"),
     ],
 )
-def test_an_option_that_can_not_work_is_named(tiny_cnn, options, message):
+def test_an_option_that_cannot_work_is_named(tiny_cnn, options, message):
     with pytest.raises(ConfigError, match=message):
         tiny_cnn(**options)
 
