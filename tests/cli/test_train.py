@@ -149,6 +149,25 @@ def test_a_run_is_not_replaced_unless_that_is_asked_for(
     assert json.loads((run / "config.json").read_text())["train"]["seed"] == 5
 
 
+def test_a_run_never_replaces_its_own_teacher(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(teacher, run)
+    message = refused(distill(run, run, "--overwrite"), capsys)
+    assert "the teacher's own directory" in message
+    assert (run / "best" / "captioner.json").exists()
+
+
+def test_the_run_file_of_another_command_is_named(
+    student: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(["train", "--resume", "--out", str(student)], capsys)
+    assert "belongs to `capdistill distill`" in message
+    other = ["--config", str(teacher / "config.json"), "--out", str(tmp_path / "run")]
+    assert "belongs to `capdistill train`" in refused(["distill", *other], capsys)
+
+
 @pytest.mark.filterwarnings("default:The resumed run continues with other options")
 def test_resume_auto_starts_a_run_and_continues_it(teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -157,6 +157,11 @@ def run_training(
     """
     if run.out is None:
         raise ConfigError("out: no directory for the run was given. Give --out DIR.")
+    if (
+        isinstance(run, DistillRun)
+        and Path(run.out).resolve() in Path(run.teacher).resolve().parents
+    ):
+        raise ConfigError(f"--out {run.out} is the teacher's own directory. Give another one.")
     run = _with_captions(run, data)
     trainer = make_trainer(run, data)
     history = trainer.fit(
@@ -235,6 +240,12 @@ def make_run(options: argparse.Namespace) -> RunConfig:
     """Recipe, run file, options and --set to one configuration; what comes later wins."""
     base = recipe_values(options.recipe, options.model, options.role) if options.recipe else {}
     written = _read_run_file(options)
+    command = options.run_class.model_fields["command"].default
+    if written.get("command", command) != command:
+        raise ConfigError(
+            f"The run file belongs to `capdistill {written['command']}`. Use that command, or give "
+            "another file with --config."
+        )
     values = {**base, **{name: _joined(base.get(name), each) for name, each in written.items()}}
     if written.get("losses") is not None:
         values["losses"] = written["losses"]  # whoever names losses names all of them
