@@ -27,14 +27,12 @@ if TYPE_CHECKING:
     from capdistill.generation.hypotheses import CaptionResult
     from capdistill.training.history import History, Row
 
-__all__ = ["attention", "history"]
+__all__ = ["attention", "highlight", "history"]
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
 
-
-__all__ = ["attention", "highlight", "history", "read_history", "require_matplotlib"]
 
 _TRAIN, _VAL = "#0072B2", "#D55E00"  # Okabe and Ito: distinct for colour-blind readers too
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -61,7 +61,7 @@ def test_batches_without_references_are_refused_with_the_reason() -> None:
 
 
 def test_an_id_that_comes_twice_is_refused() -> None:
-    with pytest.raises(DataError, match=r"'0\.jpg' comes twice"):
+    with pytest.raises(DataError, match=r"'0\.jpg' occurs twice"):
         evaluate(TinyCaptioner(), [batch_of([0]), batch_of([1])], **PLAIN)
 
 

@@ -32,7 +32,7 @@ from capdistill.evaluation.table import Progress, evaluation_table
 from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.metrics import CaptionScorer, Diversity, Metric, Scores, diversity
 from capdistill.metrics.scorer import resolve_metrics
-from capdistill.outputs import Batch, part
+from capdistill.outputs import Batch, part, require_unique_ids
 from capdistill.runtime import autocast, on_device, pick_device, pick_precision
 
 SCHEMA = "capdistill.evaluation/1"
@@ -282,6 +282,7 @@ class CaptioningRun:
     ) -> None:
         self.source, self.limit, self.progress = source, limit, progress
         self.generate = generate_function(captioner, generation)
+        self.seen: set[str] = set()
         self.captions: dict[str, str] = {}
         self.references: dict[str, tuple[str, ...]] = {}
         self.unfinished: list[str] = []
@@ -301,6 +302,7 @@ class CaptioningRun:
         for batch in self.progress.over(self._batches(), total):
             if batch.references is None:
                 raise DataError(_NO_REFERENCES)
+            require_unique_ids(batch.image_ids, "evaluate", self.seen)
             hypotheses = self.generate(batch.to(device))
             if len(hypotheses) != batch.num_images:
                 raise ConfigError(
@@ -330,8 +332,6 @@ class CaptioningRun:
 
     def _keep(self, batch: Batch, i: int, hypothesis: Any, references: Sequence[str]) -> None:
         image = batch.image_ids[i]
-        if image in self.captions:
-            raise DataError(f"The image id '{image}' comes twice in the data; ids must differ.")
         self.references[image] = tuple(references)
         if not hasattr(hypothesis, "text") or not hasattr(hypothesis, "finished"):
             raise ConfigError(
