@@ -116,6 +116,18 @@ def test_an_empty_caption_and_another_script_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "dog.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_a_word_in_another_script_touches_no_state_of_other_threads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("warnings.catch_warnings", None)  # it changes the filters of all threads
+        plots.attention(result(("狗", "dog")), tmp_path / "dog.png")
+    titles = [axes.get_title() for axes in plots.attention(result(("狗", "dog"))).axes]
+    assert titles[2] == "dog\n50%"
+    if titles[1] != "狗\n50%":  # no font here has it
+        assert titles[1] == "\u25a1\n50%"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [({"attention": None}, "holds no attention"), ({"grid": None}, "7 visual tokens form no map")],

@@ -9,8 +9,9 @@ import os
 import shutil
 import tempfile
 import textwrap
-import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -88,7 +89,7 @@ def _columns(panels: int) -> int:
 def _dress(axes: Axes, panel: _Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_title(panel.title, fontsize=10, parse_math=False)
+    axes.set_title(_drawable(panel.title), fontsize=10, parse_math=False)
     axes.set_xlabel("optimizer step", fontsize=8)
     axes.set_ylabel(panel.unit, fontsize=8)
     axes.tick_params(labelsize=8)
@@ -177,7 +178,7 @@ def _named_panel(rows: Sequence[Row], key: str, **style: Any) -> Callable[[Axes]
         names = dict.fromkeys(name for row in rows for name in row.get(key) or {})
         for name, color in zip(names, _COLORS * len(names), strict=False):
             points = [(row["step"], (row.get(key) or {}).get(name)) for row in rows]
-            _line(axes, points, color=color, label=name, **style)
+            _line(axes, points, color=color, label=_drawable(name), **style)
 
     return draw
 
@@ -195,7 +196,7 @@ def _finite(values: Iterable[float | None]) -> list[float]:
 
 _TILE, _HEAD, _GAP = 1.8, 0.45, 0.08  # inches: a tile, the title above it, between tiles
 _FOOT = 0.85  # inches: the colour bar and the note
-_COLUMNS = 6
+_COLUMNS = 6  # tiles
 _WIDE = 18  # letters of a word that fit above a tile at full size
 
 NEARLY_EVEN = 2.0
@@ -231,9 +232,11 @@ def attention(result: CaptionResult, path: str | Path | None = None) -> Figure:
     photo = result.image.permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
     most = float(maps.max()) if maps.size else 0.0
     scale = max(most, _LEAST_SCALE)
-    titles = ["photo", *map(_title, result.tokens, result.token_log_probs)]
+    titles = ["photo", *map(_drawable, map(_title, result.tokens, result.token_log_probs))]
     pictures = [photo, *(highlight(photo, each, scale) for each in maps)]
-    text = textwrap.wrap(result.text, 18 * min(_COLUMNS, len(titles))) or ["(empty caption)"]
+    text = textwrap.wrap(_drawable(result.text), 18 * min(_COLUMNS, len(titles))) or [
+        "(empty caption)"
+    ]
     tiles = _tiles(figure, len(titles), len(text))
     for axes, title, picture in zip(tiles, titles, pictures, strict=True):
         size = 10 * min(1.0, _WIDE / max(map(len, title.split("\n"))))
@@ -261,9 +264,6 @@ def highlight(
         weights: (h, w) attention of a map over the whole photo, in multiples of even attention;
             it is enlarged linearly.
         scale: The weight at and above which the photo is shown as it is; 0 is dimmed most.
-
-    Returns:
-        (H, W, 3) uint8.
     """
     height, width = photo.shape[:2]
     rows = _enlarge(np.asarray(weights, np.float64), height)  # (H, w)
@@ -276,19 +276,22 @@ def highlight(
 def _enlarge(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     """(h, w) to (size, w), linearly between the centres of the cells."""
     centres = (np.arange(size) + 0.5) * len(values) / size - 0.5
-    columns = [np.interp(centres, np.arange(len(values)), column) for column in values.T]
-    return np.stack(columns, 1)
+    return np.stack([np.interp(centres, np.arange(len(values)), v) for v in values.T], 1)
 
 
 def _draw_scale(figure: Figure, scale: float, most: float) -> None:
     """The colour bar in multiples of even attention, and a note if attention is nearly even."""
+    from matplotlib.ticker import FixedLocator
+
     wide, high = figure.get_size_inches()
     axes = figure.add_axes((0.3 / wide, 0.5 / high, min(2.4, wide - 0.6) / wide, 0.12 / high))
     swatch = np.full((1, 256, 3), (230, 159, 0), np.uint8)
     ramp = np.linspace(0.0, scale, 256)[None]
     axes.imshow(highlight(swatch, ramp, scale), aspect="auto", extent=(0.0, scale, 0.0, 1.0))
     axes.set_yticks([])
-    axes.set_xticks([0.0, 1.0, scale], ["0", "1", f"{scale:.3g}"], fontsize=7)
+    axes.xaxis.set_major_locator(FixedLocator([0.0, 1.0, scale]))
+    axes.xaxis.set_major_formatter("{x:.3g}")
+    axes.tick_params(labelsize=7)
     label = "attention, in multiples of even attention"
     if most < NEARLY_EVEN:
         label += f"\nattention is nearly even: at most {most:.1f} times"
@@ -390,10 +393,27 @@ def finished(figure: Figure, path: str | Path | None) -> Figure:
     """The figure, written to `path` if there is one."""
     if path is None:
         return figure
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a word in another script
-        write_atomically(path, lambda file: figure.savefig(file, format=_kind(path), dpi=120))
+    write_atomically(path, lambda file: figure.savefig(file, format=_kind(path), dpi=120))
     return figure
+
+
+def _drawable(text: str) -> str:
+    """The text with a box for each character that no configured font has, which would warn."""
+    from matplotlib import rcParams
+
+    known = _characters(tuple(rcParams["font.sans-serif"]))
+    return "".join(c if c == "\n" or ord(c) in known else "\u25a1" for c in text)
+
+
+@cache
+def _characters(families: tuple[str, ...]) -> frozenset[int]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = set(get_font(findfont(FontProperties())).get_charmap())
+    for family in families:
+        with suppress(ValueError):  # a family that is not installed
+            known |= set(get_font(findfont(family, fallback_to_default=False)).get_charmap())
+    return frozenset(known)
 
 
 def _kind(path: str | Path) -> str:
