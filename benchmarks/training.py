@@ -81,7 +81,7 @@ def make_batch(images: int, k: int, size: int) -> Batch:
     )
 
 
-def hand_written(distiller: cd.Distiller, batch: Batch) -> Callable[[], float]:
+def hand_written(distiller: cd.Distiller) -> Callable[[Batch], float]:
     """A loop of the same modules as one would write it without the library's trainer."""
     student, teacher, losses = distiller.student, distiller.teacher, distiller.objective.losses
     need = distiller.objective.needed_outputs | {"logits"}
@@ -89,7 +89,7 @@ def hand_written(distiller: cd.Distiller, batch: Batch) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     teacher.eval()
 
-    def step() -> float:
+    def step(batch: Batch) -> float:
         optimizer.zero_grad(set_to_none=True)
         with autocast(distiller.device, distiller.precision):
             with torch.no_grad():
@@ -113,13 +113,13 @@ def compare_steps(images: int, k: int, steps: int) -> str:
     ours, theirs = make_distiller(), make_distiller()
     size = max(ours.teacher.image_size, ours.student.image_size)
     batch = make_batch(images, k, size)
-    plain = hand_written(theirs, batch)
+    plain = hand_written(theirs)
     theirs.objective.train()
     ours.teacher.eval()  # as `fit` does once; otherwise every step restores its flags
     for _ in range(5):
         ours.step(batch)
-        plain()
-    mine, other = alternate([lambda: ours.step(batch), plain], steps)
+        plain(batch)
+    mine, other = alternate([lambda: ours.step(batch), lambda: plain(batch)], steps)
     return report(mine, other)
 
 
@@ -174,7 +174,7 @@ def compare_fits(files: list[Path], rounds: int) -> str:
     ours, theirs = make_distiller(), make_distiller()
     size = max(ours.teacher.image_size, ours.student.image_size)
     options: dict[str, Any] = {"cache_features": False, "progress": False}
-    options |= {"batch_size": 16, "captions_per_image": 2, "precision": "fp32"}
+    options |= {"batch_size": 16, "captions_per_image": 2}
     ours.fit(data, epochs=1, **options)  # warm up, and see what the defaults choose
     workers = int(getattr(ours.train_source, "num_workers", 0))
     loader = DataLoader(
@@ -187,9 +187,9 @@ def compare_fits(files: list[Path], rounds: int) -> str:
 
     def plain() -> None:
         theirs.objective.train()
+        step = hand_written(theirs)
         for batch in loader:
-            hand = hand_written(theirs, batch)
-            hand()
+            step(batch)
 
     mine, other = alternate([lambda: ours.fit(data, epochs=1, **options), plain], rounds)
     return f"fit, {len(files)} JPEG files, {workers} worker processes: {report(mine, other)}"

@@ -131,6 +131,11 @@ class Loader:
         self._pool: DataLoader[BatchResult] | None = None
         self._busy = False
 
+    @property
+    def has_caches(self) -> bool:
+        """Whether its batches carry cached features."""
+        return bool(self.collator.caches)
+
     def __len__(self) -> int:
         """Batches per epoch, if every image can be read."""
         return -(-self.num_images // self.batch_size)
@@ -171,6 +176,14 @@ class Loader:
         if indices and not seen and start == 0:
             none = f"None of the {self.num_images} images can be used."
             raise DataError(f"{none}\n{self.skipped}") from first_cause
+
+    def first_batch(self) -> Batch | None:
+        """The first usable batch of epoch 0, read in this process: no worker is started."""
+        workers, self.num_workers = self.num_workers, 0
+        try:
+            return next(self.epoch(0), None)
+        finally:
+            self.num_workers = workers
 
     def close(self) -> None:
         """Stop the workers. The next epoch starts new ones."""

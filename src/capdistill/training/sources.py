@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +75,14 @@ def require_usable(stepper: Stepper, train: Source, val: Source | None) -> Batch
     """
     if val is not None:
         ready = isinstance(val, FixedBatches) and isinstance(val.batches, (list, tuple))
-        batches = list(islice(val.epoch(0), None if ready else 1))
+        found = list(val.epoch(0)) if ready else [_first_batch(val)]
+        batches = [batch for batch in found if batch is not None]
         if not batches:
             raise DataError("No usable validation image: the data are empty.")
         references: dict[str, tuple[str, ...]] = {}
         for batch in batches:
             add_references(references, batch)
-    first = next(iter(train.epoch(0)), None)
+    first = _first_batch(train)
     if first is None:
         raise DataError("No usable training image: the data are empty.")
     return first
@@ -93,6 +93,10 @@ def close_workers(*sources: Source | None) -> None:
     for source in sources:
         if isinstance(source, Loader):
             source.close()
+
+
+def _first_batch(source: Source) -> Batch | None:
+    return source.first_batch() if isinstance(source, Loader) else next(iter(source.epoch(0)), None)
 
 
 def number_of_batches(source: Source) -> int:

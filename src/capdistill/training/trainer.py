@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Unpack
 
 from capdistill.captioner import Captioner
-from capdistill.data.loader import skipped_images
+from capdistill.data.loader import Loader, skipped_images
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch
 from capdistill.runtime import evaluating, require_single_process, seed_everything
@@ -110,6 +110,7 @@ class Trainer(Stepper):
         self.stopping = False
         self._identity: dict[str, Any] | None = None
         self._batches_are_lost = False
+        self.cached = False  # whether the training batches carry cached features
 
     # -- a run ----------------------------------------------------------------------------------
 
@@ -159,6 +160,7 @@ class Trainer(Stepper):
             if directory is not None:
                 check_can_save(self.captioner, directory)
             self.train_source, self.val_source = open_sources(self, train, val)
+            self.cached = isinstance(self.train_source, Loader) and self.train_source.has_caches
             first = require_usable(self, self.train_source, self.val_source)
 
             # A fresh run, or the state of the one to continue.
@@ -322,7 +324,7 @@ class Trainer(Stepper):
             data = f"{images} images x {captions} captions" if images else "ready-made batches"
             workers = getattr(source, "num_workers", None)
             data += "" if workers is None else f", {workers} worker processes"
-            cached = ", cached features" if getattr(source, "caches", None) else ""
+            cached = ", cached features" if self.cached else ""
             lines.append(f"  data    {data}{cached}; {self.steps_per_epoch} steps per epoch")
         terms = []
         for name in self.objective.weights:
