@@ -447,7 +447,7 @@ def test_case_13_a_distributed_model_is_saved_without_prefixes(wrap, tmp_path, o
         ("[]", "AttributeError"),
         ('{"format": "another/1"}', "format 'another/1'"),
         ('{"format": "capdistill.captioner/1"}', "KeyError: 'name'"),
-        ('{"format": "capdistill.captioner/1", "name": 3}', "its name is no text"),
+        ('{"format": "capdistill.captioner/1", "name": 3}', "its name is not a string"),
         ('{"format": "capdistill.captioner/1", "name": "a"}', "KeyError: 'encoder'"),
         (
             '{"format": "capdistill.captioner/1", "name": "a", "encoder": {"name": "x"}}',

@@ -214,3 +214,9 @@ def test_wrappers_are_taken_out_at_any_depth_and_a_part_of_that_name_stays(name)
 def test_a_name_that_fits_nothing_without_its_wrappers_is_left_for_the_report():
     state = {"module.encoder.weights": torch.ones(1)}
     assert strip_prefixes(state, ["encoder.weight"]) == state
+
+
+def test_a_path_below_the_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
+    assert list(read_state_dict("~/w.pt")) == ["w"]

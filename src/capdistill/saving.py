@@ -1,6 +1,6 @@
-"""The directory of a saved captioner: its weights, how to make its parts again, its tokenizer.
+"""The directory of a saved captioner: weights, description of its parts, tokenizer.
 
-`Captioner.save` and `Captioner.load` enter here.
+Used by `Captioner.save` and `Captioner.load`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Description = dict[str, Any]
 
 
 def describe_part(part: nn.Module, kind: str, allow_unregistered: bool = False) -> Any:
-    """Name and arguments that make a part again; None where none can and that is allowed.
+    """Name and arguments to create a part again; None if it has none and that is allowed.
 
     Example:
         >>> decoder = decoders.create("lstm", dim=8, hidden=12)
@@ -44,7 +44,7 @@ def describe_part(part: nn.Module, kind: str, allow_unregistered: bool = False) 
         {'name': 'lstm', 'kwargs': {'dim': 8, 'hidden': 12}}
 
     Raises:
-        ConfigError: no registry made it, or its arguments do not fit in JSON.
+        ConfigError: it was not created by a registry, or its arguments do not fit in JSON.
     """
     recipe = recipe_of(part)
     if recipe is not None:
@@ -53,14 +53,14 @@ def describe_part(part: nn.Module, kind: str, allow_unregistered: bool = False) 
         return None
     raise ConfigError(
         f"Captioner.save: the {kind} {type(part).__name__} was not made by a registry, so a file "
-        f"could not make it again. Register its class (capdistill.{kind}s.register) and create it "
+        f"cannot describe it. Register its class (capdistill.{kind}s.register) and create it "
         f"by name, or save with allow_unregistered=True and give the part to "
         f"Captioner.load(directory, {kind}=...)."
     )
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    """Its class, and a hash of its vocabulary's content and order.
+    """Class of a tokenizer, and a hash of the content and order of its vocabulary.
 
     Example:
         >>> describe_tokenizer(WordTokenizer(["dog"]))["class"]
@@ -198,16 +198,15 @@ def read_description(directory: Path) -> Description:
 
 
 def make_part(content: Description, kind: str) -> Any:
-    """Make a part again with random weights: a file lies ready for all of them.
+    """Create a part again with random weights; those of the file replace them.
 
     Raises:
-        CheckpointError: nobody here can make it; the message says how to give it.
+        CheckpointError: it cannot be created here; the message says how to pass it.
     """
     described, fix = content[kind], f"give the part to Captioner.load(directory, {kind}=...)"
     if described is None:
         raise CheckpointError(
-            f"This captioner was saved with an unregistered {kind}, which no file can make again: "
-            f"{fix}."
+            f"This captioner was saved with an unregistered {kind}, which no file describes: {fix}."
         )
     name, registry = described["name"], _REGISTRIES[kind]
     try:
@@ -222,10 +221,10 @@ def make_part(content: Description, kind: str) -> Any:
 def find_tokenizer(
     directory: Path, content: Description, tokenizer: Tokenizer | None = None
 ) -> Tokenizer:
-    """The tokenizer that was saved, or the given one if it has the same vocabulary.
+    """The saved tokenizer, or the given one if it has the same vocabulary.
 
     Raises:
-        CheckpointError: it is not in the directory, or its vocabulary is another one.
+        CheckpointError: it is not in the directory, or its vocabulary differs.
     """
     saved = content.get("tokenizer") or {}
     if tokenizer is None:
@@ -255,7 +254,7 @@ def _is_ours(tokenizer: Tokenizer) -> TypeGuard[WordTokenizer]:
 
 def _check_content(content: Description) -> None:
     if not isinstance(content["name"], str):
-        raise TypeError("its name is no text")
+        raise TypeError("its name is not a string")
     for kind in _REGISTRIES:
         described = content[kind]
         if described is not None and not (

@@ -1,6 +1,6 @@
-"""Reading weights from files and laying them over a module, exactly or not at all.
+"""Read weights from files and load them into a module: all of them, or none.
 
-Encoders enter with backbone files, `Captioner.load` with saved captioners.
+Encoders use it for backbone files, `Captioner.load` for saved captioners.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from capdistill.errors import CheckpointError
+from capdistill.files import user_path
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "model"})
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
@@ -31,8 +32,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Tensors of a safetensors file or of a `torch.save`d state dict, on the CPU.
 
     The content decides which it is, not the file's name. A state dict is read with
-    `weights_only=True`, so that a file cannot run code; where it is wrapped as training scripts
-    do (`{"state_dict": ...}`, `{"model": ...}`), the wrapped one is taken.
+    `weights_only=True`: a file cannot run code. If training scripts wrapped it
+    (`{"state_dict": ...}`, `{"model": ...}`), the inner one is used.
 
     Example:
         >>> import tempfile
@@ -45,10 +46,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         path: The file.
 
     Raises:
-        CheckpointError: there is no such file, it is truncated, holds more than tensors, or no
-            tensors at all.
+        CheckpointError: the file does not exist, is truncated, contains anything but tensors, or
+            no tensors at all.
     """
-    path = Path(path)
+    path = user_path(path, CheckpointError)
     if not path.is_file():
         raise CheckpointError(
             f"No weights file at '{path}'. Give the path of a safetensors file or of a state dict "
@@ -56,7 +57,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         )
     try:
         content = _read_torch(path) if _is_torch(path) else load_file(path)
-    except Exception as error:  # the readers raise a dozen kinds, all mean the same
+    except Exception as error:  # the readers raise a dozen classes, all with the same meaning
         raise CheckpointError(
             f"'{path}' ({path.stat().st_size:,} bytes) cannot be read as weights: it is "
             f"truncated, or neither safetensors nor a plain state dict ({_first_line(error)}). "
@@ -66,7 +67,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The texts that a safetensors file holds beside its tensors; none for any other file.
+    """The metadata of a safetensors file; empty for any other file.
 
     Example:
         >>> read_metadata("no/such/file")
@@ -82,10 +83,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def strip_prefixes(state: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
-    """Remove what wrappers add to names: `module.`, `_orig_mod.`, `model.`, in any nesting.
+    """Remove what wrappers add to names: `module.`, `_orig_mod.`, `model.`, at any depth.
 
-    Only a name that is not expected is touched, and only if without wrappers it is expected; any
-    other stays as it is, for `load_exactly` to report.
+    A name is changed only if it is not expected and becomes so without wrappers. Any other name
+    stays as it is, and `load_exactly` reports it.
 
     Example:
         >>> state = {"module._orig_mod.fc.weight": torch.ones(1), "other": torch.ones(1)}
@@ -104,7 +105,7 @@ def strip_prefixes(state: Mapping[str, Tensor], expected: Iterable[str]) -> dict
         bare = _bare_name(name, known)
         if bare in source:
             raise CheckpointError(
-                f"'{source[bare]}' and '{name}' both mean '{bare}': the file holds the weights "
+                f"'{source[bare]}' and '{name}' both mean '{bare}': the file contains the weights "
                 "twice. Keep one of them."
             )
         source[bare] = name
@@ -112,7 +113,7 @@ def strip_prefixes(state: Mapping[str, Tensor], expected: Iterable[str]) -> dict
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Copy every tensor of `state` into `module`, or change nothing and say what does not fit.
+    """Copy every tensor of `state` into `module`, or change nothing and report what does not fit.
 
     Halves are converted to the module's precision.
 
@@ -123,9 +124,9 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> N
         3.0
 
     Args:
-        module: What receives the weights.
+        module: Receives the weights.
         state: Names and tensors, wrappers' prefixes removed.
-        what: How the message calls them, such as "the weights in 'a.pt' for resnet50".
+        what: Name of the weights in the message, such as "The weights in 'a.pt' for resnet50".
 
     Raises:
         CheckpointError: a name is missing or unexpected, or a shape or kind differs.
@@ -152,7 +153,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> N
 def _is_torch(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(9)
-    if start[8:] == b"{":  # safetensors: eight bytes of length, which may look like anything, JSON
+    if start[8:] == b"{":  # safetensors: a length of eight arbitrary bytes, then JSON
         return False
     return start[:2] == b"PK" or start[:1] == b"\x80"  # zip archive, or a bare pickle
 
@@ -173,7 +174,7 @@ def _tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
     strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if strange:
         raise CheckpointError(
-            f"'{path}' holds other things than tensors: {', '.join(strange[:_SHOWN])}. "
+            f"'{path}' holds more than tensors: {', '.join(strange[:_SHOWN])}. "
             "Save model.state_dict() alone, or under the key 'state_dict'."
         )
     return {str(key): value for key, value in content.items()}
@@ -229,9 +230,9 @@ def load_backbone(
     classifiers: Iterable[str] = (),
     convert: Callable[[State], State] | None = None,
 ) -> None:
-    """Lay a file of weights over a backbone: all of it but the classifier, or nothing.
+    """Load a file of weights into a backbone: all of it except the classifier, or nothing.
 
-    Wrappers' prefixes are removed. Counters of batch norms may be absent from the whole file.
+    Prefixes of wrappers are removed. The file may lack all counters of batch norms.
 
     Example:
         >>> import tempfile, torch
@@ -246,9 +247,9 @@ def load_backbone(
     Args:
         backbone: Receives the weights.
         path: A safetensors file or a state dict.
-        name: How messages call the backbone.
-        classifiers: Modules of the file that are left out knowingly.
-        convert: Resamples position embeddings and the like; it changes no other shape.
+        name: Name of the backbone in messages.
+        classifiers: Modules of the file that are not loaded.
+        convert: Resamples position embeddings and the like; changes no other shape.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit; keys and shapes are listed.
@@ -266,10 +267,10 @@ def load_backbone(
 
 
 def _converted(state: State, own: State, convert: Callable[[State], State]) -> State:
-    """What timm's own filters make of a file, except where they would hide a wrong shape."""
+    """The file converted by timm's own filters, except where they would hide a wrong shape."""
     try:
         converted = dict(convert(dict(state)))
-    except Exception:  # what they cannot read is compared as it is, and listed
+    except Exception:  # a file that they cannot read is compared as it is
         return state
     for key in converted.keys() & state.keys() & own.keys():
         resized = state[key].ndim == own[key].ndim and state[key].shape != own[key].shape
@@ -279,7 +280,7 @@ def _converted(state: State, own: State, convert: Callable[[State], State]) -> S
 
 
 def reachable(url: str, seconds: float = 5.0) -> bool:
-    """Whether a server answers at all, through proxies too; a refusal to serve is an answer.
+    """Whether a server answers, proxies included; a refusal is an answer.
 
     Example:
         >>> reachable("http://127.0.0.1:9", seconds=1.0)
@@ -287,7 +288,7 @@ def reachable(url: str, seconds: float = 5.0) -> bool:
 
     Args:
         url: Any address of the server.
-        seconds: How long to wait, the look-up of its name included.
+        seconds: How long to wait, name resolution included.
     """
     answered = threading.Event()
 
@@ -301,7 +302,7 @@ def reachable(url: str, seconds: float = 5.0) -> bool:
             return
         answered.set()
 
-    thread = threading.Thread(target=ask, daemon=True)  # a look-up of names knows no timeout
+    thread = threading.Thread(target=ask, daemon=True)  # name resolution has no timeout
     thread.start()
     thread.join(seconds)
     return answered.is_set()
@@ -335,16 +336,16 @@ def require_cache(name: str, source: str, cache: str, variable: str) -> None:
 
 
 def unavailable(name: str, source: str, cache: str, reason: str) -> CheckpointError:
-    """The error for pretrained weights that cannot be had.
+    """The error for pretrained weights that cannot be fetched.
 
     Example:
         >>> print(unavailable("resnet50", "https://hub", "~/.cache", "it does not answer"))
-        The pretrained weights of 'resnet50' are not in the cache (~/.cache) and cannot be had
+        The pretrained weights of 'resnet50' are not in the cache (~/.cache) and cannot be fetched
         from https://hub: it does not answer.
         Fetch them elsewhere and give weights="path/to/file", or weights=False for random weights.
     """
     return CheckpointError(
-        f"The pretrained weights of '{name}' are not in the cache ({cache}) and cannot be had\n"
+        f"The pretrained weights of '{name}' are not in the cache ({cache}) and cannot be fetched\n"
         f"from {source}: {reason}.\n"
         'Fetch them elsewhere and give weights="path/to/file", or weights=False for random weights.'
     )

@@ -1,4 +1,4 @@
-"""Case 15: pretrained weights that cannot be had are an error within seconds; caches suffice."""
+"""Case 15: unavailable pretrained weights are an error within seconds; caches suffice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every encoder around a pretrained backbone shares: layout, freezing, head, fingerprint."""
+"""What encoders around a pretrained backbone share: layout, freezing, head, fingerprint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from capdistill.errors import ConfigError
 
 
 class BackboneEncoder(Encoder):
-    """An encoder around a backbone: a subclass makes it, runs it and says what it gives.
+    """An encoder around a backbone. A subclass creates it, runs it and describes its output.
 
     Example:
         >>> from capdistill.encoders.backbone import map_layout
@@ -36,16 +36,17 @@ class BackboneEncoder(Encoder):
         ((2, 2), torch.Size([1, 4, 4]))
 
     Args:
-        name: How messages and the fingerprint call the backbone.
-        backbone: The module, its weights loaded; parts that make no tokens are removed from it.
-        pixels: What it wants to see.
+        name: Name of the backbone in messages and in the fingerprint.
+        backbone: The module with its weights loaded. Parts without effect on the tokens are
+            removed from it.
+        pixels: The images that it expects.
         dim: D, or None for the backbone's own width and no projection.
         trainable: "none", the number of last stages that are trained, or "all".
         refine: Self-attention before ("pre") or after ("post") the projection, or "none".
         dropout: In the refinement and on the projected tokens.
 
     Raises:
-        ConfigError: an option that cannot work, or a backbone that gives no tokens.
+        ConfigError: an option is invalid, or the backbone does not return tokens.
     """
 
     def __init__(
@@ -79,11 +80,11 @@ class BackboneEncoder(Encoder):
 
     @abstractmethod
     def lay_out(self, output: Tensor) -> Layout:
-        """How that output (of one image, 3-d or 4-d) is to be read."""
+        """Layout of that output (of one image, 3-d or 4-d)."""
 
     @abstractmethod
     def stages(self) -> list[list[str]]:
-        """Names of the backbone's parameters, a list a stage, the stem first."""
+        """Names of the backbone's parameters, one list per stage, the stem first."""
 
     def trunk(self, images: Tensor) -> Tensor:
         """(I, 3, H, W) uint8 images to (I, N, D0) tokens; frozen stages build no graph."""
@@ -153,7 +154,7 @@ class BackboneEncoder(Encoder):
         return pixels.contiguous(memory_format=torch.channels_last)  # 1.3 to 2 times faster on CPUs
 
     def _dry_run(self) -> tuple[Layout, frozenset[str]]:
-        """Layout, and parameters without effect on it. A copy runs: nothing of ours changes."""
+        """Layout of the output, and parameters without effect on it, found with a copy."""
         backbone = copy.deepcopy(self.backbone).eval().requires_grad_(True)
         named = dict(backbone.named_parameters())
         side, device = self.image_size, next(iter(named.values())).device
@@ -186,7 +187,7 @@ Form = Literal["tokens", "NCHW", "NHWC"]
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a backbone wants to see.
+    """The images that a backbone expects.
 
     Example:
         >>> Pixels(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).image_size
@@ -194,7 +195,7 @@ class Pixels:
 
     Args:
         image_size: Side in pixels.
-        mean, std: Normalisation of pixels in [0, 1], one value a channel.
+        mean, std: Normalisation of pixels in [0, 1], one value per channel.
 
     Raises:
         ConfigError: the side is not a positive number of pixels.
@@ -255,7 +256,7 @@ def map_layout(shape: tuple[int, ...], form: Form) -> Layout:
 def token_layout(
     shape: tuple[int, ...], prefix: int, patches: tuple[int, int] | None = None
 ) -> Layout:
-    """Layout of a 3-d output; where the grid of patches is unknown, a square one is tried.
+    """Layout of a 3-d output; if the grid of patches is unknown, a square one is tried.
 
     Example:
         >>> token_layout((1, 197, 384), prefix=1).grid
@@ -296,7 +297,7 @@ class TokenAttention(nn.Module):
         self.qkv = nn.Linear(inner, 3 * inner)
         self.up = nn.Linear(inner, width)
         self.dropout = nn.Dropout(dropout)
-        nn.init.normal_(self.up.weight, std=0.02)  # begins near the identity
+        nn.init.normal_(self.up.weight, std=0.02)  # starts near the identity
         nn.init.zeros_(self.up.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -323,7 +324,7 @@ def make_head(width: int, dim: int | None, refine: Refine, dropout: float) -> nn
         dropout: In the refinement, and on the projected tokens.
 
     Raises:
-        ConfigError: a value that cannot work.
+        ConfigError: a value is invalid.
     """
     if refine not in ("none", "pre", "post"):
         raise ConfigError(f"refine is {refine!r}; it must be 'none', 'pre' or 'post'.")

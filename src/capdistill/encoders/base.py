@@ -1,6 +1,6 @@
 """The contract of an encoder: uint8 images in, visual tokens out.
 
-Whoever writes an encoder subclasses `Encoder`; whoever uses one calls it.
+Authors of encoders subclass `Encoder`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from capdistill.encoders.stages import Trainable, child_stages
 from capdistill.errors import CheckpointError, UnknownName
 from capdistill.weights import load_backbone, reachable, require_cache, unavailable
 
-_REST = {"rest": [(r".*", (99999,))]}  # timm's mark for "belongs to the group before"
+_REST = {"rest": [(r".*", (99999,))]}  # timm's mark for "belongs to the previous group"
 
 
 class TimmEncoder(BackboneEncoder):
@@ -43,11 +43,11 @@ class TimmEncoder(BackboneEncoder):
         dim: D, width of the output; None keeps the model's own width and adds no projection.
         weights: True fetches the pretrained ones from timm's hub, False leaves them random, a
             path reads a safetensors file or a state dict: wrapper prefixes and the classifier are
-            dropped, position embeddings resampled, halves converted; the rest must fit exactly.
-            To rebuild an encoder whose weights are loaded afterwards, give the same arguments
-            with weights=False: nothing is fetched or read.
+            dropped, position embeddings are resampled, half precision is converted; the rest must
+            fit exactly. To rebuild an encoder whose weights are loaded afterwards, pass the same
+            arguments with weights=False: nothing is fetched or read.
         trainable: "none", the number of last stages (CNN) or blocks (ViT) that are trained with
-            what follows them, or "all". What is frozen keeps eval mode in training.
+            what follows them, or "all". The output of the last frozen stage can be cached.
         refine: Self-attention before ("pre") or after ("post") the projection, or "none".
         image_size: Side in pixels; None takes the pretrained one.
         dropout: In the refinement and on the projected tokens.
@@ -55,8 +55,8 @@ class TimmEncoder(BackboneEncoder):
 
     Raises:
         UnknownName: timm has no such model.
-        CheckpointError: the weights cannot be had, read or fitted.
-        ConfigError: an option that cannot work.
+        CheckpointError: the weights cannot be fetched or read, or do not fit.
+        ConfigError: an option is invalid.
     """
 
     hub_arguments: ClassVar[tuple[str, ...]] = ("weights",)
@@ -90,7 +90,7 @@ class TimmEncoder(BackboneEncoder):
         return forward(pixels)
 
     def lay_out(self, output: Tensor) -> Layout:
-        """From what the model says of itself: its prefix tokens, patches and width."""
+        """From the model's own attributes: its prefix tokens, patches and width."""
         model, shape = self.backbone, tuple(output.shape)
         if output.ndim == 4:
             return map_layout(shape, _form(model, shape))
@@ -101,7 +101,7 @@ class TimmEncoder(BackboneEncoder):
         return token_layout(shape, prefix, tuple(patches) if patches else None)
 
     def stages(self) -> list[list[str]]:
-        """timm's own coarse groups; what comes after the last one belongs to it."""
+        """timm's own coarse groups; modules after the last one belong to it."""
         matcher = getattr(self.backbone, "group_matcher", lambda coarse: None)(coarse=True)
         if not isinstance(matcher, dict):
             return child_stages(self.backbone)
@@ -110,7 +110,7 @@ class TimmEncoder(BackboneEncoder):
 
 
 def _form(model: nn.Module, shape: tuple[int, ...]) -> Form:
-    """Channels second, unless the model says or its width shows that they are last."""
+    """Channels second, unless the model's attributes or its width show that they are last."""
     if getattr(model, "output_fmt", "NCHW") == "NHWC":
         return "NHWC"
     width = getattr(model, "num_features", None)
@@ -182,7 +182,7 @@ def _pretrained(name: str, config: Any, options: dict[str, Any]) -> nn.Module:
 
 
 def _source(config: Any) -> tuple[str, str, str | None]:
-    """Where the weights come from, where they would be kept, and the file if it is there."""
+    """Where the weights come from, the directory that caches them, and the file if cached."""
     if not config.hf_hub_id:
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         file = os.path.join(folder, os.path.basename(config.url))

@@ -48,8 +48,8 @@ class TorchvisionEncoder(BackboneEncoder):
 
     Raises:
         UnknownName: torchvision has no such classifier.
-        CheckpointError: the weights cannot be had, read or fitted.
-        ConfigError: an option that cannot work, or a model without a map.
+        CheckpointError: the weights cannot be fetched or read, or do not fit.
+        ConfigError: an option is invalid, or the model has no map.
     """
 
     hub_arguments: ClassVar[tuple[str, ...]] = ("weights",)
@@ -114,7 +114,7 @@ def _make(name: str, weights: bool | str | os.PathLike[str], default: Any) -> nn
 
 
 def _fetched(name: str, default: Any) -> str:
-    """The file of the default weights in torch's cache, fetched if it is not there."""
+    """The file of the default weights in torch's cache, fetched if necessary."""
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     file = os.path.join(folder, os.path.basename(urlsplit(default.url).path))
     if os.path.isfile(file):
