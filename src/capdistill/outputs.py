@@ -108,7 +108,7 @@ class Batch:
 
     @property
     def targets(self) -> Tensor:
-        """(B, T - 1) what the decoder should say."""
+        """(B, T - 1) the tokens that the decoder should give."""
         return self.input_ids[:, 1:]
 
     @property
@@ -200,7 +200,7 @@ class ModelSpec:
 
     Args:
         feature_dim: D of the encoder's output, or None where a foreign teacher shows none.
-        tokens: N, visual tokens an image.
+        tokens: N, visual tokens per image.
         prefix_tokens: How many of them (CLS, registers) come first and have no place.
         grid: (h, w) with N = prefix_tokens + h * w, or None.
         hidden_dims: Width of each entry of `hidden`; empty where there is none.

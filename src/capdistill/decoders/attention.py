@@ -1,6 +1,6 @@
 """Attention of words over visual tokens, with the captions of an image folded into one query axis.
 
-The features are projected once an image and never copied: k captions of T words become k * T
+The features are projected once per image and never copied: k captions of T words become k * T
 queries, so that (I, k * T, D) meets (I, N, D).
 """
 
@@ -66,7 +66,7 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * inner)
 
     def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(I, N, D) features to keys and values (I, heads, N, d), once an image."""
+        """(I, N, D) features to keys and values (I, heads, N, d), once per image."""
         keys, values = self.key_value(features).chunk(2, dim=-1)
         return split_heads(keys, self.heads), split_heads(values, self.heads)
 
@@ -85,11 +85,11 @@ class CrossAttention(nn.Module):
         return merge_heads(context).reshape(rows, length, -1), weights
 
 
-ROOM = 64  # words for which room is made at once, and 24 for every beam
+ROOM = 64  # words for which room is made at once, or 24 per beam
 
 
 class Cache:
-    """Self-attention's memory of all layers, one row an image.
+    """Self-attention's memory of all layers, one row per image.
 
     It behaves as a value: a second continuation of the same past gets room of its own, so that
     what was written for the first stays. Where gradients are wanted nothing is written in place.
@@ -121,7 +121,7 @@ class Cache:
         return cls([like.new_empty(*like.shape[:2], 0, like.shape[3])] * (2 * layers))
 
     def extend(self, slots: int) -> Cache:
-        """Place for as many words more, an image; they are then `put`, layer by layer."""
+        """Make room for as many more words per image; they are then `put`, layer by layer."""
         used = self.used + slots
         free = self.tip[0] == self.used and used <= self.rooms[0].shape[2]
         if not free or torch.is_grad_enabled():

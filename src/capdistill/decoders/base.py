@@ -1,6 +1,6 @@
 """The contract of a decoder: visual tokens and words in, logits of the next word out.
 
-Whoever writes a decoder subclasses `Decoder`; generation talks to `start` and `step` only.
+To write a decoder, subclass `Decoder`. Generation calls `start` and `step` only.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class DecoderState:
         [[2.0], [2.0]]
 
     Args:
-        image: Tensors with one row an image (I, ...): features and their projections.
-        row: Tensors with one row a hypothesis (I * beams, ...): recurrent states, masks.
-        beams: Hypotheses an image.
+        image: Tensors with one row per image (I, ...): features and their projections.
+        row: Tensors with one row per hypothesis (I * beams, ...): recurrent states, masks.
+        beams: Hypotheses per image.
         position: Words consumed so far.
         cache: What was written once for all beams of an image.
     """
@@ -115,11 +115,11 @@ class Decoder(nn.Module):
 
     @abstractmethod
     def start(self, features: Tensor) -> DecoderState:
-        """(I, N, D) features to a state with one row an image."""
+        """(I, N, D) features to a state with one row per image."""
 
     @abstractmethod
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """One word a row, (R,), to logits (R, V) of the next and the state after it."""
+        """One word per row, (R,), to logits (R, V) of the next and the state after it."""
 
 
 def require_decoder(decoder: Decoder) -> None:

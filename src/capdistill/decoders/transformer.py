@@ -186,7 +186,7 @@ def see_own(state: DecoderState) -> Tensor:
     new = torch.eye(state.beams, dtype=torch.bool, device=device)
     new = new.repeat(rows // state.beams, 1)  # (R, k)
     past = state.row.get("visible")
-    if past is None:  # there was one beam an image, and all its words are everybody's
+    if past is None:  # there was one beam per image: all rows share its words
         past = new.new_ones(rows, state.position)
     return torch.cat([past, new], 1)
 

@@ -1,6 +1,6 @@
 """The contract of a distillation loss: two outputs in, one sum out.
 
-Whoever writes a loss subclasses `DistillationLoss`; the trainer divides, weights and adds.
+To write a loss, subclass `DistillationLoss`. The trainer divides, weights and adds the sums.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class DistillationLoss(nn.Module):
         )
 
     def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
-        """Create projectors, once, before the optimizer; say what does not fit.
+        """Create projectors, once, before the optimizer; refuse models that do not fit.
 
         Raises:
             IncompatibleModels: student and teacher lack what the loss needs.
@@ -140,7 +140,7 @@ def given(loss: str, what: str, model: str, value: Given | None) -> Given:
     if value is None:
         raise IncompatibleModels(
             f"{loss} asked the {model} for {what} but its output holds None. "
-            f"Return {what} from the {model}, and say so in its spec."
+            f"Return {what} from the {model}, and declare it in its spec."
         )
     return value
 

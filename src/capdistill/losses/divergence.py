@@ -19,7 +19,7 @@ def kl_divergence(
 ) -> Tensor:
     """Sum over valid tokens of KL(teacher || student) of the softened distributions.
 
-    An entry to which the teacher gives no probability adds nothing, whatever the student says: a
+    An entry to which the teacher gives no probability adds nothing, whatever the student gives: a
     token forbidden by -inf in both, or in the teacher alone, is left out. Forbidden by the student
     alone, the divergence is infinite, as the formula has it.
 

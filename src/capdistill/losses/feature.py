@@ -1,4 +1,4 @@
-"""Distillation of what the encoder sees: one vector an image, or one a place."""
+"""Distillation of visual features: one vector per image, or one per grid cell."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class FeatureKD(DistillationLoss):
 
     Args:
         match: What is compared, the mean over the teacher's width of the squared difference.
-            "pooled": the mean over all tokens (CLS included), one vector an image.
+            "pooled": the mean over all tokens (CLS included), one vector per image.
             "attention": tokens weighted by each model's own decoder attention, averaged over the
-            valid tokens of all captions of the image, one vector an image; the weights carry no
+            valid tokens of all captions of the image, one vector per image; the weights carry no
             gradient, and an image without a valid token adds nothing.
-            "auto": the sum of both where both models attend, else "pooled" alone, said once.
+            "auto": the sum of both where both models attend, else "pooled" alone (logged once).
             "grid": prefix tokens dropped, both grids averaged down to the smaller height and
-            width; one vector a cell, the mean over the cells.
+            width; one vector per cell, the mean over the cells.
 
     Raises:
         ConfigError: `match` is none of these, or the loss is built for a second pair of models.
@@ -114,7 +114,7 @@ class FeatureKD(DistillationLoss):
             return (self.match,)
         if not blind:
             return ("pooled", "attention")
-        if self.projector is None:  # said once
+        if self.projector is None:  # logged once
             names = " and ".join(f"the {role} '{specs[role].name}'" for role in blind)
             logger.warning('FeatureKD(match="auto"): no attention in %s; pooled alone.', names)
         return ("pooled",)

@@ -1,4 +1,4 @@
-"""Any existing captioner as a teacher: a module, and a function that says what it computed.
+"""Any existing captioner as a teacher: a module, and a function that returns its outputs.
 
 What the function returns is checked against the batch each time, so that a wrong layout is an
 error that names shapes, never a silently wrong target.
@@ -39,7 +39,7 @@ class ForeignTeacher(nn.Module):
     Attributes:
         module: The model as it was given.
         tokenizer: Its tokenizer.
-        name: How messages call it.
+        name: Name of the model in messages.
         image_size: Side in pixels of the images it wants in a batch, or None.
         rereads_prefix: `generate` runs the whole module again for every word, so its time says
             nothing about the module's own decoding.
@@ -129,17 +129,17 @@ class ForeignTeacher(nn.Module):
         generation: GenerationConfig | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> list[Hypothesis]:
-        """One caption an image, as `Captioner.generate` makes them.
+        """One caption per image, as `Captioner.generate` makes them.
 
-        The module is asked for a whole caption again at every word: `adapt` is all it has.
+        The module reads the whole caption again for every word, since only `adapt` is used.
 
         Args:
             batch: A batch, or (I, 3, H, W) uint8 images, on the module's device.
-            generation: How, as a whole.
-            options: Fields of `GenerationConfig`, over those of `generation`.
+            generation: All options together.
+            options: Fields of `GenerationConfig`; they override those of `generation`.
 
         Raises:
-            ConfigError: options that cannot be.
+            ConfigError: invalid options.
             IncompatibleModels: what `adapt` returns does not fit.
         """
         images = batch.images if isinstance(batch, Batch) else batch
@@ -259,7 +259,7 @@ def normalised(
 
 
 class PrefixDecoder(Decoder):
-    """Reads the whole caption so far again for every word: slow, but it asks for `adapt` alone.
+    """Reads the whole caption so far again for every word: slow, but it needs only `adapt`.
 
     The features are the images themselves, (I, 3, H, W) uint8.
 

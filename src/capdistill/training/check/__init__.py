@@ -66,7 +66,7 @@ def check_training(trainer: Stepper, train: Any = None, val: Any = None) -> Chec
             _attempt(rows, "data", check_data, trial, train, val)
         for topic, check in _CHECKS:
             if not _attempt(rows, topic, check, trial):
-                break  # the next would meet the same trouble
+                break  # the next would meet the same problem
     return CheckReport(tuple(rows))
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from capdistill.training.step import Stepper
 
 
-UNTRAINED_SHARE = 0.9  # of log V: the cross-entropy of a teacher that knows no words
+UNTRAINED_SHARE = 0.9  # of log V, the cross-entropy of random guesses
 
 
 def check_sizes(trial: Trial) -> Iterator[CheckRow]:
@@ -163,7 +163,7 @@ def _check_teacher_knows(trial: Trial) -> Iterator[CheckRow]:
     yield CheckRow("weights", "note", f"{finding}: the teacher looks untrained", fix)
 
 
-MIN_GRADIENT_SHARE = 1e-3  # a term with a smaller share of the gradient teaches nothing
+MIN_GRADIENT_SHARE = 1e-3  # a term with a smaller share of the gradient has no effect
 
 
 def check_projectors(trial: Trial) -> Iterator[CheckRow]:

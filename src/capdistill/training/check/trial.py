@@ -62,7 +62,7 @@ class Trial:
 
 
 def made_up_batch(trainer: Stepper) -> Batch:
-    """Noise and random words, of the configured size; the caller's chance is not touched."""
+    """Noise and random words, of the configured size; the caller's random state is not touched."""
     probe = probe_batch(trainer.captioner, trainer.models)
     images, tokenizer = trainer.config.batch_size, trainer.captioner.tokenizer
     rows = images * (trainer.config.captions_per_image or _CAPTIONS)
