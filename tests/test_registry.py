@@ -176,6 +176,33 @@ def test_describe_says_origin_signature_and_docstring(shapes: Registry[Shape]) -
     )
 
 
+def test_describe_without_a_name_lists_every_name_with_origin_and_first_line(
+    shapes: Registry[Shape], install
+) -> None:
+    shapes.register("round")(Circle)
+    module = install("later", "star", GOOD)
+    install("rotten", "bad", "import sys; sys.exit(3)")
+    listing = shapes.describe()
+    assert repr(listing) == str(listing)
+    rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in listing.splitlines()}
+    assert list(rows) == ["bad", "round", "square", "star"]
+    assert rows["round"].startswith(f"decorator ({__name__})")
+    assert rows["square"].split("  ")[0] == "built-in"
+    assert rows["square"].endswith("Four equal sides.")
+    assert rows["star"].endswith(f"{module}:Plugged")  # a listing imports no plugin
+    assert rows["bad"].startswith("rotten 1.2.3")
+    assert module not in sys.modules
+    shapes.get("star")
+    assert "From outside." in shapes.describe()
+
+
+def test_the_losses_are_listed() -> None:
+    listing = cd.losses.describe()
+    for name in cd.losses.names():
+        assert f"\n{name} " in f"\n{listing}"
+    assert "Match the student's next-token distribution to the teacher's." in listing
+
+
 def test_a_plugin_is_found_where_it_appears_later(shapes: Registry[Shape], install) -> None:
     assert shapes.names() == ["square"]
     module = install("later", "star", GOOD)
