@@ -214,7 +214,7 @@ def test_vocabularies_that_differ_are_a_note_where_only_features_are_compared():
 
 def test_a_model_that_breaks_its_promise_of_shape_fails():
     encoder = Patches()
-    encoder.tokens = 9
+    encoder.tokens, encoder.grid = 9, None
     row = only(check_training(trainer(captioner(encoder=encoder))), "shapes", "fail")
     assert "(2, 4, 8)" in row.finding
 
