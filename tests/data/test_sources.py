@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from capdistill import runtime
-from capdistill.data import CaptionData, Loader
+from capdistill.data import CaptionData, Loader, Splits
 from capdistill.data.loader import FixedBatches, default_num_workers, make_source
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch, require_unique_ids
@@ -41,6 +42,48 @@ def test_a_source_is_used_as_it_is(colours: CaptionData, tokenizer: WordTokenize
         assert make_source(source, tokenizer, image_size=16, batch_size=5, train=True) is source
     orders = [tuple(i for b in loader.epoch(n) for i in b.image_ids) for n in range(3)]
     assert len(set(orders)) == 3
+
+
+def test_a_loader_with_another_vocabulary_is_refused(
+    colours: CaptionData, tokenizer: WordTokenizer
+) -> None:
+    other = Loader(colours, WordTokenizer(["a", "dog"]), image_size=8)
+    with pytest.raises(ConfigError, match=r"another vocabulary \(6 entries\)"):
+        make_source(other, tokenizer, image_size=8, train=True)
+    assert make_source(other, tokenizer, image_size=8) is other  # only its references are read
+    same = WordTokenizer(tokenizer.vocabulary[4:])
+    loader = Loader(colours, same, image_size=8)
+    assert make_source(loader, tokenizer, image_size=8, train=True) is loader
+
+
+@pytest.mark.parametrize("data", ["flickr8k", b"x", Path("x"), {"a.jpg": ["a dog"]}, 3, None])
+def test_what_holds_no_images_is_refused_with_the_choices(
+    data: Any, tokenizer: WordTokenizer
+) -> None:
+    with pytest.raises(ConfigError, match=r"is no data\. Give a capdistill data set"):
+        make_source(data, tokenizer, image_size=8)
+
+
+def test_splits_are_refused_with_the_way_to_one(
+    colours: CaptionData, tokenizer: WordTokenizer
+) -> None:
+    splits = Splits({"train": colours}, name="mine")
+    with pytest.raises(ConfigError, match="Give one of its splits: data.train"):
+        make_source(splits, tokenizer, image_size=8)
+
+
+def test_a_first_item_that_raises_does_not_hide_a_data_set(tokenizer: WordTokenizer) -> None:
+    class Odd:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Any:
+            if index == 0:
+                raise ValueError("bad value")
+            return torch.zeros(3, 8, 8, dtype=torch.uint8), "a picture"
+
+    source = make_source(Odd(), tokenizer, image_size=8)
+    assert [batch.image_ids for batch in source.epoch(0)] == [("1",)]
 
 
 def test_a_class_is_no_source(tokenizer: WordTokenizer) -> None:

@@ -376,15 +376,7 @@ def _count(batches: Iterable[Batch]) -> int:
     return sum(1 for _ in batches)
 
 
-def make_source(
-    data: Any,
-    tokenizer: Tokenizer,
-    *,
-    image_size: int,
-    caches: Mapping[str, Any] | None = None,
-    with_images: bool = True,
-    **options: Any,
-) -> Source:
+def make_source(data: Any, tokenizer: Tokenizer, *, image_size: int, **options: Any) -> Source:
     """What `fit` and `evaluate` take as data, as a source of epochs.
 
     Args:
@@ -392,32 +384,26 @@ def make_source(
             set or a torch Dataset of (image, captions); or an iterable of `Batch`.
         tokenizer: Makes the ids of the captions.
         image_size: Side in pixels of the images in a batch.
-        caches: fingerprint -> cached trunk tokens by image id.
-        with_images: Whether any model still reads pixels.
-        options: Of `capdistill.data.Loader`.
+        options: Of `Loader`, for a data set.
 
     Raises:
         DataError: the data are empty.
-        ConfigError: they are none of these.
+        ConfigError: they are none of these, or a `Loader` to train on with another vocabulary.
     """
     if isinstance(data, Splits):
         raise ConfigError(
             "Splits, a whole data set, was given as data. Give one of its splits: data.train to "
             "train on, data.val to validate on."
         )
+    if isinstance(data, Loader) and "train" in options:  # evaluation reads references, not ids
+        _require_vocabulary(data.collator.tokenizer, tokenizer)
     if callable(getattr(data, "epoch", None)):
         return data  # type: ignore[no-any-return]
-    if _has_items(data):
-        return Loader(
-            data,
-            tokenizer,
-            image_size=image_size,
-            caches=caches or {},
-            with_images=with_images,
-            **options,
-        )
-    if isinstance(data, Iterable):
-        return FixedBatches(data)
+    if not isinstance(data, (str, bytes, os.PathLike, Mapping)):
+        if _has_items(data):
+            return Loader(data, tokenizer, image_size=image_size, **options)
+        if isinstance(data, Iterable):
+            return FixedBatches(data)
     raise ConfigError(
         f"{type(data).__name__} is no data. Give a capdistill data set, a torch Dataset that "
         "yields (image, captions), a Loader or another object with epoch(n, start), or an "
@@ -425,15 +411,22 @@ def make_source(
     )
 
 
+def _require_vocabulary(given: Any, expected: Any) -> None:
+    ours, theirs = (getattr(each, "vocabulary", None) for each in (expected, given))
+    if ours is not None and theirs is not None and list(ours) != list(theirs):
+        raise ConfigError(
+            f"The Loader encodes captions with another vocabulary ({len(theirs)} entries) than the "
+            f"model's ({len(ours)}). Make it with the model's tokenizer."
+        )
+
+
 def _has_items(data: Any) -> bool:
     """Whether these are items (image, captions) by number, not ready-made batches."""
     if isinstance(data, Dataset):
         return not isinstance(data, IterableDataset)
-    return hasattr(data, "__getitem__") and not _holds_batches(data)
-
-
-def _holds_batches(data: Any) -> bool:
+    if not hasattr(data, "__getitem__"):
+        return False
     try:
-        return isinstance(data[0], Batch)
-    except (LookupError, TypeError):
-        return isinstance(data, (list, tuple))
+        return not isinstance(data[0], Batch)
+    except Exception:  # an empty list, or a first item that will be skipped
+        return not isinstance(data, (list, tuple))
