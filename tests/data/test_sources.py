@@ -68,7 +68,7 @@ def test_splits_are_refused_with_the_way_to_one(
     colours: CaptionData, tokenizer: WordTokenizer
 ) -> None:
     splits = Splits({"train": colours}, name="mine")
-    with pytest.raises(ConfigError, match="Give one of its splits: data.train"):
+    with pytest.raises(ConfigError, match=r"Give one of its splits: data\.train"):
         make_source(splits, tokenizer, image_size=8)
 
 
