@@ -11,7 +11,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -288,33 +288,10 @@ Did you mean 'epochs'? ...
     """
     from pydantic import ValidationError
 
-    _refuse_bools(cls, values, what)
     try:
         return cls(**values)
     except ValidationError as error:
         raise refusal(cls, error, what) from error
-
-
-def _refuse_bools(cls: type[BaseModel], values: Mapping[str, Any], what: str) -> None:
-    """Refuse True and False where a number or text is expected; pydantic would take them as 1, 0.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    for name, field in cls.model_fields.items():
-        value, kinds = values.get(name), _kinds(field.annotation)
-        if isinstance(value, bool) and not kinds & {bool, Any}:
-            kind = "number" if kinds & {int, float} else "value of another type"
-            raise ConfigError(f"{what}: option '{name}' was given {value}; expected a {kind}.")
-        if isinstance(value, Mapping):
-            for kind in kinds:
-                if hasattr(kind, "model_fields"):
-                    _refuse_bools(kind, value, f"{what}: {name}")
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    inner = get_args(annotation)
-    return {kind for each in inner for kind in _kinds(each)} if inner else {annotation}
 
 
 def refusal(cls: type[BaseModel], error: ValidationError, what: str) -> ConfigError:
@@ -331,7 +308,8 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
         return f"option '{name}' must be given."
     if problem["type"] == "value_error" and not name:
         return str(problem["ctx"]["error"])
-    return f"option '{name}' was given {problem['input']!r}: {problem['msg']}."
+    reason = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"option '{name}' was given {problem['input']!r}: {reason}."
 
 
 Requirement = tuple[Callable[[Any], bool], str]

@@ -66,7 +66,10 @@ def test_a_setting_of_another_form_is_refused(setting: str) -> None:
         ({"weights": {"token": True}}, "option 'weights.token"),
         ({"weights": {"token": -1}}, "option 'weights.token"),
         ({"weights": [1]}, "weights: .*expected term -> weight"),
-        ({"train": {"epochs": True}}, "train: option 'epochs' was given True; expected a number"),
+        (
+            {"train": {"epochs": True}},
+            "'epochs' was given True: expected a whole number",
+        ),
         ({"train": {"generation": {"beam_size": True}}}, "'beam_size' was given True"),
         ({"tokenizer": {"min_count": True}}, "tokenizer: option 'min_count' was given True"),
         ({"data": {"format": "sample", "limit": True}}, "option 'limit' was given True"),
@@ -227,11 +230,11 @@ def test_a_directory_named_like_a_number_keeps_its_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.epochs=true", "expected a number"),
+        ("train.epochs=true", "expected a whole number"),
         ("train.epochs=three", "option 'epochs' was given 'three'"),
         ("weights.token=true", "weights.token"),
         ("weights.token=null", "weights.token"),
-        ("train.generation.beam_size=true", "expected a number"),
+        ("train.generation.beam_size=true", "expected a whole number"),
         ("train.epoch=3", "train: there is no option 'epoch'.*Did you mean 'epochs'"),
         ("trian.epochs=3", "there is no option 'trian'.*Did you mean 'train'"),
         ("data.pth=x", "there is no option 'pth'"),
