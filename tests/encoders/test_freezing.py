@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from capdistill.encoders.timm import TimmEncoder
+from capdistill.encoders.torchvision import TorchvisionEncoder
 
 
 def trained(encoder) -> set[str]:
@@ -61,6 +62,23 @@ def test_what_follows_the_last_stage_belongs_to_it():
         "features.denseblock4",
         "features.norm5",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("densenet121", {"features.denseblock4", "features.norm5"}),
+        ("swin_t", {"features.7", "norm"}),
+        ("resnet18", {"layer4"}),
+    ],
+)
+def test_a_final_norm_of_torchvision_belongs_to_the_last_stage(name, stages):
+    with torch.device("meta"):
+        encoder = TorchvisionEncoder(name, weights=False, trainable=1)
+
+    keys = trained(encoder)
+    assert {stage for stage in stages if any(key.startswith(stage) for key in keys)} == stages
+    assert all(key.startswith(tuple(stages)) for key in keys)
 
 
 @pytest.mark.parametrize("trainable", ["none", 1, 2])

@@ -87,8 +87,13 @@ class TorchvisionEncoder(BackboneEncoder):
         return map_layout(tuple(output.shape), "NCHW")
 
     def stages(self) -> list[list[str]]:
-        """Children such as `layer4`, and the members of `features`."""
-        return child_stages(self.backbone, _CONTAINERS)
+        """Children such as `layer4`, and the members of `features`; a final norm is no stage."""
+        *stages, last = child_stages(self.backbone, _CONTAINERS)
+        owners = {key.rpartition(".")[0] for key in last}
+        norms = [self.backbone.get_submodule(owner) for owner in owners]
+        if stages and all("Norm" in type(norm).__name__ for norm in norms):
+            return [*stages[:-1], stages[-1] + last]
+        return [*stages, last]
 
 
 def _check_name(name: str) -> None:
