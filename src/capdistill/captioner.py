@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import length_hint
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
@@ -76,13 +77,11 @@ class Captioner(nn.Module):
         self.tokenizer, self.name = tokenizer, name
 
     def __repr__(self) -> str:
-        """One line; `print(captioner.encoder)` and `print(captioner.decoder)` show the modules."""
-        encoder, decoder = type(self.encoder).__name__, type(self.decoder).__name__
+        encoder, decoder, words = self.encoder, self.decoder, len(self.tokenizer.vocabulary)
         return (
-            f"Captioner '{self.name}': {encoder} ({self.encoder.tokens} tokens x "
-            f"{self.encoder.dim}) + {decoder}, {len(self.tokenizer.vocabulary):,} vocabulary "
-            f"entries, {self.num_parameters():,} parameters "
-            f"({self.num_parameters(trainable=True):,} trainable)"
+            f"Captioner '{self.name}': {type(encoder).__name__} ({encoder.tokens} tokens x "
+            f"{encoder.dim}) + {type(decoder).__name__}, {words:,} vocabulary entries, "
+            f"{self.num_parameters():,} parameters ({self.num_parameters(True):,} trainable)"
         )
 
     @classmethod
@@ -367,8 +366,7 @@ class Captioner(nn.Module):
 def _bar(stream: Iterator[Any], images: Any) -> Iterator[Any]:
     from tqdm import tqdm
 
-    total = len(images) if hasattr(images, "__len__") else None
-    yield from tqdm(stream, total=total, desc="captioning", unit="image")
+    yield from tqdm(stream, total=length_hint(images) or None, desc="captioning", unit="image")
 
 
 def _caption(
@@ -410,17 +408,12 @@ def _result(
 def _attention(
     captioner: Captioner, features: Tensor, hypotheses: Sequence[Hypothesis]
 ) -> list[Tensor | None]:
-    """The attention of each caption's tokens, (T, N) per image; None where there is none.
-
-    The decoder's `forward` reads the captions once more: it gives the logits of `step`.
-    """
-    if not captioner.decoder.has_attention:
-        return [None] * len(hypotheses)
+    """(T, N) attention of each caption's tokens, by the decoder's `forward`; None without any."""
     tokenizer = captioner.tokenizer
     rows = [[tokenizer.start_id, *hypothesis.tokens] for hypothesis in hypotheses]
     ids = pad_batch(rows, tokenizer.pad_id)[0].to(features.device)  # (I, T + 1)
     weights = captioner.decoder(ids, features, frozenset({"attention"})).attention
-    if weights is None:
+    if weights is None:  # a decoder without attention
         return [None] * len(hypotheses)
     pairs = zip(weights.float().cpu(), hypotheses, strict=True)
     return [each[: len(hypothesis.tokens)] for each, hypothesis in pairs]  # (T, N)
