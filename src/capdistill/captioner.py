@@ -31,7 +31,6 @@ from capdistill.generation.hypotheses import CaptionResult, Hypothesis
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import inference
 from capdistill.tokenizer import Tokenizer, pad_batch, require_tokenizer
-from capdistill.weights import load_exactly, read_state_dict, strip_prefixes
 
 OneImage: TypeAlias = "str | os.PathLike[str] | bytes"
 SeveralImages: TypeAlias = "list[str] | list[Path] | list[bytes]"
@@ -56,8 +55,7 @@ class Captioner(nn.Module):
 
     Raises:
         IncompatibleModels: the encoder's width is not the one the decoder reads.
-        ConfigError: a part lacks an attribute of its contract, or the decoder already belongs to
-            another vocabulary.
+        ConfigError: a part lacks an attribute, or the decoder belongs to another vocabulary.
     """
 
     def __init__(
@@ -303,15 +301,14 @@ class Captioner(nn.Module):
         )
 
     def save(self, directory: str | Path, *, allow_unregistered: bool = False) -> None:
-        """Write model.safetensors, captioner.json and the tokenizer; the directory loads alone.
+        """Write model.safetensors, captioner.json and tokenizer.json: all of them, or none.
 
-        Arguments of the parts are kept as JSON: paths as strings, tuples and arrays as lists. A
-        tokenizer that is not a `WordTokenizer` is not written: give it to `load`.
+        Arguments of the parts are kept as JSON. A tokenizer that is not a `WordTokenizer` is not
+        written: pass it to `load`.
 
         Args:
-            directory: Made where there is none.
-            allow_unregistered: Save although a part was not made by a registry; `load` must then
-                be given that part.
+            directory: Created if it does not exist.
+            allow_unregistered: Save a part that no registry created; pass it to `load`.
 
         Raises:
             ConfigError: a part was not made by a registry, or the directory cannot be written.
@@ -334,15 +331,15 @@ class Captioner(nn.Module):
         tokenizer: Tokenizer | None = None,
         device: str | torch.device = "cpu",
     ) -> Captioner:
-        """Read what `save` wrote. Touches no hub, no teacher and no pickle.
+        """Read what `save` wrote, without a hub, a teacher or pickle.
 
-        What wrappers add to names (`module.`, `_orig_mod.`, `model.`) is removed; everything else
-        must fit exactly.
+        Prefixes of wrappers (`module.`, `_orig_mod.`, `model.`) are removed from the names of
+        weights; everything else must fit exactly.
 
         Args:
             directory: As given to `save`.
-            encoder, decoder: Parts that no registry could make again.
-            tokenizer: The one it was trained with, where that is no `WordTokenizer`.
+            encoder, decoder: Parts that were not created by a registry.
+            tokenizer: The one it was trained with, unless that is a `WordTokenizer`.
             device: Where the model goes.
 
         Raises:
@@ -356,10 +353,7 @@ class Captioner(nn.Module):
             saving.find_tokenizer(directory, content, tokenizer),
             name=content["name"],
         )
-        saving.require_same_captioner(directory, content)
-        path = saving.saved_file(directory, saving.WEIGHTS)
-        state = strip_prefixes(read_state_dict(path), captioner.state_dict())
-        load_exactly(captioner, state, f"The weights in '{path}'")
+        saving.load_weights(directory, content, captioner)
         return captioner.to(device).eval()
 
 

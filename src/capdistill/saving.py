@@ -23,7 +23,7 @@ from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import remove_abandoned, temporary_name, write_atomically, write_text
 from capdistill.registry import recipe_of
 from capdistill.tokenizer import Tokenizer, WordTokenizer
-from capdistill.weights import read_metadata
+from capdistill.weights import load_exactly, read_metadata, read_state_dict, strip_prefixes
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "captioner.json", "tokenizer.json"
 PENDING = ".captioner"  # a directory of files that are complete but not yet in place
@@ -158,13 +158,15 @@ def _hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def require_same_captioner(directory: Path, content: Description) -> None:
-    """Check that weights and description were saved together.
+def load_weights(directory: Path, content: Description, model: nn.Module) -> None:
+    """Load the saved weights, exactly or not at all.
 
-    A file of weights without an identity (written by other tools) is taken as it is.
+    Weights and description must have been saved together. A file of weights without an identity
+    (written by other tools) is accepted.
 
     Raises:
-        CheckpointError: they belong to different captioners, or the weights cannot be read.
+        CheckpointError: they belong to different captioners, or the weights cannot be read or do
+            not fit; the message lists names and shapes.
     """
     path = saved_file(directory, WEIGHTS)
     identity = read_metadata(path).get(_ID)
@@ -175,6 +177,8 @@ def require_same_captioner(directory: Path, content: Description) -> None:
             f"are {identity[:12]}, those described {str(expected)[:12]}. Copy all files of one "
             "captioner, or save it again."
         )
+    state = strip_prefixes(read_state_dict(path), model.state_dict())
+    load_exactly(model, state, f"The weights in '{path}'")
 
 
 def read_description(directory: Path) -> Description:
