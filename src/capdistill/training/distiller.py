@@ -23,6 +23,7 @@ from capdistill.outputs import Batch, CaptionerOutput
 from capdistill.runtime import evaluating, seeded
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, TrainOptions
 from capdistill.training.objective import Objective, Weight
+from capdistill.training.run_directory import options_of
 from capdistill.training.trainer import Trainer
 
 
@@ -76,6 +77,7 @@ class Distiller(Trainer):
         built = make_losses(losses)
         completed = complete_weights(weights, built)
         self.objective = Objective(student, built, completed, self.config.label_smoothing)
+        self.loss_options = {name: options_of(loss) for name, loss in self._losses.items()}
         require_apart(teacher, self.objective)
         self.objective.kept_in_eval = shared_modules(teacher, self.objective)
         self._built = False

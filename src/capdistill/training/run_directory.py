@@ -166,9 +166,10 @@ def _plain_attributes(module: Any) -> dict[str, Any]:
 def identity(stepper: Stepper, train: Source | None, val: Source | None = None) -> dict[str, Any]:
     """What makes a run this run, as plain data: its objective, teacher, words and data."""
     config, objective = stepper.config, stepper.objective
-    losses = {name: _part_of_state(loss) for name, loss in objective.losses.items()}
     weights = {name: _plain(value) for name, value in objective.weights.items()}
-    found: dict[str, Any] = {f"losses.{name}": value for name, value in losses.items()}
+    found: dict[str, Any] = {
+        f"losses.{name}": value for name, value in stepper.loss_options.items()
+    }
     found |= {f"weights.{name}": value for name, value in weights.items()}
     found["label_smoothing"] = config.label_smoothing
     found["monitor"] = config.monitor
@@ -193,8 +194,8 @@ def _data_digest(source: Source) -> str:
     return f"{getattr(source, 'num_images', 'an unknown number of')} images"
 
 
-def _part_of_state(part: nn.Module) -> str:
-    """A loss and its plain options, whether a registry made it or not."""
+def options_of(part: nn.Module) -> str:
+    """The class of a loss and its plain options, whether a registry made it or not."""
     kind = f"{type(part).__module__}:{type(part).__qualname__}"
     options = ", ".join(f"{k}={v!r}" for k, v in sorted(_plain_attributes(part).items()))
     return f"{kind}({options})"

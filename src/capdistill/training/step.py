@@ -52,6 +52,7 @@ class Stepper:
         self.config = config
         self.captioner = captioner
         self.objective = objective
+        self.loss_options: dict[str, str] = {}  # of each loss, as it was given
         self.optimizer: torch.optim.Optimizer | None = None
         self.schedule: Scheduler
         self._steps_per_epoch: int | None = None
