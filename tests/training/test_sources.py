@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from capdistill import Captioner, Trainer
+from capdistill import Captioner, Distiller, Trainer
 from capdistill.data import CaptionData, Example
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
 from capdistill.tokenizer import WordTokenizer
+from capdistill.training.sources import open_sources
 from tests.training import tiny_models as tiny
 
 COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta")
@@ -202,7 +203,7 @@ def test_validation_without_references_is_refused_before_the_first_step() -> Non
 
 
 def test_validation_equals_the_loss_of_all_its_tokens_and_changes_nothing() -> None:
-    tested = trainer(epochs=1)
+    tested = trainer(epochs=1, label_smoothing=0.0)
     tested.fit(BATCHES)
     source_like = tested.train_source
     assert source_like is not None
@@ -251,6 +252,19 @@ def test_the_number_of_captions_that_the_data_decide_is_recorded(
         assert written["config"]["captions_per_image"] == expected
     trainer.fit(three, captions_per_image=1)
     assert next(iter(trainer.train_source.epoch(0))).captions_per_image == 1
+
+
+@pytest.mark.parametrize("sides", [(8, 12), (12, 8)])
+def test_images_are_loaded_at_the_larger_size_of_the_models(
+    colours: CaptionData, sides: tuple[int, int]
+) -> None:
+    teacher, student = tiny.make_teacher(), tiny.make_student()
+    plain = Trainer(student, **tiny.QUIET)
+    pair = Distiller(teacher, student, losses={}, **tiny.QUIET)
+    teacher.encoder.image_size, student.encoder.image_size = sides
+    for trainer, side in ((plain, sides[1]), (pair, 12)):
+        for source in open_sources(trainer, colours, colours):
+            assert next(iter(source.epoch(0))).images.shape[1:] == (3, side, side)
 
 
 def test_options_of_decoding_stand_beside_those_of_training() -> None:

@@ -22,7 +22,7 @@ from tests.training import tiny_models as tiny
 
 WEIGHTS = {"ce": 0.5, "token": 0.7, "feature": 0.4, "hidden": 0.3}
 SEVEN = [3, 1, 2, 4, 1, 5, 2]  # words of the captions, case 10
-CONSTANT = {"schedule": "constant"}  # most tests step by hand
+CONSTANT = {"schedule": "constant", "label_smoothing": 0.0}  # most tests step by hand
 SGD = {"learning_rate": 0.01, "encoder_lr_scale": 1.0, "weight_decay": 0.0, "max_grad_norm": None}
 
 
@@ -309,6 +309,7 @@ def test_a_student_learns_to_stop_where_padding_and_end_are_one_id() -> None:
         epochs=60,
         learning_rate=0.03,
         schedule="constant",
+        label_smoothing=0.0,
         augment=False,
         batch_size=2,
     )

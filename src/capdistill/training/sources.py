@@ -174,7 +174,7 @@ def _is_source(data: Any) -> bool:
 
 def _source(stepper: Stepper, data: Any, cached: bool, **options: Any) -> Source:
     config, tokenizer = stepper.config, stepper.captioner.tokenizer
-    size = image_size(stepper.models)
+    size = image_size(*stepper.models)
     if not cached:
         return make_source(
             data, tokenizer, image_size=size, num_workers=config.num_workers, **options

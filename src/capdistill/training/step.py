@@ -250,6 +250,8 @@ class Stepper:
         if noise and self.objective.training:
             input_fn = noisy_inputs(self.captioner, batch, self.config, self.epoch, self.progress)
         batch = batch.to(self.device)
+        norms = batch_norms(self.objective) if batch.num_images == 1 else []
+        before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
         with autocast(self.device, self.precision):
             teacher = self.teacher_output(batch)
             try:
@@ -258,6 +260,8 @@ class Stepper:
                 if "more than 1 value per channel" not in str(error):
                     raise
             self.meter.running_statistics += 1
+            for buffer, value in before:  # some norms have taken part before one refused
+                buffer.copy_(value)
             with batch_norms_in_eval(self.objective):
                 return self.objective(batch, teacher, input_fn)  # type: ignore[no-any-return]
 
@@ -402,11 +406,16 @@ def warn_of_untrained(objective: nn.Module) -> None:
         )
 
 
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The batch norms that are in training mode."""
+    kinds = (nn.modules.batchnorm._BatchNorm,)
+    return [part for part in module.modules() if isinstance(part, kinds) and part.training]
+
+
 @contextmanager
 def batch_norms_in_eval(module: nn.Module) -> Iterator[None]:
     """Batch norms use their running statistics inside the block and do not update them."""
-    kinds = (nn.modules.batchnorm._BatchNorm,)
-    norms = [part for part in module.modules() if isinstance(part, kinds) and part.training]
+    norms = batch_norms(module)
     try:
         for norm in norms:
             norm.eval()
