@@ -126,7 +126,7 @@ class WithPositions(nn.Module):
 def test_norms_biases_and_embeddings_do_not_decay_and_the_trunk_learns_a_tenth() -> None:
     student = tiny.make_student(norm=True)
     student.encoder.positions = WithPositions()
-    distiller = Distiller(tiny.make_teacher(), student, learning_rate=0.5)
+    distiller = Distiller(tiny.make_teacher(), student, learning_rate=0.5, weight_decay=0.01)
     groups = parameter_groups(distiller.objective, student, distiller.config)
     names = {id(p): name for name, p in distiller.objective.named_parameters()}
     decay = {
