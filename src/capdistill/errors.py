@@ -216,6 +216,9 @@ def require_text(value: object, where: str) -> str:
     return value  # type: ignore[return-value]
 
 
+PRINTED_ENDS = ("]", ")", "}", ">", "'", '"')  # how a value that was printed into a text ends
+
+
 def text_problem(value: object) -> str:
     """Describe why a value is not the text of a caption; "" if it is.
 
@@ -236,7 +239,7 @@ def text_problem(value: object) -> str:
 
 def _printed_kind(text: str) -> str:
     """The type of the value that was printed into a text: list, dict, bytes, object; "" if none."""
-    if text[-1:] not in tuple("])}>'\""):
+    if not text.endswith(PRINTED_ENDS):
         return ""
     if re.fullmatch(r"<[\w.]+(?: object)? at 0x[0-9a-fA-F]+>", text):
         return "object"

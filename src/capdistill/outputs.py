@@ -6,13 +6,14 @@ N visual tokens, D and H widths. Token ids are int64; masks are bool, True = rea
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from capdistill.errors import DataError, require_text, shortened, text_problem
+from capdistill.errors import PRINTED_ENDS, DataError, require_text, shortened
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Batch:
             raise DataError(f"Batch: image_ids are {shortened(self.image_ids)}; expected strings.")
         k = captions // images
         for row, caption in enumerate(self.captions):
-            if text_problem(caption):
+            if type(caption) is not str or caption.rstrip().endswith(PRINTED_ENDS):
                 require_text(caption, f"Batch: a caption of image '{self.image_ids[row // k]}'")
         if self.references is not None:
             self._check_references(self.references)
@@ -88,7 +89,7 @@ class Batch:
                     "a tuple of texts."
                 )
             for text in texts:
-                if text_problem(text):
+                if type(text) is not str or text.rstrip().endswith(PRINTED_ENDS):
                     require_text(text, f"Batch: a reference of image '{image_id}'")
 
     @property
@@ -118,9 +119,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        move = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
+        moved = copy.copy(self)  # it was checked when it was made
+        for name in _TENSORS:
+            tensor = getattr(self, name).to(device, non_blocking=True)
+            object.__setattr__(moved, name, tensor)
         cached = {key: value.to(device, non_blocking=True) for key, value in self.cached.items()}
-        return replace(self, **move, cached=cached)
+        object.__setattr__(moved, "cached", cached)
+        return moved
 
 
 _TENSORS = ("images", "input_ids", "mask")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from capdistill.errors import (
+    PRINTED_ENDS,
     CheckpointError,
     ConfigError,
     DataError,
@@ -183,7 +184,9 @@ class WordTokenizer:
 
     def encode(self, caption: str) -> list[int]:
         """Ids of a caption: start, words, end; without end where it was cut."""
-        words = split_words(require_text(caption, "WordTokenizer: the caption"))
+        if type(caption) is not str or caption.rstrip().endswith(PRINTED_ENDS):
+            require_text(caption, "WordTokenizer: the caption")
+        words = split_words(caption)
         ids = [self._ids.get(word, self.unk_id) for word in words[: self.max_length]]
         end = [] if len(words) > self.max_length else [self.end_id]
         return [self.start_id, *ids, *end]

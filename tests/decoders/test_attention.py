@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from capdistill.decoders.attention import CrossAttention, attend
+from capdistill.decoders.base import CrossAttention, attend
 from tests.decoders.decoder_cases import DIM, TOKENS
 
 WIDTH, INNER = 6, 12

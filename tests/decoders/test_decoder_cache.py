@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from capdistill.decoders.attention import ROOM, Cache
+from capdistill.decoders.base import ROOM, Cache
 from tests.decoders.decoder_cases import inputs, make
 
 

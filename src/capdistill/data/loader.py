@@ -18,15 +18,12 @@ from capdistill.data.dataset import Splits
 from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.outputs import Batch
 from capdistill.runtime import (
+    default_num_workers,
     generator,
-    is_picklable,
-    max_workers,
     require_picklable,
     worker_start_method,
 )
 from capdistill.tokenizer import Tokenizer
-
-_FEW_BATCHES, _MAX_WORKERS = 8, 4
 
 
 class Loader:
@@ -248,37 +245,6 @@ def _unchanged(result: Any) -> Any:
 
 def _ignore_ctrl_c(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process finishes its step
-
-
-def default_num_workers(data: Any, batch_size: int = 16, *, start_method: str | None = None) -> int:
-    """The number of processes to read a data set with.
-
-    As many as there are CPU cores for this process, at most four. None for less than eight batches,
-    for images in memory, on a single core, or in a process that may not start others. Without
-    "fork", where workers import the program again, none for a data set that cannot be pickled or a
-    program without `if __name__ == "__main__"`.
-
-    Example:
-        >>> from capdistill.data import sample
-        >>> default_num_workers(sample().train)
-        0
-
-    Args:
-        data: A data set.
-        batch_size: Images per batch.
-        start_method: As for `Loader`.
-    """
-    workers = max_workers(start_method)
-    if workers < 2 or len(data) < _FEW_BATCHES * batch_size or _is_in_memory(data):
-        return 0
-    forked = worker_start_method(start_method) == "fork"
-    return min(workers, _MAX_WORKERS) if forked or is_picklable(data) else 0
-
-
-def _is_in_memory(data: Any) -> bool:
-    first = data[0] if isinstance(data, (list, tuple)) else None
-    image = first[0] if isinstance(first, (list, tuple)) and first else None
-    return image is not None and not isinstance(image, (str, os.PathLike))
 
 
 def _length(data: Any) -> int:

@@ -1,6 +1,7 @@
 """The contract of a decoder: visual tokens and words in, logits of the next word out.
 
-To write a decoder, subclass `Decoder`. Generation calls `start` and `step` only.
+To write a decoder, subclass `Decoder`. Generation calls `start` and `step` only. The attention that
+the built-in decoders share stands below it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capdistill.decoders.attention import Cache
 from capdistill.errors import ConfigError, Requirement, are_counts, is_count, require_attributes
 from capdistill.outputs import DecoderOutput
 
@@ -139,3 +141,144 @@ _ATTRIBUTES: dict[str, Requirement] = {
     "start": (callable, "a method from features to the first state"),
     "step": (callable, "a method from words and a state to logits and the next state"),
 }
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(R, T, W) to (R, heads, T, W / heads)."""
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(R, heads, T, d) to (R, T, heads * d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, need: bool, dropout: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention; the weights only where somebody looks at them.
+
+    Args:
+        query: (R, heads, T, d).
+        keys: (R, heads, N, d).
+        values: (R, heads, N, d).
+        need: Whether to return the weights; otherwise a fused kernel runs.
+        dropout: On the weights, where there are none to show.
+
+    Returns:
+        (R, heads, T, d) contexts, and (R, T, N) weights, mean over heads, or None.
+    """
+    if not need:
+        return F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout), None
+    exact = torch.promote_types(query.dtype, torch.float32)  # halves are too coarse for a softmax
+    scores = query.to(exact) @ keys.to(exact).transpose(-1, -2) / query.shape[-1] ** 0.5
+    weights = scores.softmax(-1)  # (R, heads, T, N)
+    dropped = F.dropout(weights, dropout) if dropout else weights
+    return dropped.to(values.dtype) @ values, weights.mean(1)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention whose queries are folded by image.
+
+    Args:
+        width: Width of the queries.
+        dim: D, width of the features.
+        heads: Attention heads.
+        inner: Width of queries and keys together over all heads; `width` unless given.
+        dropout: On the attention weights.
+    """
+
+    def __init__(
+        self, width: int, dim: int, heads: int, inner: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        inner = width if inner is None else inner
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(width, inner)
+        self.key_value = nn.Linear(dim, 2 * inner)
+
+    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(I, N, D) features to keys and values (I, heads, N, d), once per image."""
+        keys, values = self.key_value(features).chunk(2, dim=-1)
+        return split_heads(keys, self.heads), split_heads(values, self.heads)
+
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, need: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, W) words, rows grouped by image, to (B, T, inner) and (B, T, N) or None."""
+        rows, length = x.shape[:2]
+        images = keys.shape[0]
+        folded = self.query(x).reshape(images, -1, keys.shape[1] * keys.shape[3])  # (I, k*T, inner)
+        query = split_heads(folded, self.heads)  # (I, h, k*T, d)
+        dropout = self.dropout if self.training else 0.0
+        context, weights = attend(query, keys, values, need, dropout)
+        if weights is not None:
+            weights = weights.reshape(rows, length, -1)  # (B, T, N)
+        return merge_heads(context).reshape(rows, length, -1), weights
+
+
+ROOM = 64  # words for which room is made at once, or 24 per beam
+
+
+class Cache:
+    """Self-attention's memory of all layers, one row per image.
+
+    It behaves as a value: a second continuation of the same past gets room of its own, so that
+    what was written for the first stays. Where gradients are wanted nothing is written in place.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     cache = Cache.empty(layers=1, like=torch.zeros(2, 1, 1, 4)).extend(3)
+        ...     keys, values = cache.put(0, torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
+        >>> keys.shape, cache.keep(torch.tensor([1])).used
+        (torch.Size([2, 1, 3, 4]), 3)
+
+    Args:
+        rooms: Keys, values, keys, values, ... of the layers, (I, heads, capacity, d).
+        used: Slots that hold words; the others are free.
+        new: How many of them are still to be `put`.
+        tip: The last slot that anybody wrote, shared by all caches of the same rooms.
+    """
+
+    def __init__(
+        self, rooms: list[Tensor], used: int = 0, new: int = 0, tip: list[int] | None = None
+    ) -> None:
+        self.rooms, self.used, self.new = rooms, used, new
+        self.tip = [used] if tip is None else tip
+        self.moves = tip is None  # the words so far have to be copied to new rooms first
+
+    @classmethod
+    def empty(cls, layers: int, like: Tensor) -> Cache:
+        """No word yet, for as many images, heads and dimensions as keys (I, heads, N, d) have."""
+        return cls([like.new_empty(*like.shape[:2], 0, like.shape[3])] * (2 * layers))
+
+    def extend(self, slots: int) -> Cache:
+        """Make room for as many more words per image; they are then `put`, layer by layer."""
+        used = self.used + slots
+        free = self.tip[0] == self.used and used <= self.rooms[0].shape[2]
+        if not free or torch.is_grad_enabled():
+            return Cache([*self.rooms], used, slots)
+        self.tip[0] = used
+        return Cache([*self.rooms], used, slots, self.tip)
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the newest words (I, heads, k, d) of a layer; gives all, (I, heads, used, d)."""
+        return self._put(2 * layer, key), self._put(2 * layer + 1, value)
+
+    def _put(self, place: int, words: Tensor) -> Tensor:
+        room, before = self.rooms[place], self.used - self.new
+        past = room[:, :, :before]
+        if torch.is_grad_enabled():
+            self.rooms[place] = torch.cat([past, words.to(room.dtype)], 2)
+            return self.rooms[place]
+        if self.moves:
+            room = room.new_empty(*room.shape[:2], before + max(ROOM, 24 * self.new), room.shape[3])
+            room[:, :, :before] = past
+            self.rooms[place] = room
+        room[:, :, before : self.used] = words
+        return room[:, :, : self.used]
+
+    def keep(self, images: Tensor) -> Cache:
+        """Only the given images."""
+        rooms = [room[images] for room in self.rooms]
+        return Cache(rooms, self.used, tip=[self.used])

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capdistill.decoders.attention import CrossAttention
-from capdistill.decoders.base import Decoder, DecoderState
+from capdistill.decoders.base import CrossAttention, Decoder, DecoderState
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
 

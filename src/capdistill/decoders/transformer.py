@@ -10,8 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capdistill.decoders.attention import Cache, CrossAttention, merge_heads, split_heads
-from capdistill.decoders.base import Decoder, DecoderState
+from capdistill.decoders.base import (
+    Cache,
+    CrossAttention,
+    Decoder,
+    DecoderState,
+    merge_heads,
+    split_heads,
+)
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
 

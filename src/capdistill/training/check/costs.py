@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from capdistill.compatibility import image_size
-from capdistill.data.loader import FixedBatches, Loader, Source, default_num_workers
+from capdistill.data.loader import FixedBatches, Loader, Source
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
-from capdistill.runtime import autocast, require_picklable, worker_start_method
+from capdistill.runtime import autocast, default_num_workers, require_picklable, worker_start_method
 from capdistill.training.check.trial import (
     CheckRow,
     Trial,
