@@ -396,3 +396,22 @@ def _is_in_memory(data: Any) -> bool:
     first = data[0] if isinstance(data, (list, tuple)) else None
     image = first[0] if isinstance(first, (list, tuple)) and first else None
     return image is not None and not isinstance(image, (str, os.PathLike))
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The batch norms that are in training mode."""
+    kinds = (nn.modules.batchnorm._BatchNorm,)
+    return [part for part in module.modules() if isinstance(part, kinds) and part.training]
+
+
+@contextmanager
+def batch_norms_in_eval(module: nn.Module) -> Iterator[None]:
+    """Batch norms use their running statistics inside the block and do not update them."""
+    norms = batch_norms(module)
+    try:
+        for norm in norms:
+            norm.eval()
+        yield
+    finally:
+        for norm in norms:
+            norm.train()

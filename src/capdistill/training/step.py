@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,14 @@ from capdistill.data.loader import Source, skipped_images
 from capdistill.errors import ConfigError, DataError, NotFiniteLoss
 from capdistill.metrics import DIRECTIONS, CaptionScorer, Metric
 from capdistill.outputs import Batch, CaptionerOutput, LossTerm
-from capdistill.runtime import autocast, evaluating, pick_device, pick_precision
+from capdistill.runtime import (
+    autocast,
+    batch_norms,
+    batch_norms_in_eval,
+    evaluating,
+    pick_device,
+    pick_precision,
+)
 from capdistill.training.config import TrainConfig
 from capdistill.training.decoder_inputs import noisy_inputs, require_unknown_word
 from capdistill.training.history import EpochMeter, LossMeter, Row
@@ -404,22 +410,3 @@ def warn_of_untrained(objective: nn.Module) -> None:
             "forward, remove them, or freeze them with requires_grad_(False).",
             stacklevel=3,
         )
-
-
-def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """The batch norms that are in training mode."""
-    kinds = (nn.modules.batchnorm._BatchNorm,)
-    return [part for part in module.modules() if isinstance(part, kinds) and part.training]
-
-
-@contextmanager
-def batch_norms_in_eval(module: nn.Module) -> Iterator[None]:
-    """Batch norms use their running statistics inside the block and do not update them."""
-    norms = batch_norms(module)
-    try:
-        for norm in norms:
-            norm.eval()
-        yield
-    finally:
-        for norm in norms:
-            norm.train()
