@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from capdistill import Captioner, Trainer
 from capdistill.errors import UnknownName
 from capdistill.metrics import Metric
+from capdistill.training.history import History
 from capdistill.training.monitor import Monitor, resolve_monitor
 from tests.training import tiny_models as tiny
 
@@ -27,28 +28,35 @@ TABLE = [
 ]
 KEYS = {"CIDEr": "cider_d", "BLEU-4": "bleu_4", "loss": "loss"}
 TRAIN, VAL = [tiny.make_batch([3, 1])], [tiny.make_batch([2, 2], first=5)]
-MUTED = pytest.mark.filterwarnings("ignore:Epoch|No epoch:UserWarning")
+MUTED = pytest.mark.filterwarnings("ignore:Epoch|No epoch|The best epoch:UserWarning")
 
 
 class Scripted(Trainer):
     """A trainer whose validation gives a series; it keeps the weights of every epoch."""
 
-    def __init__(self, captioner: Captioner, monitored: str, series: list[float]) -> None:
+    def __init__(
+        self,
+        captioner: Captioner,
+        monitored: str,
+        series: list[float],
+        losses: list[float] | None = None,
+    ) -> None:
         options = {**tiny.QUIET, "epochs": len(series), "patience": 3, "learning_rate": 0.01}
         super().__init__(captioner, monitor=monitored, **options)
-        self.series = series
+        self.series, self.losses = series, losses or [1.0] * len(series)
         self.weights: dict[int, Any] = {}
 
     def validate(self, source: Any) -> tuple[dict[str, Any], dict[str, float]]:
         self.weights[self.epoch] = tiny.weights_of(self.captioner)
         value, name = self.series[self.epoch], KEYS[self.config.monitor]
-        val = {"loss": 1.0, "terms": {}, "images": 2, "skipped": 0}
+        val = {"loss": self.losses[self.epoch], "terms": {}, "images": 2, "skipped": 0}
         scores = {"bleu_4": 0.5, "cider_d": 0.5}
         (val if name == "loss" else scores)[name] = value
         return val, scores
 
 
 @MUTED
+@pytest.mark.parametrize("trend", [0.0, -0.1, 0.1], ids=["level", "falling", "rising"])
 @pytest.mark.parametrize(("monitored", "series", "best", "stops"), TABLE)
 def test_best_epoch_and_early_stop(
     saveable: Callable[..., Captioner],
@@ -57,8 +65,10 @@ def test_best_epoch_and_early_stop(
     series: list[float],
     best: int | None,
     stops: int,
+    trend: float,
 ) -> None:
-    trainer = Scripted(saveable(), monitored, series)
+    losses = [2.0 + trend * epoch for epoch in range(len(series))]
+    trainer = Scripted(saveable(), monitored, series, losses)
     history = trainer.fit(TRAIN, VAL, out=tmp_path)
     assert history.epochs[-1]["epoch"] == stops
     assert (history.best and history.best["epoch"]) == best
@@ -166,3 +176,67 @@ def test_the_best_epoch_is_the_first_extreme_of_the_numbers(
 def test_a_score_that_is_not_measured_says_how_to_have_it_measured():
     with pytest.raises(UnknownName, match=r"'rouge_l' is measured.*metrics=\(\.\.\., 'rouge_l'\)"):
         resolve_monitor("rouge_l", {"cider_d": True})
+
+
+# -- scores near 0 ----------------------------------------------------------------------------
+
+
+@MUTED
+def test_while_scores_are_near_0_the_validation_loss_decides() -> None:
+    """As in a small first run: the loss falls long before a caption scores."""
+    scores = [0.0068, 0.0, 0.001, 0.002, 0.0, 0.004, 0.03, 0.12, 0.25, 0.24]
+    losses = [5.7, 5.2, 4.9, 4.7, 4.5, 4.3, 4.2, 4.15, 4.13, 4.2]
+    trainer = Scripted(tiny.make_student(), "CIDEr", scores, losses)
+    history = trainer.fit(TRAIN, VAL)
+    assert [row["improved"] for row in history.epochs] == [True] * 9 + [False]
+    assert history.best is not None
+    assert history.best["epoch"] == 8
+    assert history.stopped == "all 10 epochs are done"
+
+
+@MUTED
+def test_a_loss_that_no_longer_falls_ends_a_run_whose_scores_stay_near_0() -> None:
+    losses = [5.0, 4.0, 3.0, 3.1, 3.2, 3.3, 3.4]
+    trainer = Scripted(tiny.make_student(), "CIDEr", [0.01, 0.0, 0.0, 0.02, 0.03, 0.0, 0.0], losses)
+    history = trainer.fit(TRAIN, VAL)
+    assert history.best is not None
+    assert (history.best["epoch"], history.epochs[-1]["epoch"]) == (2, 5)
+    assert history.stopped == "no progress in cider_d for 3 epochs (patience=3)"
+
+
+def test_a_loss_of_nan_in_the_first_epoch_does_not_stay_the_best() -> None:
+    monitor = Monitor("cider_d", meaningful=0.05)
+    assert [monitor.update(0.0, loss) for loss in (NAN, 4.0, 5.0, 3.0)] == [True, True, False, True]
+
+
+def test_a_first_epoch_that_stays_best_while_the_loss_falls_is_a_warning() -> None:
+    losses = [5.0, 4.0, 3.0, 2.0]
+    with pytest.warns(
+        UserWarning, match=r"best epoch by cider_d is the first.*from 5\.000 to 2\.000"
+    ):
+        Scripted(tiny.make_student(), "CIDEr", [0.3, 0.2, 0.2, 0.2], losses).fit(TRAIN, VAL)
+
+
+def test_the_reason_of_every_end_is_recorded_and_printed(
+    saveable: Callable[..., Captioner], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cases: list[tuple[Any, list[float], str]] = [
+        ([], [0.1, 0.2], "all 2 epochs are done"),
+        ([StopAfter(0)], [0.1, 0.2], "a callback asked for it"),
+        ([], [0.3, 0.2, 0.2, 0.2, 0.9], "no progress in cider_d for 3 epochs (patience=3)"),
+    ]
+    for number, (callbacks, series, reason) in enumerate(cases):
+        trainer = Scripted(saveable(), "CIDEr", series)
+        out = tmp_path / str(number)
+        history = trainer.fit(TRAIN, VAL, out=out, callbacks=callbacks, progress=None)
+        assert history.stopped == reason
+        assert History.load(out / "history.jsonl").stopped == reason
+        assert f"stopped: {reason}" in capfd.readouterr().err
+
+
+def test_the_monitored_score_is_measured_without_being_asked_for() -> None:
+    trainer = Trainer(tiny.make_student(), monitor="rouge_l", metrics=["bleu"], **tiny.QUIET)
+    history = trainer.fit(TRAIN, VAL, epochs=1)
+    assert set(history.epochs[0]["best"]) == {"epoch", "rouge_l"}
+    trainer = Trainer(tiny.make_student(), monitor="loss", metrics=["bleu_1"], **tiny.QUIET)
+    assert set(trainer.fit(TRAIN, VAL, epochs=1).epochs[0]["scores"]) == {"bleu_1"}
