@@ -399,15 +399,15 @@ def _is_in_memory(data: Any) -> bool:
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """The batch norms that are in training mode."""
+    """The batch norms of a module."""
     kinds = (nn.modules.batchnorm._BatchNorm,)
-    return [part for part in module.modules() if isinstance(part, kinds) and part.training]
+    return [part for part in module.modules() if isinstance(part, kinds)]
 
 
 @contextmanager
 def batch_norms_in_eval(module: nn.Module) -> Iterator[None]:
     """Batch norms use their running statistics inside the block and do not update them."""
-    norms = batch_norms(module)
+    norms = [norm for norm in batch_norms(module) if norm.training]
     try:
         for norm in norms:
             norm.eval()

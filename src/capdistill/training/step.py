@@ -78,6 +78,7 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         for module in (self.objective, *self.models):
             module.to(self.device)
+        self._batch_norms = batch_norms(self.objective)
 
     @property
     def models(self) -> list[nn.Module]:
@@ -256,8 +257,9 @@ class Stepper:
         if noise and self.objective.training:
             input_fn = noisy_inputs(self.captioner, batch, self.config, self.epoch, self.progress)
         batch = batch.to(self.device)
-        norms = batch_norms(self.objective) if batch.num_images == 1 else []
-        before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+        norms = [norm for norm in self._batch_norms if norm.training]
+        alone = norms if batch.num_images == 1 else []
+        before = [(buffer, buffer.clone()) for norm in alone for buffer in norm.buffers()]
         with autocast(self.device, self.precision):
             teacher = self.teacher_output(batch)
             try:
