@@ -163,19 +163,19 @@ def test_a_grid_that_does_not_fit_the_tokens_is_refused():
 
 
 def test_attention_without_attention_is_refused_by_name():
-    with pytest.raises(IncompatibleModels, match="the student 'small' shows no attention"):
+    with pytest.raises(IncompatibleModels, match="the student 'small' returns no attention"):
         built("attention", student=replace(STUDENT, has_attention=False))
 
 
 def test_a_teacher_without_features_is_refused_by_name():
-    with pytest.raises(IncompatibleModels, match="the teacher 'large' shows no features"):
+    with pytest.raises(IncompatibleModels, match="the teacher 'large' returns no features"):
         built("pooled", teacher=replace(TEACHER, feature_dim=None))
 
 
 @pytest.mark.parametrize("lacking", ["features", "attention"])
 def test_an_output_that_lacks_what_the_spec_promised_is_named(lacking):
     student, teacher, batch = example()
-    with pytest.raises(IncompatibleModels, match=f"asked the teacher for {lacking}"):
+    with pytest.raises(IncompatibleModels, match=f"needs {lacking} from the teacher"):
         built("attention")(student, replace(teacher, **{lacking: None}), batch)
 
 

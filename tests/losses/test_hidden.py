@@ -102,17 +102,17 @@ def test_a_layer_that_does_not_exist_is_refused_with_those_there_are(index):
 
 @pytest.mark.parametrize("layers", ["first", {}, {"a": 0}, {0: None}, [0, 1], 3])
 def test_layers_that_mean_nothing_are_refused(layers):
-    with pytest.raises(ConfigError, match=r"layers=.* is not understood"):
+    with pytest.raises(ConfigError, match=r"layers=.* is invalid"):
         HiddenKD(layers=layers)
 
 
 def test_a_teacher_without_hidden_states_is_refused_by_name():
-    with pytest.raises(IncompatibleModels, match="the teacher 'large' shows no hidden states"):
+    with pytest.raises(IncompatibleModels, match="the teacher 'large' returns no hidden states"):
         built(teacher=replace(TEACHER, hidden_dims=()))
 
 
 def test_an_output_without_hidden_states_is_named():
     batch = make_batch([1, 1])
     student, teacher = make_output(batch, STUDENT, 1), make_output(batch, TEACHER, 2)
-    with pytest.raises(IncompatibleModels, match="asked the student for hidden"):
+    with pytest.raises(IncompatibleModels, match="needs hidden from the student"):
         built()(replace(student, hidden=None), teacher, batch)

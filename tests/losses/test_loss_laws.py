@@ -211,9 +211,9 @@ def test_a_loss_that_is_not_built_says_so(name):
         ({"per": "images"}, "Did you mean 'image'"),
         ({"per": None}, "per = None is unknown"),
         ({"needs": {"hiden"}}, "no output 'hiden'. Did you mean 'hidden'"),
-        ({"needs": "hidden"}, r"'hidden' is no set of names. Write needs = frozenset"),
+        ({"needs": "hidden"}, r"'hidden' is not a set of names. Write needs = frozenset"),
         ({"needs": frozenset({"logits", 3})}, "no output 3"),
-        ({"needs": None}, "is no set of names"),
+        ({"needs": None}, "is not a set of names"),
         ({"couples_batch": "no"}, "expected True or False"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which tokens may come next: banned ids are set to -inf in greedy, beam search and sampling."""
+"""Constraints on the next token: banned ids are set to -inf in every decoding method."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 from capdistill.generation.config import GenerationSpec
 
-IMPOSSIBLE = -1e9  # probability 0: worse than any other word, better than a banned one
+IMPOSSIBLE = -1e9  # floor for log-probabilities: below any real one, above a banned one (-inf)
 
 
 class Constraints:
     """The constraints of a specification, on one device, for rows (R, V) of log-probabilities.
 
-    A caption that no word can continue may end, whatever other constraints say: no row is left
-    without a word.
+    If the constraints ban every token, the end token is allowed, so a row always has a
+    continuation.
 
     Args:
         spec: The options, in token ids.
-        vocabulary: V.
-        device: Where the rows are.
+        vocabulary: V, the number of entries.
+        device: The device of the rows.
     """
 
     def __init__(self, spec: GenerationSpec, vocabulary: int, device: torch.device) -> None:
@@ -27,31 +27,31 @@ class Constraints:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         self.spec, config = spec, spec.config
-        self.never, self.not_last = ids(spec.banned), ids(spec.not_last)
+        self.banned, self.not_last = ids(spec.banned), ids(spec.not_last)
         self.phrases = [ids(phrase) for phrase in spec.phrases]
         self.ngram, self.min_length = config.no_repeat_ngram, config.min_length
-        self.weak = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self.weak[self.not_last] = True
+        self.cannot_end = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self.cannot_end[self.not_last] = True
         self.dynamic = bool(self.ngram or self.min_length or spec.not_last or spec.phrases)
 
     def __call__(self, log_probs: Tensor, generated: Tensor, position: int) -> Tensor:
-        """Ban in place.
+        """Set the banned tokens to -inf, in place.
 
         Args:
-            log_probs: (R, V) of the next token.
-            generated: (R, L), of which the first `position` tokens count.
-            position: Tokens generated so far.
+            log_probs: (R, V) log-probabilities of the next token.
+            generated: (R, L) token ids; only the first `position` columns are read.
+            position: Number of tokens generated so far.
         """
         log_probs.clamp_(min=IMPOSSIBLE)
         if position < len(self.spec.prefix):
             return self._force(log_probs, self.spec.prefix[position])
         end = log_probs[:, self.spec.end_id].clone()
-        log_probs.index_fill_(1, self.never, -torch.inf)
+        log_probs.index_fill_(1, self.banned, -torch.inf)
         if self.dynamic:
             self._ban(log_probs, generated[:, :position])
-            stuck = log_probs.amax(1) == -torch.inf
-            ways_out = log_probs[:, self.spec.end_id]
-            log_probs[:, self.spec.end_id] = torch.where(stuck, end, ways_out)
+            all_banned = log_probs.amax(1) == -torch.inf  # (R,)
+            constrained = log_probs[:, self.spec.end_id]
+            log_probs[:, self.spec.end_id] = torch.where(all_banned, end, constrained)
         return log_probs
 
     def _force(self, log_probs: Tensor, token: int) -> Tensor:
@@ -69,13 +69,13 @@ class Constraints:
             ban_phrase(log_probs, generated, phrase)
         if self.spec.not_last:
             if position:
-                log_probs[:, end].masked_fill_(self.weak[generated[:, -1]], -torch.inf)
+                log_probs[:, end].masked_fill_(self.cannot_end[generated[:, -1]], -torch.inf)
             if position + 1 == self.spec.max_length:
                 log_probs.index_fill_(1, self.not_last, -torch.inf)
 
 
 def ban_repeats(log_probs: Tensor, generated: Tensor, n: int) -> None:
-    """Ban, in place, every token that would repeat n tokens in a row.
+    """Ban, in place, every token that would complete a repeated n-gram.
 
     Example:
         >>> log_probs = torch.zeros(1, 4)
@@ -84,31 +84,31 @@ def ban_repeats(log_probs: Tensor, generated: Tensor, n: int) -> None:
         [[0.0, 0.0, -inf, 0.0]]
 
     Args:
-        log_probs: (R, V).
-        generated: (R, T).
-        n: Length of what may not occur twice.
+        log_probs: (R, V) log-probabilities, changed in place.
+        generated: (R, T) token ids.
+        n: Length of the n-grams that must not occur twice.
     """
     length = generated.shape[1]
     if length < n:
         return
     windows = generated.unfold(1, n, 1)  # (R, T - n + 1, n)
     latest = generated[:, None, length - n + 1 :]  # (R, 1, n - 1)
-    alike = (windows[..., :-1] == latest).all(-1)
-    times = torch.zeros(log_probs.shape, dtype=torch.int32, device=log_probs.device)
-    times.scatter_add_(1, windows[..., -1], alike.int())
-    log_probs.masked_fill_(times > 0, -torch.inf)
+    repeated = (windows[..., :-1] == latest).all(-1)
+    counts = torch.zeros(log_probs.shape, dtype=torch.int32, device=log_probs.device)
+    counts.scatter_add_(1, windows[..., -1], repeated.int())
+    log_probs.masked_fill_(counts > 0, -torch.inf)
 
 
 def ban_phrase(log_probs: Tensor, generated: Tensor, phrase: Tensor) -> None:
-    """Ban, in place, the last token of a phrase where the others were just generated.
+    """Ban, in place, the last token of a phrase in rows that have just generated the others.
 
     Args:
-        log_probs: (R, V).
-        generated: (R, T).
-        phrase: (n,) ids, n > 1.
+        log_probs: (R, V) log-probabilities, changed in place.
+        generated: (R, T) token ids.
+        phrase: (n,) token ids, n > 1.
     """
     before = len(phrase) - 1
     if generated.shape[1] < before:
         return
-    begun = (generated[:, -before:] == phrase[:-1]).all(1)  # (R,)
-    log_probs[:, phrase[-1]] = log_probs[:, phrase[-1]].masked_fill(begun, -torch.inf)
+    matches = (generated[:, -before:] == phrase[:-1]).all(1)  # (R,)
+    log_probs[:, phrase[-1]] = log_probs[:, phrase[-1]].masked_fill(matches, -torch.inf)

@@ -1,4 +1,4 @@
-"""Losses by name: where the student learns. A new one is a subclass of `DistillationLoss`.
+"""Distillation losses by name. A new loss is a subclass of `DistillationLoss`.
 
 >>> from capdistill import losses
 >>> "token" in losses.names()

@@ -16,22 +16,23 @@ from capdistill.outputs import OUTPUTS, Batch, CaptionerOutput, ModelSpec
 
 
 class DistillationLoss(nn.Module):
-    """One place where the student learns from the teacher.
+    """Base class of distillation losses.
 
     `forward` returns the **sum over tokens (or images) of the mean over width**; the trainer
-    divides it once by `count` over the whole effective batch, so that padding, splitting and
-    spreading a batch change nothing. `capdistill.testing.check_loss` tests a loss of your own.
+    divides it once by `count` over the whole effective batch. Padding or splitting a batch
+    therefore changes nothing. `capdistill.testing.check_loss` tests your own loss.
 
     Attributes:
-        needs: What must be computed, a subset of {"logits", "features", "hidden", "attention"}.
-        per: "token" (valid target tokens are counted) or "image"; ignored where `count` is
-            overridden.
+        needs: Outputs that the models must compute, a subset of {"logits", "features", "hidden",
+            "attention"}.
+        per: "token" (valid target tokens are counted) or "image"; ignored if `count` is overridden.
         couples_batch: True for losses that look across the images of a batch. Splitting a batch
             changes them: with `accumulation_steps` they see one micro-batch at a time, and over
             several processes the images of one rank.
 
     Raises:
-        ConfigError: (when the class is made, or the attribute set) `needs` or `per` is invalid.
+        ConfigError: (when the class is defined or the attribute is set) `needs` or `per` is
+            invalid.
     """
 
     needs: frozenset[str] = frozenset({"logits"})
@@ -50,14 +51,14 @@ class DistillationLoss(nn.Module):
         )
 
     def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
-        """Create projectors, once, before the optimizer; refuse models that do not fit.
+        """Create projectors, once, before the optimizer; reject models that do not fit.
 
         Raises:
             IncompatibleModels: student and teacher lack what the loss needs.
         """
 
     def count(self, batch: Batch) -> float:
-        """How many things the sum runs over."""
+        """Number of valid tokens, or of images, that the sum runs over."""
         return float(batch.target_mask.sum()) if self.per == "token" else float(batch.num_images)
 
     @abstractmethod
@@ -69,7 +70,7 @@ _DECLARED = {"needs", "per", "couples_batch"}
 
 
 def _declared(cls: type[DistillationLoss], name: str, value: Any) -> Any:
-    """The value of an attribute that the trainer relies on, once it is checked."""
+    """Check the value of an attribute that the trainer relies on, and return it."""
     where = f"The loss {cls.__name__}: {name} = {value!r}"
     if name == "couples_batch":
         if not isinstance(value, bool):
@@ -83,7 +84,7 @@ def _declared(cls: type[DistillationLoss], name: str, value: Any) -> Any:
             )
         return value
     if isinstance(value, str) or not isinstance(value, (set, frozenset, tuple, list)):
-        raise ConfigError(f'{where} is no set of names. Write needs = frozenset({{"logits"}}).')
+        raise ConfigError(f'{where} is not a set of names. Write needs = frozenset({{"logits"}}).')
     for need in value:
         if need not in OUTPUTS:
             raise ConfigError(
@@ -96,7 +97,7 @@ Given = TypeVar("Given")
 
 
 class Projector(nn.Linear):
-    """A linear layer that works in its own precision (float32), under autocast too.
+    """A linear layer that runs in the precision of its weights (float32), also under autocast.
 
     Example:
         >>> Projector(4, 2)(torch.zeros(3, 4, dtype=torch.bfloat16)).dtype
@@ -113,33 +114,33 @@ class Projector(nn.Linear):
             return super().forward(input.to(self.weight.dtype))
 
 
-def same_pair(loss: str, built: object, wanted: object) -> bool:
-    """False where nothing is built yet, True where the same is asked for again.
+def same_pair(loss: str, built: object, widths: object) -> bool:
+    """Whether the loss is already built for this pair of widths; False if it is not built.
 
-    Projectors are made once: another build would leave the optimizer with dead parameters.
+    Projectors are created once: a second build would leave the optimizer with stale parameters.
 
     Raises:
         ConfigError: the loss was built for models of other widths.
     """
     if built is None:
         return False
-    if built != wanted:
+    if built != widths:
         raise ConfigError(
-            f"{loss} was built for (student, teacher) widths {built} and is now given {wanted}. "
-            "Create a new loss for each pair of models."
+            f"{loss} was built for (student, teacher) widths {built} but is now used "
+            f"with {widths}. Create a new loss for each pair of models."
         )
     return True
 
 
 def given(loss: str, what: str, model: str, value: Given | None) -> Given:
-    """`value`, which the loss asked for.
+    """`value`, an output that the loss needs.
 
     Raises:
         IncompatibleModels: it is None.
     """
     if value is None:
         raise IncompatibleModels(
-            f"{loss} asked the {model} for {what} but its output holds None. "
+            f"{loss} needs {what} from the {model}, but its output has None. "
             f"Return {what} from the {model}, and declare it in its spec."
         )
     return value
@@ -148,6 +149,7 @@ def given(loss: str, what: str, model: str, value: Given | None) -> Given:
 def not_built(loss: str) -> ConfigError:
     """The error for a loss that is called before `build`."""
     return ConfigError(
-        f"{loss} was called before build(student_spec, teacher_spec), which makes its projection. "
-        "Distiller does so; in a loop of your own call loss.build(student.spec(), teacher.spec())."
+        f"{loss} was called before build(student_spec, teacher_spec), which creates its "
+        "projection. Distiller calls it; in your own loop, call "
+        "loss.build(student.spec(), teacher.spec())."
     )

@@ -1,8 +1,8 @@
-"""Every divergence that the losses use: how far the student is from its target.
+"""The divergences that the losses use: how far the student is from its target.
 
-All work in float32 (float64 stays float64). What is counted by tokens selects the valid ones first
-(`valid_rows`), so that padding is never seen, in value or in gradient, and no valid token gives 0
-with zero gradients. The target's side carries no gradient.
+All are computed in float32 (float64 stays float64). Token-level divergences first select the valid
+tokens (`valid_rows`), so padding affects neither the value nor the gradient, and a batch without a
+valid token gives 0 with zero gradients. No gradient flows into the target.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHORTEST = 1e-4  # a vector with a smaller length or spread counts as one of that
+SHORTEST = 1e-4  # lower bound on the length or standard deviation of a vector
 
 
 def kl_divergence(
@@ -19,9 +19,9 @@ def kl_divergence(
 ) -> Tensor:
     """Sum over valid tokens of KL(teacher || student) of the softened distributions.
 
-    An entry to which the teacher gives no probability adds nothing, whatever the student gives: a
-    token forbidden by -inf in both, or in the teacher alone, is left out. Forbidden by the student
-    alone, the divergence is infinite, as the formula has it.
+    An entry with teacher probability 0 adds nothing, whatever the student gives it: a logit of -inf
+    in the teacher, or in both models, is ignored. With -inf in the student alone, the divergence is
+    infinite, as the definition requires.
 
     Example:
         >>> student, teacher = torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)
@@ -87,7 +87,7 @@ def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (..., D).
 
     Returns:
-        (...) one value a vector.
+        (...) one value per vector.
 
     Source:
         `torch.nn.functional.mse_loss`.
@@ -98,8 +98,8 @@ def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def normalised_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """`squared_distance` of the layer-normalised vectors (without an affine part).
 
-    Scale and offset of a vector do not count. A standard deviation below 1e-4 (over the width) is
-    treated as 1e-4, so that a constant vector has a bounded gradient.
+    The result does not depend on scale and offset of a vector. A standard deviation below 1e-4
+    (over the width) is treated as 1e-4, which bounds the gradient of a constant vector.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 4.0]])
@@ -111,7 +111,7 @@ def normalised_distance(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (..., D).
 
     Returns:
-        (...) one value a vector.
+        (...) one value per vector.
 
     Source:
         Ba, Kiros, Hinton (2016); `torch.nn.functional.layer_norm`.
@@ -120,7 +120,7 @@ def normalised_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _layer_normed(x: Tensor) -> Tensor:
-    """`layer_norm` with a floor in place of its epsilon, which would let the scale count."""
+    """`layer_norm` with a lower bound instead of an epsilon, which would depend on the scale."""
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
     return centred * variance.clamp(min=SHORTEST**2).rsqrt()
@@ -129,8 +129,8 @@ def _layer_normed(x: Tensor) -> Tensor:
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """1 - cosine, in [0, 2].
 
-    A vector shorter than 1e-4 is treated as being of that length, so that a zero vector has
-    distance 1 and a bounded gradient.
+    A vector shorter than 1e-4 is treated as having that length. A zero vector then has distance 1
+    and a bounded gradient.
 
     Example:
         >>> cosine_distance(torch.eye(2), torch.tensor([[0.0, 2.0], [0.0, 2.0]]))
@@ -141,7 +141,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (..., D).
 
     Returns:
-        (...) one value a vector.
+        (...) one value per vector.
 
     Source:
         `torch.nn.functional.cosine_similarity`.
@@ -151,7 +151,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def valid_rows(values: Tensor, mask: Tensor) -> Tensor:
-    """The valid tokens' vectors, (n, W), in full precision.
+    """The vectors of the valid tokens, (n, W), in full precision.
 
     Example:
         >>> valid_rows(torch.eye(2)[None].half(), torch.tensor([[False, True]]))
@@ -174,7 +174,7 @@ def valid_rows(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def full(values: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 as they are, without a copy.
+    """Convert half precision to float32; float32 and float64 are returned without a copy.
 
     Example:
         >>> full(torch.zeros(1, dtype=torch.bfloat16)).dtype

@@ -30,19 +30,19 @@ class FeatureKD(DistillationLoss):
         (Projector(in_features=8, out_features=16, bias=True), ['features'], 'image')
 
     Args:
-        match: What is compared, the mean over the teacher's width of the squared difference.
-            "pooled": the mean over all tokens (CLS included), one vector per image.
-            "attention": tokens weighted by each model's own decoder attention, averaged over the
-            valid tokens of all captions of the image, one vector per image; the weights carry no
-            gradient, and an image without a valid token adds nothing.
-            "auto": the sum of both where both models attend, else "pooled" alone (logged once).
-            "grid": prefix tokens dropped, both grids averaged down to the smaller height and
-            width; one vector per cell, the mean over the cells.
+        match: The vectors to compare, by the squared difference averaged over the teacher's width.
+            "pooled": the mean over all tokens (CLS included), one vector per image. "attention":
+            tokens weighted by each model's own decoder attention, averaged over the valid tokens of
+            all captions of the image, one vector per image; the weights carry no gradient, and an
+            image without a valid token adds nothing. "auto": the sum of both if both models return
+            attention, otherwise "pooled" (logged once). "grid": one vector per cell, averaged over
+            the cells; prefix tokens are dropped and both grids are pooled to the smaller height and
+            width.
 
     Raises:
         ConfigError: `match` is none of these, or the loss is built for a second pair of models.
-        IncompatibleModels: (in `build`) a model gives no features, attention or grid where
-            they are needed.
+        IncompatibleModels: (in `build`) a model does not return the features, attention or grid
+            that `match` needs.
 
     Source:
         Romero et al. (2015), FitNets, for the projected regression; Ba, Kiros, Hinton (2016) for
@@ -61,7 +61,7 @@ class FeatureKD(DistillationLoss):
         self._compare(("pooled", "attention") if match == "auto" else (match,))
 
     def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
-        """Decide what is compared, and make the projection once.
+        """Choose the vectors to compare, and create the projection once.
 
         Raises:
             ConfigError: the loss was built for other widths.
@@ -76,7 +76,7 @@ class FeatureKD(DistillationLoss):
         self.specs = specs
 
     def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
-        """Sum over images of the mean over the width, added up over what is compared."""
+        """Sum over images of the mean over the width, added over the compared vectors."""
         if self.projector is None:
             raise not_built("FeatureKD")
         outputs = {"student": student, "teacher": teacher}
@@ -99,14 +99,14 @@ class FeatureKD(DistillationLoss):
         self.needs = frozenset({"features", *extra})
 
     def _possible(self, specs: dict[str, ModelSpec]) -> tuple[str, ...]:
-        """What `match` means for these models."""
+        """The views that `match` selects for these models."""
         blind = [role for role, spec in specs.items() if not spec.has_attention]
         if self.match == "grid":
             for role, spec in specs.items():
                 _require_grid(spec, role, spec.tokens)
         if self.match == "attention" and blind:
             raise IncompatibleModels(
-                f"FeatureKD: the {blind[0]} '{specs[blind[0]].name}' shows no attention over "
+                f"FeatureKD: the {blind[0]} '{specs[blind[0]].name}' returns no attention over "
                 "visual tokens but attention matching was asked for.\n"
                 'Use FeatureKD(match="pooled"), or a decoder with attention.'
             )
@@ -120,7 +120,7 @@ class FeatureKD(DistillationLoss):
         return ("pooled",)
 
     def _see(self, view: str, output: CaptionerOutput, role: str, batch: Batch) -> Tensor:
-        """(I, cells, D) what is compared of one model's features, in full precision."""
+        """(I, cells, D) the compared vectors of one model, in full precision."""
         features = full(given("FeatureKD", "features", role, output.features))  # (I, N, D)
         if view == "pooled":
             return features.mean(1, keepdim=True)
@@ -158,10 +158,10 @@ def _cells(features: Tensor, spec: ModelSpec, role: str, size: tuple[int, int]) 
 def _require_grid(spec: ModelSpec, role: str, tokens: int | None) -> tuple[int, int]:
     if spec.grid and tokens == spec.prefix_tokens + spec.grid[0] * spec.grid[1]:
         return spec.grid
-    found = f"({tokens} tokens x {spec.feature_dim})"
+    shape = f"({tokens} tokens x {spec.feature_dim})"
     claim = f"a grid of {spec.grid} after {spec.prefix_tokens} tokens" if spec.grid else "no grid"
     raise IncompatibleModels(
-        f"FeatureKD: the {role} '{spec.name}' gives {claim} {found} but grid matching was asked "
+        f"FeatureKD: the {role} '{spec.name}' gives {claim} {shape} but grid matching was asked "
         'for.\nUse FeatureKD(match="pooled"), or an encoder with a grid.'
     )
 
@@ -169,7 +169,7 @@ def _require_grid(spec: ModelSpec, role: str, tokens: int | None) -> tuple[int, 
 def _feature_dim(spec: ModelSpec, role: str) -> int:
     if spec.feature_dim is None:
         raise IncompatibleModels(
-            f"FeatureKD: the {role} '{spec.name}' shows no features, which this loss compares.\n"
-            "Return them in CaptionerOutput.features, (I, N, D), or leave this loss out."
+            f"FeatureKD: the {role} '{spec.name}' returns no features to compare.\n"
+            "Return them in CaptionerOutput.features, (I, N, D), or remove this loss."
         )
     return spec.feature_dim

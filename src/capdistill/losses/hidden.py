@@ -24,17 +24,17 @@ class HiddenKD(DistillationLoss):
         >>> loss = HiddenKD(layers="uniform")
         >>> loss.build(ModelSpec(hidden_dims=(8, 8), **spec),
         ...            ModelSpec(hidden_dims=(16, 16, 16, 16), **spec))
-        >>> loss.pairs  # of n layers and the vector before the vocabulary
+        >>> loss.pairs  # entries are the layers, then the vector before the vocabulary projection
         [(0, 2), (1, 3)]
 
     Args:
-        layers: Which entries of the student's `hidden` are compared with which of the teacher's;
-            the term is the mean over the pairs. "last": the vectors before the vocabulary
-            projection. "uniform": these, and each layer of the student with the teacher's layer
-            at the same relative depth. Or {student: teacher}, indices that may be negative.
-        project: Pass the student's states through a linear layer to the teacher's width, one a
-            pair. Worth it where widths agree too: an LSTM's output is bounded and a layer norm's
-            is not.
+        layers: Pairs of entries of the student's and the teacher's `hidden`; the term is the mean
+            over the pairs. "last": the vectors before the vocabulary projection. "uniform": these,
+            and each layer of the student with the teacher's layer at the same relative depth. Or
+            {student: teacher}, indices that may be negative.
+        project: Map the student's states to the teacher's width with one linear layer per pair.
+            This also helps if the widths are equal, because an LSTM's output is bounded and a layer
+            norm's is not.
 
     Raises:
         ConfigError: `layers` is none of these, or the loss is built for a second pair of models.
@@ -62,7 +62,7 @@ class HiddenKD(DistillationLoss):
         self.projectors = nn.ModuleList()
 
     def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
-        """Pair the layers and make a projection for each pair, once.
+        """Pair the layers and create one projection per pair, once.
 
         Raises:
             ConfigError: the loss was built for other widths.
@@ -89,8 +89,8 @@ class HiddenKD(DistillationLoss):
         terms = []
         for (layer, target), projector in zip(self.pairs, self.projectors, strict=True):
             rows = projector(valid_rows(mine[layer], batch.target_mask))  # (n, H of the teacher)
-            wanted = valid_rows(theirs[target], batch.target_mask)
-            terms.append((squared_distance(rows, wanted) + cosine_distance(rows, wanted)).sum())
+            goal = valid_rows(theirs[target], batch.target_mask)
+            terms.append((squared_distance(rows, goal) + cosine_distance(rows, goal)).sum())
         return torch.stack(terms).mean()
 
     def extra_repr(self) -> str:
@@ -145,7 +145,7 @@ def _indices(layers: object) -> dict[int, int]:
 
 def _wrong_layers(layers: object) -> str:
     return (
-        f"HiddenKD: layers={layers!r} is not understood. "
+        f"HiddenKD: layers={layers!r} is invalid. "
         'Use "last", "uniform", or {student layer: teacher layer} such as {0: 2, -1: -1}.'
     )
 
@@ -153,8 +153,8 @@ def _wrong_layers(layers: object) -> str:
 def _depth(spec: ModelSpec, role: str) -> int:
     if not spec.hidden_dims:
         raise IncompatibleModels(
-            f"HiddenKD: the {role} '{spec.name}' shows no hidden states, which it compares.\n"
-            "Return them in CaptionerOutput.hidden, (B, T - 1, H) each, or leave this loss out."
+            f"HiddenKD: the {role} '{spec.name}' returns no hidden states to compare.\n"
+            "Return them in CaptionerOutput.hidden, (B, T - 1, H) each, or remove this loss."
         )
     return len(spec.hidden_dims)
 
@@ -175,5 +175,5 @@ def _require_equal(pairs: Pairs, widths: Pairs, student: ModelSpec, teacher: Mod
             raise IncompatibleModels(
                 f"HiddenKD: layer {layer} of '{student.name}' has width {mine} but layer {target} "
                 f"of '{teacher.name}' has {theirs}, and project=False compares them as they are.\n"
-                "Use HiddenKD(project=True), or pair layers of one width."
+                "Use HiddenKD(project=True), or pair layers of equal width."
             )

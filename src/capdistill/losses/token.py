@@ -1,4 +1,4 @@
-"""Distillation of the next-token distribution: what most students learn most from."""
+"""Distillation of the next-token distribution."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TokenKD(DistillationLoss):
 
     Args:
         temperature: Softening T > 0 applied to both logits (dimensionless). The term is scaled by
-            T² so that its gradient keeps its size when T changes.
+            T², which keeps the size of its gradient when T changes.
 
     Raises:
         ConfigError: T is not positive and finite.
@@ -67,7 +67,7 @@ class TokenKD(DistillationLoss):
                 f"TokenKD: the vocabularies differ at entry {place}: "
                 f"{_entry(student, place)}, {_entry(teacher, place)}.\n"
                 "Token distillation compares one entry with the same entry: build both models with "
-                "one tokenizer, or leave this loss out."
+                "one tokenizer, or remove this loss."
             )
 
     def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
@@ -83,7 +83,7 @@ class TokenKD(DistillationLoss):
 
 
 def first_difference(student: Sequence[str], teacher: Sequence[str]) -> int | None:
-    """Where two vocabularies first differ, or None; the end of the shorter counts.
+    """Index at which two vocabularies first differ, or None; a missing entry is a difference.
 
     Example:
         >>> first_difference(["a", "b"], ["a", "c"]), first_difference(["a"], ["a", "b"])

@@ -1,6 +1,6 @@
-"""What would go wrong in a run, found before it: `check_training`, behind `Trainer.check()`.
+"""Find the problems of a run before it starts: `check_training`, behind `Trainer.check()`.
 
-Each check looks at one thing and yields rows; `_attempt` makes a row of what it raises.
+Each check examines one topic and yields rows; `_attempt` turns an exception into a row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def check_training(trainer: Stepper, train: Any = None, val: Any = None) -> CheckReport:
-    """Look for what would go wrong in `trainer.fit(train, val)`; nothing is changed by it.
+    """Look for problems that `trainer.fit(train, val)` would meet, without changing anything.
 
     Example:
         >>> import capdistill as cd
@@ -53,7 +53,7 @@ def check_training(trainer: Stepper, train: Any = None, val: Any = None) -> Chec
         val: As for `fit`.
 
     Returns:
-        Rows with a finding, and a fix where one is due. A problem is a row, never an exception.
+        Rows with a finding and, if needed, a fix. A problem is a row, never an exception.
     """
     rows: list[CheckRow] = []
     with restoring_state(trainer):
@@ -66,14 +66,14 @@ def check_training(trainer: Stepper, train: Any = None, val: Any = None) -> Chec
             _attempt(rows, "data", check_data, trial, train, val)
         for topic, check in _CHECKS:
             if not _attempt(rows, topic, check, trial):
-                break  # the next would meet the same problem
+                break  # the next check would meet the same problem
     return CheckReport(tuple(rows))
 
 
 def _attempt(
     rows: list[CheckRow], topic: str, check: Callable[..., Iterable[CheckRow]], *args: Any
 ) -> bool:
-    """Add the rows of a check; one for what it raises, and then False."""
+    """Add the rows of a check. If it raises, add one row for the exception and return False."""
     try:
         rows.extend(check(*args))
     except Exception as error:  # whatever a model, a loss or a data set raises is a finding
@@ -83,9 +83,9 @@ def _attempt(
 
 
 _USUAL = {
-    "data": "Give a data set with at least one readable image and a caption.",
-    "shapes": "Correct the model's forward, or its specification.",
-    "losses": "Leave the loss out, or give models that fit it.",
+    "data": "Pass a data set with at least one readable image and a caption.",
+    "shapes": "Fix the model's forward, or its specification.",
+    "losses": "Remove the loss, or use models that fit it.",
 }
 
 
@@ -94,19 +94,21 @@ def _failure(topic: str, error: Exception, about: Any) -> CheckRow:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return CheckRow("memory", "fail", f"Out of memory: {text}", less_memory(about.config))
     if not isinstance(error, CapdistillError):
-        fix = "This error is not capdistill's: correct the model, loss or data it comes from."
+        fix = "This error was raised outside capdistill: fix the model, loss or data it comes from."
         if isinstance(about, Trial) and about.source is None:
-            fix += " If only the made-up batch is to blame, give check() your data."
+            fix += " If the made-up batch causes it, pass your data to check()."
         return CheckRow(topic, "fail", f"{type(error).__name__}: {text}", fix)
     finding, _, fix = " ".join(text.split()).partition(". ")
-    return CheckRow(topic, "fail", finding, fix or _USUAL.get(topic, "Correct what it names."))
+    return CheckRow(
+        topic, "fail", finding, fix or _USUAL.get(topic, "Fix the problem that the message names.")
+    )
 
 
 _CHECKS: tuple[tuple[str, Callable[[Trial], Iterable[CheckRow]]], ...] = (
     ("models", check_sizes),
     ("vocabulary", check_vocabularies),
     ("shapes", check_shapes),
-    ("losses", check_projectors),  # what they need is known once they are built
+    ("losses", check_projectors),  # the needed outputs are known once the losses are built
     ("shapes", check_outputs),
     ("losses", check_sums),
     ("weights", check_weights),

@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 
 _WAIT = 0.25  # share of a step that may be spent waiting for data
-_FULL = 0.9  # of the memory
+_FULL = 0.9  # share of the memory that a step may fill
 
 
 def check_memory(trial: Trial) -> Iterator[CheckRow]:
-    """What a step keeps: counted, and on CUDA also the allocator's peak."""
+    """Memory of a step: counted, and on CUDA also the allocator's peak."""
     trainer, device = trial.trainer, trial.trainer.device
     weights = bytes_of(trainer.objective)
     trained = [p for p in trainer.objective.parameters() if p.requires_grad]
@@ -56,23 +56,26 @@ def check_memory(trial: Trial) -> Iterator[CheckRow]:
         theirs = bytes_of(trial.roles["teacher"])
         total += theirs
         yield CheckRow("memory", "ok", f"teacher: weights {megabytes(theirs)}, no gradients")
-    how = "an estimate: the above added up"
+    method = "an estimate: the sum of the above"
     if device.type == "cuda":
-        total, how = max(total, _cuda_peak(trial)), "the allocator's peak, or the above added up"
-    yield from _against_memory(trial, total, how)
+        total, method = (
+            max(total, _cuda_peak(trial)),
+            "the allocator's peak, or the sum of the above",
+        )
+    yield from _against_memory(trial, total, method)
 
 
-def _against_memory(trial: Trial, total: int, how: str) -> Iterator[CheckRow]:
-    there = _memory_of(trial.trainer.device)
-    finding = f"a step needs about {megabytes(total)} ({how})"
-    finding += f" of {megabytes(there)}" if there else ""
-    full = there is not None and total > _FULL * there
+def _against_memory(trial: Trial, total: int, method: str) -> Iterator[CheckRow]:
+    available = _memory_of(trial.trainer.device)
+    finding = f"a step needs about {megabytes(total)} ({method})"
+    finding += f" of {megabytes(available)}" if available else ""
+    full = available is not None and total > _FULL * available
     fix = less_memory(trial.config) if full else ""
     yield CheckRow("memory", "fail" if full else "ok", finding, fix)
 
 
 def _bytes_kept_for_backward(trainer: Stepper, batch: Batch) -> int:
-    """Bytes of distinct tensors that autograd saves in one forward, weights apart."""
+    """Bytes of distinct tensors that autograd saves in one forward pass, without the weights."""
     own = {p.untyped_storage().data_ptr() for p in trainer.objective.parameters()}
     kept: dict[int, int] = {}
 
@@ -99,7 +102,7 @@ def _cuda_peak(trial: Trial) -> int:
 
 
 def _memory_of(device: torch.device) -> int | None:
-    """Bytes of the device's memory, or None where that cannot be asked."""
+    """Bytes of the device's memory, or None if it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     try:
@@ -109,30 +112,30 @@ def _memory_of(device: torch.device) -> int | None:
 
 
 def check_time(trial: Trial) -> Iterator[CheckRow]:
-    """Seconds of a step, of the teacher's part in it, and of reading its batch."""
+    """Seconds for a step, for the teacher's forward in it, and for reading its batch."""
     trainer, batch = trial.trainer, trial.batch
     trial.step_seconds = _seconds(trainer.device, lambda: _forward_backward(trial))
     rate = f"{batch.num_images / trial.step_seconds:.0f} images/s"
-    finding = f"forward and backward {milliseconds(trial.step_seconds)} a batch of "
+    finding = f"forward and backward: {milliseconds(trial.step_seconds)} per batch of "
     yield CheckRow("time", "ok", f"{finding}{batch.num_images} images, {rate}")
     if "teacher" in trial.roles and len(trainer.objective.losses):
         moved = batch.to(trainer.device)
         teaching = _seconds(trainer.device, lambda: _teach(trainer, moved))
         share = teaching / trial.step_seconds
-        finding = f"of it the teacher's forward {milliseconds(teaching)} ({share:.0%})"
+        finding = f"the teacher's forward takes {milliseconds(teaching)} of it ({share:.0%})"
         yield CheckRow("time", "ok", finding)
     if trial.source is not None:
         yield from _check_loading(trial)
 
 
 def _check_loading(trial: Trial) -> Iterator[CheckRow]:
-    """Time that a step waits for its batch: all of the reading without workers."""
+    """Time that a step waits for its batch: the whole reading time without workers."""
     config, load, step = trial.config, trial.load_seconds, trial.step_seconds
     workers = _workers(trial)
     wait = load if workers == 0 else max(load / workers - step, 0.0)
     finding = (
         f"reading a batch takes {milliseconds(load)} in one process "
-        f"(num_workers={workers}), so that a step of "
+        f"(num_workers={workers}); a step of "
         f"{milliseconds(step)} waits {milliseconds(wait)}"
     )
     if config.cache_images or config.cache_features:
@@ -144,7 +147,7 @@ def _check_loading(trial: Trial) -> Iterator[CheckRow]:
 
 
 def _workers(trial: Trial) -> int:
-    """The workers that `fit` reads with."""
+    """Number of workers that `fit` uses for reading."""
     given, source = trial.config.num_workers, trial.source
     if given is None and isinstance(source, Loader) and not trial.config.cache_images:
         return default_num_workers(source.collator.data, source.batch_size)
@@ -153,12 +156,12 @@ def _workers(trial: Trial) -> int:
 
 def _faster_loading(trial: Trial, needed: float) -> str:
     workers = max(1, min(math.ceil(needed), os.cpu_count() or 1))
-    ways = [f"num_workers={workers}"] if workers > _workers(trial) else []
-    ways += ["cache_images=True", "smaller image files"]
+    options = [f"num_workers={workers}"] if workers > _workers(trial) else []
+    options += ["cache_images=True", "smaller image files"]
     trainer = trial.trainer
     if any(has_frozen_stages(model, model is trainer.captioner) for model in trainer.models):
-        ways.insert(-1, "cache_features=True (stages are frozen)")
-    return f"Try {', '.join(ways[:-1])} or {ways[-1]}."
+        options.insert(-1, "cache_features=True (stages are frozen)")
+    return f"Try {', '.join(options[:-1])} or {options[-1]}."
 
 
 def _forward_backward(trial: Trial) -> None:
@@ -174,7 +177,7 @@ def _teach(trainer: Stepper, batch: Batch) -> None:
 
 
 def _seconds(device: torch.device, run: Callable[[], None]) -> float:
-    """The shorter of two runs; what came before has warmed up."""
+    """Seconds of the faster of two runs; earlier checks have warmed up the model."""
     times = []
     for _ in range(2):
         _wait_for(device)
@@ -190,14 +193,14 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-_READ = 4  # batches read to see how long that takes
-_LOOKED_AT = 8  # images whose size is looked at
+_READ = 4  # batches read to measure the reading time
+_LOOKED_AT = 8  # images whose size is checked
 _CAPTIONS = 20_000  # captions whose words are counted
-_TRUNCATED, _UNKNOWN = 0.01, 0.05  # shares of captions and of words that are worth a note
+_TRUNCATED, _UNKNOWN = 0.01, 0.05  # shares of captions and of words above which a note is given
 
 
 def check_options(trainer: Stepper, val: Any) -> Iterator[CheckRow]:
-    """Device, precision, monitor and caching, as `fit` would choose or refuse them."""
+    """Device, precision, monitor and caching, as `fit` would choose or reject them."""
     config = trainer.config
     trainer.make_monitor()
     wants_crops(config)
@@ -213,19 +216,19 @@ def check_options(trainer: Stepper, val: Any) -> Iterator[CheckRow]:
 
 
 def check_data(trial: Trial, train: Any, val: Any) -> Iterator[CheckRow]:
-    """Read some batches, in this process, and look at images and captions."""
+    """Read some batches in this process and check images and captions."""
     trial.source, val_source = open_sources(trial.trainer, train, val)
     began = time.perf_counter()
     for batch in islice(trial.source.epoch(0), _READ):
         trial.read.append(batch)
         began = time.perf_counter() if len(trial.read) == 1 and len(trial.source) > 1 else began
     if not trial.read:
-        raise DataError("No usable training image. Give a data set with at least one.")
+        raise DataError("No usable training image. Pass a data set with at least one.")
     timed = max(len(trial.read) - 1, 1)
     trial.load_seconds = (time.perf_counter() - began) / timed
     trial.batch = trial.read[0]
     images = sum(batch.num_images for batch in trial.read)
-    yield CheckRow("data", "ok", f"{len(trial.source)} batches an epoch; {images} images read")
+    yield CheckRow("data", "ok", f"{len(trial.source)} batches per epoch; {images} images read")
     if trial.config.num_workers and worker_start_method(None) != "fork":
         require_picklable(train, "train")
         require_picklable(val, "val")
@@ -239,7 +242,7 @@ def check_data(trial: Trial, train: Any, val: Any) -> Iterator[CheckRow]:
 def _check_unreadable(trial: Trial, source: Source, data: Any) -> Iterator[CheckRow]:
     files = [Path(example.path) for example in getattr(data, "examples", ())]
     missing = [path for path in files if not path.exists()]
-    fix = "Fix or remove them; with errors='skip' they are left out, errors='raise' stops."
+    fix = "Fix or remove them; errors='skip' leaves them out, errors='raise' stops."
     if missing:
         finding = f"{len(missing)} of {len(files)} image files are missing, first {missing[0]}"
         yield CheckRow("images", "fail" if trial.config.errors == "raise" else "note", finding, fix)
@@ -249,23 +252,25 @@ def _check_unreadable(trial: Trial, source: Source, data: Any) -> Iterator[Check
 
 
 def _check_image_sizes(trial: Trial, data: Any) -> Iterator[CheckRow]:
-    """Images smaller than what the models work at are blown up: time spent on no detail."""
+    """Images smaller than the models' input are upscaled, which costs time and adds no detail."""
     sides = _sides(trial, data)
     wanted = image_size(*trial.trainer.models)
     small = [side for side in sides if side < wanted]
     if small:
         finding = (
-            f"{len(small)} of {len(sides)} images looked at are smaller than the {wanted} pixels "
-            f"that the models work at (smallest side {min(small)}): they are upscaled"
+            f"{len(small)} of {len(sides)} checked images are smaller than the {wanted} pixels "
+            f"that the models read (smallest side {min(small)}): they are upscaled"
         )
-        fix = f"Give larger images, or choose encoders with image_size={min(small)} or less."
+        fix = f"Use larger images, or choose encoders with image_size={min(small)} or less."
         yield CheckRow("images", "note", finding, fix)
     elif sides:
-        yield CheckRow("images", "ok", f"none of {len(sides)} looked at is upscaled to {wanted}")
+        yield CheckRow(
+            "images", "ok", f"none of {len(sides)} checked images is upscaled to {wanted}"
+        )
 
 
 def _sides(trial: Trial, data: Any) -> list[int]:
-    """The smaller side of some images as the data set holds them."""
+    """The smaller side of some images as they are in the data set."""
     if isinstance(trial.source, FixedBatches):
         return [side for side in (min(b.images.shape[-2:]) for b in trial.read) if side]
     from capdistill.data import read_image
@@ -274,7 +279,7 @@ def _sides(trial: Trial, data: Any) -> list[int]:
     for number in range(0, len(data), max(len(data) // _LOOKED_AT, 1))[:_LOOKED_AT]:
         try:
             sides.append(min(read_image(data[number][0]).shape[1:]))
-        except Exception:  # `fit` leaves such an item out, and the report names it
+        except Exception:  # `fit` skips such an item and reports it
             continue
     return sides
 
@@ -282,7 +287,7 @@ def _sides(trial: Trial, data: Any) -> list[int]:
 def _check_captions(
     trial: Trial, name: str, data: Any, batches: Iterable[Batch]
 ) -> Iterator[CheckRow]:
-    """Captions that are cut, and words that the vocabulary lacks."""
+    """Captions that are cut, and words missing from the vocabulary."""
     captions = getattr(data, "captions", None)
     if captions is None:
         captions = [caption for batch in batches for caption in batch.captions]
@@ -308,6 +313,6 @@ def _count_truncated(tokenizer: Any, captions: list[str]) -> int:
 def _check_validation(trial: Trial, data: Any, source: Source) -> Iterator[CheckRow]:
     batches = list(islice(source.epoch(0), 1))
     if not batches:
-        raise DataError("No usable validation image. Give a data set with at least one.")
+        raise DataError("No usable validation image. Pass a data set with at least one.")
     add_references({}, batches[0])
     yield from _check_captions(trial, "val", data, batches)

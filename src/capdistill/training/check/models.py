@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from capdistill.training.step import Stepper
 
 
-UNTRAINED_SHARE = 0.9  # of log V, the cross-entropy of random guesses
+UNTRAINED_SHARE = 0.9  # share of log V, the cross-entropy of random guesses
 
 
 def check_sizes(trial: Trial) -> Iterator[CheckRow]:
@@ -47,7 +47,7 @@ def check_sizes(trial: Trial) -> Iterator[CheckRow]:
 
 
 def check_vocabularies(trial: Trial) -> Iterator[CheckRow]:
-    """Entry by entry: the teacher reads the student's ids."""
+    """Compare the vocabularies entry by entry: the teacher reads the student's ids."""
     student, *teachers = [model.tokenizer.vocabulary for model in trial.roles.values()]
     place = first_difference(student, teachers[0]) if teachers else None
     if place is None:
@@ -56,39 +56,41 @@ def check_vocabularies(trial: Trial) -> Iterator[CheckRow]:
         return
     finding = (
         f"student and teacher differ at entry {place} ({len(student)} and {len(teachers[0])} "
-        "entries): the teacher reads other words than those of the captions"
+        "entries): the teacher would read words other than those of the captions"
     )
-    # Ids that the teacher lacks would break even a CUDA context. Whether attention is needed is
+    # Ids that the teacher lacks would even break a CUDA context. Whether attention is needed is
     # known once the losses are built.
     if trial.need - {"features", "attention"}:
         raise IncompatibleModels(f"{finding}. Build both models with one tokenizer.")
-    fix = "Compare features alone, as here, or build both models with one tokenizer."
+    fix = "Compare only features, as here, or build both models with one tokenizer."
     yield CheckRow("vocabulary", "note", finding, fix)
 
 
 def check_shapes(trial: Trial) -> Iterator[CheckRow]:
-    """What each model promises; the specification of a foreign one is probed on the batch."""
+    """The specification of each model; that of a wrapped teacher is probed on the batch."""
     for role, model in trial.roles.items():
         spec = model.spec(trial.batch.to(trial.trainer.device))
         yield CheckRow("shapes", "ok", f"{role}: {_describe(spec)}")
 
 
 def check_outputs(trial: Trial) -> Iterator[CheckRow]:
-    """Compare each model's output with its promise, once the losses know what they need."""
+    """Compare each model's output with its specification, for the outputs that the losses need."""
     tiny = probe_batch(trial.trainer.captioner, trial.trainer.models)
     for model in trial.roles.values():
         batch = tiny if isinstance(model, Captioner) else trial.batch
         checked_forward(model, batch, trial.need)
-    yield CheckRow("shapes", "ok", "every output has the shape its specification promises")
+    yield CheckRow("shapes", "ok", "every output has the shape given by its specification")
     for role, model in trial.roles.items():
         if isinstance(model, Captioner):
             yield from _check_steps(role, model, tiny)
 
 
 def _check_steps(role: str, captioner: Captioner, batch: Batch) -> Iterator[CheckRow]:
-    """Captions are made by `step`, training uses `forward`: both must give the same logits."""
+    """Generation uses `step` and training uses `forward`: both must give the same logits."""
     batch = batch.to(captioner.device)
-    ids = batch.inputs % len(captioner.tokenizer.vocabulary)  # a teacher may know fewer words
+    ids = batch.inputs % len(
+        captioner.tokenizer.vocabulary
+    )  # a teacher may have a smaller vocabulary
     with inference(captioner):
         steps, whole = step_logits(captioner.decoder, ids, captioner.encode(batch))
     gap = float((steps - whole).abs().max())
@@ -96,7 +98,7 @@ def _check_steps(role: str, captioner: Captioner, batch: Batch) -> Iterator[Chec
         return
     name = type(captioner.decoder).__name__
     finding = f"{role}: step and forward of {name} disagree: logits differ by up to {gap:.3g}"
-    fix = "Correct the decoder; capdistill.testing.check_decoder tests it law by law."
+    fix = "Fix the decoder; capdistill.testing.check_decoder tests each law."
     yield CheckRow("shapes", "fail", finding, fix)
 
 
@@ -106,13 +108,13 @@ def _describe(spec: ModelSpec) -> str:
     hidden = " ".join(map(str, spec.hidden_dims)) or "not shown"
     return (
         f"{spec.tokens} tokens x {spec.feature_dim}{grid}{prefix}; hidden {hidden}; "
-        f"attention {'shown' if spec.has_attention else 'not shown'}; "
+        f"{'with' if spec.has_attention else 'without'} attention; "
         f"vocabulary {len(spec.vocabulary)}"
     )
 
 
 def check_weights(trial: Trial) -> Iterator[CheckRow]:
-    """Weights that no training has touched."""
+    """Detect untrained (random) weights."""
     for role, model in trial.roles.items():
         encoder = getattr(model, "encoder", None)
         if not isinstance(encoder, Encoder):
@@ -122,16 +124,16 @@ def check_weights(trial: Trial) -> Iterator[CheckRow]:
             continue
         stuck = role != "teacher" and encoder.trunk_frozen
         finding = f"{role}: encoder has random weights"
-        finding += " and is frozen, so that it never learns to see" if stuck else ""
+        finding += " and is frozen, so it never learns to see" if stuck else ""
         fix = "Create it with weights=True (from the hub) or weights='a local file'."
         yield CheckRow("weights", "note", finding, fix)
-    one_vocabulary = trial.need - {"features"}  # otherwise the teacher may know other words
+    one_vocabulary = trial.need - {"features"}  # otherwise the vocabularies may differ
     if one_vocabulary and "teacher" in trial.roles and trial.source is not None:
         yield from _check_teacher_knows(trial)
 
 
 def _looks_random(encoder: Encoder) -> bool:
-    """Whether the trunk's norms are as they were made; without norms, what the registry knows."""
+    """Whether the trunk's norms have initial values; without norms, use the recorded arguments."""
     trunk = {id(p) for p in encoder.trunk_parameters()}
     biases = [
         getattr(part, name)
@@ -147,7 +149,7 @@ def _looks_random(encoder: Encoder) -> bool:
 
 
 def _check_teacher_knows(trial: Trial) -> Iterator[CheckRow]:
-    """A teacher no better than chance on real captions teaches noise."""
+    """Check that the teacher is better than random guessing on real captions."""
     trainer, batch = trial.trainer, trial.batch.to(trial.trainer.device)
     teacher = trial.roles["teacher"]
     with inference(teacher), autocast(trainer.device, trainer.precision):
@@ -167,7 +169,7 @@ MIN_GRADIENT_SHARE = 1e-3  # a term with a smaller share of the gradient has no 
 
 
 def check_projectors(trial: Trial) -> Iterator[CheckRow]:
-    """Let the losses create their projectors where they have not yet."""
+    """Let the losses create their projectors if they have not yet."""
     trial.trainer.prepare(trial.batch.to(trial.trainer.device))
     losses = trial.trainer.objective.losses
     made = [
@@ -177,11 +179,13 @@ def check_projectors(trial: Trial) -> Iterator[CheckRow]:
     ]
     if len(losses):
         finding = f"{', '.join(losses)}; projectors: {', '.join(made) or 'none'}"
-        yield CheckRow("losses", "ok", f"{finding}; {millions(numel(losses.parameters()))} in them")
+        yield CheckRow(
+            "losses", "ok", f"{finding}; {millions(numel(losses.parameters()))} parameters in them"
+        )
 
 
 def check_sums(trial: Trial) -> Iterator[CheckRow]:
-    """A loss is a sum over tokens or images: twice the batch, twice the loss."""
+    """A loss must be a sum over tokens or images: a doubled batch must give a doubled loss."""
     trainer = trial.trainer
     losses = cast("dict[str, DistillationLoss]", dict(trainer.objective.losses.items()))
     if not losses:
@@ -202,7 +206,7 @@ def _check_sum(name: str, loss: Any, once: float, twice: float, config: Any) -> 
             f"{name}: the loss looks across images, but sees {config.batch_size} at a time "
             f"with accumulation_steps={steps}"
         )
-        yield CheckRow("losses", "note", finding, "Raise batch_size in place of accumulation.")
+        yield CheckRow("losses", "note", finding, "Raise batch_size instead of accumulating.")
     if loss.couples_batch or math.isclose(twice, 2 * once, rel_tol=1e-3, abs_tol=1e-6):
         return
     finding = f"{name}: the loss is {once:.4g} for a batch and {twice:.4g} for the same batch twice"
@@ -215,7 +219,7 @@ def _check_sum(name: str, loss: Any, once: float, twice: float, config: Any) -> 
 
 
 def check_trained(trial: Trial) -> Iterator[CheckRow]:
-    """The optimizer's groups."""
+    """Report the parameter groups of the optimizer."""
     parts: dict[str, int] = {}
     for group in _optimizer(trial.trainer).param_groups:
         key = f"{group.get('name', 'model')} at {group['initial_lr']:g}"
@@ -224,14 +228,14 @@ def check_trained(trial: Trial) -> Iterator[CheckRow]:
 
 
 def _optimizer(trainer: Stepper) -> torch.optim.Optimizer:
-    """The trainer's optimizer; it is made without the warning about an unknown number of steps."""
+    """The trainer's optimizer, without the warning about an unknown number of steps."""
     if trainer.steps_per_epoch is None:
         trainer.steps_per_epoch = 1
     return trainer.optimizer or trainer.make_ready()
 
 
 def check_terms(trial: Trial) -> Iterator[CheckRow]:
-    """One forward; then one backward for each term, to see what it moves and how strongly."""
+    """One forward pass, then one backward pass per term, to compare the terms' gradients."""
     trainer = trial.trainer
     trainer.objective.train()
     terms = trainer.terms(trial.batch)
@@ -259,7 +263,7 @@ def _not_finite(name: str, what: str) -> CheckRow:
 
 
 def _peak_weight(trainer: Stepper, name: str) -> float:
-    """The largest weight a term gets, so that one that starts at 0 is not called useless."""
+    """The largest weight of a term over the run: a scheduled weight may start at 0."""
     return max(trainer.objective.weight(name, progress) for progress in (0.0, 0.5, 1.0))
 
 
@@ -287,8 +291,8 @@ def _term_row(
     )
     if share >= MIN_GRADIENT_SHARE or math.isnan(share):
         return CheckRow("terms", "ok", finding)
-    reason = "it gives the model no gradient" if norms[name] == 0 else "too little to matter"
-    fix = f"Raise weights['{name}'], or leave the term out: it costs time and teaches nothing."
+    reason = "it gives the model no gradient" if norms[name] == 0 else "too small to matter"
+    fix = f"Raise weights['{name}'], or remove the term: it costs time and has no effect."
     return CheckRow("terms", "note", f"{finding}: {reason}", fix)
 
 
@@ -305,20 +309,20 @@ def _check_leading(weights: dict[str, float], norms: dict[str, float]) -> Iterat
         f"gradient ({norms[leading] / whole:.0%}, '{first}' {norms[first] / whole:.0%})"
     )
     fix = (
-        f"Shares change as training goes on. To let '{first}' lead from the start, set "
+        f"Shares change during training. To let '{first}' lead from the start, set "
         f"weights['{leading}'] to at most {suggested:.2g}."
     )
     yield CheckRow("terms", "note", finding, fix)
 
 
 def _check_reached(objective: nn.Module, reached: set[int]) -> Iterator[CheckRow]:
-    """Every parameter that requires grad must get one (law 4)."""
+    """Every parameter that requires a gradient must get one (law 4)."""
     trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     left = [name for name, parameter in trained.items() if id(parameter) not in reached]
     if not left:
         finding = f"all {len(trained)} trainable tensors get a gradient"
         yield CheckRow("gradients", "ok", finding)
         return
-    finding = f"{len(left)} of {len(trained)} trainable tensors get none: {listed(left)}"
+    finding = f"{len(left)} of {len(trained)} trainable tensors get no gradient: {listed(left)}"
     fix = "Use them in forward, remove them, or freeze them with requires_grad_(False)."
     yield CheckRow("gradients", "fail", finding, fix)

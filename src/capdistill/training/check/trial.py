@@ -1,4 +1,4 @@
-"""What the checks share: the trainer, a batch, and words for numbers."""
+"""State and helpers shared by the checks: the trainer, a batch, and number formatting."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from capdistill.training.step import Stepper
 
 
-_CAPTIONS = 5  # of an image at most, where the data decide
-_WORDS = 12  # of a made-up caption, the median of Flickr8k with its two ends
+_CAPTIONS = 5  # captions per image of a made-up batch, unless configured
+_WORDS = 12  # length of a made-up caption: the median of Flickr8k with start and end
 
 
 @dataclass
 class Trial:
-    """What the checks share.
+    """The state that the checks share.
 
     Args:
-        trainer: Whose run is checked; its configuration is the one for reading in this process.
+        trainer: The trainer under test; its configuration is changed to read in this process.
         config: The configuration of the run.
-        batch: Real, or made up where there are no data.
-        source: Where it came from, if it is real.
-        load_seconds, step_seconds: Of one batch; NaN until measured.
+        batch: A real batch, or a made-up one without data.
+        source: The source of a real batch.
+        load_seconds, step_seconds: Times of one batch; NaN until measured.
     """
 
     trainer: Stepper
@@ -51,18 +51,18 @@ class Trial:
 
     @property
     def roles(self) -> dict[str, Any]:
-        """The models by what they do."""
+        """The models by role."""
         names = ("student", "teacher") if len(self.trainer.models) == 2 else ("model",)
         return dict(zip(names, self.trainer.models, strict=True))
 
     @property
     def need(self) -> frozenset[str]:
-        """What the losses ask of the models."""
+        """The model outputs that the losses need."""
         return self.trainer.objective.needed_outputs
 
 
 def made_up_batch(trainer: Stepper) -> Batch:
-    """Noise and random words, of the configured size; the caller's random state is not touched."""
+    """Noise and random words, of the configured size, without using the caller's random state."""
     probe = probe_batch(trainer.captioner, trainer.models)
     images, tokenizer = trainer.config.batch_size, trainer.captioner.tokenizer
     rows = images * (trainer.config.captions_per_image or _CAPTIONS)
@@ -80,7 +80,7 @@ def made_up_batch(trainer: Stepper) -> Batch:
 
 
 def name_of(model: Any) -> str:
-    """How messages call a model."""
+    """The name of a model in messages."""
     return getattr(model, "name", type(model).__name__)
 
 
@@ -90,16 +90,16 @@ def has_frozen_stages(model: Any, trained: bool) -> bool:
 
 
 def numel(parameters: Iterable[Tensor]) -> int:
-    """Numbers in all of them."""
+    """Total number of elements."""
     return sum(parameter.numel() for parameter in parameters)
 
 
 def bytes_of(module: nn.Module) -> int:
-    """Of parameters and buffers."""
+    """Bytes of parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
 
 
-_NAMED = 20  # parameters in a message
+_NAMED = 20  # most names in a message
 
 
 def listed(names: list[str]) -> str:
@@ -109,7 +109,7 @@ def listed(names: list[str]) -> str:
 
 
 def millions(count: int) -> str:
-    """A count, in millions where it is large."""
+    """A count as text, in millions if it is large."""
     return f"{count / 1e6:.2f} M" if count >= 1e4 else str(count)
 
 
@@ -124,13 +124,13 @@ def milliseconds(seconds: float) -> str:
 
 
 def less_memory(config: Any) -> str:
-    """How to get along with less memory."""
+    """Advice on how to use less memory."""
     half = max(config.batch_size // 2, 1)
     return (
         f"Set batch_size={half} (now {config.batch_size}) and "
         f"accumulation_steps={2 * config.accumulation_steps}, "
-        "which train the same; or precision='bf16', a smaller encoder, or a frozen trunk with "
-        "cache_features=True."
+        "which gives the same training; or use precision='bf16', a smaller encoder, "
+        "or a frozen trunk with cache_features=True."
     )
 
 
@@ -142,7 +142,7 @@ def restoring_state(trainer: Stepper) -> Iterator[None]:
     modules = [trainer.objective, *trainer.models]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         restore = [_remember(module) for module in modules]
-        if not getattr(trainer, "_built", True):  # what a real run builds starts from its seed
+        if not getattr(trainer, "_built", True):  # a real run builds its projectors from its seed
             trainer.objective.losses = copy.deepcopy(losses)
         seed_everything(trainer.config.seed)
         try:
@@ -158,7 +158,7 @@ def restoring_state(trainer: Stepper) -> Iterator[None]:
 
 
 def _remember(module: nn.Module) -> Callable[[], None]:
-    """What puts a module back: its device, each part's attributes, buffers and gradients."""
+    """A function that restores a module's device, attributes, buffers and gradients."""
     device = next((p.device for p in module.parameters()), None)
     parts = [(part, part.training, dict(vars(part))) for part in module.modules()]
     buffers = [
@@ -195,10 +195,10 @@ class CheckRow:
     """One finding.
 
     Args:
-        topic: What was looked at.
+        topic: What was checked.
         status: "ok", "note" (works, but look at it) or "fail".
-        finding: What was seen.
-        fix: What to do about it; empty where nothing needs doing.
+        finding: The observation.
+        fix: What to do about it; empty if nothing is needed.
     """
 
     topic: str
@@ -209,7 +209,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a check found; `print` it.
+    """The result of a check; `print` it.
 
     Example:
         >>> row = CheckRow("memory", "fail", "20.0 GB of 8.0 GB", "Lower batch_size (now 16).")
@@ -219,7 +219,7 @@ class CheckReport:
         not ready: 1 failure, 0 notes
 
     Args:
-        rows: The findings, in the order of looking.
+        rows: The findings, in the order of the checks.
     """
 
     rows: tuple[CheckRow, ...]
