@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from capdistill.errors import UnknownName, parse, suggest
 from capdistill.generation.config import GenerationConfig, GenerationOptions, Options
@@ -100,6 +101,12 @@ class TrainConfig(Options):
     save_every_minutes: float | None = Field(10.0, gt=0)
     progress: bool | None = None
 
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        """A path object becomes text, so that the configuration stays plain data."""
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
     @model_validator(mode="before")
     @classmethod
     def _collect_decoding(cls, values: Any) -> Any:
@@ -164,7 +171,7 @@ class TrainOptions(GenerationOptions, total=False):
     cache_images: bool
     cache_features: bool | None
     cache_views: int
-    cache_dir: str | None
+    cache_dir: str | os.PathLike[str] | None
     errors: Literal["skip", "raise"]
     eval_batch_size: int
     generation: GenerationConfig | Mapping[str, Any] | None
