@@ -260,8 +260,6 @@ class Captioner(nn.Module):
         Example:
             `for text in student.caption_stream(frames, batch_size=1): print(text)`
         """
-        if batch_size < 1:
-            raise ConfigError(f"caption: batch_size must be at least 1, got {batch_size}.")
         spec = self._generation_spec(**generation)
         for squares in read_batches(images, self.image_size, batch_size, errors):
             readable = [square for square in squares if square is not None]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from capdistill.errors import PRINTED_ENDS, DataError, require_text, shortened
+from capdistill.errors import PRINTED_ENDS, ConfigError, DataError, require_text, shortened
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class Batch:
                 require_text(caption, f"Batch: a caption of image '{self.image_ids[row // k]}'")
         if self.references is not None:
             self._check_references(self.references)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Batch {self.num_images} images of {tuple(self.images.shape[1:])}, "
+            f"{len(self.captions)} captions of up to {self.input_ids.shape[1]} tokens>"
+        )
 
     def _check_references(self, references: Sequence[Sequence[str]]) -> None:
         if len(references) != self.num_images:
@@ -194,6 +201,17 @@ class CaptionerOutput:
     attention: Tensor | None = None
     mask: Tensor | None = None
 
+    def __repr__(self) -> str:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        shown = ", ".join(f"{k} {_shape(v)}" for k, v in values.items() if v is not None)
+        return f"<CaptionerOutput {shown}>"
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    return f"[{', '.join(map(_shape, value))}]" if isinstance(value, (tuple, list)) else repr(value)
+
 
 OUTPUTS = frozenset({"logits", "features", "hidden", "attention"})
 FEATURES_ONLY = frozenset({"features"})
@@ -269,3 +287,13 @@ def part(batch: Batch, first: int, last: int) -> Batch:
         references=batch.references and batch.references[first:last],
         cached={key: tokens[first:last] for key, tokens in batch.cached.items()},
     )
+
+
+def require_batches(method: str, batches: Sequence[Any]) -> None:
+    """Refuse anything but one or more `Batch`."""
+    wrong = [type(batch).__name__ for batch in batches if not isinstance(batch, Batch)]
+    if wrong or not batches:
+        raise ConfigError(
+            f"{method}() was given {', '.join(wrong) or 'no batch'}; expected capdistill.Batch, "
+            "as a capdistill.data.Loader yields it."
+        )

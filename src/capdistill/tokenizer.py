@@ -123,7 +123,7 @@ class WordTokenizer:
         _check_limit("max_length", max_length, 1)
         self._vocabulary = (*SPECIAL, *_checked(words))
         self._ids = {word: index for index, word in enumerate(self._vocabulary)}
-        self.max_length = max_length
+        self.max_length = int(max_length)
         if len(self._ids) != len(self._vocabulary):
             twice = [w for w, n in Counter(self._vocabulary).items() if n > 1]
             raise ConfigError(f"WordTokenizer: entries must be distinct; given twice: {twice[:5]}.")
@@ -147,8 +147,9 @@ class WordTokenizer:
 
         Raises:
             DataError: no word is frequent enough, or a caption is not text.
-            ConfigError: max_size leaves no room for a word, max_length < 1.
+            ConfigError: max_size leaves no room for a word, min_count < 0, max_length < 1.
         """
+        _check_limit("min_count", min_count, 0)
         if max_size is not None:
             _check_limit("max_size", max_size, len(SPECIAL) + 1)
         counts = Counter(word for caption in _texts(captions) for word in split_words(caption))
@@ -192,9 +193,18 @@ class WordTokenizer:
         return [self.start_id, *ids, *end]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Words up to the first end token; padding and start never appear."""
+        """Words up to the first end token; padding and start never appear.
+
+        Raises:
+            DataError: one is not the id of an entry.
+        """
         words = []
         for index in ids:
+            if not is_count(index, 0) or index >= len(self):
+                raise DataError(
+                    f"WordTokenizer: {shortened(index)} is not an id of this vocabulary; expected "
+                    f"whole numbers from 0 to {len(self) - 1}, as encode() gives them."
+                )
             if index == self.end_id:
                 break
             if index not in (self.pad_id, self.start_id):
@@ -258,9 +268,10 @@ def _texts(captions: Iterable[str]) -> Iterable[str]:
     Raises:
         DataError: one is not, or they are one string.
     """
-    if isinstance(captions, str):
+    if isinstance(captions, str) or not isinstance(captions, Iterable):
+        kind = "one string" if isinstance(captions, str) else type(captions).__name__
         raise DataError(
-            f"WordTokenizer: the captions are {shortened(captions)}, one string; give a list of "
+            f"WordTokenizer: the captions are {shortened(captions)}, {kind}; give a list of "
             "captions."
         )
     for number, caption in enumerate(captions):
@@ -268,10 +279,11 @@ def _texts(captions: Iterable[str]) -> Iterable[str]:
 
 
 def _checked(words: Iterable[str]) -> Iterable[str]:
-    if isinstance(words, str):
+    if isinstance(words, str) or not isinstance(words, Iterable):
+        kind = "one string" if isinstance(words, str) else type(words).__name__
         raise ConfigError(
-            f"WordTokenizer: words are {words[:40]!r}, one string; give a list of words, or train "
-            "on captions with WordTokenizer.train."
+            f"WordTokenizer: words are {shortened(words, 40)}, {kind}; give a list of words, or "
+            "train on captions with WordTokenizer.train."
         )
     for word in words:
         if not isinstance(word, str):
@@ -280,7 +292,7 @@ def _checked(words: Iterable[str]) -> Iterable[str]:
 
 
 def _check_limit(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_count(value, least):
         raise ConfigError(
             f"WordTokenizer: {name} must be a whole number of at least {least}, got {value!r}."
         )

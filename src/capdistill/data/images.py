@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from capdistill.data.caption_files import Policy
-from capdistill.errors import ConfigError, DataError
+from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.files import user_path
 from capdistill.runtime import generator, stable_hash
 
@@ -329,9 +329,10 @@ def read_batches(
         errors: "raise" stops at an image that cannot be read; "skip" warns and gives None for it.
 
     Raises:
-        ConfigError: another value of `errors`.
+        ConfigError: another value of `errors`, or `batch_size` < 1.
         DataError: an image that cannot be read, by name, unless it is skipped.
     """
+    require_int("caption: batch_size", batch_size, 1)
     if errors not in ("skip", "raise"):
         raise ConfigError(f"errors={errors!r} was given; use errors='skip' or 'raise'.")
     place = 0

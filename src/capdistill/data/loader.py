@@ -99,9 +99,10 @@ class Loader:
         view: int = 0,
         start_method: str | None = None,
     ) -> None:
-        _require_at_least(1, image_size=image_size, batch_size=batch_size, views=views)
-        _require_at_least(1, captions_per_image=captions_per_image, max_length=max_length)
-        _require_at_least(0, num_workers=num_workers, view=view)
+        require_int("Loader: batch_size", batch_size, 1)
+        _require_between(1, 10_000, image_size=image_size, views=views)
+        _require_between(1, 10_000, captions_per_image=captions_per_image, max_length=max_length)
+        _require_between(0, 10_000, num_workers=num_workers, view=view)
         self.num_images = _length(data)
         self.batch_size, self.train, self.seed = batch_size, train, seed
         self.errors, self.skipped = DataReport(errors).errors, DataReport()
@@ -261,10 +262,10 @@ def _length(data: Any) -> int:
     return length
 
 
-def _require_at_least(minimum: int, **numbers: int | None) -> None:
+def _require_between(minimum: int, maximum: int, **numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None:
-            require_int(f"Loader: {name}", number, minimum)
+            require_int(f"Loader: {name}", number, minimum, maximum)
 
 
 class Source(Protocol):
@@ -288,8 +289,7 @@ def skipped_images(source: Any) -> Sequence[Any]:
         >>> skipped_images(object())
         ()
     """
-    skipped: Sequence[Any] = getattr(source, "skipped", ())
-    return skipped
+    return getattr(source, "skipped", None) or ()
 
 
 class FixedBatches:

@@ -110,13 +110,13 @@ class GenerationConfig(Options):
         coverage; groups Vijayakumar et al. (2018); top-p Holtzman et al. (2020).
     """
 
-    beam_size: int = Field(1, ge=1)
-    max_length: int | None = Field(None, ge=1)
-    min_length: int = Field(0, ge=0)
+    beam_size: int = Field(1, ge=1, le=10_000)
+    max_length: int | None = Field(None, ge=1, le=10_000)
+    min_length: int = Field(0, ge=0, le=10_000)
     length_normalisation: Literal["none", "average", "gnmt"] = "average"
     length_penalty: float = Field(0.7, allow_inf_nan=False)
     early_stopping: bool | Literal["never"] = False
-    num_return: int = Field(1, ge=1)
+    num_return: int = Field(1, ge=1, le=10_000)
     no_repeat_ngram: int = Field(0, ge=0)
     banned_words: tuple[str, ...] = ()
     allow_unknown: bool = False

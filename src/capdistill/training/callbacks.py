@@ -63,6 +63,8 @@ def check_callbacks(callbacks: Any) -> None:
     known = (*EVENTS, "state_dict")
     wrong = [each for each in several if not any(hasattr(each, name) for name in known)]
     wrong += [each for each in several if isinstance(each, type)]
+    handlers = [(each, getattr(each, event, None)) for each in several for event in EVENTS]
+    wrong += [each for each, handler in handlers if not (handler is None or callable(handler))]
     if wrong or several is not callbacks:
         raise ConfigError(
             f"fit: callbacks={callbacks!r:.200} was given. Expected a list of objects with some of "

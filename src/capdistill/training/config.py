@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from capdistill.errors import UnknownName, parse, suggest
+from capdistill.errors import ConfigError, UnknownName, parse, shortened, suggest
 from capdistill.generation.config import GenerationConfig, GenerationOptions, Options
 
 
@@ -67,7 +67,7 @@ class TrainConfig(Options):
 
     epochs: int = Field(15, ge=1)
     batch_size: int = Field(16, ge=1)
-    captions_per_image: int | None = Field(None, ge=1)
+    captions_per_image: int | None = Field(None, ge=1, le=10_000)
     learning_rate: float = Field(1e-3, gt=0)
     encoder_lr_scale: float = Field(0.1, ge=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -85,13 +85,13 @@ class TrainConfig(Options):
     monitor: str = "cider"
     metrics: tuple[str, ...] = ("bleu", "cider_d")
     seed: int = Field(0, ge=-(2**63), lt=2**63)
-    num_workers: int | None = Field(None, ge=0)
+    num_workers: int | None = Field(None, ge=0, le=10_000)
     device: str = "auto"
     augment: bool | None = None
     flip: bool = False
     cache_images: bool = False
     cache_features: bool | None = None
-    cache_views: int = Field(1, ge=1)
+    cache_views: int = Field(1, ge=1, le=10_000)
     cache_dir: str | None = None
     errors: Literal["skip", "raise"] = "skip"
     eval_batch_size: int = Field(64, ge=1)
@@ -113,9 +113,9 @@ class TrainConfig(Options):
         """Fields of `GenerationConfig` may stand beside those of training: `fit(beam_size=3)`."""
         own = cls.model_fields.keys()
         loose = {n: v for n, v in values.items() if n in GenerationConfig.model_fields.keys() - own}
-        if not loose:
-            return values
         given = values.get("generation") or {}
+        if not loose or not isinstance(given, (Mapping, GenerationConfig)):
+            return values
         whole = given if isinstance(given, Mapping) else given.model_dump(exclude_unset=True)
         rest = {name: value for name, value in values.items() if name not in loose}
         return {**rest, "generation": {**whole, **loose}}
@@ -133,6 +133,11 @@ class TrainConfig(Options):
         Raises:
             ConfigError: an unknown option or an invalid value; the message starts with `what`.
         """
+        if config is not None and not isinstance(config, TrainConfig):
+            raise ConfigError(
+                f"{what}: config={shortened(config)} was given. Expected a {cls.__name__}; give "
+                "its fields as keyword arguments (epochs=3), those of a recipe by **recipe(name)."
+            )
         if config is not None and not options and isinstance(config, cls):
             return config
         kept = {} if config is None else {n: getattr(config, n) for n in config.model_fields_set}

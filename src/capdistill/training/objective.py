@@ -108,13 +108,19 @@ class Objective(nn.Module):
         if isinstance(weight, tuple):
             first, last = weight
             return first + (last - first) * progress
-        value = float(weight(progress) if callable(weight) else weight)
-        if not 0 <= value < math.inf:
+        if not callable(weight):
+            return weight
+        value: Any = weight(progress)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 0 <= number < math.inf:
             raise ConfigError(
-                f"weights: '{name}' gave {value} at {progress:.0%} of the run; "
+                f"weights: '{name}' gave {value!r} at {progress:.0%} of the run; "
                 "give finite numbers >= 0."
             )
-        return value
+        return number
 
     def _losses(self) -> Iterator[tuple[str, DistillationLoss]]:
         return cast("Iterator[tuple[str, DistillationLoss]]", iter(self.losses.items()))

@@ -47,7 +47,7 @@ def open_directory(
     Raises:
         ConfigError: options that contradict each other, or a directory that holds a run.
     """
-    known = isinstance(resume, bool) or resume == "auto"
+    known = isinstance(resume, bool) or (isinstance(resume, str) and resume == "auto")
     if not known or not isinstance(overwrite, bool):
         raise ConfigError(
             f"fit: resume={resume!r} and overwrite={overwrite!r} were given. Expected resume=True, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -57,6 +58,7 @@ def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source,
         crop=crops,
         flip=config.flip,
     )
+    _require_epochs(training)
     if val is None:
         return training, None
     val_options = {**options, "train": False, "batch_size": config.eval_batch_size}
@@ -166,6 +168,18 @@ def wants_cache(stepper: Stepper, data: Any) -> bool:
     except ConfigError:
         return False
     return bool(needed * len(data) <= AUTOMATIC_CACHE_BYTES)
+
+
+def _require_epochs(source: Source) -> None:
+    try:
+        inspect.signature(source.epoch).bind(0, 0)
+    except TypeError as error:
+        raise ConfigError(
+            f"{type(source).__name__}.epoch cannot be called as epoch(n, start): {error}. It needs "
+            "the number of the epoch and the first batch to give, which a resumed run skips to."
+        ) from error
+    except ValueError:
+        return  # a function without a signature
 
 
 def _is_source(data: Any) -> bool:

@@ -16,7 +16,7 @@ from capdistill.captioner import Captioner
 from capdistill.data.loader import Source, skipped_images
 from capdistill.errors import ConfigError, DataError, NotFiniteLoss
 from capdistill.metrics import DIRECTIONS, CaptionScorer, Metric
-from capdistill.outputs import Batch, CaptionerOutput, LossTerm
+from capdistill.outputs import Batch, CaptionerOutput, LossTerm, require_batches
 from capdistill.runtime import (
     autocast,
     batch_norms,
@@ -69,13 +69,16 @@ class Stepper:
         self.meter = EpochMeter()
         self.metrics: Sequence[str | Metric] | None = None
         self._prepared: tuple[object, CaptionScorer] | None = None
+        self.scaler = self._made_scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.place()
 
     def place(self) -> None:
         """Choose device and precision by the configuration, and move models and losses there."""
         self.device = pick_device(self.config.device)
         self.precision = pick_precision(self.device, self.config.precision)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        if self.scaler is self._made_scaler:  # one that a user assigned stays
+            scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+            self.scaler = self._made_scaler = scaler
         for module in (self.objective, *self.models):
             module.to(self.device)
         self._batch_norms = batch_norms(self.objective)
@@ -137,6 +140,7 @@ class Stepper:
         Args:
             batch: On any device.
         """
+        require_batches("terms", [batch])
         self.prepare(batch)
         if self.objective.training:
             batch = self.prepare_batch(batch)
@@ -158,8 +162,7 @@ class Stepper:
             NotFiniteLoss: a term or the gradient is NaN or infinite; nothing was updated.
         """
         began = time.perf_counter()
-        if not micro_batches:
-            raise ConfigError("step() was given no batch. Give at least one.")
+        require_batches("step", micro_batches)
         optimizer = self.optimizer or self.make_ready(micro_batches[0])
         first, self._first_step = self._first_step, False
         if first:
@@ -323,6 +326,11 @@ class Stepper:
             ConfigError: a batch without references.
             DataError: an image id that occurs twice.
         """
+        if not callable(getattr(source, "epoch", None)):
+            raise ConfigError(
+                f"validate() was given {type(source).__name__}; expected an object with "
+                "epoch(n, start), such as a capdistill.data.Loader."
+            )
         meter, generated, references = LossMeter(), dict[str, str](), References()
         with evaluating(self.objective), torch.no_grad():
             for batch in source.epoch(0):

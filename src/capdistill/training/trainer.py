@@ -303,6 +303,14 @@ class Trainer(Stepper):
             self._progress.close()
             self.captioner.eval()
 
+    def __repr__(self) -> str:
+        models = " <- ".join(repr(getattr(m, "name", type(m).__name__)) for m in self.models)
+        terms = ", ".join(self.objective.weights)
+        return (
+            f"<{type(self).__name__} {models}, terms {terms}, {self.config.epochs} epochs, "
+            f"{self.device} in {self.precision}>"
+        )
+
     def _emit(self, event: str, *row: Row) -> None:
         for callback in self.callbacks:
             handler = getattr(callback, event, None)

@@ -237,13 +237,19 @@ class CheckReport:
         """Plain data: `{"ok": bool, "rows": [{"topic", "status", "finding", "fix"}]}`."""
         return {"ok": self.ok, "rows": [asdict(row) for row in self.rows]}
 
+    def __repr__(self) -> str:
+        return f"<CheckReport {self._verdict()}>"
+
     def __str__(self) -> str:
         width = max((len(row.topic) for row in self.rows), default=0)
         lines = [line for row in self.rows for line in _lines(row, width)]
+        return "\n".join([*lines, self._verdict()])
+
+    def _verdict(self) -> str:
         failures, notes = len(self.select("fail")), len(self.select("note"))
         verdict = "ready" if self.ok else "not ready"
         many = (f"{failures} failure{'s' * (failures != 1)}", f"{notes} note{'s' * (notes != 1)}")
-        return "\n".join([*lines, f"{verdict}: {', '.join(many)}"])
+        return f"{verdict}: {', '.join(many)}"
 
 
 def _lines(row: CheckRow, width: int) -> list[str]:
