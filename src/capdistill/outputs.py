@@ -291,9 +291,11 @@ def part(batch: Batch, first: int, last: int) -> Batch:
 
 def require_batches(method: str, batches: Sequence[Any]) -> None:
     """Refuse anything but one or more `Batch`."""
+    if not batches:
+        raise ConfigError(f"{method}() was given no batch. Give at least one.")
     wrong = [type(batch).__name__ for batch in batches if not isinstance(batch, Batch)]
-    if wrong or not batches:
+    if wrong:
         raise ConfigError(
-            f"{method}() was given {', '.join(wrong) or 'no batch'}; expected capdistill.Batch, "
-            "as a capdistill.data.Loader yields it."
+            f"{method}() was given {', '.join(wrong)}; expected capdistill.Batch, as a "
+            "capdistill.data.Loader yields it."
         )

@@ -131,8 +131,8 @@ def _line(row: Row) -> str:
 
 def _read_until(path: Path, step: float) -> list[Row]:
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    for line in lines:
+    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    for line in text.split("\n"):
         try:
             row = json.loads(line)
         except ValueError:

@@ -77,8 +77,8 @@ class Stepper:
         self.device = pick_device(self.config.device)
         self.precision = pick_precision(self.device, self.config.precision)
         if self.scaler is self._made_scaler:  # one that a user assigned stays
-            scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-            self.scaler = self._made_scaler = scaler
+            scaled = self.precision == "fp16"
+            self.scaler = self._made_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         for module in (self.objective, *self.models):
             module.to(self.device)
         self._batch_norms = batch_norms(self.objective)
@@ -327,10 +327,8 @@ class Stepper:
             DataError: an image id that occurs twice.
         """
         if not callable(getattr(source, "epoch", None)):
-            raise ConfigError(
-                f"validate() was given {type(source).__name__}; expected an object with "
-                "epoch(n, start), such as a capdistill.data.Loader."
-            )
+            given = type(source).__name__
+            raise ConfigError(f"validate: {given} was given; expected a Loader or epoch(n, start).")
         meter, generated, references = LossMeter(), dict[str, str](), References()
         with evaluating(self.objective), torch.no_grad():
             for batch in source.epoch(0):
