@@ -102,7 +102,7 @@ def test_parts_of_different_widths_are_refused_with_the_fix():
 
 def test_a_decoder_of_another_vocabulary_is_refused():
     captioner = toy()
-    with pytest.raises(ConfigError, match="was built for 10 words and is now given 5"):
+    with pytest.raises(ConfigError, match="was built for 10 words but is now used with 5"):
         cd.Captioner(Patches(dim=8), captioner.decoder, LetterTokenizer())
 
 

@@ -211,7 +211,9 @@ def test_building_again_for_the_same_vocabulary_does_nothing(form):
 @every_form
 def test_another_vocabulary_is_refused_and_nothing_changes(form):
     decoder = make(form)
-    with pytest.raises(ConfigError, match=r"was built for 11 words and is now given 12\. Create"):
+    with pytest.raises(
+        ConfigError, match=r"was built for 11 words but is now used with 12\. Create"
+    ):
         decoder.build(VOCABULARY + 1)
     assert decoder.embedding.num_embeddings == VOCABULARY
 

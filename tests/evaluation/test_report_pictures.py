@@ -38,7 +38,7 @@ def test_pictures_are_of_the_first_images_and_of_the_runs(
     first = data.val.image_ids[:2]
     assert list(found.pictures) == [
         "student: training",
-        *(f"{role}: where it looked in {i}" for role in ("teacher", "student") for i in first),
+        *(f"{role}: attention in {i}" for role in ("teacher", "student") for i in first),
     ]
     for picture in found.pictures.values():
         kind, _, content = picture.partition(",")

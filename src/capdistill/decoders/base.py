@@ -20,7 +20,7 @@ from capdistill.outputs import DecoderOutput
 
 @dataclass(frozen=True)
 class DecoderState:
-    """What a decoder remembers between two words. Rows stay grouped by image.
+    """State of a decoder between two words. Rows stay grouped by image.
 
     Example:
         >>> import torch
@@ -36,7 +36,7 @@ class DecoderState:
         row: Tensors with one row per hypothesis (I * beams, ...): recurrent states, masks.
         beams: Hypotheses per image.
         position: Words consumed so far.
-        cache: What was written once for all beams of an image.
+        cache: Data shared by all beams of an image.
     """
 
     image: dict[str, Tensor]
@@ -46,16 +46,16 @@ class DecoderState:
     cache: Cache | None = None
 
     def expand(self, k: int) -> DecoderState:
-        """Every row k times, side by side; what belongs to the image is not copied."""
+        """Repeat every row k times, side by side; tensors in `image` are not copied."""
         rows = {key: value.repeat_interleave(k, 0) for key, value in self.row.items()}
         return replace(self, row=rows, beams=self.beams * k)
 
     def reorder(self, index: Tensor) -> DecoderState:
-        """Row r becomes old row `index[r]`, (R,); an index stays within its image's group."""
+        """Select rows: row r becomes old row `index[r]`, (R,), within the group of its image."""
         return replace(self, row={key: value[index] for key, value in self.row.items()})
 
     def keep(self, images: Tensor) -> DecoderState:
-        """Only the given images, (J,) indices or (I,) bool, with all their rows."""
+        """Keep only the given images, (J,) indices or (I,) bool, with all their rows."""
         kept = {key: value[images] for key, value in self.image.items()}
         rows = {
             key: value.reshape(-1, self.beams, *value.shape[1:])[images].flatten(0, 1)
@@ -68,13 +68,13 @@ class DecoderState:
 class Decoder(nn.Module):
     """Words given visual tokens. `forward` and repeated `step` give the same logits.
 
-    The vocabulary is not known when a decoder is composed, so that what depends on its size is
-    made by `build`, which `Captioner` calls.
+    The vocabulary is not known when a decoder is created. Layers that depend on its size are
+    created by `build`, which `Captioner` calls.
 
     Attributes:
         dim: D, width of the features it reads.
         hidden_dims: Width of each entry of `DecoderOutput.hidden`.
-        has_attention: Whether it can show attention over visual tokens.
+        has_attention: Whether it can return attention over visual tokens.
         vocabulary: V once built, else None.
         hub_arguments: Names of the arguments of `__init__` that select pretrained weights, which
             loading a saved captioner sets to False.
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
     hub_arguments: ClassVar[tuple[str, ...]] = ()
 
     def build(self, vocabulary: int) -> None:
-        """Make what depends on V, once, where the rest is; the same V again does nothing.
+        """Create the layers that depend on V, once, on the device of the others; idempotent.
 
         Raises:
             ConfigError: the decoder was built for another vocabulary.
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
             return
         if self.vocabulary is not None:
             raise ConfigError(
-                f"{type(self).__name__} was built for {self.vocabulary} words and is now given "
+                f"{type(self).__name__} was built for {self.vocabulary} words but is now used with "
                 f"{vocabulary}. Create a new decoder for each captioner."
             )
         self.vocabulary = vocabulary
@@ -137,7 +137,7 @@ _ATTRIBUTES: dict[str, Requirement] = {
     "dim": (is_count, "D, the width of the features it reads, a positive whole number"),
     "hidden_dims": (are_counts, "a tuple of widths, one per entry of DecoderOutput.hidden"),
     "has_attention": (lambda flag: isinstance(flag, bool), "True or False"),
-    "build": (callable, "a method that makes what depends on the vocabulary"),
+    "build": (callable, "a method that creates the layers that depend on the vocabulary"),
     "start": (callable, "a method from features to the first state"),
     "step": (callable, "a method from words and a state to logits and the next state"),
 }
@@ -156,14 +156,14 @@ def merge_heads(x: Tensor) -> Tensor:
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, need: bool, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention; the weights only where somebody looks at them.
+    """Scaled dot-product attention; the weights are returned only on request.
 
     Args:
         query: (R, heads, T, d).
         keys: (R, heads, N, d).
         values: (R, heads, N, d).
         need: Whether to return the weights; otherwise a fused kernel runs.
-        dropout: On the weights, where there are none to show.
+        dropout: Dropout on the weights; applied only if `need` is False.
 
     Returns:
         (R, heads, T, d) contexts, and (R, T, N) weights, mean over heads, or None.
@@ -184,8 +184,8 @@ class CrossAttention(nn.Module):
         width: Width of the queries.
         dim: D, width of the features.
         heads: Attention heads.
-        inner: Width of queries and keys together over all heads; `width` unless given.
-        dropout: On the attention weights.
+        inner: Total width of queries and keys over all heads; `width` by default.
+        dropout: Dropout on the attention weights.
     """
 
     def __init__(
@@ -217,14 +217,14 @@ class CrossAttention(nn.Module):
         return merge_heads(context).reshape(rows, length, -1), weights
 
 
-ROOM = 64  # words for which room is made at once, or 24 per beam
+ROOM = 64  # slots allocated at once, or 24 per beam
 
 
 class Cache:
-    """Self-attention's memory of all layers, one row per image.
+    """Key-value cache of self-attention for all layers, one row per image.
 
-    It behaves as a value: a second continuation of the same past gets room of its own, so that
-    what was written for the first stays. Where gradients are wanted nothing is written in place.
+    It behaves like an immutable value: a second continuation of the same words is written to a copy
+    and leaves the first one unchanged. With gradients enabled, nothing is written in place.
 
     Example:
         >>> with torch.no_grad():
@@ -234,10 +234,10 @@ class Cache:
         (torch.Size([2, 1, 3, 4]), 3)
 
     Args:
-        rooms: Keys, values, keys, values, ... of the layers, (I, heads, capacity, d).
-        used: Slots that hold words; the others are free.
-        new: How many of them are still to be `put`.
-        tip: The last slot that anybody wrote, shared by all caches of the same rooms.
+        rooms: Keys and values of the layers in turn, each (I, heads, capacity, d).
+        used: Number of slots that hold words.
+        new: Number of these slots that are still to be `put`.
+        tip: The last slot written, shared by all caches with the same `rooms`.
     """
 
     def __init__(
@@ -245,15 +245,15 @@ class Cache:
     ) -> None:
         self.rooms, self.used, self.new = rooms, used, new
         self.tip = [used] if tip is None else tip
-        self.moves = tip is None  # the words so far have to be copied to new rooms first
+        self.moves = tip is None  # the words so far must first be copied to new tensors
 
     @classmethod
     def empty(cls, layers: int, like: Tensor) -> Cache:
-        """No word yet, for as many images, heads and dimensions as keys (I, heads, N, d) have."""
+        """An empty cache with the images, heads and dimensions of keys (I, heads, N, d)."""
         return cls([like.new_empty(*like.shape[:2], 0, like.shape[3])] * (2 * layers))
 
     def extend(self, slots: int) -> Cache:
-        """Make room for as many more words per image; they are then `put`, layer by layer."""
+        """Make room for more words per image; they are then `put`, layer by layer."""
         used = self.used + slots
         free = self.tip[0] == self.used and used <= self.rooms[0].shape[2]
         if not free or torch.is_grad_enabled():
@@ -262,7 +262,7 @@ class Cache:
         return Cache([*self.rooms], used, slots, self.tip)
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the newest words (I, heads, k, d) of a layer; gives all, (I, heads, used, d)."""
+        """Write the newest words (I, heads, k, d) of a layer; return all, (I, heads, used, d)."""
         return self._put(2 * layer, key), self._put(2 * layer + 1, value)
 
     def _put(self, place: int, words: Tensor) -> Tensor:
@@ -279,6 +279,6 @@ class Cache:
         return room[:, :, : self.used]
 
     def keep(self, images: Tensor) -> Cache:
-        """Only the given images."""
+        """The cache of the given images only."""
         rooms = [room[images] for room in self.rooms]
         return Cache(rooms, self.used, tip=[self.used])

@@ -15,12 +15,12 @@ from capdistill.outputs import DecoderOutput
 
 
 class LSTMDecoder(Decoder):
-    """LSTM layers that look at the image's tokens.
+    """LSTM layers with attention over visual tokens.
 
-    `attention="recurrent"`: the last layer's previous state asks, and what it sees is part of the
-    next word's input, so that words are read one after the other. `attention="parallel"`: the
-    first layer reads all words with the image's mean, its states ask, and the layers above read
-    its states and what they saw, so that a whole caption is one call a layer.
+    `attention="recurrent"`: the last layer's previous state is the query, and the context is part
+    of the next word's input, so words are read one after the other. `attention="parallel"`: the
+    first layer reads all words with the mean of the image, its states are the queries, and the
+    layers above read its states and their contexts, so a whole caption is one call per layer.
 
     Example:
         >>> decoder = LSTMDecoder(dim=8, embed=6, hidden=12, layers=2, heads=2)
@@ -32,16 +32,17 @@ class LSTMDecoder(Decoder):
 
     Args:
         dim: D, width of the features.
-        embed: Width of word embeddings (and, where tied, of the vector before the vocabulary).
+        embed: Width of word embeddings and, if tied, of the vector before the vocabulary
+            projection.
         hidden: H, width of the LSTM's states.
         layers: LSTM layers.
         heads: Attention heads; must divide `dim`.
-        dropout: On embeddings, between layers and before the vocabulary.
+        dropout: Dropout on embeddings, between layers and before the vocabulary projection.
         attention: "recurrent" or "parallel", see above.
-        tied: Whether the embedding matrix also scores the words.
+        tied: Whether the embedding matrix is also the output projection.
 
     Raises:
-        ConfigError: `dim` is no multiple of `heads`, an unknown form of attention, no layer.
+        ConfigError: `dim` is not a multiple of `heads`, `attention` is unknown, or `layers` < 1.
 
     Source:
         Recurrent form: Xu et al. (2015), section 3.1.2, with the dot-product attention of
@@ -82,7 +83,7 @@ class LSTMDecoder(Decoder):
         self.drop = nn.Dropout(dropout)
 
     def build_vocabulary(self, vocabulary: int) -> None:
-        """The word embedding and, unless tied, a matrix of its own to score the words."""
+        """Create the word embedding and, unless tied, a separate output projection."""
         self.embedding = nn.Embedding(vocabulary, self.embed)
         nn.init.normal_(self.embedding.weight, std=self.embed**-0.5)
         if not self.tied:
@@ -92,7 +93,7 @@ class LSTMDecoder(Decoder):
     def forward(
         self, input_ids: Tensor, features: Tensor, need: frozenset[str] = frozenset()
     ) -> DecoderOutput:
-        """(B, T) ids and (I, N, D) features to logits (B, T, V) and what is needed."""
+        """(B, T) ids and (I, N, D) features to logits (B, T, V) and the needed outputs."""
         state = self.start(features).expand(input_ids.shape[0] // features.shape[0])
         words = self.drop(self.embedding(input_ids) * self.embed**0.5)  # (B, T, E)
         hidden, weights, _ = self.run(words, state, "attention" in need)
@@ -120,14 +121,14 @@ class LSTMDecoder(Decoder):
     def run(
         self, words: Tensor, state: DecoderState, need: bool
     ) -> tuple[list[Tensor], Tensor | None, dict[str, Tensor]]:
-        """(B, T, E) words from a state on: hidden, attention if needed, and the rows after."""
+        """(B, T, E) words, starting from a state, to hidden, attention if needed, and new rows."""
         form = self.run_recurrent if self.recurrent else self.run_parallel
         return form(words, state, need)
 
     def run_parallel(
         self, words: Tensor, state: DecoderState, need: bool
     ) -> tuple[list[Tensor], Tensor | None, dict[str, Tensor]]:
-        """All words through a layer at a time: the first reads, its states ask, the rest follow."""
+        """All words one layer at a time: the first layer's states query, the others follow."""
         mean = state.image["mean"].repeat_interleave(state.beams, 0)[:, None]  # (B, 1, D)
         x = torch.cat([words, mean.expand(-1, words.shape[1], -1).to(words.dtype)], -1)
         first, *above = self._cells()
@@ -144,7 +145,7 @@ class LSTMDecoder(Decoder):
     def run_recurrent(
         self, words: Tensor, state: DecoderState, need: bool
     ) -> tuple[list[Tensor], Tensor | None, dict[str, Tensor]]:
-        """One word after the other: the last state asks, and what it sees is read with the word."""
+        """One word at a time: the last state is the query, and words are read with contexts."""
         seen: list[tuple[Tensor, ...]] = []
         looked: list[Tensor] = []
         for word in torch.split(words, 1, dim=1):
@@ -171,14 +172,14 @@ class LSTMDecoder(Decoder):
         return cast("Iterator[nn.LSTM]", iter(self.cells))
 
     def look(self, x: Tensor, state: DecoderState, need: bool) -> tuple[Tensor, Tensor | None]:
-        """(B, T, H) states to what they see, (B, T, D), and where they look, (B, T, N)."""
+        """(B, T, H) states to contexts (B, T, D) and attention (B, T, N)."""
         seen: tuple[Tensor, Tensor | None] = self.attention(
             x, state.image["keys"], state.image["values"], need
         )
         return seen
 
     def merge(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """DecoderState and context to the vector that the vocabulary projection sees."""
+        """State and context to the input of the vocabulary projection."""
         merged: Tensor = self.output(self.drop(torch.cat([hidden, context.to(hidden.dtype)], -1)))
         return merged
 

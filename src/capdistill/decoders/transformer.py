@@ -30,7 +30,7 @@ class Block(nn.Module):
         dim: D, width of the features.
         heads: Attention heads.
         ffn: Inner width of the feed-forward part.
-        dropout: On each residual branch.
+        dropout: Dropout on each residual branch.
     """
 
     def __init__(self, width: int, dim: int, heads: int, ffn: int, dropout: float) -> None:
@@ -54,7 +54,7 @@ class Block(nn.Module):
     def finish(
         self, x: Tensor, context: Tensor, memory: tuple[Tensor, Tensor], need: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Add the self-attention's context, look at the image, feed forward."""
+        """Add the self-attention's context, then apply cross-attention and feed-forward."""
         x = x + self.drop(self.self_output(merge_heads(context)))  # (B, T, W)
         seen, weights = self.cross(self.cross_norm(x), *memory, need=need)
         x = x + self.drop(self.cross_output(seen))
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 class TransformerDecoder(Decoder):
-    """Words by masked self-attention, the image by cross-attention in every layer.
+    """Transformer decoder with masked self-attention and cross-attention in every layer.
 
     Example:
         >>> decoder = TransformerDecoder(dim=8, width=16, layers=2, heads=2, ffn=32)
@@ -77,10 +77,11 @@ class TransformerDecoder(Decoder):
         layers: Number of blocks.
         heads: Attention heads; must divide `width`.
         ffn: Inner width of the feed-forward part.
-        dropout: On embeddings, residual branches and the vector before the vocabulary.
+        dropout: Dropout on embeddings, residual branches and the vector before the vocabulary
+            projection.
 
     Raises:
-        ConfigError: `width` is no multiple of `heads`, or is odd; no layer.
+        ConfigError: `width` is odd or not a multiple of `heads`, or `layers` < 1.
 
     Source:
         Vaswani et al. (2017); pre-norm as in Xiong et al. (2020), equation of figure 1 (b);
@@ -107,19 +108,19 @@ class TransformerDecoder(Decoder):
         self.dim, self.width = dim, width
         self.hidden_dims = (width,) * (layers + 1)
         self.blocks = nn.ModuleList(Block(width, dim, heads, ffn, dropout) for _ in range(layers))
-        self.output = nn.Linear(width, width)  # or the tied matrix would favour the word just read
+        self.output = nn.Linear(width, width)  # keeps tied logits from favouring the last word
         self.final_norm = nn.LayerNorm(width)
         self.drop = nn.Dropout(dropout)
 
     def build_vocabulary(self, vocabulary: int) -> None:
-        """One matrix embeds the words and scores them."""
+        """Create the matrix shared by embedding and output projection."""
         self.embedding = nn.Embedding(vocabulary, self.width)
         nn.init.normal_(self.embedding.weight, std=self.width**-0.5)
 
     def forward(
         self, input_ids: Tensor, features: Tensor, need: frozenset[str] = frozenset()
     ) -> DecoderOutput:
-        """(B, T) ids and (I, N, D) features to logits (B, T, V) and what is needed."""
+        """(B, T) ids and (I, N, D) features to logits (B, T, V) and the needed outputs."""
         x = self.embed(input_ids, 0)  # (B, T, W)
         hidden, weights = [], None
         for i, block in enumerate(self._blocks()):
@@ -186,7 +187,7 @@ def unfold(x: Tensor) -> Tensor:
 
 
 def see_own(state: DecoderState) -> Tensor:
-    """(R, slots) which words of the image's beams belong to a row; the newest come last."""
+    """(R, slots) mask of the cached words that belong to a row; the newest are last."""
     rows = len(next(iter(state.image.values()))) * state.beams
     device = next(iter(state.image.values())).device
     new = torch.eye(state.beams, dtype=torch.bool, device=device)
@@ -198,7 +199,7 @@ def see_own(state: DecoderState) -> Tensor:
 
 
 def sinusoids(first: int, count: int, width: int) -> Tensor:
-    """Position vectors (count, width), float64: sines beside cosines, for any length.
+    """Position vectors (count, width), float64: sines and cosines side by side, for any length.
 
     Example:
         >>> sinusoids(first=0, count=1, width=4)

@@ -1,4 +1,4 @@
-"""What encoders around a pretrained backbone share: layout, freezing, head, fingerprint."""
+"""Base of encoders with a pretrained backbone: layout, freezing, head, fingerprint."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class BackboneEncoder(Encoder):
         backbone: The module with its weights loaded. Parts without effect on the tokens are
             removed from it.
         pixels: The images that it expects.
-        dim: D, or None for the backbone's own width and no projection.
+        dim: D, or None for the backbone's width without a projection.
         trainable: "none", the number of last stages that are trained, or "all".
         refine: Self-attention before ("pre") or after ("post") the projection, or "none".
-        dropout: In the refinement and on the projected tokens.
+        dropout: Dropout in the refinement and on the projected tokens.
 
     Raises:
         ConfigError: an option is invalid, or the backbone does not return tokens.
@@ -107,16 +107,16 @@ class BackboneEncoder(Encoder):
         return cut.frozen(self.run_backbone, self.backbone, self._pixels(images))
 
     def remaining_stages(self, cached: Tensor) -> Tensor:
-        """What `frozen_stages` gave to (I, N, D0) tokens, through the trained stages."""
+        """The output of `frozen_stages` to (I, N, D0) tokens, through the trained stages."""
         cut = self._cut()
         if cut is None:
             return cached
         return self.layout.flatten(cut.rest(self.run_backbone, self.backbone, cached))
 
     def fingerprint(self) -> str | None:
-        """SHA-256 of the frozen stages' values, settings and preprocessing, in any process alike.
+        """SHA-256 of the frozen stages' values, settings and preprocessing; equal in every process.
 
-        None where no stage is frozen, or the backbone cannot be cut before the first trained one.
+        None if no stage is frozen, or the backbone cannot be cut before the first trained one.
         """
         if self.trunk_frozen:
             return self.trunk_fingerprint()
@@ -133,7 +133,7 @@ class BackboneEncoder(Encoder):
         return hash_values(self.backbone, about, None if cut is None else cut.is_frozen)
 
     def _cut(self) -> Cut | None:
-        """Where the backbone is cut; found anew when other parameters are trained."""
+        """Where the backbone is cut; recomputed when other parameters are trained."""
         flags = tuple(parameter.requires_grad for parameter in self.backbone.parameters())
         if not any(flags) or all(flags):
             return None
@@ -178,7 +178,7 @@ class BackboneEncoder(Encoder):
         given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ConfigError(
             f"The backbone '{self.name}' gives {given}, not tokens (I, N, D) or a map "
-            "(I, D, h, w). Choose another backbone, or register an Encoder of your own."
+            "(I, D, h, w). Choose another backbone, or register your own Encoder."
         )
 
 
@@ -275,7 +275,7 @@ Refine = Literal["none", "pre", "post"]
 class TokenAttention(nn.Module):
     """Self-attention among visual tokens, through a bottleneck, with a residual.
 
-    `x + up(attention(down(norm(x))))`; where the inner width is that of the tokens, `down` and
+    `x + up(attention(down(norm(x))))`; if the inner width equals that of the tokens, `down` and
     `up` merge with the attention's own projections.
 
     Example:
@@ -286,7 +286,7 @@ class TokenAttention(nn.Module):
     Args:
         width: D0, width of the tokens.
         inner: Width of the attention; heads are the largest of 8, 4, 2, 1 that divides it.
-        dropout: On attention weights and on what is added, in training.
+        dropout: Dropout on attention weights and on the residual branch.
     """
 
     def __init__(self, width: int, inner: int, dropout: float = 0.0) -> None:
@@ -321,7 +321,7 @@ def make_head(width: int, dim: int | None, refine: Refine, dropout: float) -> nn
         width: D0.
         dim: D, or None for no projection.
         refine: Attention before the projection, after it, or none.
-        dropout: In the refinement, and on the projected tokens.
+        dropout: Dropout in the refinement and on the projected tokens.
 
     Raises:
         ConfigError: a value is invalid.

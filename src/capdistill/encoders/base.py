@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         return self.trunk(images)
 
     def remaining_stages(self, cached: Tensor) -> Tensor:
-        """What `frozen_stages` gave, (I, ...), to the trunk's tokens (I, N, D0)."""
+        """The output of `frozen_stages`, (I, ...), to the trunk's tokens (I, N, D0)."""
         return cached
 
     def trunk_parameters(self) -> Iterator[nn.Parameter]:
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
 
     @property
     def trunk_frozen(self) -> bool:
-        """True where no trained parameter acts on the trunk's tokens."""
+        """Whether no trained parameter affects the trunk's tokens."""
         if type(self).trunk_parameters is not Encoder.trunk_parameters:
             return not any(p.requires_grad for p in self.trunk_parameters())
         trained = tuple(id(p) for p in self.parameters() if p.requires_grad)
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
         return not trained or not self.__dict__["_tried"][1]
 
     def _trunk_builds_a_graph(self) -> bool:
-        """Whether the tokens of a black image need a gradient: one that nobody declared."""
+        """Whether the tokens of a black image require a gradient: from an undeclared parameter."""
         device = next(self.parameters()).device
         side = self.image_size
         black = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
@@ -128,10 +128,10 @@ class Encoder(nn.Module):
         return self
 
     def fingerprint(self) -> str | None:
-        """Hash of everything that the output of `frozen_stages` depends on, the image excepted.
+        """Hash of everything that the output of `frozen_stages` depends on, except the image.
 
-        None, as here, where it cannot be cached. The values are hashed at every call; a training
-        run calls it when it begins (`cache_key`). `hash_values` helps with an implementation.
+        None, as here, if it cannot be cached. The values are hashed at every call; a training run
+        calls it when it begins (`cache_key`). `hash_values` helps with an implementation.
         """
         return None
 
@@ -168,17 +168,17 @@ class Encoder(nn.Module):
         return f"live {id(self)}"
 
     def to_cache(self, images: Tensor, trained: bool = True) -> Tensor:
-        """(I, 3, H, W) uint8 to what is cached, (I, ...), under `cache_key(trained)`."""
+        """(I, 3, H, W) uint8 to the values cached under `cache_key(trained)`, (I, ...)."""
         return self.frozen_stages(images) if trained else self.trunk(images)
 
     def tokens_from(
         self, cached: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
     ) -> Tensor | None:
-        """(I, N, D0) tokens from the cached values of a batch, None where none is ours.
+        """(I, N, D0) tokens from the cached values of a batch; None if it has none of this encoder.
 
         Args:
             cached: Cache key -> (I, ...).
-            dtype: To which the values are converted.
+            dtype: The type to which the values are converted.
         """
         if self.live_key in cached and not torch.is_grad_enabled():
             return cached[self.live_key].to(dtype)
@@ -194,9 +194,9 @@ class Encoder(nn.Module):
         return None
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Resize (antialiased) to `image_size` where needed, scale to [0, 1], normalise.
+        """Resize (antialiased) to `image_size` if needed, scale to [0, 1], normalise.
 
-        The result has the trunk's own precision, so that `encoder.double()` works in float64.
+        The result has the precision of the trunk, so `encoder.double()` works in float64.
 
         Raises:
             DataError: the images are not (I, 3, H, W) uint8, or empty.
@@ -254,7 +254,7 @@ _ATTRIBUTES: dict[str, Requirement] = {
 def hash_values(
     module: nn.Module, about: object = None, include: Callable[[str], bool] | None = None
 ) -> str:
-    """SHA-256 of the values, classes and plain settings of a module, in any process alike.
+    """SHA-256 of the values, classes and plain settings of a module; equal in every process.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -265,8 +265,8 @@ def hash_values(
 
     Args:
         module: Its parameters, buffers and those of its parts are hashed.
-        about: What else counts, such as the image size; anything that fits in JSON.
-        include: Tells by its name which parameter, buffer or part counts; all unless given.
+        about: Other values to include, such as the image size; any JSON value.
+        include: Selects parameters, buffers and submodules by name; all by default.
     """
     digest = hashlib.sha256(json.dumps(about).encode())
     for name, part in module.named_modules():
@@ -283,7 +283,7 @@ def hash_values(
 
 
 def _settings(module: nn.Module) -> list[tuple[str, object]]:
-    """Numbers, texts and flags that a module was made with, such as an `eps`."""
+    """Numbers, strings and flags of a module, such as `eps`."""
     return sorted(
         (name, value)
         for name, value in vars(module).items()
@@ -293,7 +293,7 @@ def _settings(module: nn.Module) -> list[tuple[str, object]]:
 
 @dataclass(frozen=True)
 class _Key:
-    """What a cache key was hashed from, as far as a step can look at it without hashing again."""
+    """The state behind a cache key, as far as it can be compared without hashing again."""
 
     trained: bool
     tensors: tuple[Tensor, ...]
@@ -328,10 +328,10 @@ def _state(tensors: tuple[Tensor, ...], parameters: tuple[nn.Parameter, ...]) ->
 
 
 def _frozen_in_eval(method: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """`trunk` or `frozen_stages` of a subclass: what is frozen runs in evaluation mode there.
+    """Wrap `trunk` or `frozen_stages` of a subclass: frozen parts run in evaluation mode there.
 
-    `train()` knows modules by their parameters. Dropout of the trunk that is a child of the
-    encoder itself, or a function that reads `self.training`, has none and is found here.
+    `train()` detects frozen modules by their parameters. Dropout that is a direct child of the
+    encoder, or a function that reads `self.training`, has none and is handled here.
     """
 
     @functools.wraps(method)

@@ -183,15 +183,15 @@ class Cut:
         return run(_replace(backbone, parts), _placeholder(_Shape(self.pixels), value))
 
     def is_frozen(self, key: str) -> bool:
-        """Whether a parameter or buffer of that name acts before the cut."""
+        """Whether a parameter or buffer of that name is used before the cut."""
         return not any(key == name or key.startswith(f"{name}.") for name in self.after)
 
 
 def find_cut(backbone: nn.Module, run: Run, pixels: tuple[int, ...]) -> Cut | None:
-    """Where to cut a backbone whose last stages are trained; None where that is impossible.
+    """Where to cut a backbone whose last stages are trained; None if that is impossible.
 
     The backbone is run on two images of noise, in evaluation mode. A cut is accepted only if both
-    parts together give its own output.
+    parts together reproduce the output of the whole.
     """
     weight = next(backbone.parameters(), torch.zeros(()))
     noise = torch.randn(2, *pixels, generator=torch.Generator().manual_seed(0)).to(weight)
@@ -206,7 +206,7 @@ def find_cut(backbone: nn.Module, run: Run, pixels: tuple[int, ...]) -> Cut | No
 
 @dataclass
 class _Call:
-    """A call of a module: who was running then, its first input, its output's shapes."""
+    """A call of a module: the modules around it, its first input, the shapes of its output."""
 
     name: str
     callers: tuple[str, ...]
@@ -244,7 +244,7 @@ def _trace(backbone: nn.Module, run: Run, noise: Tensor) -> tuple[list[_Call], T
 
 
 def _candidates(backbone: nn.Module, calls: list[_Call]) -> Iterator[str]:
-    """The first module to be trained, then the modules around it, from within."""
+    """The first trained module, then the modules that contain it, innermost first."""
     if any(parameter.requires_grad for parameter in backbone.parameters(recurse=False)):
         return
     for call in calls:
@@ -259,7 +259,7 @@ def _candidates(backbone: nn.Module, calls: list[_Call]) -> Iterator[str]:
 def _cut_at(
     name: str, backbone: nn.Module, calls: list[_Call], pixels: tuple[int, ...]
 ) -> Cut | None:
-    """A cut before the only call of a module; None where a trained part would be skipped."""
+    """A cut before the only call of a module; None if a trained part would be skipped."""
     index = next(i for i, call in enumerate(calls) if call.name == name)
     around = calls[index].callers
     level = [call for call in calls if set(call.callers) <= set(around) and call.name not in around]
@@ -279,12 +279,12 @@ def _parameters(backbone: nn.Module, name: str) -> Iterator[nn.Parameter]:
 
 
 def _holds(cut: Cut, run: Run, backbone: nn.Module, noise: Tensor, expected: Tensor) -> bool:
-    """Whether both parts give the whole's output, and no trained parameter acts before the cut."""
+    """Whether both parts reproduce the whole and no trained parameter is used before the cut."""
     try:
         with torch.enable_grad():
             cached = cut.frozen(run, backbone, noise)
         again = cut.rest(run, backbone, cached)
-    except Exception:  # the placeholders do not suit this backbone's code
+    except Exception:  # the placeholders do not work with this backbone's code
         return False
     if cached.requires_grad or again.shape != expected.shape:
         return False
@@ -300,7 +300,7 @@ class _Shape:
 
 
 def _shapes(output: Any) -> Any:
-    """Shapes of what depends on the image, None where a placeholder cannot stand for the output."""
+    """Shapes of image-dependent outputs; None if a placeholder cannot replace the output."""
     if isinstance(output, Tensor):
         if output.ndim == 0 or len(output) != 2 or torch.equal(output[0], output[1]):
             return None
@@ -314,7 +314,7 @@ def _shapes(output: Any) -> Any:
 
 
 def _layout_of(argument: Any) -> str | None:
-    """How an input lies in memory, None where it is no tensor with a row per image."""
+    """Memory format of an input; None if it is not a tensor with one row per image."""
     if not isinstance(argument, Tensor) or argument.ndim == 0 or len(argument) != 2:
         return None
     if argument.ndim != 4 or argument.is_contiguous():
@@ -324,7 +324,7 @@ def _layout_of(argument: Any) -> str | None:
 
 
 def _placeholder(output: Any, like: Tensor) -> Any:
-    """NaN of the recorded shapes, one row per image, without memory of its own."""
+    """NaN of the recorded shapes, one row per image, without allocating memory."""
     if isinstance(output, _Shape):
         return like.new_full((), math.nan).expand(len(like), *output.rest)
     if type(output) in (tuple, list):
@@ -333,7 +333,7 @@ def _placeholder(output: Any, like: Tensor) -> Any:
 
 
 def _replace(backbone: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
-    """A backbone with other parts: it shares all else with the given one, which stays as it is."""
+    """A copy of a backbone with other children; the rest is shared and the given one unchanged."""
     copies = {"": _shallow(backbone)}
     for name, part in parts.items():
         *path, last = name.split(".")
@@ -349,7 +349,7 @@ def _replace(backbone: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    """The same parameters, buffers, hooks and settings, a list of children of its own."""
+    """A shallow copy: the same parameters, buffers, hooks and settings, a separate child list."""
     again = copy.copy(module)
     again._modules = dict(module._modules)
     return again
@@ -367,7 +367,7 @@ class _Stop(nn.Module):
 
 
 class _Stand(nn.Module):
-    """Stands in for a module, whose other attributes it shows."""
+    """A placeholder for a module that exposes the module's other attributes."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ from capdistill.encoders.stages import Trainable, child_stages
 from capdistill.errors import CheckpointError, UnknownName
 from capdistill.weights import load_backbone, reachable, require_cache, unavailable
 
-_REST = {"rest": [(r".*", (99999,))]}  # timm's mark for "belongs to the previous group"
+_REST = {"rest": [(r".*", (99999,))]}  # marks a module that belongs to the previous group
 
 
 class TimmEncoder(BackboneEncoder):
@@ -40,7 +40,7 @@ class TimmEncoder(BackboneEncoder):
 
     Args:
         name: A name that `timm.list_models()` has, with or without a tag.
-        dim: D, width of the output; None keeps the model's own width and adds no projection.
+        dim: D, width of the output; None keeps the model's width and adds no projection.
         weights: True fetches the pretrained ones from timm's hub, False leaves them random, a
             path reads a safetensors file or a state dict: wrapper prefixes and the classifier are
             dropped, position embeddings are resampled, half precision is converted; the rest must
@@ -50,7 +50,7 @@ class TimmEncoder(BackboneEncoder):
             what follows them, or "all". The output of the last frozen stage can be cached.
         refine: Self-attention before ("pre") or after ("post") the projection, or "none".
         image_size: Side in pixels; None takes the pretrained one.
-        dropout: In the refinement and on the projected tokens.
+        dropout: Dropout in the refinement and on the projected tokens.
         drop_path: Stochastic depth in the trained part of the model.
 
     Raises:

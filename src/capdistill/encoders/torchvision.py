@@ -38,13 +38,13 @@ class TorchvisionEncoder(BackboneEncoder):
     Args:
         name: A classifier that `torchvision.models.list_models()` has: ResNet, ResNeXt,
             MobileNet, EfficientNet, RegNet, ConvNeXt, Swin, ... For a ViT use the timm encoder.
-        dim: D, width of the output; None keeps the model's own width and adds no projection.
+        dim: D, width of the output; None keeps the model's width and adds no projection.
         weights: True fetches torchvision's default weights, False leaves them random, a path
             reads a safetensors file or a state dict; as for `TimmEncoder`.
         trainable: "none", the number of last stages that are trained, or "all".
         refine: Self-attention before ("pre") or after ("post") the projection, or "none".
         image_size: Side in pixels; None takes the pretrained one.
-        dropout: In the refinement and on the projected tokens.
+        dropout: Dropout in the refinement and on the projected tokens.
 
     Raises:
         UnknownName: torchvision has no such classifier.
@@ -87,7 +87,7 @@ class TorchvisionEncoder(BackboneEncoder):
         return map_layout(tuple(output.shape), "NCHW")
 
     def stages(self) -> list[list[str]]:
-        """Children such as `layer4`, and the members of `features`; a final norm is no stage."""
+        """Children such as `layer4`, and the members of `features`; a final norm is not a stage."""
         *stages, last = child_stages(self.backbone, _CONTAINERS)
         owners = {key.rpartition(".")[0] for key in last}
         norms = [self.backbone.get_submodule(owner) for owner in owners]

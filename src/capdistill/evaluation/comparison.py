@@ -1,4 +1,4 @@
-"""Teacher and student side by side, with what the published recipe expects beside each figure."""
+"""Compare teacher and student, and with the expectations of the published recipe."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class Comparison:
             (the form of `Evaluation.to_json`).
         rows: The table.
         samples: Images spread evenly over the data, not chosen by quality.
-        bootstrap: What the intervals of the rows rest on: "samples", "seed", "confidence", and
-            "notes" on scores without one; None if no samples were drawn.
-        pictures: Title -> picture as a `data:` address: training curves, and where models looked.
+        bootstrap: Settings of the intervals: "samples", "seed", "confidence", and "notes" on scores
+            without one; None if no samples were drawn.
+        pictures: Title -> picture as a `data:` address: training curves and attention maps.
     """
 
     models: Mapping[str, Mapping[str, Any]]
@@ -146,7 +146,7 @@ def compare(
     histories: Mapping[str, str | Path] | None = None,
     **options: Any,
 ) -> Comparison:
-    """Evaluate teacher and student on the same images and set them side by side.
+    """Evaluate teacher and student on the same images and compare them.
 
     Example:
         >>> import capdistill as cd
@@ -166,17 +166,17 @@ def compare(
         bootstrap: Number of samples of the images, such as 1000: scores get 95 % intervals, and the
             student's difference from teacher and baseline an interval and a p-value, as
             `metrics.paired_bootstrap` defines them. 0 draws none.
-        attention: For how many images (the first of the data) to draw where each model looked;
-            needs the extra `ui`, as `histories` does.
+        attention: Number of images (the first of the data) for which to draw attention maps of each
+            model; needs the extra `ui`, as `histories` does.
         histories: "teacher", "student" or "baseline" -> its run's directory, to draw its training
             curves.
-        options: Those of `evaluate`.
+        options: Options of `evaluate`.
 
     Raises:
         ConfigError: an unknown option (the message suggests the nearest), a value out of range, or
             a history of another model.
         DataError: as `evaluate`, or a history that does not exist.
-        MissingExtra: pictures are wanted and matplotlib is not installed.
+        MissingExtra: pictures are requested but matplotlib is not installed.
         IncompatibleModels: the models could not be scored on the same images.
     """
     require_int("compare: bootstrap", bootstrap, minimum=0)
@@ -185,7 +185,7 @@ def compare(
     models = {"teacher": teacher, "student": student}
     if baseline is not None:
         models["baseline"] = baseline
-    for model in models.values():  # before the first of them has captioned everything
+    for model in models.values():  # fail before the first model captions everything
         require_generate("compare", model)
     histories = _checked_histories(histories or {}, models)
     if attention:
@@ -247,7 +247,7 @@ def _require_same_images(found: Mapping[str, Evaluation]) -> None:
 
 
 def _against(found: Mapping[str, Evaluation], samples: int) -> dict[str, PairedScores]:
-    """Teacher and, where given, baseline -> the student beside it, on the same samples."""
+    """Teacher and, if given, baseline -> the comparison with the student, on the same samples."""
     systems = {role: each.scores for role, each in found.items()}
     others = [role for role in found if role != "student"]
     results = paired(systems, [(role, "student") for role in others], samples)
@@ -310,7 +310,7 @@ def _pictures(
     histories: Mapping[str, str | Path],
     images: int,
 ) -> dict[str, str]:
-    """Title -> picture: the curves of each run, then where each model looked in the first images.
+    """Title -> picture: the curves of each run, then attention maps for the first images.
 
     Models without attention or a map of visual tokens are left out.
     """
@@ -326,7 +326,7 @@ def _attention(role: str, model: Any, found: Evaluation, images: int) -> Iterato
     with on_device([model], device), autocast(device, found.precision):
         for batch in found.timed[:images]:
             for result in model.caption(batch.images, details=True, generation=found.generation):
-                title = f"{role}: where it looked in {batch.image_ids[0]}"
+                title = f"{role}: attention in {batch.image_ids[0]}"
                 yield title, _address(plots.attention(result))
 
 

@@ -56,13 +56,13 @@ class Evaluation:
         latency_ms: Time per image at batch size 1, from pixels to caption.
         preprocessing_ms: Time per image from file to pixels.
         memory: Peak memory, see `Memory`.
-        notes: What a reader of the figures must know.
+        notes: Remarks needed to interpret the figures.
         gallery: Images spread over the data, for the report.
         timed: Batches of one image each, on which time was measured.
-        generation: How it captioned; None is the model's own default.
-        health: How varied the captions are, and how many are empty, repetitive or cut off.
-        time_comparable: Whether its time can be set against another model's: not that of a
-            wrapped model, which runs as a whole again for every word.
+        generation: Decoding options used; None is the model's default.
+        health: Diversity of the captions, and how many are empty, repetitive or cut off.
+        time_comparable: Whether its time can be compared with another model's. That of a wrapped
+            model cannot: it runs completely again for every word.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Evaluation:
 
     @property
     def success_rate(self) -> float:
-        """Share of the images whose caption is not empty and ended by itself."""
+        """Share of the images whose caption is not empty and reached its end token."""
         cut = set(self.unfinished)
         good = sum(bool(text.strip()) and i not in cut for i, text in self.captions.items())
         return good / len(self.captions)
@@ -177,8 +177,8 @@ def evaluate(
         num_workers: Processes that read images.
         measure: Also measure bytes on disk, time and memory (the last in a separate process).
         progress: Show a bar on a terminal, and elsewhere a line every 10 seconds, on stderr.
-        name: The model's name in tables; its own name unless given.
-        generation: How to caption, a `GenerationConfig` or its options; greedy unless given.
+        name: The model's name in tables; `captioner.name` by default.
+        generation: Decoding: a `GenerationConfig` or its options; greedy by default.
         training_captions: The captions the model was trained on; generated captions that are not
             among them are novel.
         options: Fields of `GenerationConfig`, which override those of `generation`:
@@ -239,12 +239,12 @@ def evaluate(
 
 
 def as_list(values: Any) -> Any:
-    """An iterator as a list, which can be read more than once; anything else as it is."""
+    """Convert an iterator to a list that can be read repeatedly; return other data unchanged."""
     return list(values) if isinstance(values, Iterator) else values
 
 
 def require_known_options(caller: str, options: Mapping[str, Any], *functions: Any) -> None:
-    """Refuse an option that neither these functions nor `GenerationConfig` have.
+    """Reject an option that neither these functions nor `GenerationConfig` have.
 
     Raises:
         ConfigError: there is one; the message suggests the nearest.
@@ -293,7 +293,7 @@ class CaptioningRun:
         """Caption every image, keeping captions and references.
 
         Raises:
-            DataError: no image, a batch without references, or an id that comes twice.
+            DataError: no image, a batch without references, or a duplicate id.
             ConfigError: the model does not generate one hypothesis per image.
         """
         total = getattr(self.source, "num_images", None)
@@ -355,7 +355,7 @@ _NO_REFERENCES = (
 
 
 def require_generate(caller: str, captioner: Any) -> None:
-    """Refuse a model that cannot be evaluated.
+    """Reject a model that cannot be evaluated.
 
     Raises:
         ConfigError: it has no `generate`, or no `num_parameters`.

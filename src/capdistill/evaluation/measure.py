@@ -133,7 +133,7 @@ def time_captions(
 
 
 def generate_function(captioner: Any, generation: GenerationConfig | None) -> Callable[..., Any]:
-    """`captioner.generate` with these options, or as it is without any."""
+    """`captioner.generate` with these options, or unchanged without any."""
     if generation is None:
         return captioner.generate  # type: ignore[no-any-return]
     return partial(captioner.generate, generation=generation)
@@ -153,9 +153,9 @@ def measure_costs(
         captioner: The model, on `device`.
         data: The data; time to read an image is measured if they name files.
         timed: Batches of one image each.
-        device: Where it runs.
+        device: The device it runs on.
         precision: As in `evaluate`.
-        config: How it captions.
+        config: The decoding options.
     """
     costs: dict[str, Any] = {"notes": ()}
     if timed:
@@ -240,7 +240,7 @@ def cpu_memory(
         directory: As written by `Captioner.save`.
         images: Number of (random) images it captions, one after another.
         precision: As in `evaluate`.
-        generation: How it captions.
+        generation: The decoding options.
 
     Raises:
         CapdistillError: the process failed; the message holds its last line.
@@ -294,7 +294,7 @@ def _load_and_caption(
 
 
 def _start_libraries() -> None:
-    """Run a convolution and a product: what the libraries keep belongs to the baseline."""
+    """Run a convolution and a product, so that memory kept by the libraries is in the baseline."""
     image = torch.zeros(1, 8, 16, 16)
     mixed = torch.nn.Conv2d(8, 8, 3)(image).flatten(2)
     torch.nn.Linear(mixed.shape[2], 8)(mixed)

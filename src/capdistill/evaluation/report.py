@@ -1,4 +1,4 @@
-"""A comparison as a page that stands alone, and the images that it shows."""
+"""A comparison as a self-contained HTML page, and the images that it shows."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _table_row(row: TableRow, roles: Sequence[str], against: Sequence[str]) -> s
 
 
 def _with_small(parts: Sequence[str]) -> str:
-    """The first part as it is, the others small below it."""
+    """The first part in normal size, the others small below it."""
     first, *others = map(html.escape, parts)
     return first + "".join(f"<small>{other}</small>" for other in others)
 

@@ -1,4 +1,4 @@
-"""What a terminal shows: tables that fit its width, and progress.
+"""Terminal output: tables that fit the width, and progress.
 
 The tables read plain dicts in the documented schemas, those of `Evaluation.to_json` and
 `Comparison.to_json`.
@@ -22,7 +22,7 @@ Evaluated = Mapping[str, Any]  # an evaluation, as `Evaluation.to_json` gives it
 
 @dataclass(frozen=True)
 class TableRow:
-    """One figure of every model, how the student relates to the teacher, and what was expected.
+    """One figure of every model, the relation of student and teacher, and the expectation.
 
     Args:
         key: Its name in the JSON file.
@@ -55,7 +55,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class _Expectation:
-    """How a figure of the student is set against the teacher's, and what the recipe expects."""
+    """How a figure of the student is compared with the teacher's, and the expectation."""
 
     words: Callable[[float, float], str]  # (teacher, student)
     expected: str = ""
@@ -87,7 +87,7 @@ def _at_most(share: float) -> Callable[[float, float], bool]:
 
 
 SCORE_FLOOR = 0.01
-"""A teacher's score below it is near 0: the student is not set against it."""
+"""A teacher's score below it is near 0: the student is not compared with it."""
 
 EXPECTED_FLOOR = 0.05
 """The same for the scores on which the published recipe expects something."""
@@ -123,7 +123,7 @@ _HEALTH = (
     ("repeats", "Captions repeating a word pair", "share"),
 )
 _COSTS = (
-    ("success_rate", "Captions that end by themselves", "share", ("success_rate",)),
+    ("success_rate", "Captions with an end token", "share", ("success_rate",)),
     ("parameters", "Parameters", "count", ("parameters",)),
     ("disk_bytes", "Size on disk", "bytes", ("disk_bytes",)),
     ("latency_ms", "Time per image, median", "ms", ("latency_ms", "median")),
@@ -275,7 +275,7 @@ def _wrapped(lines: Sequence[str], width: int) -> list[str]:
 
 
 def compared_with(rows: Sequence[TableRow]) -> list[str]:
-    """The models from which the student's difference is known."""
+    """The models with a known difference from the student."""
     return list(dict.fromkeys(role for row in rows for role in row.differences))
 
 
@@ -321,11 +321,11 @@ def remarks(models: Mapping[str, Evaluated], bootstrap: Mapping[str, Any] | None
 
 _TIME = (
     "Times are for one image at a time, the models taking turns, after warm-up; reading the image "
-    "is timed apart."
+    "is timed separately."
 )
 _NOT_COMPARABLE = (
-    "The time of {role} is not comparable: it is a wrapped model, which runs as a whole again for "
-    "every word, because `wrap` knows no faster way to decode with it."
+    "The time of {role} is not comparable: it is a wrapped model, which runs completely again for "
+    "every word, because `wrap` has no faster way to decode with it."
 )
 _ONE_IMAGE = "A single image: there is no verdict on scores and times."
 _MEMORY = (
@@ -368,7 +368,7 @@ class Progress:
                 bar.update(batch.num_images)
 
     def say(self, text: str) -> None:
-        """A line, off a terminal only if there was none for a while."""
+        """Print a line; off a terminal, only if there was none for a while."""
         now = time.monotonic()
         if self.show and (sys.stderr.isatty() or now - self.last >= self.EVERY):
             print(f"{self.name}: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What metrics share: captions as users give them, tokens, scores, your own metrics."""
+"""Shared parts of metrics: captions as users give them, tokens, scores, your own metrics."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def _is_pair(item: Any) -> bool:
 
 
 def _is_pair_by_number(item: Any) -> bool:
-    return _is_pair(item) and isinstance(item[0], int)  # two strings are a caption's tokens
+    return _is_pair(item) and isinstance(item[0], int)  # a pair of strings is a tokenised caption
 
 
 def prepare(references: References) -> dict[Any, list[Caption]]:
-    """Check references and order them by image: 0, 1, ... where a list without ids was given.
+    """Check references and order them by image: 0, 1, ... for a list without ids.
 
     Raises:
         DataError: no image, an image given twice or without a reference, or a reference that is
@@ -151,12 +151,12 @@ def checked(caption: Any, where: str) -> Caption:
 
 
 def tokens_of(caption: Caption) -> Tokens:
-    """Tokens of a string by the rules of the Penn Treebank; a list of tokens as it is."""
+    """Tokens of a string by the rules of the Penn Treebank; a list of tokens unchanged."""
     return ptb_tokenize(caption) if isinstance(caption, str) else list(caption)
 
 
 def as_text(caption: Caption) -> str:
-    """A string as it is; tokens joined by spaces."""
+    """A string unchanged; tokens joined by spaces."""
     return caption if isinstance(caption, str) else " ".join(caption)
 
 
@@ -171,7 +171,7 @@ Direction = Literal["higher", "lower"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of your own.
+    """Your own metric.
 
     Example:
         >>> def words(references, hypotheses):
@@ -217,8 +217,8 @@ class Scores(Mapping[str, float]):
     Args:
         corpus: name -> score of all images together.
         per_image: name -> image -> score.
-        notes: What a reader of the figures must know: a metric that could not be computed and
-            how to get it, a figure that means nothing here.
+        notes: Remarks needed to interpret the figures, such as a metric that could not be computed,
+            or a figure that is meaningless here.
         counts: Metric -> whole numbers of each image, (I, S), whose sums over a sample of the
             images give the sample's score; for BLEU and METEOR 1.5.
     """

@@ -21,7 +21,7 @@ from capdistill.metrics.ngram_counts import (
     reference_ngrams,
 )
 
-_SMALL, _TINY = 1e-9, 1e-15  # the COCO tool's constants: they show in the tenth digit
+_SMALL, _TINY = 1e-9, 1e-15  # the COCO tool's constants; they affect the tenth digit
 
 
 class Bleu:
@@ -112,8 +112,8 @@ class RougeL:
         references: One list of tokenised references per image.
 
     Source:
-        Lin (2004); beta and the maxima as in pycocoevalcap, but a caption without words scores
-        0 even where a reference has none either (pycocoevalcap gives 1 there).
+        Lin (2004); beta and the maxima as in pycocoevalcap, but a caption without words scores 0
+        even if a reference has no words either (pycocoevalcap gives 1).
     """
 
     def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
@@ -140,7 +140,7 @@ def _f_score(tokens: Tokens, references: Sequence[Tokens]) -> float:
 
 
 def _common(places: Mapping[str, int], length: int, reference: Tokens) -> int:
-    """Length of the longest common subsequence, one step a token (Hyyrö 2004, bit-parallel)."""
+    """Length of the longest common subsequence, one step per token (Hyyrö 2004, bit-parallel)."""
     open_places = full = (1 << length) - 1
     for token in reference:
         matched = open_places & places.get(token, 0)
@@ -155,8 +155,8 @@ Match = tuple[int, int]  # a place in the caption, a place in the reference
 class MeteorNltk:
     """NLTK's METEOR: the mean over images of the best reference's score.
 
-    Named after NLTK because it is another metric than METEOR 1.5, about twice as high. Scores
-    are those of `nltk.translate.meteor_score` with all of WordNet 3.0, and nothing is fetched.
+    It is named after NLTK because it differs from METEOR 1.5 and is about twice as high. Scores are
+    those of `nltk.translate.meteor_score` with all of WordNet 3.0, and nothing is fetched.
 
     Example:
         >>> meteor = MeteorNltk([[["a", "dog", "runs"]]])
@@ -244,7 +244,7 @@ def _without(places: list[int], taken: Container[int]) -> list[int]:
 
 
 def _chunks(matches: Sequence[Match]) -> int:
-    """In how many runs the matched words stand, side by side in both sentences."""
+    """Number of chunks: runs of matched words that are adjacent in both sentences."""
     following = pairwise(matches)
     return 1 + sum(i + 1 != k or j + 1 != m for (i, j), (k, m) in following)
 

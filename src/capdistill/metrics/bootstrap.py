@@ -1,4 +1,4 @@
-"""Whether one system really scores better than another: the paired bootstrap."""
+"""The paired bootstrap: whether one system scores significantly better than another."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class PairedScore:
-    """One score of two systems, and how certain their difference is.
+    """One score of two systems, with intervals and the p-value of their difference.
 
     Args:
         a: The first system's score, of all images.
         b: The second system's.
         difference: b - a.
         a_interval: Low and high end of the interval of `a`.
-        b_interval: Of `b`.
-        interval: Of `difference`.
-        p_value: Two-sided, for no difference; from 2 / (samples + 1) to 1.
+        b_interval: The interval of `b`.
+        interval: The interval of `difference`.
+        p_value: Two-sided p-value of no difference; from 2 / (samples + 1) to 1.
     """
 
     a: float
@@ -119,8 +119,8 @@ def paired_bootstrap(
 ) -> PairedScores:
     """Compare two systems on the same images: scores, intervals, p-values.
 
-    The images are drawn anew, with replacement, `samples` times, and both systems are scored on
-    each sample. The ends of an interval are percentiles of the sampled scores or differences. The
+    The images are resampled with replacement, `samples` times, and both systems are scored on each
+    sample. The ends of an interval are percentiles of the sampled scores or differences. The
     p-value is `min(1, 2 * (rarer + 1) / (samples + 1))`, where `rarer` is the number of samples
     whose difference is not above 0, or not below 0, whichever is smaller. So p < 0.05 goes with a
     95 % interval without 0, and equal systems have p = 1. Differences up to 1e-9 count as 0, and so
@@ -128,8 +128,7 @@ def paired_bootstrap(
 
     BLEU and METEOR 1.5 of a sample come from the summed counts of its images. ROUGE-L, METEOR
     (NLTK) and CIDEr-D are means over its images; CIDEr-D keeps the document frequencies of all
-    images. A metric of your own is resampled if its corpus score is the mean of its per-image
-    scores.
+    images. Your own metric is resampled if its corpus score is the mean of its per-image scores.
 
     Example:
         >>> references = [["a dog runs"], ["a red car"], ["two children play"]]

@@ -1,4 +1,4 @@
-"""How varied captions are, and how many are empty, repetitive or cut off."""
+"""Diversity of captions, and how many are empty, repetitive or cut off."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def diversity(
     training_captions: Iterable[Caption] | None = None,
     finished: Mapping[Any, bool] | Sequence[bool] | None = None,
 ) -> Diversity:
-    """Count how varied captions are, and how many are empty, repetitive or cut off.
+    """Measure the diversity of captions, and how many are empty, repetitive or cut off.
 
     Example:
         >>> found = diversity(
@@ -76,7 +76,7 @@ def diversity(
             caption is a string, or a list of tokens, which are taken as they are. Words are the
             tokens of `ptb_tokenize`.
         training_captions: The captions the model was trained on; the others are novel.
-        finished: Which captions ended by themselves, by the same ids or in the same order.
+        finished: Which captions reached their end token, by the same ids or in the same order.
 
     Raises:
         DataError: captions that are not text, an image given twice, or `finished` for other

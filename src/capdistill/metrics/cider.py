@@ -110,7 +110,7 @@ class CiderD:
 
 
 def _log(values: Floats) -> Floats:
-    """Logarithms that are equal where the values are, whatever their places in an array."""
+    """Logarithms that are equal for equal values, wherever they are in an array."""
     distinct, inverse = np.unique(values, return_inverse=True)
     return np.array([math.log(value) for value in distinct], np.float64)[inverse]
 
@@ -138,7 +138,7 @@ coco-val-df.p), turn it into data once:
 
 @dataclass(frozen=True, eq=False)
 class DocumentFrequencies:
-    """In how many documents (images) each n-gram of up to four tokens occurs.
+    """The number of documents (images) in which each n-gram of up to four tokens occurs.
 
     Example:
         >>> frequencies = DocumentFrequencies.count({"1": ["A dog.", "a big dog"], "2": ["a car"]})
@@ -255,7 +255,7 @@ class DocumentFrequencies:
         for pair, count, size in zip([None, *pairs], counts, ids.sizes, strict=True):
             _check(count.shape == (size,) and count.dtype == np.float64, "counts do not fit")
             if pair:
-                _check(pair.keys.dtype == pair.ids.dtype == np.int64, "numbers are no integers")
+                _check(pair.keys.dtype == pair.ids.dtype == np.int64, "numbers are not integers")
                 _check(bool((np.diff(pair.keys) > 0).all()), "n-grams are not in order")
                 distinct = np.array_equal(np.sort(pair.ids), np.arange(size))
                 _check(distinct, "numbers are not 0, 1, ...")

@@ -51,7 +51,8 @@ def read_coco_results(references: str | Path, results: str | Path) -> CocoResult
 
     Args:
         references: A COCO captions file: lists `images` (id) and `annotations` (image_id, caption);
-            or {image: [caption, ...]}; or JSON Lines, an object with image_id and caption a row.
+            or {image: [caption, ...]}; or JSON Lines, with one object of image_id and caption per
+            row.
         results: A list of objects with image_id and caption; or {image: caption}; or JSON Lines.
 
     Raises:

@@ -148,11 +148,11 @@ class NgramIds:
 
     @property
     def sizes(self) -> list[int]:
-        """How many n-grams are known of each n."""
+        """Number of known n-grams for each n."""
         return [len(self.words), *(len(pairs.ids) for pairs in self.pairs)]
 
     def copy(self) -> NgramIds:
-        """Another one that may learn more without this one knowing."""
+        """A copy that can learn more n-grams without changing this one."""
         return NgramIds(self.words, [Pairs(pairs.keys, pairs.ids) for pairs in self.pairs])
 
     def count(self, captions: Sequence[Tokens], *, keep: bool) -> list[Counted]:
@@ -228,7 +228,7 @@ def unpack(keys: Ints) -> tuple[Ints, Ints]:
 
 
 def find(keys: Ints, wanted: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-    """The places of wanted keys among sorted ones, and whether they are there."""
+    """The positions of keys among sorted ones, and whether they are present."""
     if not len(keys):
         return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.bool_)
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)

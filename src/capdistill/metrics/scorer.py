@@ -55,9 +55,9 @@ class CaptionScorer:
             references of each image. A caption is a string, or a list of tokens, which are taken
             as they are.
         metrics: Which to compute: "bleu", "rouge_l", "cider_d", "meteor_nltk", "meteor_1_5", or a
-            score's own name such as "bleu_4", or a `Metric` of your own. None is all the built-in
-            ones. "meteor_1_5" becomes "meteor_1_5_nopara" without a paraphrase table.
-        document_frequencies: What CIDEr-D weighs n-grams by; None counts them in `references`.
+            score's own name such as "bleu_4", or your own `Metric`. None is all the built-in ones.
+            "meteor_1_5" becomes "meteor_1_5_nopara" without a paraphrase table.
+        document_frequencies: Document frequencies for CIDEr-D; None counts them in `references`.
 
     Raises:
         DataError: no image, an image given twice or without a reference, or a caption of another
@@ -258,21 +258,22 @@ def resolve_metrics(
         else:
             raise ConfigError(
                 f"metrics: {shortened(metric)} is a {type(metric).__name__}; expected a name, or "
-                "Metric(function, {'name of its score': 'higher'}) for one of your own."
+                "Metric(function, {'name of its score': 'higher'}) for your own metric."
             )
     scores = [score for metric in own for score in metric.directions]
     twice = [s for n, s in enumerate(scores) if s in DIRECTIONS or s in scores[:n]]
     if twice:
         raise ConfigError(
-            f"metrics: two metrics give a score called '{twice[0]}'. Rename that of your own."
+            f"metrics: two metrics give a score called '{twice[0]}'. Rename the "
+            "score of your own metric."
         )
     return select(names), own, names
 
 
 def select(names: Iterable[str] | None) -> dict[str, list[str]]:
-    """Metric -> those of its scores that are wanted; None is all that can be computed here.
+    """Metric -> its requested scores; None is all that can be computed here.
 
-    METEOR 1.5 becomes its variant without paraphrases where there is no table of them.
+    METEOR 1.5 becomes its variant without paraphrases if their table is not installed.
 
     Example:
         >>> select(["bleu_4", "rouge_l"])
@@ -368,7 +369,7 @@ def meteor_nltk(references: References, hypotheses: Captions) -> Scores:
 def meteor_1_5(references: References, hypotheses: Captions, *, paraphrases: bool = True) -> Scores:
     """METEOR 1.5 of one caption per image; arguments and errors as `CaptionScorer`'s.
 
-    Without paraphrases, or where there is no table of them, the score is "meteor_1_5_nopara".
+    Without paraphrases, or if their table is not installed, the score is "meteor_1_5_nopara".
 
     Example:
         >>> dict(meteor_1_5([["a dog runs"]], ["a dog runs"], paraphrases=False))

@@ -1,4 +1,4 @@
-"""Teachers that are not captioners of ours: `wrap` an existing model and distil from it."""
+"""Teachers other than capdistill captioners: `wrap` an existing model and distil from it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Any existing captioner as a teacher: a module, and a function that returns its outputs.
 
-What the function returns is checked against the batch each time, so that a wrong layout is an
-error that names shapes, never a silently wrong target.
+The outputs are checked against the batch each time: a wrong layout is an error that names the
+shapes, never a silently wrong target.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ Adapt = Callable[[Any, Batch], CaptionerOutput]
 
 
 class ForeignTeacher(nn.Module):
-    """A captioner of someone else's with the surface of ours; made by `wrap`, which explains it.
+    """Another captioner with the interface of `Captioner`; made by `wrap`, see there.
 
     Attributes:
         module: The model as it was given.
         tokenizer: Its tokenizer.
         name: Name of the model in messages.
-        image_size: Side in pixels of the images it wants in a batch, or None.
-        rereads_prefix: `generate` runs the whole module again for every word, so its time says
-            nothing about the module's own decoding.
+        image_size: Side in pixels of the images it reads, or None.
+        rereads_prefix: `generate` runs the whole module again for every word, so its time does not
+            reflect the module's own decoding.
     """
 
     rereads_prefix = True
@@ -102,7 +102,7 @@ class ForeignTeacher(nn.Module):
         )
 
     def spec(self, batch: Batch | None = None) -> ModelSpec:
-        """What the losses must know of it: declared, or probed on the first batch given.
+        """The specification that losses need: declared, or probed on the first given batch.
 
         A probe runs the module once in eval mode without gradients, restores each submodule's mode
         and the random state, and is remembered.
@@ -131,7 +131,7 @@ class ForeignTeacher(nn.Module):
     ) -> list[Hypothesis]:
         """One caption per image, as `Captioner.generate` makes them.
 
-        The module reads the whole caption again for every word, since only `adapt` is used.
+        The module reads the whole caption again for every word, because only `adapt` is used.
 
         Args:
             batch: A batch, or (I, 3, H, W) uint8 images, on the module's device.
@@ -198,16 +198,16 @@ def wrap(
         (torch.Size([1, 3, 9]), 9)
 
     Args:
-        module: The model. It becomes a submodule, so that device, mode and freezing reach it.
+        module: The model. It becomes a submodule, so moving, freezing and `train()` affect it.
         adapt: `adapt(module, batch)` runs it on `batch.inputs` (B, T - 1) and returns a
-            `CaptionerOutput` aligned with `batch.targets`; what it has not is None. The k captions
-            of an image stand together: row b belongs to image b // k.
-        tokenizer: The model's, whose ids the batches hold and whose vocabulary the logits follow.
-        name: How messages call it.
-        spec: What the losses must know of it, with the grid and the prefix tokens, which no probe
-            can see. Without it, it is probed on the first real batch.
-        image_size: Side in pixels of the images it wants in a batch: loaders give the larger of
-            teacher's and student's. Without it, the student's, or 224 where it is alone.
+            `CaptionerOutput` aligned with `batch.targets`; an output that it lacks is None. The k
+            captions of an image are adjacent: row b belongs to image b // k.
+        tokenizer: The model's tokenizer; batches hold its ids and logits follow its vocabulary.
+        name: Name of the model in messages.
+        spec: The specification that losses need, including the grid and the prefix tokens, which
+            probing cannot determine. By default it is probed on the first real batch.
+        image_size: Side in pixels of the images it reads: loaders give the larger of the teacher's
+            and the student's. By default the student's, or 224 without a student.
 
     Raises:
         IncompatibleModels: the declared spec and the tokenizer have different vocabularies, or
@@ -232,15 +232,15 @@ def normalised(
 
     Args:
         batch: Images (I, 3, H, W) uint8.
-        mean: One value a channel, for pixels in [0, 1].
-        std: One value a channel.
-        size: Side in pixels that the model wants; None keeps the loader's.
+        mean: One value per channel, for pixels in [0, 1].
+        std: One value per channel.
+        size: Side in pixels that the model reads; None keeps the loader's.
 
     Returns:
         (I, 3, size, size) float32.
 
     Raises:
-        ConfigError: mean or std have not one value a channel, or std is not positive.
+        ConfigError: mean or std do not have one value per channel, or std is not positive.
 
     Source:
         Bicubic with antialiasing, as `Encoder.normalise`.
@@ -249,7 +249,7 @@ def normalised(
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise ConfigError(
             f"normalised: mean {tuple(mean)} and std {tuple(std)} for images of {channels} "
-            "channels. Give one value a channel for pixels in [0, 1], with std > 0."
+            "channels. Give one value per channel for pixels in [0, 1], with std > 0."
         )
     pixels = batch.images.float()
     if size is not None and batch.images.shape[-2:] != (size, size):
@@ -259,7 +259,7 @@ def normalised(
 
 
 class PrefixDecoder(Decoder):
-    """Reads the whole caption so far again for every word: slow, but it needs only `adapt`.
+    """Read the whole caption so far again for every word: slow, but only `adapt` is needed.
 
     The features are the images themselves, (I, 3, H, W) uint8.
 
@@ -275,13 +275,15 @@ class PrefixDecoder(Decoder):
         self.vocabulary = len(teacher.tokenizer.vocabulary)
 
     def build_vocabulary(self, vocabulary: int) -> None:
-        """Nothing: the words are the teacher's."""
+        """Do nothing: the vocabulary is the teacher's."""
 
     def forward(
         self, input_ids: Tensor, features: Tensor, need: frozenset[str] = frozenset()
     ) -> DecoderOutput:
         """(B, T) ids and (I, 3, H, W) images to logits (B, T, V)."""
-        ids = torch.cat([input_ids, input_ids[:, -1:]], 1)  # a target for the last word, not read
+        ids = torch.cat(
+            [input_ids, input_ids[:, -1:]], 1
+        )  # a target for the last word, which is not read
         batch = Batch(
             images=features,
             input_ids=ids,
@@ -292,7 +294,7 @@ class PrefixDecoder(Decoder):
         return DecoderOutput(self.teacher_forward(batch).logits)
 
     def start(self, features: Tensor) -> DecoderState:
-        """No word has been read yet."""
+        """The state before the first word."""
         words = torch.zeros(len(features), 0, dtype=torch.int64, device=features.device)
         return DecoderState(image={"images": features}, row={"words": words})
 

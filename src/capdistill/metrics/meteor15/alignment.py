@@ -28,7 +28,7 @@ _rank = itemgetter(0)
 
 
 class _Option(NamedTuple):
-    """A match and what taking it means."""
+    """A match and the effect of taking it."""
 
     match: Match
     there: int  # its words in the reference, as bits
@@ -86,7 +86,7 @@ def _option(match: Match) -> _Option:
 
 
 def _shared(options: Sequence[Sequence[_Option]]) -> tuple[int, int]:
-    """The words of the reference, and of the hypothesis, that more than one match wants."""
+    """The words of the reference, and of the hypothesis, that more than one match covers."""
     there = here = shared_there = shared_here = 0
     for offered in options:
         for option in offered:
@@ -151,7 +151,7 @@ def find_matches(
         rewrites: The paraphrases that `reference` can need, or None for no such stage.
     """
     matches: list[list[Match]] = [[] for _ in reference.words]
-    same = hypothesis.words == reference.words  # then the tool matches equal words alone
+    same = hypothesis.words == reference.words  # then the tool matches only equal words
     for place, word in enumerate(reference.words):
         equal = hypothesis.word_places.get(word, 0)
         matches[place] += _word_matches(EXACT, place, equal)

@@ -61,7 +61,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """What one caption, or a whole corpus, adds to METEOR."""
+    """Statistics of one caption, or of a whole corpus, for METEOR."""
 
     hypothesis: _Side = _Side()
     reference: _Side = _Side()

@@ -44,7 +44,7 @@ def read_paraphrases(path: Path, phrases: set[str]) -> Rewrites:
     """The rows of the table that have one of the phrases on either side.
 
     Args:
-        path: The table: gzip, three lines a row (probability, phrase, paraphrase).
+        path: The table: gzip, three lines per row (probability, phrase, paraphrase).
         phrases: Every run of up to `LONGEST` words in the references.
 
     Raises:
