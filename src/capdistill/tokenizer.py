@@ -7,6 +7,7 @@ foreign teacher keeps its vocabulary.
 from __future__ import annotations
 
 import json
+import operator
 import re
 import unicodedata
 from collections import Counter
@@ -199,10 +200,11 @@ class WordTokenizer:
             DataError: one is not the id of an entry.
         """
         words = []
-        for index in ids:
-            if not is_count(index, 0) or index >= len(self):
+        for given in ids:
+            index = operator.index(given) if hasattr(given, "__index__") else -1
+            if not 0 <= index < len(self):
                 raise DataError(
-                    f"WordTokenizer: {shortened(index)} is not an id of this vocabulary; expected "
+                    f"WordTokenizer: {shortened(given)} is not an id of this vocabulary; expected "
                     f"whole numbers from 0 to {len(self) - 1}, as encode() gives them."
                 )
             if index == self.end_id:

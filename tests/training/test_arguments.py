@@ -129,6 +129,11 @@ def test_a_source_may_have_nothing_skipped(saveable: Make, colours: CaptionData)
     assert history.epochs[0]["skipped"] == 0
 
 
+def test_decode_takes_tensors_and_arrays() -> None:
+    texts = {tiny.TOKENIZER.decode(kind([1, 4, 2])) for kind in (list, torch.tensor, np.array)}  # type: ignore[operator]
+    assert texts == {"red"}
+
+
 class NaNGradient(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, values: torch.Tensor) -> torch.Tensor:

@@ -546,3 +546,29 @@ def test_the_run_file_names_the_encoder_of_a_registry_and_its_arguments(
     Trainer(saveable(dim=10), **OPTIONS).fit([tiny.make_batch([2])], out=tmp_path)
     encoder = json.loads((tmp_path / "run.json").read_text())["models"][0]["encoder"]
     assert encoder == {"name": "patches", "kwargs": {"dim": 10}}
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_a_run_is_not_written_into_a_saved_captioner(
+    saveable: Make, tmp_path: Path, inside: str
+) -> None:
+    saveable().save(tmp_path / "best")
+    trainer = Trainer(saveable(), **OPTIONS)
+    with pytest.raises(ConfigError, match="saved captioner"):
+        trainer.fit([tiny.make_batch([1])], out=tmp_path / "best" / inside)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe\x00", b"{bad\n3\n[]\n", b'{"kind": "epoch"}\n']
+)
+def test_a_damaged_history_does_not_hinder_resuming(
+    saveable: Make, tmp_path: Path, content: bytes
+) -> None:
+    data = [tiny.make_batch([1, 2])]
+    Trainer(saveable(), **OPTIONS).fit(data, data, out=tmp_path / "run", epochs=1)
+    (tmp_path / "run" / "history.jsonl").write_bytes(content)
+    with pytest.warns(UserWarning, match="epochs 1 -> 2"):
+        history = Trainer(saveable(), **OPTIONS).fit(
+            data, data, out=tmp_path / "run", epochs=2, resume=True
+        )
+    assert [row["epoch"] for row in history.epochs] == [1]

@@ -60,6 +60,12 @@ def open_directory(
             raise ConfigError("resume=True needs out=, the directory of the run to continue.")
         return None, False
     directory = user_path(out)
+    for captioner in (directory, directory.parent):
+        if (captioner / "captioner.json").exists():
+            raise ConfigError(
+                f"{captioner} holds a saved captioner, which a run inside it would mix with its "
+                "own files. Give another out=."
+            )
     found = [name for name in _RESULTS if (directory / name).exists()]
     states = {STATE, PREVIOUS} & {*found}
     if resume is True or (resume == "auto" and states and not overwrite):
