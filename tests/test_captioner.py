@@ -311,7 +311,7 @@ def test_a_stream_is_read_a_batch_at_a_time():
         (object(), "given as object"),
         ("no/such.jpg", r"no/such\.jpg: the image cannot be read \(No such file"),
         (["no/such.jpg"], r"no/such\.jpg"),
-        (b"<html>", "no image that Pillow knows"),
+        (b"<html>", "not an image format that Pillow knows"),
         (torch.zeros(8), r"tensor \(8,\)"),
         (torch.zeros(1, 2, 3, 8, 8), r"tensor \(1, 2, 3, 8, 8\)"),
         (pictures(1)[0].float(), r"expected \[0, 1\]"),

@@ -139,7 +139,7 @@ def test_what_has_no_map_is_refused(changed: dict[str, Any], message: str) -> No
 
 @pytest.mark.parametrize("name", ["looked", "looked.xyz"])
 def test_an_unknown_kind_of_picture_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is not that of a picture.*\.png"):
+    with pytest.raises(ConfigError, match=r"is not an image format.*\.png"):
         plots.attention(result(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 

@@ -235,13 +235,15 @@ GOOD = {"format": "capdistill.word_tokenizer/1", "max_length": 5, "words": ["a"]
 def test_a_file_that_is_no_vocabulary_is_refused_by_name(tmp_path, content):
     path = tmp_path / "foreign.json"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"foreign\.json is no vocabulary.*Expected a JSON"):
+    with pytest.raises(
+        CheckpointError, match=r"foreign\.json is not a vocabulary.*Expected a JSON"
+    ):
         WordTokenizer.load(path)
 
 
 def test_a_missing_file_or_a_directory_is_refused_by_name(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(CheckpointError, match=f"{path.name} is no vocabulary"):
+        with pytest.raises(CheckpointError, match=f"{path.name} is not a vocabulary"):
             WordTokenizer.load(path)
 
 
@@ -253,7 +255,7 @@ def test_a_missing_file_or_a_directory_is_refused_by_name(tmp_path):
         (["a"], {"max_length": 0}, "max_length must be a whole number of at least 1, got 0"),
         (["a"], {"max_length": 2.0}, r"got 2\.0"),
         ("a dog", {}, r"words are 'a dog', one string; give a list"),
-        ([None], {}, "None is no word"),
+        ([None], {}, "None is not a word"),
     ],
 )
 def test_words_that_make_no_vocabulary_are_refused(words, options, message):

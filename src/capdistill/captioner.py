@@ -1,4 +1,4 @@
-"""The model: encoder, decoder and tokenizer, trained, distilled, saved and loaded together."""
+"""`Captioner`: encoder, decoder and tokenizer as one model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Captioner(nn.Module):
 
     Args:
         encoder: Images to (I, N, D) tokens.
-        decoder: Words given tokens of width D; it is built for the tokenizer's vocabulary here.
+        decoder: Reads tokens of width D; it is built here for the tokenizer's vocabulary.
         tokenizer: Captions to ids and back.
         name: Name of the model in messages.
 
@@ -97,8 +97,8 @@ class Captioner(nn.Module):
         Args:
             preset: For instance "vit_transformer" or "lite0_lstm".
             tokenizer: Its vocabulary sizes the decoder.
-            weights: Of the encoder: True (from the hub), False (random), or a local file.
-            encoder, decoder: Arguments that replace or join those of the preset.
+            weights: Weights of the encoder: True (from the hub), False (random), or a local file.
+            encoder, decoder: Arguments that replace or extend those of the preset.
 
         Raises:
             UnknownName: no such preset; the message lists them.
@@ -138,7 +138,7 @@ class Captioner(nn.Module):
         return CaptionerOutput(out.logits, out.hidden, features, out.attention, batch.target_mask)
 
     def encode(self, batch: Batch) -> Tensor:
-        """(I, N, D) features of a batch, from cached values where it carries those of our encoder.
+        """(I, N, D) features of a batch, from cached values if it has those of this encoder.
 
         Raises:
             DataError: it carries neither pixels nor cached values of this encoder.
@@ -170,7 +170,7 @@ class Captioner(nn.Module):
 
         Args:
             batch: A batch, or (I, 3, H, W) uint8 images.
-            generation: All options together.
+            generation: A whole configuration.
             options: Fields of `GenerationConfig`; they override those of `generation`.
 
         Raises:
@@ -227,8 +227,8 @@ class Captioner(nn.Module):
             images: One image gives a text; an iterable of any length, or a (I, 3, H, W) array or
                 tensor, gives a list of texts in the same order.
             batch_size: Images in memory, and in the model, at once.
-            errors: For an image that cannot be read: "raise", or "skip", where a warning names it
-                and its place in the list is None.
+            errors: For an image that cannot be read: "raise", or "skip", which names it in a
+                warning and puts None in its place.
             details: Return a `CaptionResult` (log-probabilities, n-best, attention) per image.
             progress: Show a bar.
             generation: As for `generate`: `beam_size=3`, `max_length=20`, `generation=config`, ...
@@ -278,7 +278,7 @@ class Captioner(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     def num_parameters(self, trainable: bool = False) -> int:
@@ -286,7 +286,7 @@ class Captioner(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
 
     def spec(self, batch: Batch | None = None) -> ModelSpec:
-        """What losses and checks must know of this model."""
+        """The specification of this model, for losses and checks."""
         return ModelSpec(
             feature_dim=self.encoder.dim,
             tokens=self.encoder.tokens,
@@ -337,8 +337,8 @@ class Captioner(nn.Module):
         Args:
             directory: As given to `save`.
             encoder, decoder: Parts that were not created by a registry.
-            tokenizer: The one it was trained with, unless that is a `WordTokenizer`.
-            device: Where the model goes.
+            tokenizer: The tokenizer it was trained with, unless it is a `WordTokenizer`.
+            device: Device of the loaded model.
 
         Raises:
             CheckpointError: a file is missing, truncated, or does not fit the parts.
@@ -364,7 +364,7 @@ def _bar(stream: Iterator[Any], images: Any) -> Iterator[Any]:
 def _caption(
     captioner: Captioner, pixels: Tensor, spec: GenerationSpec, details: bool
 ) -> Sequence[str | CaptionResult]:
-    """(I, 3, S, S) uint8 images to texts, or to results with all that is known of them."""
+    """(I, 3, S, S) uint8 images to texts, or to detailed results."""
     decoder, tokenizer = captioner.decoder, captioner.tokenizer
     pixels = pixels.to(captioner.device)
     with inference(captioner):
@@ -400,7 +400,7 @@ def _result(
 def _attention(
     captioner: Captioner, features: Tensor, hypotheses: Sequence[Hypothesis]
 ) -> list[Tensor | None]:
-    """(T, N) attention of each caption's tokens, by the decoder's `forward`; None without any."""
+    """(T, N) attention of each caption's tokens, from the decoder's `forward`; None without any."""
     tokenizer = captioner.tokenizer
     rows = [[tokenizer.start_id, *hypothesis.tokens] for hypothesis in hypotheses]
     ids = pad_batch(rows, tokenizer.pad_id)[0].to(features.device)  # (I, T + 1)

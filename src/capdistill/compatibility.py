@@ -1,4 +1,4 @@
-"""Does a model keep its specification, and do two models fit each other?"""
+"""Checks that a model matches its specification, and that two models fit together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from capdistill.tokenizer import pad_batch
 def image_size(*models: Any) -> int:
     """Side in pixels of the images to load: the largest that a model or its encoder reads, or 224.
 
-    Each model downsizes for itself.
+    Each model downsizes the images itself.
     """
     parts = [part for model in models for part in (model, getattr(model, "encoder", None))]
     sizes = [getattr(part, "image_size", None) for part in parts]
@@ -49,14 +49,14 @@ def checked_forward(model: Any, batch: Batch, needed: frozenset[str]) -> Caption
     Runs in evaluation mode without gradients; flags, buffers and random state do not change.
 
     Raises:
-        IncompatibleModels: the output is not what the model's specification promises.
+        IncompatibleModels: the output is not as in the model's specification.
     """
     batch = batch.to(_device_of(model))
     with inference(model, fork_rng=True):
         output: CaptionerOutput = model(batch, need=needed)
     spec = model.spec(batch)
     required = needed or frozenset({"logits"})
-    if not spec.has_attention:  # FeatureKD("auto") does without
+    if not spec.has_attention:  # FeatureKD("auto") works without it
         required -= {"attention"}
     require_output(f"'{spec.name}' gives", output, batch, required, len(spec.vocabulary), spec)
     return _to(output, torch.device("cpu"))
@@ -82,12 +82,12 @@ def require_output(
         >>> require_output("theirs: adapt returned", output, batch, {"logits"}, vocabulary=6)
 
     Args:
-        source: How messages begin, such as "theirs: adapt returned".
-        output: What came back; anything but a `CaptionerOutput` is refused.
-        batch: What went in.
+        source: Beginning of the messages, such as "theirs: adapt returned".
+        output: The returned value; it must be a `CaptionerOutput`.
+        batch: The input.
         needed: Fields that must not be None.
-        vocabulary: V.
-        spec: Number of tokens and widths, where they are known.
+        vocabulary: V, the number of entries.
+        spec: Number of tokens and widths, if known.
 
     Raises:
         IncompatibleModels: names what was given, the expected shape and its meaning.
@@ -100,7 +100,7 @@ def require_output(
         if getattr(output, what) is None:
             raise IncompatibleModels(
                 f"{source} None for {what}, which is needed.\n"
-                f"Return CaptionerOutput(..., {what}=...), or leave out the loss that needs it."
+                f"Return CaptionerOutput(..., {what}=...), or remove the loss that needs it."
             )
     rows, length = batch.targets.shape
     tokens, width = (spec.tokens, spec.feature_dim) if spec else (None, None)
@@ -136,7 +136,7 @@ _MEANING = {
 
 
 def _require_shape(source: str, what: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
-    """None in `shape` stands for any size."""
+    """None in `shape` matches any size."""
     found = tuple(value.shape)
     fits = len(found) == len(shape)
     if fits and all(size in (None, given) for size, given in zip(shape, found, strict=True)):
@@ -144,12 +144,12 @@ def _require_shape(source: str, what: str, value: Tensor, shape: tuple[int | Non
     shown = ", ".join("any" if size is None else str(size) for size in shape)
     raise IncompatibleModels(
         f"{source} {what} of shape {found}, but this batch needs ({shown}): "
-        f"{_MEANING[what.split('[')[0]]}. Correct the model's output, or its specification."
+        f"{_MEANING[what.split('[')[0]]}. Fix the model's output, or its specification."
     )
 
 
 def require_one_vocabulary(student: ModelSpec, teacher: ModelSpec) -> None:
-    """The teacher reads the student's ids: they must mean the same words.
+    """Check that both vocabularies are equal: the teacher reads the student's ids.
 
     Raises:
         IncompatibleModels: names the first entry that differs.
@@ -164,8 +164,8 @@ def require_one_vocabulary(student: ModelSpec, teacher: ModelSpec) -> None:
     raise IncompatibleModels(
         f"The vocabularies differ at entry {place}: '{student.name}' has {mine} "
         f"({len(student.vocabulary)} entries), '{teacher.name}' has {theirs} "
-        f"({len(teacher.vocabulary)} entries). The teacher would read other words than those of "
-        "the captions. Build both models with one tokenizer, or compare features alone: "
+        f"({len(teacher.vocabulary)} entries). The teacher would read words other than those of "
+        "the captions. Build both models with one tokenizer, or compare only features: "
         'losses={"feature": {"name": "feature", "match": "pooled"}}.'
     )
 
@@ -176,10 +176,10 @@ def require_scalars(
     teacher: CaptionerOutput,
     batch: Batch,
 ) -> None:
-    """Every built loss gets what it needs and gives one number; nothing is changed by it.
+    """Check that every built loss gets its inputs and returns one number; nothing is changed.
 
     Raises:
-        IncompatibleModels: a model lacks an output, or the loss gives something else.
+        IncompatibleModels: a model lacks an output, or the loss returns something else.
     """
     for name, loss in losses.items():
         for role, output in (("student", student), ("teacher", teacher)):
@@ -187,13 +187,13 @@ def require_scalars(
                 if getattr(output, what) is None:
                     raise IncompatibleModels(
                         f"The loss '{name}' ({type(loss).__name__}) needs {what}, which the "
-                        f"{role} does not give. Leave the loss out, or use a {role} that has it."
+                        f"{role} does not return. Remove the loss, or use a {role} that has it."
                     )
         value = loss_value(loss, student, teacher, batch)
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
             raise IncompatibleModels(
-                f"The loss '{name}' ({type(loss).__name__}) gives {given}, but must give one "
+                f"The loss '{name}' ({type(loss).__name__}) returns {given}, but must return one "
                 "number: the sum over tokens or images, a floating-point tensor of shape ()."
             )
 
@@ -201,7 +201,7 @@ def require_scalars(
 def loss_value(
     loss: DistillationLoss, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch
 ) -> Tensor:
-    """The sum that a built loss returns, wherever it is; nothing is changed by it."""
+    """The sum that a built loss returns, on any device; nothing is changed."""
     device = _device_of(loss)
     with inference(loss, fork_rng=True):
         value: Tensor = loss(_to(student, device), _to(teacher, device), batch.to(device))

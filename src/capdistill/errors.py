@@ -1,6 +1,6 @@
-"""The errors a user can meet. Each says what was given, what was expected and what to do.
+"""The errors a user can meet. Each states what was given, what was expected and what to do.
 
-They know nothing of the rest of the package, and every part of it may raise them.
+This module imports no other module of the package; every module may raise its errors.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ConfigError(CapdistillError, ValueError):
 
 
 class UnknownName(ConfigError, KeyError):
-    """A name that no registry, preset or metric has; the message lists those there are."""
+    """A name that no registry, preset or metric has; the message lists the available ones."""
 
     def __str__(self) -> str:  # KeyError would show the repr
         return str(self.args[0]) if self.args else ""
@@ -62,11 +62,11 @@ class PluginError(CapdistillError, ImportError):
 
 
 class MissingExtra(CapdistillError, ImportError):
-    """A part that needs an optional dependency; names the extra that installs it."""
+    """A feature that needs an optional dependency; names the extra that installs it."""
 
 
 class CheckpointError(CapdistillError, RuntimeError):
-    """A file of weights or of training state that is truncated, foreign or does not fit."""
+    """A file of weights or training state that is truncated, in another format or does not fit."""
 
 
 class DataError(CapdistillError, ValueError):
@@ -205,7 +205,7 @@ def require_text(value: object, where: str) -> str:
 
     Args:
         value: What was given.
-        where: What it is and where it stands; the error begins with it.
+        where: Description and location of the caption; the error begins with it.
 
     Raises:
         DataError: the value is not a string, or is a list, dict or bytes printed into one.
@@ -287,7 +287,7 @@ def parse(cls: type[C], values: dict[str, Any], what: str) -> C:
 Did you mean 'epochs'? ...
 
     Raises:
-        ConfigError: an unknown option, with the nearest one, or a value that cannot be.
+        ConfigError: an unknown option, with the nearest one, or an invalid value.
     """
     from pydantic import ValidationError
 
@@ -298,7 +298,7 @@ Did you mean 'epochs'? ...
 
 
 def refusal(cls: type[BaseModel], error: ValidationError, what: str) -> ConfigError:
-    """What pydantic found, in our words."""
+    """The problem that pydantic reports, in the style of our messages."""
     return ConfigError(f"{what}: " + "\n".join(_explain(cls, each) for each in error.errors()))
 
 
@@ -331,7 +331,7 @@ def require_attributes(
 it: its width.
 
     Args:
-        kind: What messages call the part.
+        kind: Name of the component in messages.
         part: An instance of a user's class.
         contract: Name of the class or protocol it follows.
         requirements: Attribute -> a test of its value, and what is expected.

@@ -1,4 +1,4 @@
-"""What passes between the parts: batches, model outputs, specifications, loss terms.
+"""Data passed between components: batches, model outputs, specifications, loss terms.
 
 Letters in shapes: I images, k captions per image, B = I * k captions, T tokens, V vocabulary,
 N visual tokens, D and H widths. Token ids are int64; masks are bool, True = real.
@@ -19,7 +19,7 @@ from capdistill.errors import PRINTED_ENDS, ConfigError, DataError, require_text
 
 @dataclass(frozen=True)
 class Batch:
-    """I images with k captions each; the k captions of an image stand together.
+    """I images with k captions each; the k captions of an image are adjacent.
 
     Example:
         >>> batch = Batch(
@@ -32,8 +32,8 @@ class Batch:
         (2, [[5, 2], [2, 0]], 3)
 
     Args:
-        images: (I, 3, H, W) uint8. Encoders scale and normalise on the device. May be
-            (I, 3, 0, 0) where every model that reads the batch finds its tokens in `cached`.
+        images: (I, 3, H, W) uint8. Encoders scale and normalise on the device. May be (I, 3, 0, 0)
+            if every model that reads the batch finds its tokens in `cached`.
         input_ids: (B, T) token ids, from the start token to the end token, then padding.
         mask: (B, T) True where a token is real. Padding is known by position, never by value.
         captions: B raw strings.
@@ -111,17 +111,17 @@ class Batch:
 
     @property
     def inputs(self) -> Tensor:
-        """(B, T - 1) what the decoder reads."""
+        """(B, T - 1) the input tokens of the decoder."""
         return self.input_ids[:, :-1]
 
     @property
     def targets(self) -> Tensor:
-        """(B, T - 1) the tokens that the decoder should give."""
+        """(B, T - 1) the tokens that the decoder should predict."""
         return self.input_ids[:, 1:]
 
     @property
     def target_mask(self) -> Tensor:
-        """(B, T - 1) True where a target is real, the end token included."""
+        """(B, T - 1) True where a target is real, including the end token."""
         return self.mask[:, 1:]
 
     def to(self, device: torch.device | str) -> Batch:
@@ -139,7 +139,7 @@ _TENSORS = ("images", "input_ids", "mask")
 
 
 def require_unique_ids(ids: Iterable[str], where: str, seen: set[str] | None = None) -> None:
-    """Refuse an image id that occurs twice: results are kept by id, so one would be lost.
+    """Reject an image id that occurs twice: results are kept by id, so one would be lost.
 
     Example:
         >>> seen = set()
@@ -168,12 +168,12 @@ def require_unique_ids(ids: Iterable[str], where: str, seen: set[str] | None = N
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """What a decoder gives for teacher-forced input.
+    """The output of a decoder for teacher-forced input.
 
     Args:
         logits: (B, T, V).
-        hidden: One (B, T, H) a layer, then the vector that the vocabulary projection sees
-            (after the final norm, before dropout); None unless needed. Widths may differ.
+        hidden: One (B, T, H) per layer, then the input of the vocabulary projection (after the
+            final norm, before dropout); None unless needed. Widths may differ.
         attention: (B, T, N) over visual tokens, of the last layer, mean over heads, sums to 1;
             None unless needed.
     """
@@ -185,10 +185,10 @@ class DecoderOutput:
 
 @dataclass(frozen=True)
 class CaptionerOutput:
-    """What a captioner computes for a batch, aligned with `batch.targets`.
+    """The output of a captioner for a batch, aligned with `batch.targets`.
 
     Args:
-        logits: (B, T - 1, V); None where only features were needed.
+        logits: (B, T - 1, V); None if only features were needed.
         hidden: As in `DecoderOutput`, or None.
         features: (I, N, D), the encoder's output, or None.
         attention: (B, T - 1, N), or None.
@@ -219,17 +219,17 @@ FEATURES_ONLY = frozenset({"features"})
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a loss or a check must know of a model before it runs.
+    """The specification of a model, which losses and checks need before it runs.
 
     Args:
-        feature_dim: D of the encoder's output, or None where a foreign teacher shows none.
+        feature_dim: D of the encoder's output, or None if a wrapped teacher returns none.
         tokens: N, visual tokens per image.
-        prefix_tokens: How many of them (CLS, registers) come first and have no place.
+        prefix_tokens: Number of leading tokens (CLS, registers) outside the grid.
         grid: (h, w) with N = prefix_tokens + h * w, or None.
-        hidden_dims: Width of each entry of `hidden`; empty where there is none.
+        hidden_dims: Width of each entry of `hidden`; empty if there is none.
         vocabulary: The entries in the order of their ids.
-        has_attention: Whether attention over visual tokens can be asked for.
-        name: How messages call the model.
+        has_attention: Whether the model can return attention over visual tokens.
+        name: Name of the model in messages.
     """
 
     feature_dim: int | None

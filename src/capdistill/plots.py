@@ -1,4 +1,4 @@
-"""Pictures: the curves of a run, and where a model looked while it wrote a caption."""
+"""Plots: training curves and attention maps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _Value: TypeAlias = "Callable[[dict[str, Any]], float | None]"
 def history(run: str | Path | History, path: str | Path | None = None) -> Figure:
     """Draw the curves of a run: the loss, every term, the scores, the learning rates.
 
-    Steps are faint, epochs full. First steps far above all others leave the panel at its top.
+    Step values are faint, epoch values solid. First steps far above all others are cut off.
 
     Example:
         `plots.history("runs/student", "curves.png")`
@@ -82,7 +82,7 @@ def history(run: str | Path | History, path: str | Path | None = None) -> Figure
 
 
 def _columns(panels: int) -> int:
-    """Three or four a row, whichever leaves fewer places empty."""
+    """Three or four panels per row, whichever leaves fewer places empty."""
     return min((3, 4), key=lambda n: -panels % n) if panels > 3 else panels
 
 
@@ -145,7 +145,7 @@ def _raw(term: str) -> _Value:
 
 
 def _loss_panel(found: History, value: _Value) -> Callable[[Axes], None]:
-    """Steps faintly, epochs of training and validation in full."""
+    """Draw step values faintly, epoch values of training and validation solid."""
 
     def draw(axes: Axes) -> None:
         steps = [(row["step"], value(row)) for row in found.steps]
@@ -161,7 +161,7 @@ def _loss_panel(found: History, value: _Value) -> Callable[[Axes], None]:
 
 
 def _leave_out_the_start(axes: Axes, steps: Sequence[float], full: Sequence[float]) -> None:
-    """Let the first steps leave at the top where they would flatten the epochs' curves."""
+    """Cut off the first steps at the top if they would flatten the curves."""
     if not steps or not full:
         return
     usual = sorted(steps)[int(0.95 * (len(steps) - 1))]
@@ -184,7 +184,7 @@ def _named_panel(rows: Sequence[Row], key: str, **style: Any) -> Callable[[Axes]
 
 
 def _line(axes: Axes, points: Sequence[tuple[int, float | None]], **style: Any) -> None:
-    """What there is of a figure over the steps; a gap where it is NaN."""
+    """A figure over the steps, with a gap where it is NaN."""
     if any(y is not None for _, y in points):
         x, y = zip(*points, strict=True)
         axes.plot(x, [math.nan if each is None else each for each in y], **style)
@@ -200,14 +200,14 @@ _COLUMNS = 6  # tiles
 _WIDE = 18  # letters of a word that fit above a tile at full size
 
 NEARLY_EVEN = 2.0
-"""Attention that is nowhere this many times even attention is called nearly even."""
+"""Below this multiple of uniform attention everywhere, attention is called nearly even."""
 
 _LEAST_SCALE = 4.0  # the scale's end, in multiples of even attention, is never below it
 _DIM = 0.35  # brightness of the grey photo where no attention is
 
 
 def attention(result: CaptionResult, path: str | Path | None = None) -> Figure:
-    """Draw, word by word, where the model looked in the photo.
+    """Draw the attention map of each word over the photo.
 
     Each tile is the photo in full colour where one token's attention is high, and grey and dim
     where it is low. All tiles share one scale, in multiples of even attention 1/N over the N
@@ -219,16 +219,16 @@ def attention(result: CaptionResult, path: str | Path | None = None) -> Figure:
         `plots.attention(student.caption("dog.jpg", details=True), "looked.png")`
 
     Args:
-        result: Of `Captioner.caption(..., details=True)`.
+        result: The result of `Captioner.caption(..., details=True)`.
         path: Also write it: .png, .svg, .pdf, ...
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        ConfigError: the decoder shows no attention, its tokens form no map, or the file's suffix
+        ConfigError: the decoder returns no attention, its tokens form no map, or the file's suffix
             is unknown.
     """
     figure, maps = new_figure(path), _maps(result)
-    figure.set_layout_engine("none")  # every place is known, and measuring forty takes seconds
+    figure.set_layout_engine("none")  # all positions are known, and measuring forty takes seconds
     photo = result.image.permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
     most = float(maps.max()) if maps.size else 0.0
     scale = max(most, _LEAST_SCALE)
@@ -323,7 +323,7 @@ def _maps(result: CaptionResult) -> NDArray[np.float64]:
     """(T, h, w) attention over the map, in multiples of even attention over all visual tokens."""
     if result.attention is None:
         raise ConfigError(
-            "plots.attention: the result holds no attention. Its decoder cannot show it "
+            "plots.attention: the result holds no attention. Its decoder cannot return it "
             "(has_attention is False); use one that can, such as 'lstm' or 'transformer'."
         )
     if result.grid is None:
@@ -341,14 +341,14 @@ def _title(token: str, log_prob: float) -> str:
 
 
 def require_matplotlib() -> None:
-    """Refuse at once, rather than after the work, if pictures cannot be drawn.
+    """Raise before any work if plots cannot be drawn.
 
     Raises:
         MissingExtra: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtra(
-            "Pictures need matplotlib, which is not installed. Install the extra: "
+            "Plots need matplotlib, which is not installed. Install the extra: "
             'pip install "capdistill[ui]"'
         )
 
@@ -357,11 +357,11 @@ def new_figure(path: str | Path | None) -> Figure:
     """A figure without pyplot: no window, no global state, any thread.
 
     Args:
-        path: Where it will be written; an unknown suffix is refused before anything is drawn.
+        path: The file to write; an unknown suffix is rejected before anything is drawn.
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        ConfigError: the file's suffix is not that of a picture.
+        ConfigError: the suffix of the file is not an image format.
     """
     require_matplotlib()
     _give_matplotlib_a_folder()
@@ -371,14 +371,14 @@ def new_figure(path: str | Path | None) -> Figure:
     kinds = figure.canvas.get_supported_filetypes()
     if path is not None and _kind(path) not in kinds:
         raise ConfigError(
-            f"plots: the suffix of '{path}' is not that of a picture. End the name with one of "
+            f"plots: the suffix of '{path}' is not an image format. End the name with one of "
             f"{', '.join('.' + each for each in sorted(kinds))}."
         )
     return figure
 
 
 def _give_matplotlib_a_folder() -> None:
-    """Without a home directory matplotlib cannot be imported, unless it is told where to cache."""
+    """Without a home directory matplotlib cannot be imported, unless a cache directory is set."""
     if "MPLCONFIGDIR" in os.environ:
         return
     try:

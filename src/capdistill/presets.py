@@ -1,4 +1,4 @@
-"""Captioners by name: which encoder and decoder they consist of, and how large they are.
+"""Captioners by name: their encoders, decoders and sizes.
 
 Importing this module and printing the table load neither torch nor any model.
 """
@@ -59,7 +59,7 @@ class Preset:
         encoder, decoder: Names in the registries.
         encoder_kwargs, decoder_kwargs: Their arguments; the decoder's input width is the encoder's
             output width.
-        random: True where pretrained weights are never wanted.
+        random: True if the preset never uses pretrained weights.
     """
 
     description: str
@@ -76,7 +76,7 @@ class Size:
     """A row of `table`.
 
     Args:
-        name, description: Of the preset.
+        name, description: Name and description of the preset.
         parameters: Total number; `encoder` and `decoder` are its two parts.
         trainable: Those that are trained unless the encoder is unfrozen.
         tokens, dim: N and D, the features that the decoder reads.

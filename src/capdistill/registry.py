@@ -1,7 +1,7 @@
 """Names to classes: built-in ones, the user's and those of plugins; and names to lazy imports.
 
 `capdistill.encoders`, `.decoders` and `.losses` each hold one `Registry`. Plugins are entry points
-of other distributions: listing them imports none, and a broken one fails only when asked for.
+of other distributions: listing them imports none, and a broken one fails only when it is used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ C = TypeVar("C", bound=type)
 
 
 class Registry(Generic[T]):
-    """Names to classes. A decorator's class comes first, then ours, then a plugin's.
+    """Names to classes. A decorated class comes first, then a built-in one, then a plugin's.
 
     Example:
         >>> shapes = Registry("shape", "example.shapes", object, {"path": "pathlib:Path"})
@@ -45,10 +45,10 @@ class Registry(Generic[T]):
 Available: path, square.
 
     Args:
-        kind: What messages call a member.
+        kind: Name of a member in messages.
         group: Entry-point group that plugins use.
         base: Class that every member subclasses.
-        builtins: name -> "module:Class", imported only when asked for.
+        builtins: name -> "module:Class", imported only when used.
     """
 
     def __init__(self, kind: str, group: str, base: type[T], builtins: Mapping[str, str]) -> None:
@@ -77,7 +77,7 @@ Available: path, square.
         return decorate
 
     def create(self, name: str, /, **kwargs: Any) -> T:
-        """Make an instance by name, and leave name and arguments on it (see `recipe_of`).
+        """Create an instance by name and record name and arguments on it (see `recipe_of`).
 
         Raises:
             UnknownName: there is no such name.
@@ -118,10 +118,10 @@ Available: path, square.
     @overload
     def describe(self, /) -> str: ...
     def describe(self, name: str | None = None, /) -> Description | str:
-        """Where a name comes from and how to call it; without a name, a line for each.
+        """Origin and signature of a name; without a name, one line per name.
 
-        A broken plugin is described, not raised. The list of all names imports no plugin: it
-        shows where the class of one that is not loaded yet stands.
+        A broken plugin is described, not raised. The list of all names imports no plugin: for one
+        that is not loaded yet, it shows the location of the class.
 
         Raises:
             UnknownName: there is no such name.
@@ -188,7 +188,7 @@ Available: path, square.
         return self._local(name) + self._from_plugins(name)
 
     def _local(self, name: str) -> list[Candidate[T]]:
-        """Those of decorators, the latest first, and ours."""
+        """The candidates from decorators, latest first, and built-in ones."""
         candidates = []
         for cls in reversed(self._decorated.get(name, [])):
             origin, target = f"decorator ({cls.__module__})", f"{cls.__module__}:{cls.__qualname__}"
@@ -203,7 +203,7 @@ Available: path, square.
         return [c for c in self._plugins() if {c.name, _canonical(c.qualified)} & asked]
 
     def _plugins(self) -> list[Candidate[T]]:
-        """What is installed now, in the order of `sys.path`; warns once of names not used."""
+        """The installed plugins, in the order of `sys.path`; warns once about unused names."""
         unique: dict[str, Candidate[T]] = {}
         for entry, distribution, version in self._entry_points():
             origin = f"{distribution} {version}"
@@ -240,7 +240,7 @@ Available: path, square.
             yield entry, *_identity(entry.dist)
 
     def _load(self, entry: EntryPoint, origin: str) -> type[T]:
-        """Import a plugin's class; whatever ends the import, `sys.exit` included, is an error."""
+        """Import a plugin's class; any failure, including `sys.exit`, is an error."""
         before = {name: list(classes) for name, classes in self._decorated.items()}
         try:
             cls = entry.load()
@@ -248,7 +248,7 @@ Available: path, square.
                 base = f"{self.base.__module__}.{self.base.__qualname__}"
                 raise TypeError(f"{cls!r} is not a subclass of {base}")
         except BaseException as cause:
-            self._decorated = before  # what fails half way leaves nothing behind
+            self._decorated = before  # a failed import leaves nothing behind
             if isinstance(cause, KeyboardInterrupt):
                 raise
             raise PluginError(
@@ -267,7 +267,7 @@ Available: path, square.
 
 @dataclass(frozen=True)
 class Candidate(Generic[T]):
-    """One class that claims a name: where it comes from, and how to get it."""
+    """One class that claims a name: its origin, and how to load it."""
 
     name: str
     origin: str  # "built-in", "decorator (module)", or distribution and version
@@ -286,7 +286,7 @@ class Candidate(Generic[T]):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an object was made: enough to make it again."""
+    """The name and arguments that recreate an object."""
 
     name: str
     kwargs: dict[str, Any]
@@ -296,14 +296,14 @@ _RECIPE = "registered_as"
 
 
 def recipe_of(obj: object) -> Recipe | None:
-    """The recipe that `create` left on an object; None where no registry made it."""
+    """The recipe that `create` recorded on an object; None if no registry created it."""
     recipe = getattr(obj, _RECIPE, None)
     return recipe if isinstance(recipe, Recipe) else None
 
 
 @dataclass(frozen=True, repr=False)
 class Description:
-    """What is known of a name; `print` it.
+    """The description of a name; `print` it.
 
     Example:
         >>> print(Description("loss", "token", "built-in", "token(temperature=4.0)", "Match."))
@@ -313,12 +313,12 @@ class Description:
 
     Args:
         kind: "encoder", "decoder" or "loss".
-        name: The name that was asked for.
+        name: The requested name.
         origin: "built-in", "decorator (module)", or distribution and version.
         signature: How to call it.
-        docstring: Of the class.
+        docstring: Docstring of the class.
         shadowed: Other claims to the name, which are not used.
-        error: Why it cannot be used; empty where it can.
+        error: Why it cannot be used; empty if it can.
     """
 
     kind: str
@@ -350,8 +350,8 @@ def lazy_exports(
 
     Args:
         package: Its `__name__`.
-        modules: Exported name -> module below the package that defines it; "" where the name is
-            itself such a module.
+        modules: Exported name -> module below the package that defines it; "" if the name is itself
+            such a module.
         eager: Exported names that the package defines without delay.
         unlisted: Names that work but are not shown.
     """
@@ -376,7 +376,7 @@ class _Text(str):
 
 
 def _signature(cls: type) -> inspect.Signature | None:
-    """How to call a class, readable where annotations are strings; None where it is unknown."""
+    """How to call a class, readable if annotations are strings; None if unknown."""
     try:
         signature = inspect.signature(cls)
     except (TypeError, ValueError):

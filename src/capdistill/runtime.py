@@ -1,4 +1,4 @@
-"""Where and how a model runs: devices, precision, seeds, evaluation mode, progress, workers."""
+"""Devices, precision, seeds, evaluation mode, progress and workers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """CUDA, then MPS, then CPU for "auto"; otherwise what was asked for.
+    """CUDA, then MPS, then CPU for "auto"; otherwise the given device.
 
     Example:
         >>> pick_device("cpu")
@@ -45,25 +45,25 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(
-            f"device='{name}' is no device. Use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
+            f"device='{name}' is not a device. Use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"device='{name}' was asked for but torch sees no CUDA device. Use device='auto', or "
+            f"device='{name}' was given but torch finds no CUDA device. Use device='auto', or "
             "install a CUDA build of torch and its driver."
         )
     return device
 
 
 def pick_precision(device: torch.device, precision: str = "auto") -> str:
-    """ "bf16", "fp16" or "fp32": what "auto" means on this hardware, by capability.
+    """ "bf16", "fp16" or "fp32": resolve "auto" by the capability of the hardware.
 
     Example:
         >>> pick_precision(torch.device("cpu"), "fp32")
         'fp32'
 
     Raises:
-        ConfigError: an unknown precision, or fp16 away from CUDA, where there is no loss scaling.
+        ConfigError: an unknown precision, or fp16 without CUDA, which loss scaling needs.
     """
     if precision not in ("auto", "fp32", *_DTYPES):
         raise ConfigError(
@@ -87,7 +87,7 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager[object]:
-    """Products in half precision inside the block, or nothing for fp32.
+    """Autocast to half precision inside the block; nothing for fp32.
 
     Example:
         >>> with autocast(torch.device("cpu"), "bf16"):
@@ -99,7 +99,7 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
 
 
 def require_single_process() -> None:
-    """Training runs in one process; refuse to run as one of several.
+    """Training runs in one process; raise if there are several.
 
     Raises:
         ConfigError: this process was started as one of several, by torchrun or the like.
@@ -127,7 +127,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draws on the CPU inside the block depend on the seed alone, and leave no trace outside.
+    """Random numbers on the CPU inside the block depend on the seed alone; state is restored.
 
     Example:
         >>> with seeded(3):
@@ -168,7 +168,7 @@ def generator(*key: object) -> torch.Generator:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every submodule's own flag comes back after it."""
+    """Evaluation mode inside the block; every submodule's flag is restored after it."""
     flags = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for module in modules:
@@ -181,7 +181,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def inference(*modules: nn.Module, fork_rng: bool = False) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the block; every submodule's own flag comes back.
+    """Evaluation mode and no gradients inside the block; every submodule's flag is restored.
 
     Example:
         >>> layer = nn.Dropout()
@@ -203,11 +203,11 @@ def inference(*modules: nn.Module, fork_rng: bool = False) -> Iterator[None]:
 
 @contextmanager
 def on_device(models: Iterable[object], device: torch.device) -> Iterator[None]:
-    """Modules on `device` and in evaluation mode; flags and devices come back after the block.
+    """Modules on `device` and in evaluation mode; flags and devices are restored after the block.
 
     Args:
-        models: Those that are no modules are left alone.
-        device: Where the modules go.
+        models: The models; objects that are not modules are unchanged.
+        device: Device inside the block.
     """
     modules = [model for model in models if isinstance(model, nn.Module)]
     origins = [next((p.device for p in module.parameters()), device) for module in modules]
@@ -230,7 +230,7 @@ def progress(
     show: bool = True,
     seconds: float = 10.0,
 ) -> Iterator[T]:
-    """Pass items on, showing a bar on a terminal and a line now and then elsewhere.
+    """Yield the items, showing a bar on a terminal and occasional lines elsewhere.
 
     Both go to standard error. A loop shorter than `seconds` prints no line.
 
@@ -239,10 +239,10 @@ def progress(
         6
 
     Args:
-        items: What the loop runs over.
+        items: The items of the loop.
         total: The number of items, if known.
         what: The work, such as "Encoding images".
-        unit: What an item is.
+        unit: Name of an item.
         show: False shows nothing.
         seconds: The least time between two lines.
     """
@@ -304,7 +304,7 @@ def _program_is_guarded() -> bool:
 
 
 def require_picklable(data: Any, name: str = "data") -> None:
-    """Refuse data that cannot be sent to worker processes, and name the part that cannot.
+    """Reject data that cannot be sent to worker processes, and name the part that cannot.
 
     Example:
         >>> pairs = [("a.jpg", "a dog", lambda image: image)]
@@ -315,7 +315,7 @@ def require_picklable(data: Any, name: str = "data") -> None:
 
     Args:
         data: A data set, with all that it holds, such as its transform.
-        name: How the message begins.
+        name: Beginning of the message.
 
     Raises:
         ConfigError: it cannot be pickled.

@@ -36,7 +36,7 @@ Description = dict[str, Any]
 
 
 def describe_part(part: nn.Module, kind: str, allow_unregistered: bool = False) -> Any:
-    """Name and arguments to create a part again; None if it has none and that is allowed.
+    """Name and arguments to recreate a component; None if it has none and that is allowed.
 
     Example:
         >>> decoder = decoders.create("lstm", dim=8, hidden=12)
@@ -77,7 +77,7 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
 def write(
     directory: Path, model: nn.Module, tokenizer: Tokenizer, description: Description
 ) -> None:
-    """Replace the captioner in a directory by another one, all of it or nothing.
+    """Replace the captioner in a directory completely, or not at all.
 
     A process that is killed meanwhile leaves the old captioner or the new one, never a mixture:
     the new files are gathered in a directory within, which becomes valid by one rename and whose
@@ -97,7 +97,7 @@ def write(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         remove_abandoned(directory)
-        _move_into_place(directory)  # what a killed process had completed
+        _move_into_place(directory)  # complete files of a killed process
         try:
             staged.mkdir()
             write_atomically(staged / WEIGHTS, lambda path: path.write_bytes(data))
@@ -139,7 +139,7 @@ def _move_into_place(directory: Path) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Let the names in a directory survive a loss of power."""
+    """Flush a directory, so that its names survive a power failure."""
     if os.name != "posix":
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -182,7 +182,7 @@ def load_weights(directory: Path, content: Description, model: nn.Module) -> Non
 
 
 def read_description(directory: Path) -> Description:
-    """What `write` was given as description.
+    """The description that was given to `write`.
 
     Raises:
         CheckpointError: the directory holds no captioner, or one of another format.
@@ -202,7 +202,7 @@ def read_description(directory: Path) -> Description:
 
 
 def make_part(content: Description, kind: str) -> Any:
-    """Create a part again with random weights; those of the file replace them.
+    """Recreate a component with random weights, which those of the file replace.
 
     Raises:
         CheckpointError: it cannot be created here; the message says how to pass it.
@@ -253,7 +253,7 @@ _OURS = f"{WordTokenizer.__module__}.{WordTokenizer.__qualname__}"
 
 
 def _is_ours(tokenizer: Tokenizer) -> TypeGuard[WordTokenizer]:
-    return type(tokenizer) is WordTokenizer  # a subclass may encode in another way
+    return type(tokenizer) is WordTokenizer  # a subclass may encode differently
 
 
 def _check_content(content: Description) -> None:

@@ -1,4 +1,4 @@
-"""Tests for authors of losses, encoders and decoders: each law that the trainer relies on.
+"""Tests for your own losses, encoders and decoders: the laws that the trainer relies on.
 
 Call them in your own test-suite, under pytest or without. They need no data and no GPU, take well
 under a second on tiny parts, and leave flags, buffers and random state as they were.
@@ -41,7 +41,7 @@ def check_loss(
     teacher: ModelSpec = TEACHER,
     teacher_module: nn.Module | None = None,
 ) -> None:
-    """A loss keeps the laws of `DistillationLoss`.
+    """Check that a loss keeps the laws of `DistillationLoss`.
 
     It returns one finite number: a sum, which doubles with the batch (unless `couples_batch`) and
     which padding does not change. Masked tokens get no gradient, the teacher gets none, the student
@@ -133,7 +133,7 @@ def _check_gradients(
     for key, grad in zip(theirs, found[len(leaves) :], strict=False):
         law(
             grad is None or not bool(grad.any()),
-            f"the teacher's {key} gets a gradient. Detach the teacher's side.",
+            f"the teacher's {key} gets a gradient. Detach the teacher's outputs.",
         )
     for key, grad in mine.items():
         if grad is None:
@@ -167,7 +167,7 @@ def _check_extremes(loss: DistillationLoss, needed: list[CaptionerOutput], batch
 def check_decoder(
     decoder: Decoder | type[Decoder], *, vocabulary: int = 11, tolerance: float = 1e-4
 ) -> None:
-    """A decoder keeps the laws of `Decoder`, in evaluation mode.
+    """Check that a decoder keeps the laws of `Decoder`, in evaluation mode.
 
     `forward` and repeated `step` give the same logits; a later word, padding, another caption
     and another image change nothing; `expand`, `reorder` and `keep` of the state carry the past;
@@ -180,7 +180,7 @@ def check_decoder(
     Args:
         decoder: Built or not (it is then built for `vocabulary` words), or a class that takes no
             arguments.
-        vocabulary: V, where it is not built yet.
+        vocabulary: V, if it is not built yet.
         tolerance: Largest difference of logits, relative to the largest logit.
 
     Raises:
@@ -259,7 +259,7 @@ def _check_state(decoder: Decoder, ids: Tensor, features: Tensor, law: _Law) -> 
 
 
 def check_encoder(encoder: Encoder | type[Encoder], *, tolerance: float = 1e-4) -> None:
-    """An encoder keeps the laws of `Encoder`.
+    """Check that an encoder keeps the laws of `Encoder`.
 
     uint8 images of any size become (I, N, D) tokens with N = prefix_tokens + h * w; floats are
     refused. In evaluation mode the same image gives the same tokens, alone or in a batch. A frozen
@@ -314,7 +314,7 @@ def check_encoder(encoder: Encoder | type[Encoder], *, tolerance: float = 1e-4) 
 
 
 class _Law:
-    """What a part must keep; a broken law is an AssertionError that begins with its name."""
+    """The laws of a component; a broken law is an AssertionError that begins with its name."""
 
     def __init__(self, part: nn.Module, tolerance: float = 1e-4) -> None:
         self.name, self.tolerance = type(part).__name__, tolerance
@@ -373,7 +373,7 @@ def _batch(lengths: list[int], k: int = 2) -> Batch:
 
 
 def _output(batch: Batch, spec: ModelSpec, seed: int) -> CaptionerOutput:
-    """Random leaves of the shapes that the specification promises."""
+    """Random leaf tensors with the shapes of the specification."""
     rng = torch.Generator().manual_seed(seed)
     rows, length = batch.targets.shape
 
@@ -403,7 +403,7 @@ def _padded_batch(batch: Batch) -> Batch:
 
 
 def _padded(output: CaptionerOutput) -> CaptionerOutput:
-    """Large values where there is only padding: no loss may look there."""
+    """Large values at padding positions, which no loss may read."""
     longer = _map(output, lambda x: F.pad(x, (0, 0, 0, 3), value=77.0), TOKENWISE)
     return replace(longer, mask=None)
 

@@ -1,7 +1,7 @@
 """Captions to token ids and back.
 
-`WordTokenizer` is our own; any object with the members of `Tokenizer` does as well, so that a
-foreign teacher keeps its vocabulary.
+`WordTokenizer` is the built-in one. Any object with the members of `Tokenizer` works, so another
+teacher can keep its vocabulary.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CLITICS = frozenset({"'s", "'re", "'ll", "'ve", "'d", "'m", "'t", "'n"})
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What capdistill asks of a tokenizer. Ids may coincide: padding is known by position."""
+    """Interface of a tokenizer. Ids may coincide: padding is known by position."""
 
     pad_id: int
     start_id: int
@@ -60,7 +60,7 @@ class Tokenizer(Protocol):
 
 
 def require_tokenizer(tokenizer: Tokenizer) -> None:
-    """Check that an object has what capdistill asks of a tokenizer.
+    """Check that an object has the interface of a tokenizer.
 
     Example:
         >>> require_tokenizer(WordTokenizer(["dog"]))
@@ -99,7 +99,7 @@ def split_words(caption: str) -> list[str]:
 
 
 class WordTokenizer:
-    """One id a word, from the words that are frequent enough in the training captions.
+    """One id per word, for words that are frequent enough in the training captions.
 
     Example:
         >>> tokenizer = WordTokenizer.train(["A dog runs.", "A dog sleeps."], min_count=2)
@@ -110,11 +110,11 @@ class WordTokenizer:
 
     Args:
         words: The words, without the four special tokens, in the order of their ids.
-        max_length: Words kept of a caption. A longer one is cut and gets no end token, so that a
-            model never learns to stop there; `count_truncated` says how many were.
+        max_length: Words kept of a caption. A longer one is cut and gets no end token, so a model
+            never learns to stop there; `count_truncated` counts them.
 
     Raises:
-        ConfigError: a word twice, a special token among the words, something that is no word,
+        ConfigError: a word twice, a special token among the words, an entry that is not a word,
             max_length < 1.
     """
 
@@ -143,7 +143,8 @@ class WordTokenizer:
         Args:
             captions: Raw captions of the training split.
             min_count: A word seen less often becomes the unknown token.
-            max_size: Largest vocabulary, the special tokens included; the rarest words go first.
+            max_size: Largest vocabulary, including the special tokens; the rarest words are
+                dropped.
             max_length: Words kept of a caption.
 
         Raises:
@@ -185,7 +186,7 @@ class WordTokenizer:
         return hash((self._vocabulary, self.max_length))
 
     def encode(self, caption: str) -> list[int]:
-        """Ids of a caption: start, words, end; without end where it was cut."""
+        """Ids of a caption: start, words, end; without end if it was cut."""
         if type(caption) is not str or caption.rstrip().endswith(PRINTED_ENDS):
             require_text(caption, "WordTokenizer: the caption")
         words = split_words(caption)
@@ -218,7 +219,7 @@ class WordTokenizer:
         return sum(len(split_words(caption)) > self.max_length for caption in _texts(captions))
 
     def count_unknown(self, captions: Iterable[str]) -> tuple[int, int]:
-        """How many words of the captions are unknown, and of how many."""
+        """Number of unknown words in the captions, and of all words."""
         words = [word for caption in _texts(captions) for word in split_words(caption)]
         return sum(word not in self._ids for word in words), len(words)
 
@@ -236,7 +237,7 @@ class WordTokenizer:
         """Read a vocabulary that `save` wrote.
 
         Raises:
-            CheckpointError: the file is not one of ours.
+            CheckpointError: the file was not written by `save`.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -245,7 +246,7 @@ class WordTokenizer:
             return cls(content["words"], max_length=content["max_length"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} is no vocabulary of a WordTokenizer ({type(error).__name__}: {error}). "
+                f"{path} is not a vocabulary of a WordTokenizer ({type(error).__name__}: {error}). "
                 f"Expected a JSON file with format '{_FORMAT}', as WordTokenizer.save writes it."
             ) from error
 
@@ -289,7 +290,7 @@ def _checked(words: Iterable[str]) -> Iterable[str]:
         )
     for word in words:
         if not isinstance(word, str):
-            raise ConfigError(f"WordTokenizer: {word!r} is no word; give strings.")
+            raise ConfigError(f"WordTokenizer: {word!r} is not a word; give strings.")
         yield word
 
 

@@ -25,7 +25,7 @@ from capdistill.files import user_path
 _WRAPPERS = frozenset({"module", "_orig_mod", "model"})
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 _SHOWN = 5
-_DEEPEST = 8  # wrappers looked for in a name
+_DEEPEST = 8  # most wrappers removed from a name
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:

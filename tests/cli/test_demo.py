@@ -56,7 +56,7 @@ def test_curves_are_left_in_every_run_unless_matplotlib_is_absent(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert draw_curves(runs) == {}
     assert not list(tmp_path.glob("*/history.png"))
-    assert "The report will have no pictures" in capsys.readouterr().err
+    assert "The report will have no plots" in capsys.readouterr().err
 
 
 def test_the_demo_refuses_a_place_that_cannot_be_written_at_once(

@@ -66,7 +66,7 @@ def test_an_image_that_nobody_captioned_is_reported(tmp_path: Path) -> None:
 
 def test_a_karpathy_file_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "k.json").write_text('{"images": [], "dataset": "coco"}')
-    with pytest.raises(DataError, match=r"k\.json: no COCO captions file; .*'dataset'"):
+    with pytest.raises(DataError, match=r"k\.json: not a COCO captions file; .*'dataset'"):
         CocoCaptions(tmp_path / "k.json", tmp_path)
 
 

@@ -187,7 +187,7 @@ def test_a_karpathy_file_beside_the_images_is_read(tmp_path: Path) -> None:
 def test_a_folder_of_no_known_layout_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds none of Flickr8k\.token\.txt"):
         Flickr8k(tmp_path)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         Flickr8k(tmp_path / "nowhere")
 
 

@@ -61,7 +61,7 @@ def test_a_loader_with_another_vocabulary_is_refused(
 def test_what_holds_no_images_is_refused_with_the_choices(
     data: Any, tokenizer: WordTokenizer
 ) -> None:
-    with pytest.raises(ConfigError, match=r"is no data\. Give a capdistill data set"):
+    with pytest.raises(ConfigError, match=r"is not a data set\. Give a capdistill data set"):
         make_source(data, tokenizer, image_size=8)
 
 
@@ -91,7 +91,7 @@ def test_a_class_is_no_source(tokenizer: WordTokenizer) -> None:
     class NoMethod:
         epoch = 3
 
-    with pytest.raises(ConfigError, match="NoMethod is no data"):
+    with pytest.raises(ConfigError, match="NoMethod is not a data set"):
         make_source(NoMethod(), tokenizer, image_size=8)
 
 

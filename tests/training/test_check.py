@@ -328,7 +328,9 @@ def test_options_that_cannot_work_fail_with_the_fix(options):
 
 
 def test_a_device_that_does_not_exist_is_refused_when_the_trainer_is_made():
-    with pytest.raises(cd.errors.ConfigError, match=r"'toaster' is no device\. Use 'auto', 'cpu'"):
+    with pytest.raises(
+        cd.errors.ConfigError, match=r"'toaster' is not a device\. Use 'auto', 'cpu'"
+    ):
         trainer(device="toaster")
 
 

@@ -183,7 +183,7 @@ def test_data_of_every_kind_are_trained_and_validated_on(
         (lambda: [], DataError, "no batch"),
         (lambda: CaptionData([]), DataError, "no image"),
         (lambda: Again(("image", "caption")), ConfigError, r"yield tuple.*capdistill\.Batch"),
-        (lambda: 3, ConfigError, "int is no data"),
+        (lambda: 3, ConfigError, "int is not a data set"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(

@@ -64,7 +64,7 @@ def caption_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention",
         metavar="FILE",
-        help="draw where the model looked for each word; a folder if there are several images",
+        help="draw the attention map of each word; a folder if there are several images",
     )
     add_generation_options(parser)
     parser.set_defaults(run=run)
@@ -183,7 +183,7 @@ def _error(path: str, error: str | None) -> dict[str, Any]:
 
 
 def _row(result: str | CaptionResult, details: bool) -> dict[str, Any]:
-    """What the JSON holds of a caption."""
+    """A caption as a JSON object."""
     if isinstance(result, str):
         return {"caption": result}
     if not details:
@@ -227,8 +227,7 @@ def _require_pictures(target: Path, images: int) -> None:
             ) from error
     elif not target.suffix:
         raise ConfigError(
-            f"--attention {target} has no suffix that tells the kind of picture. "
-            f"Use {target}.png, .svg or .pdf."
+            f"--attention {target} has no known image suffix. Use {target}.png, .svg or .pdf."
         )
 
 

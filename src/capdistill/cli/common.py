@@ -1,4 +1,4 @@
-"""What several commands take: the data set, the decoding options, metrics, saved captioners."""
+"""Shared arguments: the data set, the decoding options, metrics, saved captioners."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ FORMATS: dict[str, type[DataSection]] = {
 
 
 def parse_data(values: Any) -> DataSection:
-    """Check a `data` section. `path: "sample"` stands for the bundled sample.
+    """Check a `data` section. `path: "sample"` selects the bundled sample.
 
     Example:
         >>> parse_data({"format": "flickr8k", "path": "/data/flickr8k"}).seed
@@ -225,7 +225,7 @@ _HELP = {
     "min_length": "generate at least N words",
     "length_normalisation": "how hypotheses of different lengths are ranked: none, average or gnmt",
     "length_penalty": "exponent of the length; a larger one prefers longer captions",
-    "early_stopping": "when the beams of an image stop: true, false or never",
+    "early_stopping": "when the search of an image stops: true, false or never",
     "num_return": "return the N best captions of an image",
     "no_repeat_ngram": "never repeat a sequence of N tokens; 0 allows it",
     "banned_words": "words that captions never contain",
@@ -274,7 +274,7 @@ def generation_values(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _reader(annotation: Any) -> dict[str, Any]:
-    """How argparse reads a field: as a switch, a choice, several words, or one value."""
+    """Arguments for argparse to read a field: a switch, a choice, several words, or one value."""
     kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
     if kinds == [bool]:
         return {"action": argparse.BooleanOptionalAction, "default": None}
@@ -303,7 +303,7 @@ def add_metrics_option(group: Any, default: str) -> None:
 
 
 def metric_names(options: argparse.Namespace) -> list[str] | None:
-    """The names given to --metrics, separated by commas or spaces; None where it was not given.
+    """The names given to --metrics, separated by commas or spaces; None if it was not given.
 
     Raises:
         UnknownName: a metric does not exist; the message lists those that do.
@@ -351,7 +351,7 @@ def captioner_directory(given: str) -> Path:
 
 
 def require_writable(directory: str | Path) -> None:
-    """Find out before the work that a directory cannot be written.
+    """Check that a directory can be written, before any work is done.
 
     Raises:
         ConfigError: it cannot be written; the message says why.
@@ -374,7 +374,7 @@ def recipe_values(name: str, section: str = "student", role: str = "student") ->
         role: Which of the recipe's models goes there, if it has models: "teacher" or "student".
 
     Raises:
-        UnknownName: there is no such recipe; the message lists those there are.
+        UnknownName: there is no such recipe; the message lists the available ones.
     """
     options = recipe(name)
     values = {key: options.pop(key) for key in ("losses", "weights")}

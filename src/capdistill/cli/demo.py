@@ -30,7 +30,7 @@ _INTRODUCTION = """\
 This demo trains on {images} photos. They show how the pipeline works; they do not teach a language.
 The models are tiny, start from random weights and learn only a few phrases, and scores on
 {held_out} photos are mostly noise. On your data, the same commands use pretrained encoders."""
-_ATTENTION = 1  # photos in the report that show where each model looked
+_ATTENTION = 1  # photos in the report with attention maps of each model
 _TRAINING = {
     "batch_size": 8,
     "learning_rate": 3e-3,
@@ -166,7 +166,7 @@ def distill_command(parser: argparse.ArgumentParser) -> None:
 
 
 def run_distill(options: argparse.Namespace) -> int:
-    """Distil, or run a whole recipe if one with models of its own is given, and no teacher."""
+    """Distil, or run a whole recipe if a recipe with models and no teacher is given."""
     from capdistill.cli import train
     from capdistill.training.config import recipe_models
 
@@ -200,7 +200,7 @@ def run_recipe(options: argparse.Namespace) -> int:
 
 
 def recipe_runs(options: argparse.Namespace) -> dict[str, RunConfig]:
-    """The three runs of a whole recipe: the options hold for each, in a directory of its own."""
+    """The three runs of a whole recipe: the options apply to each run, in its own directory."""
     from capdistill.cli.runfile import TrainRun
     from capdistill.cli.train import make_run
 
@@ -258,7 +258,7 @@ def draw_curves(directories: dict[str, Path]) -> dict[str, Any]:
         for directory in directories.values():
             plots.history(directory, directory / "history.png")
     except MissingExtra as error:
-        print_status(f"The report will have no pictures. {error}")
+        print_status(f"The report will have no plots. {error}")
         return {}
     return {"histories": directories, "attention": _ATTENTION}
 

@@ -87,7 +87,7 @@ def compare_command(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="draw where the models looked in N images (needs the extra ui)",
+        help="draw attention maps for N images (needs the extra ui)",
     )
     parser.add_argument(
         "--curves",
@@ -162,7 +162,7 @@ def _data(options: argparse.Namespace) -> Splits:
 def _evaluation_options(options: argparse.Namespace, data: Splits) -> dict[str, Any]:
     names = ("batch_size", "device", "precision", "num_workers", "measure")
     given = {name: getattr(options, name) for name in names}
-    whole = "train" in data and options.limit is None  # a part cannot tell what is novel
+    whole = "train" in data and options.limit is None  # novelty needs all training captions
     return {
         **given,
         "generation": generation_values(options) or None,
@@ -225,7 +225,7 @@ def score_command(parser: argparse.ArgumentParser) -> None:
 
 
 def run_score(options: argparse.Namespace) -> int:
-    """Score the images that have a result, and say how many have none."""
+    """Score the images that have a result, and report how many have none."""
     files = [options.references, options.results, *filter(None, [options.against])]
     references, results, *against = (str(user_path(file, DataError)) for file in files)
     out = user_path(options.out) if options.out else None

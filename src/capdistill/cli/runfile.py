@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 NAME = "config.json"
-DEFAULT_RECIPE = "kd_2024"  # its losses are used where none are given
+DEFAULT_RECIPE = "kd_2024"  # the source of the default losses
 S = TypeVar("S", bound=BaseModel)
 R = TypeVar("R", bound="RunConfig")
 Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
@@ -77,7 +77,7 @@ class TokenizerSection(Section):
 
 
 class RunConfig(Section):
-    """What `train` and `distill` have in common.
+    """The sections shared by `train` and `distill`.
 
     Args:
         data: See `capdistill.cli.common.DataSection`.
@@ -198,7 +198,7 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
         {'train': {'epochs': 4}, 'student': {'preset': 'lite0_lstm'}}
 
     Raises:
-        ConfigError: a setting has another form, or leads into something that is no section.
+        ConfigError: a setting has another form, or leads into a value that is not a section.
     """
     changed = dict(values)
     for setting in settings:
@@ -223,7 +223,7 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, setting: str) -> N
 
 
 def _value(keys: list[str], text: str) -> Any:
-    """JSON, or the text where it is none, or where the key takes text and not that type."""
+    """Parse JSON; return the text if it is not JSON, or if the key takes text and not that type."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -234,7 +234,7 @@ def _value(keys: list[str], text: str) -> Any:
 
 
 def _types_of(keys: list[str]) -> set[Any]:
-    """The types that a key of a run file takes, where it is known."""
+    """The types that a key of a run file takes, if known."""
     models: dict[str, tuple[type[BaseModel], ...]] = {
         "data": tuple(FORMATS.values()),
         "tokenizer": (TokenizerSection,),
@@ -265,7 +265,7 @@ def write_resolved(run: RunConfig) -> None:
 
 def _section(cls: type[S], values: Any, what: str) -> S:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{what}: {values!r} is no section; expected an object with keys.")
+        raise ConfigError(f"{what}: {values!r} is not a section; expected an object with keys.")
     return parse(cls, dict(values), what)
 
 
@@ -276,7 +276,7 @@ def _model(values: Any, key: str) -> ModelSection:
             f'(`capdistill models` lists them), or a section "{key}" with encoder and decoder.'
         )
     if not isinstance(values, Mapping):
-        raise ConfigError(f'{key}: {values!r} is no section; write {{"preset": {values!r}}}.')
+        raise ConfigError(f'{key}: {values!r} is not a section; write {{"preset": {values!r}}}.')
     parts = {
         name: _component(values[name], f"{key}.{name}")
         for name in ("encoder", "decoder")
@@ -289,7 +289,7 @@ def _component(value: Any, what: str) -> ComponentConfig:
     if isinstance(value, str):
         return ComponentConfig(name=value)
     if not isinstance(value, Mapping):
-        raise ConfigError(f'{what}: {value!r} is no component; expected {{"name": ..., ...}}.')
+        raise ConfigError(f'{what}: {value!r} is not a component; expected {{"name": ..., ...}}.')
     given = {key: each for key, each in value.items() if key in ComponentConfig.model_fields}
     component = _section(ComponentConfig, given, what)
     beside = {key: each for key, each in value.items() if key not in given}
@@ -301,7 +301,7 @@ def _component(value: Any, what: str) -> ComponentConfig:
 
 def _losses(values: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"losses: {values!r} is no section; expected term -> loss.")
+        raise ConfigError(f"losses: {values!r} is not a section; expected term -> loss.")
     return {term: _loss(term, loss) for term, loss in values.items() if loss is not None}
 
 
@@ -311,7 +311,7 @@ def _loss(term: str, loss: Any) -> dict[str, Any]:
         return {"name": loss}
     if not isinstance(loss, Mapping):
         raise ConfigError(
-            f'losses.{term}: {loss!r} is no loss; expected a name or {{"name": ..., arguments}}.'
+            f'losses.{term}: {loss!r} is not a loss; expected a name or {{"name": ..., arguments}}.'
         )
     if "kwargs" in loss:
         inner = loss["kwargs"]
@@ -322,14 +322,14 @@ def _loss(term: str, loss: Any) -> dict[str, Any]:
             f'"{name}": ...}} in a run file.'
         )
     if not isinstance(loss.get("name", term), str):
-        raise ConfigError(f"losses.{term}.name: {loss['name']!r} is no name of a loss.")
+        raise ConfigError(f"losses.{term}.name: {loss['name']!r} is not the name of a loss.")
     return {"name": term, **loss}
 
 
 def _weights(given: Any, losses: Mapping[str, Any], removed: Mapping[str, Any]) -> dict[str, Any]:
     """The given weights, without those of losses set to null, and defaults for the others."""
     if not isinstance(given, Mapping):
-        raise ConfigError(f"weights: {given!r} is no section; expected term -> weight.")
+        raise ConfigError(f"weights: {given!r} is not a section; expected term -> weight.")
     complete = {term: DEFAULT_WEIGHTS.get(term, 1.0) for term in ("ce", *losses)} | dict(given)
     return {k: weight for k, weight in complete.items() if k in losses or k not in removed}
 

@@ -113,7 +113,7 @@ def check_command(parser: argparse.ArgumentParser) -> None:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Train or distil, and print what came out."""
+    """Train or distil, and print the result."""
     run, data = _load(options)
     how = {key: getattr(options, key) for key in ("resume", "overwrite", "accept_changes")}
     trainer, history = run_training(run, data, **how)
@@ -133,7 +133,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> tuple[RunConfig, Splits]:
-    """The run and its data. A teacher that is not there is found before the data are read."""
+    """The run and its data. A missing teacher is reported before the data are read."""
     run = make_run(options)
     if isinstance(run, DistillRun):
         run = run.model_copy(update={"teacher": str(captioner_directory(run.teacher))})
@@ -205,7 +205,7 @@ def _validation(data: Splits) -> Any:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print what `Distiller.check` finds; a failure is exit code 1."""
+    """Print the report of `Distiller.check`; a failure is exit code 1."""
     run, data = _load(options)
     report = make_trainer(run, data).check(data.train, _validation(data))
     print_result(options, report.to_json(), lambda: str(report))
@@ -213,7 +213,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def make_trainer(run: RunConfig, data: Splits) -> Trainer:
-    """Make the models of a run and what trains them. Random weights depend on the seed alone."""
+    """Create the models and the trainer of a run. Random weights depend on the seed alone."""
     from capdistill.captioner import Captioner
     from capdistill.runtime import seed_everything
     from capdistill.training.distiller import Distiller
@@ -248,7 +248,7 @@ def make_run(options: argparse.Namespace) -> RunConfig:
         )
     values = {**base, **{name: _joined(base.get(name), each) for name, each in written.items()}}
     if written.get("losses") is not None:
-        values["losses"] = written["losses"]  # whoever names losses names all of them
+        values["losses"] = written["losses"]  # given losses replace all of the recipe's
     for name, each in _from_options(options).items():
         values[name] = _joined(values.get(name), each)
     model = options.student if options.model == "student" else options.preset
@@ -297,7 +297,7 @@ def _from_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _with_model(section: Any, name: str) -> dict[str, Any]:
-    """A model section whose model is a preset or a saved captioner in place of what it was."""
+    """A model section whose model is replaced by a preset or a saved captioner."""
     from capdistill import presets
 
     kept = dict(section) if isinstance(section, Mapping) else {}

@@ -1,4 +1,4 @@
-"""Caption files and their rows, what counts as a caption, and the report of what was left out.
+"""Caption files and their rows, validation of captions, and the report of skipped data.
 
 A row ends at \\n or \\r\\n and nowhere else (`str.splitlines` would also cut captions at U+2028,
 \\x85, \\x0c or \\x1c), and nothing depends on the locale.
@@ -30,7 +30,7 @@ FIX = "Fix it, or pass errors='skip' to leave it out."
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in the data that cannot be used, and where it is.
+    """A part of the data that cannot be used, and its location.
 
     Example:
         >>> print(Problem("empty caption", "captions.csv", "row 4", "dog.jpg"))
@@ -142,7 +142,7 @@ MISSING = frozenset({"None", "nan", "NaN", "null", "NULL", "<NA>"})  # printed b
 
 
 def caption_problem(value: object) -> tuple[str, str] | None:
-    """(kind, reason) of what keeps a value from being a caption; None if it is one.
+    """(kind, reason) why a value is not a caption; None if it is one.
 
     Every caption passes here: from a file, a data set, an `Example`. A caption is text. None, NaN,
     a number, a list or an object is not, nor is one of them printed into a string.
@@ -167,7 +167,7 @@ def caption_problem(value: object) -> tuple[str, str] | None:
 
 
 def require_caption(value: object, where: str) -> str:
-    """Return a caption that must be one.
+    """Return a caption, or raise if it is not one.
 
     Example:
         >>> require_caption(None, "train: a caption of image '7'")
@@ -178,7 +178,7 @@ text.
 
     Args:
         value: A caption as it was given.
-        where: What it is; the error begins with it.
+        where: Description of the caption; the error begins with it.
 
     Raises:
         DataError: it is not text, or blank.
@@ -331,7 +331,7 @@ def read_lists(path: Path, *keys: str, form: str) -> dict[str, list[Any]]:
     content = read_json(path)
     held = list(content)[:8] if isinstance(content, dict) else type(content).__name__
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in keys):
-        raise DataError(f"{path}: no {form} file; expected the lists {keys}, found {held}.")
+        raise DataError(f"{path}: not a {form} file; expected the lists {keys}, found {held}.")
     return {key: content[key] for key in keys}
 
 

@@ -155,7 +155,7 @@ def read_karpathy(path: Path, images: Path, *, restval: bool, report: DataReport
         split = "train" if split == "restval" else split
         wrong = _wrong_field(entry)
         if wrong or image_id is None:
-            report.add(Problem("malformed row", str(path), place, wrong or "cocoid is no id"))
+            report.add(Problem("malformed row", str(path), place, wrong or "cocoid is not an id"))
             continue
         if split not in parts or image_id in taken:
             kind = "duplicate id" if image_id in taken else "unknown split"
@@ -204,7 +204,7 @@ def _raw(sentence: Any) -> object:
 
 
 def _wrong_field(entry: dict[str, Any]) -> str:
-    """What keeps an entry from being read, or ""."""
+    """The reason why an entry cannot be read, or ""."""
     if image_name(entry["filename"]) is None:
         return f"filename is {shortened(entry['filename'])}"
     if not isinstance(entry["sentences"], list):

@@ -32,11 +32,11 @@ from capdistill.runtime import generator
 BatchIndex: TypeAlias = "tuple[int, tuple[int, ...]]"  # epoch, image numbers
 
 CACHE_MARGIN = 1.16  # side of a cached image over the crop's, so that crops are not upscaled
-MAX_CAPTIONS = 5  # of an image in one batch, unless a number is given
+MAX_CAPTIONS = 5  # most captions per image by default
 
 
 class BatchResult(NamedTuple):
-    """A batch, what was left out of it, and the first error that was the reason.
+    """A batch, the problems in it, and the first exception behind them.
 
     Args:
         batch: None if no image of it can be used.
@@ -115,7 +115,7 @@ class Collator(Dataset[BatchResult]):
         return self._k
 
     def _usual(self) -> int:
-        """The median in training, which repeats few; otherwise as the first usable image has."""
+        """The median in training, which repeats few; otherwise that of the first usable image."""
         if self.train and isinstance(self.data, CaptionData):
             return usual_captions(self.data)
         for number in range(len(self.data)):
@@ -144,7 +144,7 @@ class Collator(Dataset[BatchResult]):
         name = self.ids[number] if self.ids is not None else str(number)
         try:
             pair = self.data[number]
-        except Exception as error:  # the user's code: whatever it raises, the item is not there
+        except Exception as error:  # user code: any exception means that the item is unusable
             raise _UnusableError("corrupt image", f"item {name}", _reason(error)) from error
         return _checked_item(pair, name, problems)
 
@@ -226,7 +226,7 @@ class Item(NamedTuple):
 
     image_id: str
     captions: tuple[str, ...]
-    image: Any  # whatever `read_image` takes, if the data set is right
+    image: Any  # any source that `read_image` takes, if the data set is valid
     place: str
 
 
@@ -290,18 +290,18 @@ def _usable_captions(captions: Any, where: str, problems: list[Problem]) -> Iter
 def _decoded(item: Item) -> Tensor:
     try:
         return read_image(item.image)
-    except Exception as error:  # an array or image of the user's own class may raise anything
+    except Exception as error:  # a user's array or image class may raise anything
         raise _UnusableError("corrupt image", item.place, _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
-    """What an exception says, with its type where the text alone says little."""
+    """The text of an exception, with its type if the text alone is unclear."""
     plain = isinstance(error, (DataError, OSError, SyntaxError)) and str(error)
     return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
 def _portable(error: BaseException | None) -> Exception | None:
-    """The exception as another process can have it."""
+    """The exception in a form that can be pickled."""
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
@@ -322,7 +322,7 @@ class FeatureCache:
     """Trunk tokens by image id.
 
     Args:
-        tokens: (images, N, D0) float16; a memory map is opened anew in every worker.
+        tokens: (images, N, D0) float16; a memory map is reopened in every worker.
         image_ids: In the order of the rows.
     """
 
@@ -340,7 +340,7 @@ class FeatureCache:
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A memory map goes to another process as its file's name, not as its content."""
+        """A memory map is pickled as the name of its file, without its content."""
         if not isinstance(self.tokens, np.memmap):
             return vars(self)
         return {"rows": self.rows, "file": self.tokens.filename, "shape": self.tokens.shape}

@@ -42,7 +42,7 @@ class Example:
         captions: The raw captions, at least one.
 
     Raises:
-        DataError: the id is no name, the path is none, or a caption is not text.
+        DataError: the id is not a name, the path is invalid, or a caption is not text.
     """
 
     image_id: str
@@ -395,7 +395,7 @@ def _file_name(name: str) -> str:
 
 
 def _normal(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # macOS stores accents as characters of their own
+    return unicodedata.normalize("NFC", name)  # macOS stores accents as separate characters
 
 
 def _number(name: str) -> int | None:
@@ -410,6 +410,6 @@ def _stays_inside(root: Path, name: str) -> bool:
 
 
 def require_some(examples: Sequence[object], name: str, report: DataReport, fix: str) -> None:
-    """Refuse a data set in which nothing can be used, with the reasons and the fix."""
+    """Reject a data set in which nothing can be used, with the reasons and the fix."""
     if not examples:
         raise DataError(f"{name}: no image with a caption can be used. {fix}\n{report}")

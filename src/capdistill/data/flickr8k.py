@@ -1,4 +1,4 @@
-"""Flickr8k in the three layouts in which people have it."""
+"""Flickr8k in its three usual layouts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Flickr8k(Splits):
         root: The folder that holds the images' folder and the caption file.
         errors: "skip" leaves out what cannot be used and reports it; "raise" raises it.
         encoding: The encoding of the caption file.
-        seed: Of the random split, in a layout without splits.
+        seed: Seed of the random split, for a layout without splits.
 
     Raises:
         DataError: the folder has none of the three layouts, or a file cannot be read.
@@ -109,7 +109,7 @@ def _read(root: Path, encoding: str, seed: int, report: DataReport) -> Splits:
             report,
         )
     raise DataError(
-        f"Flickr8k: {root} {'holds none of' if root.is_dir() else 'is no folder; expected'} "
+        f"Flickr8k: {root} {'holds none of' if root.is_dir() else 'is not a folder; expected'} "
         f"{_TOKENS[0]}, {_KARPATHY[0]} or {_KAGGLE[0]}. Give the folder that holds the caption "
         f"file and the images' folder ({', '.join(_IMAGES)})."
     )
@@ -140,7 +140,7 @@ def token_rows(text: str, file: str, find: Finder, report: DataReport) -> Iterat
         name = numbered[1] if numbered else key
         if not tab or not (numbered or find(key)):
             kind = "header row" if number == 1 else "malformed row"
-            report.add(Problem(kind, file, place, f"{line[:60]!r} is no name.jpg#i<TAB>caption"))
+            report.add(Problem(kind, file, place, f"{line[:60]!r} is not name.jpg#i<TAB>caption"))
             continue
         if numbered and key in seen:
             report.add(Problem("duplicate id", file, place, key))

@@ -88,7 +88,7 @@ def _caption_file(folder: Path, given: str | Path | None) -> Path:
         if os.path.isfile(folder / name):
             return folder / name
     if not folder.is_dir():
-        raise DataError(f"Folder: {folder} is no folder. Give the folder that holds the images.")
+        raise DataError(f"Folder: {folder} is not a folder. Give the folder that holds the images.")
     raise DataError(
         f"Folder: {folder} holds none of {', '.join(_USUAL)}. Name the caption file with "
         "captions='...'."
@@ -145,7 +145,7 @@ def json_rows(path: Path, text: str, report: DataReport) -> Iterator[Row]:
         image = image_name(next((entry[name] for name in IMAGE_COLUMNS if name in entry), None))
         captions = [entry[name] for name in CAPTION_COLUMNS if name in entry][:1]
         if image is None or not captions:
-            reason = f"{line[:60]!r} is no object with an image and a caption"
+            reason = f"{line[:60]!r} is not an object with an image and a caption"
             report.add(Problem("malformed row", str(path), place, reason))
         elif captions == [[]]:
             report.add(Problem("empty caption", str(path), place, image))

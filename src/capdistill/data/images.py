@@ -25,8 +25,8 @@ from capdistill.runtime import generator, stable_hash
 Encoded: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | IO[bytes]"
 ImageSource: TypeAlias = "Encoded | Image.Image | npt.NDArray[Any] | Tensor"
 
-MAX_BYTES = 2**28  # of an image file
-MAX_PIXELS = 2**27  # of a decoded image
+MAX_BYTES = 2**28  # bytes of an image file
+MAX_PIXELS = 2**27  # pixels of a decoded image
 _PROGRAMS = ("EPS", "WMF", "EMF")  # Pillow would hand them to another program
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
@@ -240,7 +240,7 @@ def _name_of(image: Image.Image) -> str:
 
 def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"no image that Pillow knows (it begins with {data[:12]!r})"
+        return f"not an image format that Pillow knows (it begins with {data[:12]!r})"
     return f"cannot be opened as an image ({error or type(error).__name__})"
 
 
@@ -302,7 +302,7 @@ def view_square(image: Tensor, size: int, view: int, image_id: str, *, flip: boo
 
 
 def view_of(epoch: int, image_id: str, views: int) -> int:
-    """The view of an image that an epoch shows: each in turn, from a start that varies.
+    """The view of an image in an epoch: the epochs cycle through the views, from a varying start.
 
     Example:
         >>> sorted(view_of(epoch, "dog.jpg", views=4) for epoch in range(4))

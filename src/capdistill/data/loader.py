@@ -135,7 +135,7 @@ class Loader:
         return bool(self.collator.caches)
 
     def __len__(self) -> int:
-        """Batches per epoch, if every image can be read."""
+        """Batches per epoch if every image can be read."""
         return -(-self.num_images // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -224,7 +224,7 @@ class Loader:
             worker_init_fn=_ignore_ctrl_c,
             persistent_workers=True,
             multiprocessing_context=self._start_method,
-            generator=torch.Generator(),  # the global one stays as it is, as without workers
+            generator=torch.Generator(),  # leaves the global generator unchanged
         )
 
 
@@ -276,14 +276,14 @@ class Source(Protocol):
         """Images that could not be read, named."""
 
     def __len__(self) -> int:
-        """Batches an epoch, at most."""
+        """Maximum number of batches per epoch."""
 
     def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch n; those before number `start` are not read."""
 
 
 def skipped_images(source: Any) -> Sequence[Any]:
-    """The images that a source left out so far; a source of your own may not keep them.
+    """The images that a source skipped so far; your own source may not record them.
 
     Example:
         >>> skipped_images(object())
@@ -350,7 +350,7 @@ def make_source(data: Any, tokenizer: Tokenizer, *, image_size: int, **options: 
             set or a torch Dataset of (image, captions); or an iterable of `Batch`.
         tokenizer: Makes the ids of the captions.
         image_size: Side in pixels of the images in a batch.
-        options: Of `Loader`, for a data set.
+        options: Options of `Loader`, for a data set.
 
     Raises:
         DataError: the data are empty.
@@ -371,8 +371,8 @@ def make_source(data: Any, tokenizer: Tokenizer, *, image_size: int, **options: 
         if isinstance(data, Iterable):
             return FixedBatches(data)
     raise ConfigError(
-        f"{type(data).__name__} is no data. Give a capdistill data set, a torch Dataset that "
-        "yields (image, captions), a Loader or another object with epoch(n, start), or an "
+        f"{type(data).__name__} is not a data set. Give a capdistill data set, a torch Dataset "
+        "that yields (image, captions), a Loader or another object with epoch(n, start), or an "
         "iterable of capdistill.Batch."
     )
 

@@ -1,4 +1,4 @@
-"""Captions word by word, over `Decoder.start` and `Decoder.step` alone.
+"""Caption generation, word by word, with `Decoder.start` and `Decoder.step` alone.
 
 >>> from capdistill.generation import GenerationConfig
 >>> GenerationConfig(beam_size=3).length_normalisation

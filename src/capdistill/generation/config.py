@@ -1,4 +1,4 @@
-"""Every option of decoding, checked when given."""
+"""The decoding options, checked when given."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 class GenerationConfig(Options):
-    """How captions are made from a model's probabilities.
+    """Options of caption generation.
 
     Example:
         >>> GenerationConfig(beam_size=3, no_repeat_ngram=3).max_length is None
@@ -73,16 +73,16 @@ class GenerationConfig(Options):
 
     Args:
         beam_size: Hypotheses kept per image; 1 is greedy.
-        max_length: Tokens at most, the end token among them; None is the tokenizer's limit and
-            the end token. A caption that reaches it without an end stays a candidate, marked
-            unfinished; the end is never forced.
-        min_length: Words at least.
-        length_normalisation: What a hypothesis' log-probability is divided by before it is
-            ranked, with n its tokens (the end counted) and a the `length_penalty`: "none" by
-            nothing, "average" by n ** a, "gnmt" by ((5 + n) / 6) ** a.
+        max_length: Maximum number of tokens, including the end token; None is the tokenizer's limit
+            plus the end token. A caption that reaches it without an end token stays a candidate,
+            marked unfinished; the end token is never forced.
+        min_length: Minimum number of words.
+        length_normalisation: Divisor of a hypothesis' log-probability for ranking, with n tokens
+            (including the end token) and a the `length_penalty`: "none" by 1, "average" by n ** a,
+            "gnmt" by ((5 + n) / 6) ** a.
         length_penalty: The exponent a; larger prefers longer captions. 0.7 scored best on
             Flickr8k's validation images; 1 is the plain mean of the log-probabilities.
-        early_stopping: When the beams of an image stop, once `beam_size` hypotheses are kept:
+        early_stopping: When the search of an image stops, once `beam_size` hypotheses are kept:
             True at once; False when the best open beam, as long as it is now, scores less than the
             worst kept; "never" when no open beam could do better at any length (exact).
         num_return: Hypotheses returned per image, as `Hypothesis.n_best`.
@@ -93,14 +93,13 @@ class GenerationConfig(Options):
             prepositions, conjunctions and the like.
         prefix: Words that every caption begins with.
         sample: Sample words at random instead of searching; `num_return` captions per image.
-        temperature: Divides the log-probabilities before drawing; below 1 is bolder.
+        temperature: Divides the log-probabilities before sampling; below 1 is more deterministic.
         top_k: Draw from the k most probable words; 0 from all.
-        top_p: Draw from the fewest words that hold this share of the probability.
-        seed: Of the draws, together with the image: the same image gets the same caption in any
-            batch.
+        top_p: Draw from the smallest set of words with this share of the probability.
+        seed: Seed of the sampling. With one seed, an image gets the same caption in any batch.
         beam_groups: Groups of beams that avoid each other's words; must divide `beam_size`.
-        diversity_penalty: Taken off a word's log-probability (nats) for every beam of an earlier
-            group that uses it at the same place.
+        diversity_penalty: Subtracted from a word's log-probability (nats) for every beam of an
+            earlier group that uses it at the same position.
 
     Raises:
         ConfigError: an unknown option, or values that are invalid, alone or together.
@@ -227,7 +226,7 @@ _LIMITS = {
 
 
 def _explained(cls: type[BaseModel], error: ValidationError) -> ConfigError:
-    """Limits in plain words; the rest as for every configuration."""
+    """Describe limits in words; report other problems as for every configuration."""
     problem = error.errors()[0]
     if problem["type"] in _LIMITS:
         words, key = _LIMITS[problem["type"]]
@@ -248,7 +247,7 @@ def resolve(
         3
 
     Raises:
-        ConfigError: something else was given, or options that cannot be.
+        ConfigError: something else was given, or invalid options.
     """
     if isinstance(generation, GenerationConfig):
         whole: Mapping[str, Any] = generation.model_dump()
@@ -274,10 +273,10 @@ class GenerationSpec:
         (41, (0, 1, 3, 6), (4,))
 
     Args:
-        start_id: Fed first.
-        end_id: Ends a caption.
-        max_length: Tokens at most, the end token among them.
-        config: The options that are not about ids.
+        start_id: The first token.
+        end_id: The token that ends a caption.
+        max_length: Maximum number of tokens, including the end token.
+        config: The other options.
         banned: Ids that are never generated. The probability of the other words stays what it is.
         phrases: Sequences of two and more ids that are never generated.
         not_last: Ids that no caption ends with.
@@ -321,7 +320,7 @@ class GenerationSpec:
 
         Args:
             start_id, end_id, max_length, banned: As above.
-            options: Of `GenerationConfig`, those about words excepted.
+            options: Fields of `GenerationConfig`, except those that take words.
         """
         config = GenerationConfig(**options)
         return cls(start_id, end_id, max_length, config, banned=tuple(banned))
@@ -354,7 +353,7 @@ class GenerationSpec:
 
 
 def _never_generated(tokenizer: Tokenizer, allow_unknown: bool) -> set[int]:
-    """Unknown, padding and start tokens are no words; the end token must stay possible."""
+    """Banned special tokens: unknown, padding and start, but never the end token."""
     keys = ("pad_id", "start_id") if allow_unknown else ("unk_id", "pad_id", "start_id")
     ids = {getattr(tokenizer, key, None) for key in keys}
     return {i for i in ids if i is not None and i != tokenizer.end_id}
@@ -362,7 +361,7 @@ def _never_generated(tokenizer: Tokenizer, allow_unknown: bool) -> set[int]:
 
 _FUNCTION_WORDS = """a an the and or but nor of with without to at from for into onto in on as than
 that which who whose while because if his its my our your their is are was were be very"""
-FUNCTION_WORDS = tuple(_FUNCTION_WORDS.split())  # after which an English caption has to go on
+FUNCTION_WORDS = tuple(_FUNCTION_WORDS.split())  # words with which an English caption cannot end
 
 
 def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

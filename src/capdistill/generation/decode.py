@@ -1,4 +1,4 @@
-"""Features to hypotheses: the entry to greedy decoding, beam search and sampling."""
+"""From features to hypotheses: the entry to greedy decoding, beam search and sampling."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def generate(
 ) -> list[Hypothesis]:
     """The best hypothesis of each image, without its text.
 
-    Images that are done leave the batch; what else is in the batch changes nothing. Ties: the
-    smaller id, the earlier beam, what was kept first.
+    Images that are done leave the batch; the other images do not affect the result. Ties go to the
+    smaller id, the earlier beam, the hypothesis kept first.
 
     Example:
         >>> from capdistill.decoders.lstm import LSTMDecoder
@@ -40,7 +40,7 @@ def generate(
         decoder: A built decoder, in evaluation mode.
         features: (I, N, D).
         spec: The options, in token ids.
-        keys: (I,) int64 that tell the images apart, for sampling; their places by default.
+        keys: (I,) int64 that identify the images, for sampling; their positions by default.
 
     Raises:
         ConfigError: every id is banned.
@@ -117,10 +117,10 @@ def generate_text(
 
     Args:
         decoder: A built decoder, in evaluation mode.
-        features: (I, N, D), or whatever its `start` reads.
+        features: (I, N, D), or another input of `start`.
         tokenizer: Words to ids and back.
         spec: The options, in the tokenizer's ids.
-        images: The source of the features: a draw depends on the image, not on its place.
+        images: The images behind the features: sampling depends on the image, not its position.
 
     Raises:
         ConfigError: every id is banned.
@@ -135,7 +135,7 @@ def _with_text(hypothesis: Hypothesis, tokenizer: Tokenizer) -> Hypothesis:
 
 
 def _identities(images: Batch | Tensor) -> Iterator[bytes]:
-    """What tells images apart in any order: their ids, or their pixels."""
+    """Keys that identify images in any order: their ids, or their pixels."""
     if isinstance(images, Batch):
         return (image.encode() for image in images.image_ids)
     return (image.cpu().numpy().tobytes() for image in images)

@@ -15,7 +15,7 @@ from capdistill.generation.config import GenerationConfig
 from capdistill.generation.constraints import IMPOSSIBLE
 
 LEAVING_SHARE = 8  # images leave once an eighth of them is done: copying the others costs too
-LOOK_EVERY = 4  # words between two looks at an accelerator, which must be waited for
+LOOK_EVERY = 4  # words between two synchronisations with an accelerator
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class HypothesisBatch:
 
     Args:
         images: (J,) places in the batch.
-        tokens: (J, K, L) ids; those from `lengths` on mean nothing.
+        tokens: (J, K, L) ids; those from `lengths` on are undefined.
         log_probs: (J, K, L) of the tokens, the end token's after the last.
         lengths: (J, K) tokens, without the end.
-        ended: (J, K) bool, by an end token.
+        ended: (J, K) bool, True after an end token.
         scores: (J, K); -inf where there is no hypothesis.
     """
 
@@ -53,12 +53,12 @@ class HypothesisBatch:
         )
 
     def take(self, index: Tensor) -> HypothesisBatch:
-        """Some of the images."""
+        """The hypotheses of some images."""
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     @classmethod
     def join(cls, parts: Sequence[HypothesisBatch]) -> HypothesisBatch:
-        """All images, in the order of the batch."""
+        """The hypotheses of all images, in the order of the batch."""
         if len(parts) > 1:
             values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
             parts = [cls(**{name: torch.cat(each) for name, each in values.items()})]
@@ -94,7 +94,7 @@ def _hypothesis(
 
 
 def unfinished_images(done: Tensor, position: int) -> Tensor | None:
-    """Indices (J',) of the images that are not done; None where none, or too few, would leave.
+    """Indices (J',) of the images that are not done; None if none, or too few, would leave.
 
     Example:
         >>> unfinished_images(torch.tensor([True, False]), position=0)
@@ -120,12 +120,12 @@ class CaptionResult:
     Args:
         text: The words.
         tokens: The tokens of the caption as strings, without start and end.
-        log_prob: Sum of the log-probabilities (nats) of its tokens, the end token included.
-        token_log_probs: One log-probability (nats) a token, the end token's last where it ended.
-        finished: Whether it ended by itself rather than at the length limit.
+        log_prob: Sum of the log-probabilities (nats) of its tokens, including the end token.
+        token_log_probs: One log-probability (nats) per token, including an end token.
+        finished: True if it reached its end token, False if it was cut at the length limit.
         n_best: All hypotheses found for the image, best first; the first is this caption.
-        attention: (T, N) share of attention that each token pays to each visual token, rows sum
-            to 1; None where the decoder has none.
+        attention: (T, N) share of attention that each token pays to each visual token, rows sum to
+            1; None if the decoder has no attention.
         grid: (h, w) of the visual tokens that form a map, or None.
         prefix_tokens: Visual tokens before the map (CLS, registers).
         image: (3, S, S) uint8, the image as the model saw it.
@@ -187,14 +187,13 @@ class Hypothesis:
         tokens: Its ids, without start and end.
         log_prob: Sum of the decoder's log-probabilities (nats) of its tokens, the end token
             included where there is one.
-        finished: Whether it ended by itself rather than at the length limit.
+        finished: True if it reached its end token, False if it was cut at the length limit.
         text: The words.
-        score: What hypotheses are ranked by: `log_prob`, less what diverse groups take off,
-            divided as `length_normalisation` says.
-        token_log_probs: One log-probability (nats) a token, the end token's last where there is
-            one.
-        n_best: The hypotheses of the image, best first, this one included, where more than one
-            was asked for.
+        score: The ranking value: `log_prob`, minus the penalty of diverse groups, divided according
+            to `length_normalisation`.
+        token_log_probs: One log-probability (nats) per token, including an end token.
+        n_best: The hypotheses of the image, best first, including this one, if more than one was
+            requested.
     """
 
     tokens: tuple[int, ...]
@@ -207,7 +206,7 @@ class Hypothesis:
 
 
 def length_divisor(config: GenerationConfig, length: int) -> float:
-    """What the sum of log-probabilities of `length` tokens (the end counted) is divided by.
+    """Divisor of the sum of log-probabilities of `length` tokens (including the end token).
 
     Example:
         >>> length_divisor(GenerationConfig(length_normalisation="gnmt", length_penalty=2.0), 7)
@@ -222,8 +221,8 @@ def length_divisor(config: GenerationConfig, length: int) -> float:
 def best_divisor(config: GenerationConfig, length: int, longest: int) -> float:
     """The divisor with which an open beam of `length` tokens is compared to those kept.
 
-    A sum only falls, so that no continuation does better than today's sum divided by the largest
-    divisor that is still to come.
+    A sum only decreases, so no continuation scores better than the current sum divided by the
+    largest future divisor.
     """
     if config.early_stopping != "never":
         return length_divisor(config, length)
@@ -239,7 +238,7 @@ def stable_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Args:
         scores: (J, M), not NaN.
-        count: How many; where M is smaller, -inf of index 0 fill up.
+        count: Number of values; if M is smaller, the rest is -inf with index 0.
 
     Returns:
         (J, count) values and indices.
@@ -263,7 +262,7 @@ def _sorted(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _topk_unless_tied(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`topk` is free to choose among equals; where there are any, sort."""
+    """`topk` breaks ties arbitrarily; if there are ties, sort."""
     values, index = scores.topk(count + 1)
     tied = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > -torch.inf)
     if bool(tied.any()):

@@ -24,7 +24,7 @@ from capdistill.generation.hypotheses import (
 
 
 class Search:
-    """The captions of a batch, one token a step; images that are finished leave the batch.
+    """A search over a batch, one token per step; finished images leave the batch.
 
     Args:
         decoder: In evaluation mode.
@@ -46,7 +46,7 @@ class Search:
         self.tokens = torch.full((len(features) * count,), spec.start_id, device=features.device)
 
     def run(self) -> HypothesisBatch:
-        """Generate until every image is finished, or the limit."""
+        """Generate until every image is finished or the limit is reached."""
         constraints: Constraints | None = None
         for position in range(self.spec.max_length):
             logits, self.state = self.decoder.step(self.tokens, self.state)  # (R, V)
@@ -81,13 +81,13 @@ class Search:
 
 
 class Sampling(Search):
-    """Every caption by itself: the most probable token (greedy), or a drawn one.
+    """Independent captions: take the most probable token (greedy) or sample one.
 
     Args:
         decoder: In evaluation mode.
         features: (I, N, D).
         spec: The options; `num_return` captions per image are drawn, one is greedy.
-        keys: (I,) int64 that tell the images apart, for the draws.
+        keys: (I,) int64 that identify the images, for sampling.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Sampling(Search):
         return generated.ended.all(1)
 
     def leave(self, remaining: Tensor) -> None:
-        """As for every search; the captions that leave are complete."""
+        """As for every search; captions that leave are complete."""
         left = torch.ones_like(self.generated.images, dtype=torch.bool)
         left[remaining] = False
         self.finished.append(self.generated.take(left))
@@ -188,7 +188,7 @@ class BeamSearch(Search):
         return self.done.all(1)
 
     def leave(self, remaining: Tensor) -> None:
-        """As for every search; what was kept of the images that leave is final."""
+        """As for every search; the kept hypotheses of images that leave are final."""
         left = torch.ones_like(self.kept.images, dtype=torch.bool)
         left[remaining] = False
         self.finished.append(self.kept.take(left))
@@ -238,7 +238,7 @@ class BeamSearch(Search):
         return replace(generated, tokens=tokens, log_probs=past)
 
     def _merge(self, slots: slice, new: HypothesisBatch) -> None:
-        """The best of what is kept and what is new; of equals, what was kept first."""
+        """The best of the kept and the new hypotheses; ties go to those kept first."""
         names = ("scores", "tokens", "log_probs", "lengths", "ended")
         kept = {name: getattr(self.kept, name)[:, slots] for name in names}
         both = {name: torch.cat([kept[name], getattr(new, name)], 1) for name in names}
@@ -250,7 +250,7 @@ class BeamSearch(Search):
     def _continue(
         self, group: int, scores: Tensor, parent: Tensor, word: Tensor, position: int
     ) -> tuple[Tensor, ...]:
-        """The best K candidates that have not ended; marks the group done where it is."""
+        """The best K candidates that have not ended; marks the group as done if it is."""
         config, longest = self.spec.config, self.spec.max_length
         ends = word == self.spec.end_id
         order = ends.long().sort(dim=1, stable=True).indices[:, : self.size]
@@ -307,7 +307,7 @@ def warp(log_probs: Tensor, config: GenerationConfig) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One id a row, (R,), by inverting the distribution (R, V) at `uniform` (R,), in [0, 1).
+    """One id per row, (R,), by inverting the distribution (R, V) at `uniform` (R,), in [0, 1).
 
     Example:
         >>> draw(torch.tensor([[0.2, 0.3, 0.5]]).log().expand(3, 3), torch.tensor([0.1, 0.4, 0.9]))
@@ -319,14 +319,14 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def uniforms(keys: Tensor, seed: int, position: int) -> Tensor:
-    """Numbers in [0, 1), float64, that are a function of key, seed and position.
+    """Random numbers in [0, 1), float64, as a function of key, seed and position.
 
-    No state is kept, so that neither the batch nor the device matters.
+    No state is kept, so the result does not depend on the batch or the device.
 
     Args:
         keys: int64, one for each number.
-        seed: Of the run.
-        position: Of the word in the caption.
+        seed: Seed of the sampling.
+        position: Position of the word in the caption.
 
     Source:
         The output function of SplitMix64 (Steele, Lea, Flood 2014).
@@ -342,13 +342,13 @@ def row_keys(keys: Tensor, count: int) -> Tensor:
 
 
 def image_keys(images: Iterable[bytes]) -> Tensor:
-    """An int64 for each image, from what tells it from others: its id, or its pixels."""
+    """An int64 for each image, computed from its id or its pixels."""
     digests = (hashlib.blake2b(image, digest_size=8).digest() for image in images)
     return torch.tensor([int.from_bytes(each, "little", signed=True) for each in digests])
 
 
 def _mix(x: Tensor) -> Tensor:
-    """int64 arithmetic wraps, which is what SplitMix64 asks for."""
+    """SplitMix64; int64 arithmetic wraps, as it requires."""
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
     return x ^ _shift(x, 31)

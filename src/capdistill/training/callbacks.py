@@ -1,4 +1,4 @@
-"""What happens beside the steps: the choice of the best epoch, history, checkpoints, progress.
+"""Callbacks: history, checkpoints, progress and other actions between steps.
 
 A callback is any object with some of `on_fit_start(trainer)`, `on_step(trainer, row)`,
 `on_epoch(trainer, row)` and `on_fit_end(trainer)`. `Run` lists what it may use of the trainer.
@@ -28,7 +28,7 @@ from capdistill.training.monitor import LOSS, Monitor
 from capdistill.training.run_directory import STATE
 from capdistill.weights import load_exactly, read_state_dict
 
-_PROBLEMS = 20  # images named in a warning
+_PROBLEMS = 20  # most images named in a warning
 
 
 class Run(Protocol):
@@ -54,10 +54,11 @@ EVENTS = ("on_fit_start", "on_step", "on_epoch", "on_fit_end")
 
 
 def check_callbacks(callbacks: Any) -> None:
-    """Refuse what no event would reach.
+    """Reject objects that no event would reach.
 
     Raises:
-        ConfigError: no list of objects, a class instead of an object, or an object without events.
+        ConfigError: not a list of objects, a class instead of an object, or an object without
+            events.
     """
     several = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
     known = (*EVENTS, "state_dict")
@@ -76,12 +77,12 @@ class Recorder:
     """Write the first and every `log_every`-th step, every epoch and the end to the history."""
 
     def on_step(self, trainer: Run, row: Row) -> None:
-        """Keep the row of a step, now and then."""
+        """Write the row of every `log_every`-th step."""
         if row["step"] % trainer.config.log_every == 0 or row["step"] == 1:
             trainer.history.append(row)
 
     def on_epoch(self, trainer: Run, row: Row) -> None:
-        """Keep the row of an epoch."""
+        """Write the row of an epoch."""
         trainer.history.append(row)
 
 
@@ -92,7 +93,7 @@ class SkippedImages:
         self.known: set[str] = set()
 
     def on_epoch(self, trainer: Run, row: Row) -> None:
-        """Name those that were not known yet."""
+        """Report the images that were not reported before."""
         sources = [source for source in (trainer.train_source, trainer.val_source) if source]
         problems = {str(problem): None for source in sources for problem in skipped_images(source)}
         row["problems"] = [problem for problem in problems if problem not in self.known]
@@ -112,7 +113,7 @@ class Checkpoints:
 
     Args:
         out: Directory of the run, or None.
-        monitor: Decides what is best; None where nothing is validated.
+        monitor: Selects the best epoch; None without validation.
         every_steps, every_minutes: When the state is also saved within an epoch.
     """
 
@@ -129,7 +130,7 @@ class Checkpoints:
         self.saved = time.monotonic()
 
     def on_fit_start(self, trainer: Run) -> None:
-        """The best student so far is needed at the end.
+        """Load the best student so far, which is needed at the end.
 
         Raises:
             CheckpointError: it is no longer in the directory.
@@ -139,7 +140,7 @@ class Checkpoints:
         if not saved_file(self.out / "best", WEIGHTS).exists():
             raise CheckpointError(
                 f"The best epoch of this run is {self.monitor.best_epoch + 1}, but {self.out}/best "
-                "does not hold its weights. Put the directory back, or start anew with "
+                "does not hold its weights. Restore the directory, or start again with "
                 "overwrite=True."
             )
 
@@ -169,7 +170,7 @@ class Checkpoints:
     def on_fit_end(self, trainer: Run) -> None:
         """Write the last student; then the captioner takes the best weights.
 
-        Where no epoch was the best, the last weights are kept as the best.
+        If no epoch was the best, the last weights are kept as the best.
         """
         if trainer.history.interrupted:
             return
@@ -196,7 +197,7 @@ def _load_weights(captioner: Captioner, path: Path) -> None:
 
 
 class Progress:
-    """A bar on a terminal, lines elsewhere; what is trained before, and what was kept after.
+    """A bar on a terminal, lines elsewhere; a description before and a summary after the run.
 
     Args:
         show: None shows a bar on a terminal only; False shows nothing.
@@ -240,7 +241,7 @@ class Progress:
             self._write("\n".join(_describe_end(trainer, self.monitor)))
 
     def close(self) -> None:
-        """Remove the bar, also where the run ended with an error."""
+        """Remove the bar, also if the run ended with an error."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -265,8 +266,8 @@ def describe_epoch(row: Row, epochs: int, monitored: str | None = None) -> str:
 
     Args:
         row: The epoch's row.
-        epochs: Of the whole run.
-        monitored: The score to show; the last one unless given.
+        epochs: Number of epochs of the whole run.
+        monitored: The score to show; the last one by default.
     """
     width = len(str(epochs))
     line = f"epoch {row['epoch'] + 1:>{width}}/{epochs}  train {row['train']['loss']:7.4f}"

@@ -30,7 +30,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a training state atomically; the one before stays beside it as `.previous`.
 
     Raises:
-        ConfigError: it cannot be written; what stood there stays.
+        ConfigError: it cannot be written; the existing file is unchanged.
     """
     fresh = path.with_name(UNFINISHED)
     write_atomically(fresh, lambda temporary: _dump({"format": _FORMAT, **state}, temporary))
@@ -47,7 +47,7 @@ def _dump(content: dict[str, Any], path: Path) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a training state; the one before where the last is truncated, with a warning.
+    """Read a training state; if it is truncated, read the previous one, with a warning.
 
     Raises:
         CheckpointError: no readable state; names each file and what is wrong with it.
@@ -67,7 +67,7 @@ def load_state(path: Path) -> dict[str, Any]:
         return state
     raise CheckpointError(
         "There is no training state to resume: " + "; ".join(problems) + ". "
-        "Give the directory of a run (out=), start anew with resume=False, or use resume='auto'."
+        "Give the directory of a run (out=), start again with resume=False, or use resume='auto'."
     )
 
 
@@ -149,12 +149,12 @@ def restore(
         stepper: The trainer.
         state: From `snapshot`.
         train: The training data of the resumed run.
-        callbacks: Those of the resumed run; each with a state gets its own back.
+        callbacks: Those of the resumed run; the state of each is restored.
         who: Its `identity`.
-        accept_changes: Continue although losses, weights, teacher or data are others.
+        accept_changes: Continue although losses, weights, teacher or data have changed.
 
     Raises:
-        CheckpointError: the state is of another run; nothing was changed.
+        CheckpointError: the state belongs to another run; nothing was changed.
     """
     assert stepper.optimizer is not None
     _require_same_groups(stepper.optimizer, state["optimizer"])
@@ -180,7 +180,7 @@ def _require_same_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
     if mine != theirs:
         raise CheckpointError(
             f"The training state has an optimizer over groups {theirs}, but {mine} are trained "
-            "now. Give the same models, losses and trainable parts, or start anew with "
+            "now. Give the same models, losses and trainable parts, or start again with "
             "resume=False."
         )
 
@@ -198,14 +198,14 @@ def _require_same_run(now: Mapping[str, Any], saved: Mapping[str, Any], accept: 
     if not accept:
         raise CheckpointError(
             "The training state is of another run than the one it would continue. What differs "
-            f"(saved -> given): {'; '.join(changed)}. Give what the run began with, start anew in "
+            f"(saved -> given): {'; '.join(changed)}. Give what the run began with, start again in "
             "another directory, or continue with the changes by accept_changes=True."
         )
     warnings.warn(f"The resumed run continues with changes: {'; '.join(changed)}.", stacklevel=3)
 
 
 def _position(stepper: Stepper, train: Source | None) -> dict[str, Any]:
-    """What decides which batches an epoch has, as far as the source tells."""
+    """The options that determine the batches of an epoch, as far as the source has them."""
     found = {name: getattr(train, name, None) for name in ("batch_size", "seed")}
     found["captions_per_image"] = None
     if train is not None:
@@ -270,7 +270,7 @@ def _callback_states(callbacks: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         if not is_plain(state):
             raise ConfigError(
                 f"The state_dict() of the callback {type(callback).__name__} holds more than "
-                "numbers, strings, tensors, lists and dicts, so that it could not be read again. "
+                "numbers, strings, tensors, lists and dicts, which could not be read again. "
                 f"Given: {state!r:.200}"
             )
         yield key, state

@@ -24,24 +24,26 @@ class TrainConfig(Options):
         epochs: Passes over the training images.
         batch_size: Images per micro-batch. A step sees `batch_size * accumulation_steps` images
             with `captions_per_image` captions each.
-        captions_per_image: Captions of an image in one batch; the image is encoded once for all of
+        captions_per_image: Captions per image in one batch; the image is encoded once for all of
             them. None takes the median number of captions of the training images, at most 5.
         learning_rate: Peak rate of AdamW.
-        encoder_lr_scale: The rate of the encoder's trunk as a share of `learning_rate`.
+        encoder_lr_scale: Learning rate of the encoder's trunk, as a factor of `learning_rate`.
         weight_decay: Not applied to norms, biases and embeddings.
         schedule: "cosine_restarts", "warmup_cosine" or "constant"; updated after every step.
         restart_epochs: Length of the first period of "cosine_restarts".
-        restart_factor: How much longer each following period is.
+        restart_factor: Factor by which each following period is longer.
         warmup: Share of all steps in which "warmup_cosine" rises.
         precision: "auto", "bf16", "fp16" (CUDA only) or "fp32".
-        accumulation_steps: Micro-batches per step. A short last group is divided by what it holds.
+        accumulation_steps: Micro-batches per step. A shorter last group is divided by its own
+            count.
         max_grad_norm: Gradients are clipped to this norm; None does not clip.
-        label_smoothing: Of the cross-entropy term, never of the teacher's targets.
-        word_dropout: Probability that the trained model reads a word as the unknown word. Targets
-            and the teacher's input stay as they are.
-        scheduled_sampling: Probability, at the end of the run, that the trained model reads its own
-            word instead of the reference's. It grows linearly from 0. The decoder runs twice.
-        patience: Epochs without progress after which training stops, or None.
+        label_smoothing: Label smoothing of the cross-entropy term, never of the teacher's targets.
+        word_dropout: Probability that an input word is replaced by the unknown token. Targets and
+            the teacher's input stay as they are.
+        scheduled_sampling: Probability, reached at the end of the run, that an input word is
+            replaced by one sampled from the model. It grows linearly from 0. The decoder runs
+            twice.
+        patience: Epochs without improvement after which training stops, or None.
         monitor: The score that decides which epoch is best ("cider", "bleu_4", ...), or "loss".
         metrics: Metrics that validation computes.
         seed: Seed of shuffling, choice of captions, augmentation and dropout.
@@ -51,8 +53,8 @@ class TrainConfig(Options):
         flip: Mirror half of the training images. Off by default: captions mention left and right.
         cache_images: Keep decoded images in memory.
         cache_features: Encode each image once and train on the cached output of the last frozen
-            stage. None does so if a trunk is frozen, no augmentation is asked for and the cache
-            takes at most 4 GB.
+            stage. None does so if a trunk is frozen, no augmentation is set and the cache takes at
+            most 4 GB.
         cache_views: Views of a training image that `cache_features` encodes: the centre crop and
             random crops (mirrored with `flip`). The epochs use them in turn.
         cache_dir: Directory of cached features; by default a folder of the user's cache directory.
@@ -195,7 +197,7 @@ class DistillConfig(TrainConfig):
     """
 
 
-# What the losses weigh unless told otherwise: the published recipe's weights.
+# The default weights of the losses: those of the published recipe.
 DEFAULT_WEIGHTS = {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1}
 
 _RECIPES: dict[str, dict[str, Any]] = {
@@ -255,22 +257,22 @@ _MODELS: dict[str, dict[str, Any]] = {
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """The keyword arguments of a `Distiller` that a name stands for.
+    """A recipe by name, as keyword arguments of `Distiller`.
 
     Example:
         >>> recipe("kd_2024")["weights"]
         {'ce': 0.3, 'token': 0.7, 'feature': 0.2, 'hidden': 0.1}
 
-    `Distiller(teacher, student, **recipe("kd_2024"))` trains by it. Change what you like:
+    `Distiller(teacher, student, **recipe("kd_2024"))` uses it. To change an option, write
     `{**recipe("kd_2024"), "epochs": 10}`.
 
     - "kd_2024" is the published recipe that this library started from: a ViT-Transformer teacher
-      and a CNN-LSTM student, token KL at T = 4. The numbers it promises are expectations of that
-      description, not measurements.
+      and a CNN-LSTM student, token KL at T = 4. The numbers it states are expectations, not
+      measurements.
     - "flickr8k_small" is the recipe behind the table in README.
 
     Raises:
-        UnknownName: there is no such recipe; the message lists those there are.
+        UnknownName: there is no such recipe; the message lists the available ones.
     """
     if name not in _RECIPES:
         raise UnknownName(f"There is no recipe '{name}'. {suggest(name, _RECIPES)}")

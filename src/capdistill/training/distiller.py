@@ -48,9 +48,9 @@ class Distiller(Trainer):
         student: The captioner that is trained.
         losses: Term name -> loss, or a registered name, or {"name": ..., arguments}. By default
             token, feature and hidden.
-        weights: Of "ce" and of each loss; see `Objective`. A loss without a weight gets its
-            default: 0.3 for ce, 0.7 for token, 0.2 for feature, 0.1 for hidden, 1 for any other.
-            A term of weight 0 is not built.
+        weights: Weights of "ce" and of each loss; see `Objective`. A loss without a weight gets its
+            default: 0.3 for ce, 0.7 for token, 0.2 for feature, 0.1 for hidden, 1 for any other. A
+            term of weight 0 is not built.
         config: A `DistillConfig` as a whole.
         options: Fields of `DistillConfig`, instead of those of `config`.
 
@@ -97,7 +97,7 @@ class Distiller(Trainer):
         return [self.captioner, self.teacher]
 
     def prepare(self, batch: Batch) -> None:
-        """Build the losses where the teacher's specification had to wait for a real batch."""
+        """Build the losses if the teacher's specification had to be probed on a real batch."""
         if self._built:
             return
         batch = batch.to(self.device)
@@ -120,7 +120,7 @@ class Distiller(Trainer):
                 return cast(CaptionerOutput, self.teacher(batch, need=need))
 
     def make_ready(self, batch: Batch | None = None) -> torch.optim.Optimizer:
-        """As `Stepper.make_ready`; nothing of the teacher may be trained."""
+        """As `Stepper.make_ready`; no parameter of the teacher may be trained."""
         if batch is not None:
             self.prepare(batch)
         require_apart(self.teacher, self.objective)  # freezing may have changed
@@ -128,7 +128,7 @@ class Distiller(Trainer):
         return super().make_ready(batch)
 
     def _build_losses(self, batch: Batch | None) -> None:
-        """Let every loss see both specifications and make its projectors from the run's seed."""
+        """Build every loss with both specifications; projectors are seeded by the run."""
         teacher: Any = self.teacher
         student_spec, teacher_spec = self.captioner.spec(), teacher.spec(batch)
         with seeded(self.config.seed):
@@ -136,7 +136,7 @@ class Distiller(Trainer):
                 loss.build(student_spec, teacher_spec)
         if self.objective.needed_outputs - {"features"}:
             require_one_vocabulary(student_spec, teacher_spec)
-        require_apart(self.teacher, self.objective)  # what the losses have just made
+        require_apart(self.teacher, self.objective)  # the projectors just created
         self._built = True
 
     def _try_models(self) -> None:

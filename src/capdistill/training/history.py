@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 class History:
-    """Rows in memory and, where a path is given, as JSON Lines on disk.
+    """Rows in memory and, if a path is given, as JSON Lines on disk.
 
     A row holds `kind` ("step" or "epoch"), `step`, `epoch` (from 0) and what was measured.
 
@@ -41,11 +41,11 @@ class History:
 
     Args:
         path: File that every row is appended to, or None.
-        keep_until: Rows of an existing file up to this step are kept; None starts anew.
+        keep_until: Rows of an existing file up to this step are kept; None starts a new file.
 
     Attributes:
         interrupted: Whether the run was interrupted (Ctrl-C or SIGTERM) before its end.
-        stopped: Why the run ended, in words; None while it goes on.
+        stopped: Why the run ended, in words; None while it continues.
     """
 
     def __init__(self, path: str | Path | None = None, keep_until: int | None = None) -> None:
@@ -164,7 +164,7 @@ class LossMeter:
         weights: Mapping[str, float],
         counts: Mapping[str, float],
     ) -> None:
-        """Add the sums of a batch, with the weights they had and what the batch counts for."""
+        """Add the sums of a batch, with their weights and the counts of the batch."""
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.weighted[name] = self.weighted.get(name, 0.0) + weights[name] * value
@@ -180,7 +180,7 @@ class LossMeter:
 
 
 class EpochMeter(LossMeter):
-    """What has been done of the current epoch, so that an interrupted run can continue there.
+    """Progress within the current epoch, from which an interrupted run can continue.
 
     Attributes:
         images, batches: Trained on so far in this epoch.
@@ -202,7 +202,7 @@ class EpochMeter(LossMeter):
         return time.perf_counter() - self.began
 
     def row(self) -> Row:
-        """What the epoch's row holds of its training."""
+        """The training entries of the epoch's row."""
         return {
             "train": self.summary(),
             "images": self.images,

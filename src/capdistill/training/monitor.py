@@ -1,4 +1,4 @@
-"""Which epoch is the best: the monitored score, its direction, and patience."""
+"""Choice of the best epoch: the monitored score, its direction, and patience."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ MEANINGFUL = {
     "bleu_2": 0.05,
     "bleu_3": 0.02,
     "bleu_4": 0.01,
-}  # scores below say little
+}  # scores below this are not meaningful
 
 
 class Monitor:
-    """Decide which epoch is the best, and when there has been no progress for too long.
+    """Decide which epoch is the best, and when training should stop early.
 
-    NaN is no progress and never wins; an equal value is no progress either. Captions of the first
-    epochs can score almost 0, and then their scores rank nothing: while the best score and the new
-    one are below `meaningful`, the validation loss decides.
+    NaN or an equal value does not count as progress. Captions of the first epochs can score almost
+    0, and such scores cannot rank epochs: while the best score and the new one are below
+    `meaningful`, the validation loss decides.
 
     Example:
         >>> monitor = Monitor("bleu_4", patience=2)
@@ -65,7 +65,7 @@ class Monitor:
         elif self.best is None:
             improved = True
         elif low and not math.isnan(loss):
-            improved = not loss >= self.best_loss  # the first one's may be NaN
+            improved = not loss >= self.best_loss  # the first one may be NaN
         else:
             improved = value > self.best if self.higher else value < self.best
         if improved:
@@ -108,7 +108,7 @@ class BestEpoch:
         self._stop_if_exhausted(trainer)
 
     def on_epoch(self, trainer: Stoppable, row: Row) -> None:
-        """Mark the row as improved or not, where there are validation data."""
+        """Mark the row as improved or not, if there are validation data."""
         if not row["val"]:
             return
         value, loss = monitored_value(row, self.monitor.name), float(row["val"]["loss"])
@@ -124,7 +124,7 @@ class BestEpoch:
         self._stop_if_exhausted(trainer)
 
     def on_fit_end(self, trainer: Stoppable) -> None:
-        """Warn where no epoch was the best, or the first one although the model was learning."""
+        """Warn if no epoch was the best, or if it was the first although the model was learning."""
         if trainer.history.interrupted or not self.monitor.epochs:
             return
         if self.monitor.best is None:
@@ -164,7 +164,7 @@ class BestEpoch:
 
 
 def monitored_value(row: Row, name: str) -> float:
-    """The value of an epoch's row that a name stands for.
+    """The value of an epoch's row for a name.
 
     Raises:
         UnknownName: validation gave no such score.
@@ -184,7 +184,7 @@ def resolve_monitor(name: str, directions: Mapping[str, bool]) -> tuple[str, boo
         ('cider_d', True)
 
     Raises:
-        UnknownName: nothing of that name is measured; the message lists what is.
+        UnknownName: no such score is measured; the message lists those that are.
     """
     known = {LOSS: False, **directions}
     key = monitor_key(name)

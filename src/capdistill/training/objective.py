@@ -1,4 +1,4 @@
-"""Student and losses as one trainable module, so that everything that learns is found together."""
+"""Student and losses as one trainable module."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Weight = float | tuple[float, float] | Callable[[float], float]
 class Objective(nn.Module):
     """The terms of a step: cross-entropy, and the distillation losses on the same forward pass.
 
-    All trainable work happens in `forward`. The projectors of the losses are submodules, so that
-    optimizer, clipping, checkpoints and `to(device)` see them.
+    All trainable computation happens in `forward`. The projectors of the losses are submodules, so
+    that optimizer, clipping, checkpoints and `to(device)` see them.
 
     Args:
         student: The captioner that is trained.
         losses: Distillation losses by term name.
-        weights: Of every term, "ce" included: a number, a pair (first, last) that is interpolated
-            linearly over the run, or a function of the run's progress in [0, 1]. A term whose
-            weight is 0 throughout is left out.
-        label_smoothing: Of the cross-entropy term.
+        weights: Weights of the terms, including "ce": a number, a pair (first, last) that is
+            interpolated linearly over the run, or a function of the run's progress in [0, 1]. A
+            term whose weight is 0 throughout is left out.
+        label_smoothing: Label smoothing of the cross-entropy term.
 
     Attributes:
         kept_in_eval: Modules that stay in evaluation mode: those shared with a teacher.
@@ -66,7 +66,7 @@ class Objective(nn.Module):
         Args:
             batch: Its targets are those of the cross-entropy.
             teacher: The teacher's output for the batch.
-            input_fn: Gives what the student reads instead of `batch.inputs`; see
+            input_fn: Returns the student's input instead of `batch.inputs`; see
                 `Captioner.forward`.
         """
         needed = self.needed_outputs | ({"logits"} if "ce" in self.weights else set())
@@ -89,7 +89,7 @@ class Objective(nn.Module):
         return self
 
     def counts(self, *batches: Batch) -> dict[str, float]:
-        """What each term's sum over all these batches is divided by."""
+        """The count of each term over all these batches, by which its sum is divided."""
         counts = dict.fromkeys(self.weights, 0.0)
         for batch in batches:
             if "ce" in counts:

@@ -58,7 +58,7 @@ def parameter_groups(
 
 
 def _without_decay(module: nn.Module) -> set[int]:
-    """Ids of biases, norms and embeddings: vectors, what embeds words, and what models name.
+    """Ids of biases, norms and embeddings: vectors, word embeddings, and those that models name.
 
     timm's models name their position embeddings and class tokens in `no_weight_decay()`.
     """
@@ -81,9 +81,8 @@ def make_schedule(
 ) -> Scheduler:
     """The configured schedule, to be stepped after every optimizer step.
 
-    The rate is a function of the step alone, so that a run resumed with other options follows the
-    new ones. With "cosine_restarts" and its defaults (10 epochs, then 20), 30 epochs end at a
-    minimum.
+    The rate is a function of the step alone, so a run resumed with other options follows the new
+    ones. With "cosine_restarts" and its defaults (10 epochs, then 20), 30 epochs end at a minimum.
 
     Example:
         >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
@@ -98,7 +97,7 @@ def make_schedule(
         [0.1, 0.0854, 0.05, 0.0146, 0.1]
 
     Args:
-        optimizer: What is scheduled; each group starts from its own rate.
+        optimizer: The scheduled optimizer; each group starts from its own rate.
         config: Kind and lengths.
         steps_per_epoch: Optimizer steps; None keeps the rate constant.
         done: Steps that a resumed run has done.

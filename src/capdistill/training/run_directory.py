@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, what it holds, and whether a new run may use it."""
+"""The directory of a run: its contents, its identity, and whether a new run may use it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from capdistill.training.step import Stepper
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
 UNFINISHED = "state.new.pt"  # of a writer that was killed before it became the state
-_RESULTS = (STATE, PREVIOUS, "best", "final")  # a new run does not replace these unasked
+_RESULTS = (STATE, PREVIOUS, "best", "final")  # a new run replaces these only with overwrite=True
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}|\.check\..+")
 LIBRARIES = ("capdistill", "torch", "torchvision", "timm", "numpy", "pydantic", "nltk")
 
@@ -41,7 +41,7 @@ def open_directory(
 
     Args:
         out: As given to `fit`.
-        resume: True needs a state; "auto" takes one where there is one.
+        resume: True needs a state; "auto" uses one if there is one.
         overwrite: Whether a new run may replace the results of an earlier one.
 
     Raises:
@@ -87,7 +87,7 @@ def clear_directory(out: Path, keep_results: bool) -> None:
 
 
 def check_can_save(captioner: Captioner, out: Path) -> None:
-    """Save once to a temporary directory, so that what cannot be saved fails before training.
+    """Save once to a temporary directory, so that an unsaveable captioner fails before training.
 
     Raises:
         ConfigError: `out` cannot be written, or a part could not be made again from a file.
@@ -139,7 +139,7 @@ def _model(model: Any) -> dict[str, Any]:
 
 
 def _loss(loss: Any) -> dict[str, Any]:
-    """As it may be given to a `Distiller`, where a registry made it."""
+    """A loss as it may be given to a `Distiller`, if a registry created it."""
     part = _part(loss)
     arguments = part.pop("kwargs", {})
     return {**part, **arguments}
@@ -170,7 +170,7 @@ def _plain_attributes(module: Any) -> dict[str, Any]:
 
 
 def identity(stepper: Stepper, train: Source | None, val: Source | None = None) -> dict[str, Any]:
-    """What makes a run this run, as plain data: its objective, teacher, words and data."""
+    """The identity of a run, as plain data: its objective, teacher, vocabulary and data."""
     config, objective = stepper.config, stepper.objective
     weights = {name: _plain(value) for name, value in objective.weights.items()}
     found: dict[str, Any] = {
@@ -189,7 +189,7 @@ def identity(stepper: Stepper, train: Source | None, val: Source | None = None) 
 
 
 def _data_digest(source: Source) -> str:
-    """How many images, and a digest of their ids and captions where these are at hand."""
+    """Number of images, and a digest of their ids and captions if available."""
     data = source.collator.data if isinstance(source, Loader) else getattr(source, "batches", None)
     if isinstance(data, CaptionData):
         parts = [f"{example.image_id} {example.captions}\n" for example in data.examples]

@@ -32,7 +32,7 @@ AUTOMATIC_CACHE_BYTES = 4e9  # cache_features=None caches no more than this
 
 
 def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source, Source | None]:
-    """Sources of training and validation batches, with cached features where they are wanted.
+    """Sources of training and validation batches, with cached features if requested.
 
     Args:
         stepper: The trainer; its configuration and models decide how images are read.
@@ -109,16 +109,16 @@ def number_of_batches(source: Source) -> int:
 
 
 def captions_per_image(source: Source, config: TrainConfig) -> int | None:
-    """Captions of an image in one training batch, as the data decided where the options did not."""
+    """Captions of an image in one training batch, from the data if not from the options."""
     return source.collator.k if isinstance(source, Loader) else config.captions_per_image
 
 
 def wants_crops(config: TrainConfig, cached: bool | None = None) -> bool:
-    """Whether training images are cropped at random, anew in every epoch.
+    """Whether training images are cropped at random, differently in every epoch.
 
     Args:
         config: The options.
-        cached: Whether features are cached; by default what the options say.
+        cached: Whether features are cached; by default taken from the options.
 
     Raises:
         ConfigError: together with cached features, which hold a few views of an image only; or
@@ -141,7 +141,7 @@ def wants_crops(config: TrainConfig, cached: bool | None = None) -> bool:
 
 
 def wants_cache(stepper: Stepper, data: Any) -> bool:
-    """Whether this run caches features: as the options say, or by what the models and data allow.
+    """Whether this run caches features: by the options, or as the models and data allow.
 
     Example:
         >>> import capdistill as cd
@@ -238,7 +238,7 @@ def _is_cacheable(model: Any, trained: Captioner) -> bool:
 def _caches(
     stepper: Stepper, models: list[Any], views: list[tuple[Source, str]]
 ) -> dict[str, FeatureCache | list[FeatureCache]]:
-    """Cached features by fingerprint; one cache per view where there are several."""
+    """Cached features by fingerprint; with several views, one cache per view."""
     given = stepper.config.cache_dir
     directory = default_cache_dir() if given is None else user_path(given)
     if not models:
@@ -295,11 +295,11 @@ def cache_trunk(
     Args:
         encoder: Has frozen stages.
         source: Batches of images without augmentation.
-        data_key: Stands for the images and their size; with the encoder's `cache_key` it is the
+        data_key: Identifies the images and their size; with the encoder's `cache_key` it is the
             key.
-        directory: Where the memory maps lie.
-        precision: Of the forward passes.
-        progress: Report how far it is: a bar on a terminal, a line every 30 seconds elsewhere.
+        directory: Directory of the memory maps.
+        precision: Precision of the forward passes.
+        progress: Show progress: a bar on a terminal, a line every 30 seconds elsewhere.
         trained: Whether the encoder's other stages are trained; otherwise its whole trunk is
             cached.
 
@@ -368,7 +368,7 @@ def _encoded(
 
 
 def _report(parts: Iterator[Any], source: Source, show: bool) -> Iterator[Any]:
-    """The parts of a cache, with a progress bar on a terminal and a line now and then elsewhere."""
+    """The parts of a cache, with a progress bar on a terminal and occasional lines elsewhere."""
     total = getattr(source, "num_images", None)
     if show and sys.stderr.isatty():
         from tqdm import tqdm

@@ -37,18 +37,18 @@ References = dict[str, tuple[str, ...]]
 
 
 class Stepper:
-    """The terms of a batch and the step over one or more: what a training loop of your own needs.
+    """The terms of a batch and the step over one or more: for your own training loop.
 
     Args:
         captioner: The model; it is trained in place.
         config: Options of the training.
 
     Attributes:
-        steps_per_epoch: Optimizer steps per epoch; `fit` sets it. Set it in a loop of your own, or
-            the learning rate stays constant.
+        steps_per_epoch: Optimizer steps per epoch; `fit` sets it. Set it in your own loop, or the
+            learning rate stays constant.
         meter: Sums over the steps since the epoch began.
-        metrics: Metrics that validation computes, names or `Metric` objects of your own, instead
-            of `config.metrics`; `monitor` may name any of their scores.
+        metrics: Metrics that validation computes, names or your own `Metric` objects, instead of
+            `config.metrics`; `monitor` may name any of their scores.
     """
 
     config_class: type[TrainConfig] = TrainConfig
@@ -90,7 +90,7 @@ class Stepper:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Optimizer steps per epoch, which the schedule follows; None where it is not known."""
+        """Optimizer steps per epoch, which the schedule follows; None if unknown."""
         return self._steps_per_epoch
 
     @steps_per_epoch.setter
@@ -102,7 +102,7 @@ class Stepper:
 
     @property
     def progress(self) -> float:
-        """Share of the run's steps that is done, 0 to 1; 0 where their number is unknown."""
+        """Share of the run's steps that is done, 0 to 1; 0 if their number is unknown."""
         if self.steps_per_epoch is None:
             return 0.0
         return min(self.step_count / max(self.config.epochs * self.steps_per_epoch, 1), 1.0)
@@ -135,7 +135,7 @@ class Stepper:
     # -- one step -----------------------------------------------------------------------------
 
     def terms(self, batch: Batch) -> dict[str, LossTerm]:
-        """The terms of a batch: forward only, with gradients, for a loop of your own.
+        """The terms of a batch: forward only, with gradients, for your own loop.
 
         Args:
             batch: On any device.

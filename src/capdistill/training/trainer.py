@@ -1,6 +1,6 @@
 """`Trainer`: cross-entropy training of a captioner; `Distiller` adds the teacher.
 
-`terms` and `step` are public, for loops of your own (see `Stepper`); `fit` is a loop over `step`.
+`terms` and `step` are public, for your own loops (see `Stepper`); `fit` is a loop over `step`.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Trainer(Stepper):
             `epochs=20, label_smoothing=0.1`.
 
     Attributes:
-        metrics: Metrics that validation computes, names or `Metric` objects of your own, instead
-            of `config.metrics`; `monitor` may name any of their scores.
+        metrics: Metrics that validation computes, names or your own `Metric` objects, instead of
+            `config.metrics`; `monitor` may name any of their scores.
         stopping: A callback sets it to end the run after the epoch.
 
     Raises:
@@ -137,17 +137,17 @@ class Trainer(Stepper):
                 `Batch`, or anything with `epoch(n, start)`, which is used as it is.
             val: The same, with references. Without it nothing is scored and no epoch is the best.
             out: Directory of the run: best/, final/, state.pt, history.jsonl, run.json.
-            resume: True continues from the state in `out`; "auto" does so where there is one.
-            overwrite: Replace the results of an earlier run in `out`; they are refused otherwise.
+            resume: True continues from the state in `out`; "auto" does so if there is one.
+            overwrite: Replace the results of an earlier run in `out`; otherwise they are an error.
             accept_changes: Resume although losses, weights, teacher or data have changed.
             callbacks: Objects with any of on_fit_start, on_step, on_epoch, on_fit_end. They are
                 called before the row is written to the history, and may add to it.
-            options: Fields of the configuration; they hold for this fit alone.
+            options: Fields of the configuration; they apply to this fit only.
 
         Raises:
             ConfigError: invalid options or data, or an `out` that holds a run or is not writable.
             DataError: no usable image.
-            CheckpointError: nothing to resume, or the state of another run.
+            CheckpointError: nothing to resume, or a state of another run.
             NotFiniteLoss: a loss became NaN; the last good checkpoint stays.
         """
         check_callbacks(callbacks)
