@@ -268,7 +268,7 @@ BAD_RESULTS = {
 }
 BAD_REFERENCES = {
     "no JSON": ("{", "is not JSON (line 1"),
-    "a list": (RESULTS, "no COCO captions file; expected the lists ('images', 'annotations')"),
+    "a list": (RESULTS, "not a COCO captions file; expected the lists ('images', 'annotations')"),
     "no images": ({"annotations": []}, "found ['annotations']"),
     "no id": ({**REFERENCES, "images": [{}]}, "images[0]: expected an object with 'id'"),
     "two entries": ({**REFERENCES, "images": [{"id": 7}, {"id": "7"}]}, "'7' is listed already"),
