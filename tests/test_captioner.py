@@ -176,7 +176,9 @@ def test_a_limit_below_one_is_refused_and_not_taken_for_none(limit):
 
 
 def test_a_batch_size_below_one_is_refused():
-    with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(
+        ConfigError, match="batch_size=0 was given; expected a whole number of at least 1"
+    ):
         toy().caption(pictures(1), batch_size=0)
 
 
