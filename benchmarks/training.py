@@ -33,6 +33,7 @@ from capdistill.tokenizer import pad_batch
 
 WORDS = [f"word{n}" for n in range(500)]
 WEIGHTS = {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1}
+SAME: dict[str, Any] = {"schedule": "constant", "label_smoothing": 0.0, "device": "cpu"}
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def make_pair() -> tuple[cd.Captioner, cd.Captioner]:
 
 def make_distiller() -> cd.Distiller:
     teacher, student = make_pair()
-    return cd.Distiller(teacher, student, weights=WEIGHTS, schedule="constant", device="cpu")
+    return cd.Distiller(teacher, student, weights=WEIGHTS, **SAME)
 
 
 def make_batch(images: int, k: int, size: int) -> Batch:
@@ -110,16 +111,16 @@ def hand_written(distiller: cd.Distiller) -> Callable[[Batch], float]:
 
 
 def compare_steps(images: int, k: int, steps: int) -> str:
-    ours, theirs = make_distiller(), make_distiller()
-    size = max(ours.teacher.image_size, ours.student.image_size)
+    distiller = make_distiller()
+    size = max(distiller.teacher.image_size, distiller.student.image_size)
     batch = make_batch(images, k, size)
-    plain = hand_written(theirs)
-    theirs.objective.train()
-    ours.teacher.eval()  # as `fit` does once; otherwise every step restores its flags
+    plain = hand_written(distiller)
+    distiller.objective.train()
+    distiller.teacher.eval()  # as `fit` does once; otherwise every step restores its flags
     for _ in range(5):
-        ours.step(batch)
+        distiller.step(batch)
         plain(batch)
-    mine, other = alternate([lambda: ours.step(batch), lambda: plain(batch)], steps)
+    mine, other = alternate([lambda: distiller.step(batch), lambda: plain(batch)], steps)
     return report(mine, other)
 
 
