@@ -572,3 +572,24 @@ def test_a_damaged_history_does_not_hinder_resuming(
             data, data, out=tmp_path / "run", epochs=2, resume=True
         )
     assert [row["epoch"] for row in history.epochs] == [1]
+
+
+def test_a_kill_between_history_and_state_leaves_one_row_per_epoch(
+    saveable: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(callback: Any, trainer: Any, row: Any) -> None:
+        raise Killed
+
+    data = [tiny.make_batch([1, 2]), tiny.make_batch([2, 1], first=2)]
+    options = {**OPTIONS, "save_every_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr("capdistill.training.callbacks.Checkpoints.on_epoch", killed)
+        with pytest.raises(Killed):
+            Trainer(saveable(), **options).fit(data, out=tmp_path / "run")
+    history = Trainer(saveable(), **options).fit(data, out=tmp_path / "run", resume=True)
+    saved = History.load(tmp_path / "run" / "history.jsonl")
+    assert [row["epoch"] for row in history.epochs] == [0, 1, 2]
+    assert [row["epoch"] for row in saved.epochs] == [0, 1, 2]

@@ -42,20 +42,29 @@ class History:
     Args:
         path: File that every row is appended to, or None.
         keep_until: Rows of an existing file up to this step are kept; None starts a new file.
+        epochs: Epoch rows are kept for this many epochs only. A run that was killed after it wrote
+            the row of an epoch, but before it saved its state, finishes that epoch again.
 
     Attributes:
         interrupted: Whether the run was interrupted (Ctrl-C or SIGTERM) before its end.
         stopped: Why the run ended, in words; None while it continues.
     """
 
-    def __init__(self, path: str | Path | None = None, keep_until: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        keep_until: int | None = None,
+        epochs: float = math.inf,
+    ) -> None:
         self.path = None if path is None else Path(path)
         self.rows: list[Row] = []
         self.interrupted = False
         self.stopped: str | None = None
         if self.path is not None:
             rows = [] if keep_until is None else _read_until(self.path, keep_until)
-            self.rows = [row for row in rows if row.get("kind") != "end"]
+            rows = [row for row in rows if row.get("kind") != "end"]
+            again = [r for r in rows if r.get("kind") == "epoch" and r["epoch"] >= epochs]
+            self.rows = [row for row in rows if row not in again]
             write_text(self.path, "".join(_line(row) for row in self.rows))
 
     def append(self, row: Row) -> None:
@@ -137,9 +146,14 @@ def _read_until(path: Path, step: float) -> list[Row]:
             row = json.loads(line)
         except ValueError:
             continue  # the last line of a killed run
-        if isinstance(row, dict) and row.get("step", math.inf) <= step:
+        if _is_row(row) and row["step"] <= step:
             rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    numbers = isinstance(row, dict) and all(type(row.get(n)) is int for n in ("step", "epoch"))
+    return numbers and isinstance(row.get("kind"), str)
 
 
 class LossMeter:

@@ -184,7 +184,7 @@ class Trainer(Stepper):
                 captions = captions_per_image(self.train_source, self.config)
                 describe_run(self, self.train_source, captions, directory)
                 keep_until = self.step_count if state is not None else None
-                self.history = History(directory / "history.jsonl", keep_until)
+                self.history = History(directory / "history.jsonl", keep_until, self.epoch)
                 if state is None:
                     self.checkpoints.save(self)  # a run that is killed early can be resumed
 
