@@ -192,3 +192,10 @@ def test_the_bar_shows_epoch_and_loss_and_counts_every_step(
     err = capfd.readouterr().err
     assert "2/2" in err
     assert "epoch=1, loss=" in err
+
+
+def test_the_line_of_a_history_shows_the_monitored_score() -> None:
+    history = History()
+    row = {"kind": "epoch", "epoch": 0, "step": 1, "scores": {"bleu_4": 0.2, "cider_d": 0.5}}
+    history.append({**row, "improved": True, "best": {"epoch": 0, "bleu_4": 0.2}})
+    assert repr(history) == "History(1 epoch, 0 logged steps, best epoch 1 (bleu_4 0.2000))"

@@ -108,11 +108,12 @@ class History:
 
     def __repr__(self) -> str:
         """One line: how far the run is, and its best epoch."""
-        parts = [f"{len(self.epochs)} epochs", f"{len(self.steps)} logged steps"]
+        count = len(self.epochs)
+        parts = [f"{count} epoch{'s' * (count != 1)}", f"{len(self.steps)} logged steps"]
         if self.best is not None:
-            scores = {**self.best["scores"]} or {"val loss": self.best["val"].get("loss")}
-            name, value = next(reversed(scores.items()))
-            parts.append(f"best epoch {self.best['epoch'] + 1} ({name} {value:.4f})")
+            monitored = {k: v for k, v in self.best.get("best", {}).items() if k != "epoch"}
+            shown = "".join(f" ({name} {value:.4f})" for name, value in monitored.items())
+            parts.append(f"best epoch {self.best['epoch'] + 1}{shown}")
         parts += [self.stopped] if self.stopped else []
         return f"History({', '.join(parts)})"
 

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 
 from capdistill.captioner import Captioner
 from capdistill.data.loader import Loader, skipped_images
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, require_bool
 from capdistill.outputs import Batch
 from capdistill.runtime import evaluating, require_single_process, seed_everything
 from capdistill.training.callbacks import (
@@ -155,6 +155,7 @@ class Trainer(Stepper):
             # What can be wrong is found before the first step.
             require_single_process()
             monitor = self.make_monitor()  # refuses a score that nothing measures
+            require_bool("fit: accept_changes", accept_changes)
             directory, resumes = open_directory(out, resume, overwrite)
             state = load_state(directory / STATE) if directory is not None and resumes else None
             if directory is not None:
