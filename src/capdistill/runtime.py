@@ -256,16 +256,17 @@ def progress(
         yield from tqdm(items, total=total, desc=what, unit=unit, dynamic_ncols=True, leave=False)
         return
     of = f" of {total:,}" if total else ""
+    units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
     last, printed, count = time.monotonic(), False, 0
     for count, item in enumerate(items, start=1):
         yield item
         if time.monotonic() - last >= seconds:
             share = f" ({count / total:.0%})" if total else ""
-            line = f"{what}: {count:,}{of} {unit}s{share}"
+            line = f"{what}: {count:,}{of} {units}{share}"
             print(printable(line, stream), file=stream, flush=True)
             last, printed = time.monotonic(), True
     if printed:
-        print(printable(f"{what}: {count:,} {unit}s, done", stream), file=stream, flush=True)
+        print(printable(f"{what}: {count:,} {units}, done", stream), file=stream, flush=True)
 
 
 def worker_start_method(given: str | None) -> str:

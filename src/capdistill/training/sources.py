@@ -6,8 +6,6 @@ import hashlib
 import inspect
 import json
 import os
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,10 @@ from capdistill.errors import ConfigError, DataError
 from capdistill.files import user_path, write_atomically, write_text
 from capdistill.outputs import Batch
 from capdistill.runtime import autocast, evaluating
+from capdistill.runtime import progress as report_progress
 from capdistill.training.config import TrainConfig
 from capdistill.training.step import Stepper, add_references
 
-REPORT_SECONDS = 30
 AUTOMATIC_CACHE_BYTES = 4e9  # cache_features=None caches no more than this
 
 
@@ -299,7 +297,7 @@ def cache_trunk(
             key.
         directory: Directory of the memory maps.
         precision: Precision of the forward passes.
-        progress: Show progress: a bar on a terminal, a line every 30 seconds elsewhere.
+        progress: Show progress: a bar on a terminal, occasional lines elsewhere.
         trained: Whether the encoder's other stages are trained; otherwise its whole trunk is
             cached.
 
@@ -331,7 +329,9 @@ def _write_cache(
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
             values = _encoded(encoder, source, precision, trained)
-            for ids, tokens in _report(values, source, progress):
+            for ids, tokens in report_progress(
+                values, len(source), "Caching features", unit="batch", show=progress
+            ):
                 index["image_ids"] += ids
                 index["shape"] = tokens.shape[1:]
                 file.write(tokens.tobytes())
@@ -365,31 +365,6 @@ def _encoded(
                 "are NaN or larger than 65504. Set cache_features=False for this encoder."
             )
         yield batch.image_ids, tokens.cpu().numpy()
-
-
-def _report(parts: Iterator[Any], source: Source, show: bool) -> Iterator[Any]:
-    """The parts of a cache, with a progress bar on a terminal and occasional lines elsewhere."""
-    total = getattr(source, "num_images", None)
-    if show and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, desc="caching features", unit="image", file=sys.stderr) as bar:
-            for ids, tokens in parts:
-                yield ids, tokens
-                bar.update(len(ids))
-        return
-    done, began = 0, time.monotonic()
-    reported = began
-    for ids, tokens in parts:
-        yield ids, tokens
-        done += len(ids)
-        if show and time.monotonic() - reported > REPORT_SECONDS:
-            reported = time.monotonic()
-            whole = f" of {total}" if total else ""
-            print(f"caching features: {done}{whole} images", file=sys.stderr, flush=True)
-    seconds = time.monotonic() - began
-    if show and seconds > 2:
-        print(f"cached the features of {done} images in {seconds:.0f} s", file=sys.stderr)
 
 
 def data_key(data: Any, source: Source, image_size: int) -> str:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
 from capdistill.data.loader import Source, skipped_images
-from capdistill.errors import ConfigError, DataError, NotFiniteLoss
+from capdistill.errors import ConfigError, NotFiniteLoss
 from capdistill.metrics import DIRECTIONS, CaptionScorer, Metric
-from capdistill.outputs import Batch, CaptionerOutput, LossTerm, require_batches
+from capdistill.outputs import Batch, CaptionerOutput, LossTerm, require_batches, require_unique_ids
 from capdistill.runtime import (
     autocast,
     batch_norms,
@@ -376,13 +376,8 @@ def add_references(references: References, batch: Batch) -> None:
             "A validation batch has no references. Scores against truncated or unknown-word ids "
             "would mislead: give Batch(references=...) with the raw captions of every image."
         )
-    for image_id, texts in zip(batch.image_ids, batch.references, strict=True):
-        if image_id in references:
-            raise DataError(
-                f"The image id '{image_id}' occurs twice in the validation data, so that one of "
-                "the two would not be scored. Give every image an id of its own."
-            )
-        references[image_id] = texts
+    require_unique_ids(batch.image_ids, "the validation data", set(references))
+    references |= zip(batch.image_ids, batch.references, strict=True)
 
 
 def with_trunk_tokens(captioner: Captioner, batch: Batch) -> Batch:
