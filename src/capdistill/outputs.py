@@ -40,10 +40,16 @@ class Batch:
         image_ids: I strings.
         references: I tuples of raw strings, or None in training.
         cached: encoder fingerprint -> (I, N, D0) trunk tokens computed earlier.
+        sampled: (B,) bool, True for captions that were sampled from the student. They are no
+            targets of the cross-entropy. None if there are none.
+        caption_weights: (B,) >= 0, weights of the captions in the cross-entropy, in its sum and its
+            count alike; None weighs all alike.
+        advantages: (B,) rewards of sampled captions relative to a baseline, or None; see
+            `SelfCritical`.
 
     Raises:
         DataError: the numbers of images, captions, ids and references do not fit; a caption or
-            reference that is not text.
+            reference that is not text; a value per caption that is not one number per caption.
     """
 
     images: Tensor
@@ -53,6 +59,9 @@ class Batch:
     image_ids: tuple[str, ...]
     references: tuple[tuple[str, ...], ...] | None = None
     cached: Mapping[str, Tensor] = field(default_factory=dict)
+    sampled: Tensor | None = None
+    caption_weights: Tensor | None = None
+    advantages: Tensor | None = None
 
     def __post_init__(self) -> None:
         images, captions = self.num_images, self.input_ids.shape[0]
@@ -76,6 +85,8 @@ class Batch:
                 require_text(caption, f"Batch: a caption of image '{self.image_ids[row // k]}'")
         if self.references is not None:
             self._check_references(self.references)
+        for name in _PER_CAPTION:
+            self._check_per_caption(name, getattr(self, name))
 
     def __repr__(self) -> str:
         return (
@@ -98,6 +109,22 @@ class Batch:
             for text in texts:
                 if type(text) is not str or text.rstrip().endswith(PRINTED_ENDS):
                     require_text(text, f"Batch: a reference of image '{image_id}'")
+
+    def _check_per_caption(self, name: str, values: Tensor | None) -> None:
+        if values is None:
+            return
+        if values.shape != (len(self.captions),):
+            raise DataError(
+                f"Batch: {name} has shape {tuple(values.shape)} for {len(self.captions)} captions; "
+                f"expected ({len(self.captions)},), one value per caption."
+            )
+        if (values.dtype == torch.bool) != (name == "sampled"):
+            kind = "bool" if name == "sampled" else "numbers"
+            raise DataError(f"Batch: {name} is {values.dtype}; expected {kind}.")
+        if name == "caption_weights" and not ((values >= 0) & values.isfinite()).all():
+            raise DataError(
+                f"Batch: caption_weights are {shortened(values.tolist())}; expected >= 0."
+            )
 
     @property
     def num_images(self) -> int:
@@ -124,18 +151,34 @@ class Batch:
         """(B, T - 1) True where a target is real, including the end token."""
         return self.mask[:, 1:]
 
+    @property
+    def reference_mask(self) -> Tensor:
+        """(B, T - 1) as `target_mask`, without the captions that were sampled from the student."""
+        if self.sampled is None:
+            return self.target_mask
+        return self.target_mask & ~self.sampled[:, None]
+
+    @property
+    def sampled_mask(self) -> Tensor:
+        """(B, T - 1) as `target_mask`, of the captions that were sampled from the student alone."""
+        if self.sampled is None:
+            return torch.zeros_like(self.target_mask)
+        return self.target_mask & self.sampled[:, None]
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         moved = copy.copy(self)  # it was checked when it was made
-        for name in _TENSORS:
-            tensor = getattr(self, name).to(device, non_blocking=True)
-            object.__setattr__(moved, name, tensor)
+        for name in (*_TENSORS, *_PER_CAPTION):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                object.__setattr__(moved, name, tensor.to(device, non_blocking=True))
         cached = {key: value.to(device, non_blocking=True) for key, value in self.cached.items()}
         object.__setattr__(moved, "cached", cached)
         return moved
 
 
 _TENSORS = ("images", "input_ids", "mask")
+_PER_CAPTION = ("sampled", "caption_weights", "advantages")
 
 
 def require_unique_ids(ids: Iterable[str], where: str, seen: set[str] | None = None) -> None:
@@ -259,7 +302,7 @@ class LossTerm:
     @property
     def mean(self) -> Tensor:
         """sum / count; 0 where nothing was counted."""
-        return self.sum / max(self.count, 1.0)
+        return self.sum / (self.count or 1.0)
 
     @property
     def weighted(self) -> Tensor:
@@ -278,6 +321,7 @@ def part(batch: Batch, first: int, last: int) -> Batch:
     """
     k = batch.captions_per_image
     rows = slice(first * k, last * k)
+    values = {name: getattr(batch, name) for name in _PER_CAPTION}
     return Batch(
         images=batch.images[first:last],
         input_ids=batch.input_ids[rows],
@@ -286,6 +330,7 @@ def part(batch: Batch, first: int, last: int) -> Batch:
         image_ids=batch.image_ids[first:last],
         references=batch.references and batch.references[first:last],
         cached={key: tokens[first:last] for key, tokens in batch.cached.items()},
+        **{name: None if value is None else value[rows] for name, value in values.items()},
     )
 
 

@@ -26,7 +26,7 @@ from capdistill.metrics import (
     rouge_l,
 )
 from capdistill.training.monitor import resolve_monitor
-from capdistill.training.step import directions
+from capdistill.training.validation import directions
 
 REFERENCES = {"a": ["a dog runs", "the dog is running"], "b": ["a red car", "one car"]}
 CAPTIONS = {"a": "a dog runs", "b": "a blue car"}

@@ -29,6 +29,12 @@ class DistillationLoss(nn.Module):
         couples_batch: True for losses that look across the images of a batch. Splitting a batch
             changes them: with `accumulation_steps` they see one micro-batch at a time, and over
             several processes the images of one rank.
+        from_teacher: False for a term that reads no teacher: `forward` may be given None as the
+            teacher's output.
+        teacher: Name of the teacher that the loss reads, where there are several; set by
+            `{"name": "feature", "teacher": "lite2"}`, too.
+        progress: Share of the run that is done, 0 to 1, for schedules; the trainer sets it before
+            each forward pass.
 
     Raises:
         ConfigError: (when the class is defined or the attribute is set) `needs` or `per` is
@@ -38,6 +44,9 @@ class DistillationLoss(nn.Module):
     needs: frozenset[str] = frozenset({"logits"})
     per: Literal["token", "image"] = "token"
     couples_batch: bool = False
+    from_teacher: bool = True
+    teacher: str | None = None
+    progress: float = 0.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -66,13 +75,13 @@ class DistillationLoss(nn.Module):
         """Scalar float32 sum; gradients reach the student and the projectors only."""
 
 
-_DECLARED = {"needs", "per", "couples_batch"}
+_DECLARED = {"needs", "per", "couples_batch", "from_teacher"}
 
 
 def _declared(cls: type[DistillationLoss], name: str, value: Any) -> Any:
     """Check the value of an attribute that the trainer relies on, and return it."""
     where = f"The loss {cls.__name__}: {name} = {value!r}"
-    if name == "couples_batch":
+    if name in ("couples_batch", "from_teacher"):
         if not isinstance(value, bool):
             raise ConfigError(f"{where}; expected True or False.")
         return value

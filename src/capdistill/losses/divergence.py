@@ -50,7 +50,11 @@ def kl_divergence(
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, mask: Tensor, label_smoothing: float = 0.0
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Sum over valid tokens of the cross-entropy with the target ids.
 
@@ -64,6 +68,7 @@ def cross_entropy(
         targets: (B, T) ids; those outside the mask are never read.
         mask: (B, T) True where a token is real.
         label_smoothing: Share in [0, 1] of each target spread evenly over all V entries.
+        weights: (B,) factors of the captions; None is 1 for each.
 
     Raises:
         ValueError: the mask does not fit the logits.
@@ -71,8 +76,11 @@ def cross_entropy(
     Source:
         `torch.nn.functional.cross_entropy`; Szegedy et al. (2016), section 7, for the smoothing.
     """
-    rows = valid_rows(logits, mask)  # (n, V)
-    return F.cross_entropy(rows, targets[mask], reduction="sum", label_smoothing=label_smoothing)
+    rows, goals = valid_rows(logits, mask), targets[mask]  # (n, V), (n,)
+    if weights is None:
+        return F.cross_entropy(rows, goals, reduction="sum", label_smoothing=label_smoothing)
+    each = F.cross_entropy(rows, goals, reduction="none", label_smoothing=label_smoothing)
+    return (each * weights[:, None].expand(mask.shape)[mask]).sum()
 
 
 def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -7,11 +7,15 @@ Callbacks with `state_dict` and `load_state_dict` are part of the state of a run
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -298,3 +302,37 @@ def _describe_end(trainer: Run, monitor: Monitor | None) -> Iterator[str]:
         yield "kept: the last epoch" + (f", {out}/best" if out else "")
     if out is not None:
         yield f"next: capdistill caption {out}/best photo.jpg"
+
+
+@contextmanager
+def handle_interrupt(notice: Callable[[], bool]) -> Iterator[None]:
+    """Inside the block Ctrl-C and SIGTERM call `notice`; the handlers before come back after it.
+
+    Outside the main thread, where Python forbids handlers, nothing is changed.
+
+    Example:
+        >>> asked = []
+        >>> with handle_interrupt(lambda: not asked and not asked.append("once")):
+        ...     signal.raise_signal(signal.SIGINT)
+        >>> asked
+        ['once']
+
+    Args:
+        notice: Returns whether the request is heeded; if not, it is a KeyboardInterrupt.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if not notice():
+            raise KeyboardInterrupt
+
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.signal(kind, ask) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            default = signal.default_int_handler if kind == signal.SIGINT else signal.SIG_DFL
+            signal.signal(kind, default if handler is None else handler)  # None: not Python's own

@@ -189,7 +189,7 @@ class LossMeter:
         """Each term's mean, raw and weighted, and the loss they add up to."""
         terms = {}
         for name, value in self.sums.items():
-            count = max(self.counts[name], 1.0)
+            count = self.counts[name] or 1.0
             terms[name] = {"raw": value / count, "weighted": self.weighted[name] / count}
         return {"loss": sum(term["weighted"] for term in terms.values()), "terms": terms}
 

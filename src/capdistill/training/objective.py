@@ -60,6 +60,7 @@ class Objective(nn.Module):
         batch: Batch,
         teacher: CaptionerOutput | None = None,
         input_fn: Callable[[Batch, Tensor], Tensor] | None = None,
+        progress: float = 0.0,
     ) -> dict[str, Tensor]:
         """The sum of every term over the batch, unweighted, as float32 scalars.
 
@@ -68,16 +69,17 @@ class Objective(nn.Module):
             teacher: The teacher's output for the batch.
             input_fn: Returns the student's input instead of `batch.inputs`; see
                 `Captioner.forward`.
+            progress: Share of the run that is done, for schedules inside a loss.
         """
         needed = self.needed_outputs | ({"logits"} if "ce" in self.weights else set())
         student: CaptionerOutput = self.student(batch, need=needed, input_fn=input_fn)
         sums = {}
         if "ce" in self.weights:
             logits = given("cross-entropy", "logits", "student", student.logits)
-            sums["ce"] = cross_entropy(
-                logits, batch.targets, batch.target_mask, self.label_smoothing
-            )
+            mask, weights = batch.reference_mask, batch.caption_weights
+            sums["ce"] = cross_entropy(logits, batch.targets, mask, self.label_smoothing, weights)
         for name, loss in self._losses():
+            loss.progress = progress
             sums[name] = loss(student, teacher, batch)
         return sums
 
@@ -93,7 +95,8 @@ class Objective(nn.Module):
         counts = dict.fromkeys(self.weights, 0.0)
         for batch in batches:
             if "ce" in counts:
-                counts["ce"] += float(batch.target_mask.sum())
+                mask, each = batch.reference_mask, batch.caption_weights
+                counts["ce"] += float((mask if each is None else mask * each[:, None]).sum())
             for name, loss in self._losses():
                 counts[name] += float(loss.count(batch))
         return counts

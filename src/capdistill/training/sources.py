@@ -24,7 +24,8 @@ from capdistill.outputs import Batch
 from capdistill.runtime import autocast, evaluating
 from capdistill.runtime import progress as report_progress
 from capdistill.training.config import TrainConfig
-from capdistill.training.step import Stepper, add_references
+from capdistill.training.step import Stepper
+from capdistill.training.validation import add_references
 
 AUTOMATIC_CACHE_BYTES = 4e9  # cache_features=None caches no more than this
 

@@ -6,7 +6,6 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from capdistill.captioner import Captioner
 from capdistill.data.loader import Source, skipped_images
 from capdistill.errors import ConfigError, NotFiniteLoss
-from capdistill.metrics import DIRECTIONS, CaptionScorer, Metric
-from capdistill.outputs import Batch, CaptionerOutput, LossTerm, require_batches, require_unique_ids
+from capdistill.metrics import CaptionScorer, Metric
+from capdistill.outputs import Batch, CaptionerOutput, LossTerm, require_batches
 from capdistill.runtime import (
     autocast,
     batch_norms,
@@ -28,12 +27,18 @@ from capdistill.runtime import (
 from capdistill.training.config import TrainConfig
 from capdistill.training.decoder_inputs import noisy_inputs, require_unknown_word
 from capdistill.training.history import EpochMeter, LossMeter, Row
-from capdistill.training.monitor import MEANINGFUL, Monitor, monitor_key, resolve_monitor
+from capdistill.training.monitor import Monitor
 from capdistill.training.objective import Objective
 from capdistill.training.optim import Scheduler, make_schedule, parameter_groups
+from capdistill.training.validation import (
+    References,
+    add_references,
+    make_monitor,
+    measured,
+    with_trunk_tokens,
+)
 
 MAX_SKIPPED_STEPS = 10  # in a row; loss scaling needs a few at the start of a run, not more
-References = dict[str, tuple[str, ...]]
 
 
 class Stepper:
@@ -181,7 +186,7 @@ class Stepper:
         sums: dict[str, Tensor] = {}
         for batch in batches:
             raw = self._forward(batch)
-            weighted = [weights[n] * (raw[n] / max(counts[n], 1.0)) for n in raw]
+            weighted = [weights[n] * (raw[n] / (counts[n] or 1.0)) for n in raw]
             loss = torch.stack(weighted).sum()
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             for name, value in raw.items():
@@ -259,14 +264,14 @@ class Stepper:
         noise = self.config.word_dropout or self.config.scheduled_sampling
         if noise and self.objective.training:
             input_fn = noisy_inputs(self.captioner, batch, self.config, self.epoch, self.progress)
-        batch = batch.to(self.device)
+        batch, progress = batch.to(self.device), self.progress
         norms = [norm for norm in self._batch_norms if norm.training]
         alone = norms if batch.num_images == 1 else []
         before = [(buffer, buffer.clone()) for norm in alone for buffer in norm.buffers()]
         with autocast(self.device, self.precision):
             teacher = self.teacher_output(batch)
             try:
-                return self.objective(batch, teacher, input_fn)  # type: ignore[no-any-return]
+                return self.objective(batch, teacher, input_fn, progress)  # type: ignore[no-any-return]
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -274,7 +279,7 @@ class Stepper:
             for buffer, value in before:  # some norms have taken part before one refused
                 buffer.copy_(value)
             with batch_norms_in_eval(self.objective):
-                return self.objective(batch, teacher, input_fn)  # type: ignore[no-any-return]
+                return self.objective(batch, teacher, input_fn, progress)  # type: ignore[no-any-return]
 
     def _require_finite(self, totals: Mapping[str, float], norm: float) -> None:
         bad = {name: value for name, value in totals.items() if not math.isfinite(value)}
@@ -302,18 +307,7 @@ class Stepper:
 
     def make_monitor(self) -> Monitor:
         """The choice of the best epoch, by the configured score; its metric is measured too."""
-        measured = self.measured()
-        name, higher = resolve_monitor(self.config.monitor, directions(measured))
-        meaningful = MEANINGFUL.get(name, 0.0)
-        return Monitor(name, higher=higher, patience=self.config.patience, meaningful=meaningful)
-
-    def measured(self) -> tuple[str | Metric, ...]:
-        """What validation computes: the chosen metrics, and the monitored one."""
-        chosen = tuple(self.config.metrics if self.metrics is None else self.metrics)
-        key = monitor_key(self.config.monitor)
-        if key in DIRECTIONS and key not in directions(chosen):
-            return (*chosen, key)
-        return chosen
+        return make_monitor(self.config, self.metrics)
 
     def validate(self, source: Source) -> tuple[dict[str, Any], dict[str, float]]:
         """Terms and scores over a source whose batches have references, in evaluation mode.
@@ -352,54 +346,13 @@ class Stepper:
         return found, self.score(references, generated)
 
     def score(
-        self,
-        references: Mapping[str, Sequence[str]],
-        captions: Mapping[str, str],
+        self, references: Mapping[str, Sequence[str]], captions: Mapping[str, str]
     ) -> dict[str, float]:
         """Scores of validation captions by name; references are prepared once."""
-        metrics = self.measured()
-        asked = (dict(references), tuple(metrics))
+        asked = (dict(references), measured(self.config, self.metrics))
         if self._prepared is None or self._prepared[0] != asked:
-            self._prepared = asked, CaptionScorer(references, metrics=metrics)
+            self._prepared = asked, CaptionScorer(asked[0], metrics=asked[1])
         return {name: float(value) for name, value in self._prepared[1](captions).items()}
-
-
-def add_references(references: References, batch: Batch) -> None:
-    """Add the references of a validation batch, by image.
-
-    Raises:
-        ConfigError: the batch has none.
-        DataError: an image id that was there already.
-    """
-    if batch.references is None:
-        raise ConfigError(
-            "A validation batch has no references. Scores against truncated or unknown-word ids "
-            "would mislead: give Batch(references=...) with the raw captions of every image."
-        )
-    require_unique_ids(batch.image_ids, "the validation data", set(references))
-    references |= zip(batch.image_ids, batch.references, strict=True)
-
-
-def with_trunk_tokens(captioner: Captioner, batch: Batch) -> Batch:
-    """The batch with the trunk's tokens, so that loss and captions share one pass of the trunk."""
-    encoder = captioner.encoder
-    tokens = encoder.tokens_from(batch.cached) if batch.cached else None
-    if tokens is None and not batch.images.numel():
-        return batch  # `encode` reports what is missing
-    if tokens is None:
-        tokens = encoder.trunk(batch.images)
-    return replace(batch, cached={**batch.cached, encoder.live_key: tokens})
-
-
-def directions(metrics: Sequence[str | Metric]) -> dict[str, bool]:
-    """Every score that the metrics give -> whether higher is better.
-
-    Example:
-        >>> directions(["bleu_4"])
-        {'bleu_4': True}
-    """
-    found = CaptionScorer([["a dog"]], metrics=metrics).directions
-    return {name: direction == "higher" for name, direction in found.items()}
 
 
 def warn_of_untrained(objective: nn.Module) -> None:

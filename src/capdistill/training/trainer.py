@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
@@ -29,6 +26,7 @@ from capdistill.training.callbacks import (
     Recorder,
     SkippedImages,
     check_callbacks,
+    handle_interrupt,
 )
 from capdistill.training.checkpoint import load_state, restore, snapshot
 from capdistill.training.config import TrainConfig, TrainOptions
@@ -380,37 +378,3 @@ class Trainer(Stepper):
         who = self._identity or identity(self, self.train_source, self.val_source)
         restore(self, state, self.train_source, self.callbacks, who, accept_changes)
         self._batches_are_lost = bool(state["skipped"])
-
-
-@contextmanager
-def handle_interrupt(notice: Callable[[], bool]) -> Iterator[None]:
-    """Inside the block Ctrl-C and SIGTERM call `notice`; the handlers before come back after it.
-
-    Outside the main thread, where Python forbids handlers, nothing is changed.
-
-    Example:
-        >>> asked = []
-        >>> with handle_interrupt(lambda: not asked and not asked.append("once")):
-        ...     signal.raise_signal(signal.SIGINT)
-        >>> asked
-        ['once']
-
-    Args:
-        notice: Returns whether the request is heeded; if not, it is a KeyboardInterrupt.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if not notice():
-            raise KeyboardInterrupt
-
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = {kind: signal.signal(kind, ask) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            default = signal.default_int_handler if kind == signal.SIGINT else signal.SIG_DFL
-            signal.signal(kind, default if handler is None else handler)  # None: not Python's own

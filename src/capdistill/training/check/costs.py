@@ -28,7 +28,7 @@ from capdistill.training.check.trial import (
     milliseconds,
 )
 from capdistill.training.sources import open_sources, wants_crops
-from capdistill.training.step import add_references
+from capdistill.training.validation import add_references
 
 if TYPE_CHECKING:
     from capdistill.training.step import Stepper
