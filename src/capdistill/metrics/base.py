@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from capdistill.errors import (
 )
 from capdistill.metrics.ptb import ptb_tokenize
 
+Item = TypeVar("Item")
 Caption = str | Sequence[str]
 Captions = Mapping[Any, Caption] | Iterable[tuple[Any, Caption]] | Sequence[Caption]
 References = (
@@ -91,6 +92,24 @@ def align(captions: Captions, images: Collection[Any]) -> list[Caption]:
             "ids as the references (or both as lists in one order); '' is a caption."
         )
     return [checked_caption(items[image], image) for image in images]
+
+
+def align_many(
+    captions: Sequence[Caption], image_ids: Sequence[Any], images: Collection[Any]
+) -> list[Caption]:
+    """Check captions of which each belongs to any of `images`, by its id.
+
+    Raises:
+        DataError: more or fewer captions than ids, an id that is not in `images`, or a caption
+            that is neither text nor a list of tokens.
+    """
+    foreign = [image for image in dict.fromkeys(image_ids) if image not in images]
+    if foreign or len(image_ids) != len(captions):
+        raise DataError(
+            f"{len(captions)} captions with {len(image_ids)} image ids. Without references: "
+            f"{first(foreign)}. Give each caption the id of an image that has references."
+        )
+    return [checked_caption(c, image) for c, image in zip(captions, image_ids, strict=True)]
 
 
 def checked_caption(caption: Any, image: Any) -> Caption:
@@ -203,6 +222,34 @@ class Metric:
                 "function returns a name and 'higher' or 'lower', whichever is better."
             )
 
+    def scores(
+        self, references: Mapping[Any, Sequence[Caption]], hypotheses: Mapping[Any, Caption]
+    ) -> dict[str, tuple[float, dict[Any, float]]]:
+        """Call the function and check its result: name -> corpus score, image -> score.
+
+        Raises:
+            DataError: other scores than it declares, or not of all images.
+        """
+        texts = {image: [as_text(c) for c in each] for image, each in references.items()}
+        found = self.function(texts, {image: as_text(hypotheses[image]) for image in texts})
+        if set(found) != set(self.directions):
+            raise DataError(
+                f"The metric {self.function!r} returned the scores {sorted(found)}, but it "
+                f"declares directions for {sorted(self.directions)}. Declare one for each score."
+            )
+        return {name: (float(v), _each(name, each, texts)) for name, (v, each) in found.items()}
+
+
+def _each(name: str, scores: Any, images: Collection[Any]) -> dict[Any, float]:
+    listed = not isinstance(scores, Mapping)
+    items = dict(zip(images, scores, strict=False) if listed else scores)
+    if len(scores) != len(images) or set(items) != set(images):
+        raise DataError(
+            f"The metric's '{name}' has scores of {len(scores)} images; expected one for each "
+            f"of the {len(images)} images, by the same ids or in their order."
+        )
+    return {image: float(items[image]) for image in images}
+
 
 @dataclass(frozen=True)
 class Scores(Mapping[str, float]):
@@ -251,6 +298,12 @@ ORDER = 4
 Tokens = Sequence[str]
 Ngram = tuple[str, ...]
 Result = tuple[float, list[float]]  # corpus score, one score per image
+Results = dict[str, Result]
+
+
+def of_images(references: Sequence[Item], images: Iterable[int] | None) -> Sequence[Item]:
+    """The references of each image, by its place; None is every image once, in order."""
+    return references if images is None else [references[image] for image in images]
 
 
 def words(tokens: Tokens) -> Tokens:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from capdistill.metrics.base import ORDER, Result, Tokens, words
+from capdistill.metrics.base import ORDER, Results, Tokens, of_images, words
 from capdistill.metrics.ngram_counts import (
     Floats,
     HypothesisNgrams,
@@ -43,8 +43,8 @@ class Bleu:
     def __init__(self, references: Sequence[Sequence[Tokens]] | ReferenceNgrams) -> None:
         self._references = reference_ngrams(references)
 
-    def __call__(self, hypotheses: Sequence[Tokens] | HypothesisNgrams) -> dict[str, Result]:
-        """Corpus and per-image scores of one tokenised caption per image, in the same order."""
+    def __call__(self, hypotheses: Sequence[Tokens] | HypothesisNgrams) -> Results:
+        """Corpus and single scores of one tokenised caption per image, or of counted ones."""
         return self.scores(self.counts(hypotheses))
 
     def counts(self, hypotheses: Sequence[Tokens] | HypothesisNgrams) -> Ints:
@@ -58,10 +58,10 @@ class Bleu:
         lengths = hypotheses.lengths
         guessed = np.maximum(0, lengths[:, None] - np.arange(ORDER))  # (I, 4)
         return np.column_stack(
-            [self._correct(hypotheses), guessed, lengths, self._closest(lengths)]
+            [self._correct(hypotheses), guessed, lengths, self._closest(hypotheses)]
         )
 
-    def scores(self, counts: Ints) -> dict[str, Result]:
+    def scores(self, counts: Ints) -> Results:
         """Corpus and per-image scores from `counts`."""
         corpus = self.scores_of_sums(counts.sum(0)).tolist()
         images = self.scores_of_sums(counts).T.tolist()
@@ -79,21 +79,21 @@ class Bleu:
         return scores
 
     def _correct(self, hypotheses: HypothesisNgrams) -> Ints:
-        correct = np.zeros((self._references.images, ORDER), np.int64)
+        correct = np.zeros((len(hypotheses.lengths), ORDER), np.int64)
         for n, (table, ours) in enumerate(
             zip(self._references.tables, hypotheses.counted, strict=True)
         ):
-            found, groups = table.find(ours)
+            found, groups = table.find(ours, hypotheses.images)
             clipped = np.minimum(ours.counts[found], table.most[groups])
             np.add.at(correct[:, n], ours.rows[found], clipped)
         return correct
 
-    def _closest(self, lengths: Ints) -> Ints:
+    def _closest(self, hypotheses: HypothesisNgrams) -> Ints:
         """The length of the reference that is closest in length, the shorter of two."""
-        references = self._references
-        away = np.abs(references.lengths - lengths[references.image])
-        unit = int(references.lengths.max()) + 1
-        best: Ints = np.minimum.reduceat(away * unit + references.lengths, references.first) % unit
+        theirs = self._references.lengths[hypotheses.reference]
+        away = np.abs(theirs - hypotheses.lengths[hypotheses.caption])
+        unit = int(theirs.max()) + 1
+        best: Ints = np.minimum.reduceat(away * unit + theirs, hypotheses.first) % unit
         return best
 
 
@@ -119,9 +119,9 @@ class RougeL:
     def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
         self._references = references
 
-    def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
-        """Corpus and per-image scores of one tokenised caption per image, in the same order."""
-        pairs = zip(hypotheses, self._references, strict=True)
+    def __call__(self, hypotheses: Sequence[Tokens], images: Ints | None = None) -> Results:
+        """Corpus and single scores of tokenised captions: one per image, or of these images."""
+        pairs = zip(hypotheses, of_images(self._references, images), strict=True)
         scores = [_f_score(tokens, references) for tokens, references in pairs]
         return {"rouge_l": (sum(scores) / max(len(scores), 1), scores)}
 
@@ -173,9 +173,9 @@ class MeteorNltk:
     def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
         self._references = [[_Sentence.of(tokens) for tokens in image] for image in references]
 
-    def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
-        """Corpus and per-image scores of one tokenised caption per image, in the same order."""
-        pairs = zip(map(_Sentence.of, hypotheses), self._references, strict=True)
+    def __call__(self, hypotheses: Sequence[Tokens], images: Ints | None = None) -> Results:
+        """Corpus and single scores of tokenised captions: one per image, or of these images."""
+        pairs = zip(map(_Sentence.of, hypotheses), of_images(self._references, images), strict=True)
         scores = [max(_score(ours, theirs) for theirs in image) for ours, image in pairs]
         return {"meteor_nltk": (sum(scores) / max(len(scores), 1), scores)}
 

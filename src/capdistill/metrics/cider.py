@@ -81,26 +81,29 @@ class CiderD:
         ]
 
     def __call__(self, hypotheses: Sequence[Tokens] | HypothesisNgrams) -> dict[str, Result]:
-        """Corpus and per-image scores of one tokenised caption per image, in the same order."""
+        """Corpus and single scores of one tokenised caption per image, or of counted ones."""
         references = self._references
         if not isinstance(hypotheses, HypothesisNgrams):
             hypotheses = references.count(hypotheses)
-        cosines = sum(self._cosines(n, counted) for n, counted in enumerate(hypotheses.counted))
+        cosines = sum(self._cosines(n, hypotheses) for n in range(ORDER))
         ours, theirs = (np.maximum(0, n - 1) for n in (hypotheses.lengths, references.lengths))
-        difference = ours[references.image] - theirs
+        difference = ours[hypotheses.caption] - theirs[hypotheses.reference]
         damped = cosines * np.exp(-(difference**2) / (2 * _SIGMA**2))
-        totals = np.bincount(references.image, damped, references.images)
-        scores: list[float] = (10.0 * totals / ORDER / references.per_image).tolist()
+        totals = np.bincount(hypotheses.caption, damped, len(hypotheses.lengths))
+        per_image = references.per_image[hypotheses.images]
+        scores: list[float] = (10.0 * totals / ORDER / per_image).tolist()
         return {"cider_d": (sum(scores) / max(len(scores), 1), scores)}
 
-    def _cosines(self, n: int, counted: Counted) -> Floats:
-        """The clipped cosine of each reference and its image's caption."""
-        references, table = self._references, self._references.tables[n]
-        ours, theirs = self._weigh(n, counted, references.images), self._weighted[n]
-        mine, other = table.join(counted)
+    def _cosines(self, n: int, hypotheses: HypothesisNgrams) -> Floats:
+        """The clipped cosine of each caption and each reference of its image."""
+        table, counted = self._references.tables[n], hypotheses.counted[n]
+        ours, theirs = self._weigh(n, counted, len(hypotheses.lengths)), self._weighted[n]
+        mine, other = table.join(counted, hypotheses.images)
         products = np.minimum(ours.weights[mine], theirs.weights[other]) * theirs.weights[other]
-        dots = np.bincount(table.rows[other], products, len(references.image))
-        norms = ours.norms[references.image] * theirs.norms
+        caption, first = counted.rows[mine], self._references.first[hypotheses.images]
+        pair = (hypotheses.first - first)[caption] + table.rows[other]
+        dots = np.bincount(pair, products, len(hypotheses.reference))
+        norms = ours.norms[hypotheses.caption] * theirs.norms[hypotheses.reference]
         return np.divide(dots, norms, out=np.zeros_like(norms), where=norms != 0)
 
     def _weigh(self, n: int, counted: Counted, captions: int) -> _Weighted:

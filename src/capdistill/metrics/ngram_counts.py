@@ -15,10 +15,17 @@ from capdistill.metrics.base import ORDER, Tokens, words
 
 
 class HypothesisNgrams(NamedTuple):
-    """The counted n-grams of one caption per image; `ReferenceNgrams.count` makes it."""
+    """The counted n-grams of captions, and their pairs; `ReferenceNgrams.count` makes it.
+
+    A caption makes a pair with each reference of its image; the pairs of a caption are adjacent.
+    """
 
     lengths: Ints  # tokens of each caption
     counted: list[Counted]  # for n = 1, 2, ...
+    images: Ints  # of each caption
+    first: Ints  # pair of each caption
+    caption: Ints  # of each pair
+    reference: Ints  # of each pair
 
 
 class ReferenceNgrams:
@@ -49,17 +56,27 @@ class ReferenceNgrams:
         sizes = self.ids.sizes
         self.tables = [Table(c, self.image, n) for c, n in zip(counted, sizes, strict=True)]
 
-    def count(self, hypotheses: Sequence[Tokens]) -> HypothesisNgrams:
-        """The n-grams of one caption per image, in the numbers of the references.
+    def count(self, hypotheses: Sequence[Tokens], images: Ints | None = None) -> HypothesisNgrams:
+        """The n-grams of captions, in the numbers of the references.
+
+        Args:
+            hypotheses: Tokenised captions.
+            images: The image of each caption, by its place; None is one caption per image.
 
         Raises:
             ValueError: as many captions as images were expected.
         """
-        if len(hypotheses) != self.images:
-            raise ValueError(f"{len(hypotheses)} captions of {self.images} images; give one each.")
+        images = arange(self.images) if images is None else images
+        if len(hypotheses) != len(images):
+            raise ValueError(f"{len(hypotheses)} captions of {len(images)} images; give one each.")
         captions = [words(tokens) for tokens in hypotheses]
         lengths = np.array([len(tokens) for tokens in captions], np.int64)
-        return HypothesisNgrams(lengths, self.ids.count(captions, keep=False))
+        sizes = self.per_image[images]
+        first = np.cumsum(sizes) - sizes
+        caption = np.repeat(arange(len(images)), sizes)
+        reference = np.repeat(self.first[images] - first, sizes) + arange(len(caption))
+        counted = self.ids.count(captions, keep=False)
+        return HypothesisNgrams(lengths, counted, images, first, caption, reference)
 
 
 class Table:
@@ -80,14 +97,14 @@ class Table:
         self.most = np.maximum.reduceat(self.counts, self.starts) if len(order) else self.counts
         self.frequencies = np.bincount(unpack(self.keys)[1], minlength=size)
 
-    def find(self, counted: Counted) -> tuple[Ints, Ints]:
+    def find(self, counted: Counted, images: Ints) -> tuple[Ints, Ints]:
         """Which n-grams of the captions their image's references have, and in which groups."""
-        groups, found = find(self.keys, pack(counted.rows, counted.ids))
+        groups, found = find(self.keys, pack(images[counted.rows], counted.ids))
         return np.flatnonzero(found), groups[found]
 
-    def join(self, counted: Counted) -> tuple[Ints, Ints]:
+    def join(self, counted: Counted, images: Ints) -> tuple[Ints, Ints]:
         """Every pair of a caption's n-gram and the same in a reference of its image, as indices."""
-        found, groups = self.find(counted)
+        found, groups = self.find(counted, images)
         sizes = self.sizes[groups]
         before = np.cumsum(sizes) - sizes
         inside = arange(sizes.sum()) - np.repeat(before, sizes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from capdistill.errors import ConfigError, DataError, UnknownName, shortened, suggest
 from capdistill.metrics import meteor15
 from capdistill.metrics.base import (
@@ -13,11 +15,11 @@ from capdistill.metrics.base import (
     Direction,
     Metric,
     References,
-    Result,
+    Results,
     Scores,
     Tokens,
     align,
-    as_text,
+    align_many,
     checked_caption,
     first,
     prepare,
@@ -26,7 +28,7 @@ from capdistill.metrics.base import (
 from capdistill.metrics.bleu_rouge_meteor import Bleu, MeteorNltk, RougeL
 from capdistill.metrics.cider import CiderD, DocumentFrequencies
 from capdistill.metrics.meteor15 import Meteor15
-from capdistill.metrics.ngram_counts import ReferenceNgrams
+from capdistill.metrics.ngram_counts import Floats, ReferenceNgrams
 
 _ONE_IMAGE = (
     "cider_d is 0 for a single image whatever the caption: its document frequencies are counted "
@@ -74,6 +76,7 @@ class CaptionScorer:
         document_frequencies: DocumentFrequencies | None = None,
     ) -> None:
         self._references = prepare(references)
+        self._places = {image: place for place, image in enumerate(self._references)}
         self._wanted, self._own, names = resolve_metrics(metrics)
         self.notes = self._notes(names, document_frequencies)
         tokens = [[tokens_of(caption) for caption in image] for image in self._references.values()]
@@ -165,6 +168,64 @@ class CaptionScorer:
         """Drop the captions that `update` added; the references stay."""
         self._collected = {}
 
+    def rewards(
+        self,
+        image_ids: Sequence[Any],
+        captions: Sequence[Caption],
+        score: str | Mapping[str, float] = "cider_d",
+    ) -> Floats:
+        """Score any number of captions of any of the images, each caption by itself.
+
+        The values are those that a call gives in `per_image`; strings are split by the rules of
+        the Penn Treebank here too.
+
+        Example:
+            >>> references = {"1": ["a dog runs"], "2": ["a red car"]}
+            >>> scorer = CaptionScorer(references, metrics=["bleu", "cider_d"])
+            >>> scorer.rewards(["2", "1", "1"], ["a car", "a dog runs", ""]).round(2).tolist()
+            [1.74, 7.5, 0.0]
+            >>> scorer.rewards(["1"], ["a dog"], {"cider_d": 0.1, "bleu_1": 1}).round(2).tolist()
+            [0.96]
+
+        Args:
+            image_ids: The image of each caption, by the ids of the references (by its index if
+                they were a list); an image may come any number of times.
+            captions: The caption of each of `image_ids`; "" is a caption.
+            score: A score of this scorer, or score -> weight for a weighted sum. A score that
+                gets better when it gets lower needs a negative weight. Your own metric sees every
+                caption as the only one of an image.
+
+        Raises:
+            DataError: ids without references, more captions than ids, or a caption that is no text.
+            UnknownName: a score that this scorer does not compute.
+        """
+        weights = {score: 1.0} if isinstance(score, str) else dict(score)
+        for name in weights:
+            if name not in self.directions:
+                raise UnknownName(f"rewards: no score '{name}'. {suggest(name, self.directions)}")
+        given = align_many(captions, image_ids, self._references)
+        found = self._single_scores(given, image_ids, weights) if given else {}
+        terms = [weights[name] * np.array(found[name]) for name in weights if given]
+        return sum(terms, start=np.zeros(len(given)))
+
+    def _single_scores(
+        self, captions: Sequence[Caption], image_ids: Sequence[Any], names: Mapping[str, float]
+    ) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        tokens = [tokens_of(caption) for caption in captions]
+        images = np.array([self._places[image] for image in image_ids], np.int64)
+        counted = self._ngrams.count(tokens, images) if self._ngrams else None
+        for metric, scores in self._wanted.items():
+            if names.keys() & {*scores}:
+                given = (counted,) if metric in ON_NGRAMS else (tokens, images)
+                found |= {name: each for name, (_, each) in self._metrics[metric](*given).items()}
+        for own in self._own:
+            if names.keys() & own.directions.keys():
+                references = {n: self._references[image] for n, image in enumerate(image_ids)}
+                scored = own.scores(references, dict(enumerate(captions)))
+                found |= {name: list(each.values()) for name, (_, each) in scored.items()}
+        return found
+
     def _score(self, captions: Sequence[Caption], tokens: Sequence[Tokens]) -> Scores:
         ngrams = self._ngrams.count(tokens) if self._ngrams else None
         corpus: dict[str, float] = {}
@@ -181,8 +242,9 @@ class CaptionScorer:
                 corpus[score], each = computed[score]
                 per_image[score] = dict(zip(self._references, each, strict=True))
         for own in self._own:
-            for score, (total, by_image) in self._call(own, captions).items():
-                corpus[score], per_image[score] = float(total), self._by_image(score, by_image)
+            by_image = dict(zip(self._references, captions, strict=True))
+            for score, found in own.scores(self._references, by_image).items():
+                corpus[score], per_image[score] = found
         return Scores(corpus, per_image, self.notes, counts)
 
     def _notes(
@@ -192,29 +254,8 @@ class CaptionScorer:
         without = "meteor_1_5" in names and "meteor_1_5" not in self._wanted
         return (_ONE_IMAGE,) * alone + (_NO_PARAPHRASES,) * without
 
-    def _call(self, metric: Metric, captions: Sequence[Caption]) -> dict[str, tuple[float, Any]]:
-        references = {i: [as_text(c) for c in each] for i, each in self._references.items()}
-        hypotheses = dict(zip(references, map(as_text, captions), strict=True))
-        results = dict(metric.function(references, hypotheses))
-        if set(results) != set(metric.directions):
-            raise DataError(
-                f"The metric {metric.function!r} returned the scores {sorted(results)}, but it "
-                f"declares directions for {sorted(metric.directions)}. Declare one for each score."
-            )
-        return results
 
-    def _by_image(self, name: str, scores: Any) -> dict[Any, float]:
-        listed = not isinstance(scores, Mapping)
-        items = dict(zip(self._references, scores, strict=False) if listed else scores)
-        if len(scores) != len(self._references) or set(items) != set(self._references):
-            raise DataError(
-                f"The metric's '{name}' has scores of {len(scores)} images; expected one for each "
-                f"of the {len(self._references)} images, by the same ids or in their order."
-            )
-        return {image: float(items[image]) for image in self._references}
-
-
-Prepared = Callable[[Any], dict[str, Result]]
+Prepared = Callable[..., Results]
 
 SCORES: dict[str, tuple[str, ...]] = {
     "bleu": ("bleu_1", "bleu_2", "bleu_3", "bleu_4"),

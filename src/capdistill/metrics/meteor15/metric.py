@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from capdistill.metrics.base import Result, Tokens
+from capdistill.metrics.base import Results, Tokens, of_images
 from capdistill.metrics.meteor15.alignment import Match, align, find_matches
 from capdistill.metrics.meteor15.sentence import Sentence
 from capdistill.metrics.meteor15.tables import Rewrites, read_paraphrases
@@ -121,20 +121,20 @@ class Meteor15:
         self._table = None if paraphrases is None else Path(paraphrases)
         self._rewrites: Rewrites | None = None
 
-    def __call__(self, hypotheses: Sequence[Tokens]) -> dict[str, Result]:
-        """Corpus and per-image scores of one tokenized caption per image, in the same order."""
-        return self.scores(self.counts(hypotheses))
+    def __call__(self, hypotheses: Sequence[Tokens], images: Ints | None = None) -> Results:
+        """Corpus and single scores of tokenised captions: one per image, or of these images."""
+        return self.scores(self.counts(hypotheses, images))
 
-    def counts(self, hypotheses: Sequence[Tokens]) -> Ints:
-        """Align each caption with its best reference: whole numbers of each image, (I, S)."""
-        rewrites = self._paraphrases()
+    def counts(self, hypotheses: Sequence[Tokens], images: Ints | None = None) -> Ints:
+        """Align each caption with its best reference: whole numbers of each caption, (I, S)."""
+        rewrites, references = self._paraphrases(), of_images(self._references, images)
         rows = [
-            _best(Sentence(tokens), references, rewrites).numbers()
-            for tokens, references in zip(hypotheses, self._references, strict=True)
+            _best(Sentence(tokens), image, rewrites).numbers()
+            for tokens, image in zip(hypotheses, references, strict=True)
         ]
         return np.array(rows, np.int64).reshape(len(rows), _COUNTS)
 
-    def scores(self, counts: Ints) -> dict[str, Result]:
+    def scores(self, counts: Ints) -> Results:
         """Corpus and per-image scores from `counts`."""
         corpus = self.scores_of_sums(counts.sum(0, keepdims=True))[0, 0] if len(counts) else 0.0
         return {self.name: (float(corpus), self.scores_of_sums(counts)[:, 0].tolist())}
