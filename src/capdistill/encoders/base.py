@@ -162,6 +162,12 @@ class Encoder(nn.Module):
             keys[key] = _Key.of(self, trained)
         return key
 
+    def current_key(self) -> str | None:
+        """As `cache_key`, but not hashed again as long as no weight visibly changed."""
+        keys: dict[str, _Key] = self.__dict__.get("_keys", {})
+        held = (key for key, each in keys.items() if each.trained and each.holds())
+        return next(held, None) or self.cache_key()
+
     @property
     def live_key(self) -> str:
         """Key for the trunk's tokens of one batch, for several readers within `torch.no_grad()`."""
