@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from capdistill.data import CocoCaptions, Example, Flickr8k, Folder, Karpathy
-from capdistill.data.dataset import image_finder
+from capdistill.data.image_names import image_finder
 from capdistill.errors import DataError
 from tests.data.data_pictures import picture
 

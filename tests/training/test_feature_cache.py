@@ -15,9 +15,10 @@ from torch.utils.data import Dataset
 
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.data import CaptionData
+from capdistill.data.collate import FeatureCache
 from capdistill.data.loader import FixedBatches
 from capdistill.errors import ConfigError, DataError
-from capdistill.training.sources import FeatureCache, cache_trunk
+from capdistill.feature_cache import cache_trunk
 from tests.training import tiny_models as tiny
 
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "batch_size": 2, "epochs": 2, "learning_rate": 0.01}

@@ -19,12 +19,11 @@ from capdistill.data.caption_files import (
 from capdistill.data.dataset import (
     CaptionData,
     Example,
-    Finder,
     Splits,
-    image_finder,
     require_some,
     to_examples,
 )
+from capdistill.data.image_names import Finder, image_finder
 from capdistill.errors import DataError, shortened
 from capdistill.files import user_path
 

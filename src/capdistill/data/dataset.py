@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from capdistill.data.caption_files import (
     pluralize,
     require_caption,
 )
+from capdistill.data.image_names import Finder
 from capdistill.errors import DataError, require_int, require_number
 from capdistill.files import user_path
 from capdistill.outputs import require_unique_ids
@@ -298,9 +298,6 @@ def _captions(part: CaptionData) -> str:
     return pluralize(sum(len(example.captions) for example in part.examples), "caption")
 
 
-Finder = Callable[[str], list[Path]]
-
-
 def to_examples(
     rows: Iterable[Row], file: str, find: Finder, report: DataReport
 ) -> dict[str, Example]:
@@ -339,74 +336,6 @@ def to_examples(
         if image not in captions:
             report.add(Problem("image without caption", file, "", image))
     return {image: Example(image, found[image], texts) for image, texts in captions.items()}
-
-
-_PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_SUFFIXES = {*_PHOTOS, ".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm"}
-
-
-def image_finder(*roots: Path) -> Finder:
-    """A function from a name in a caption file to the image files that it may mean.
-
-    The file of that very name comes first. Otherwise the name may lack its suffix (`dog` for
-    `dog.jpg`), or be a number without its zeros (`12` for `00012.png`); it is then found if just
-    one file matches.
-
-    Args:
-        roots: The directories that names are relative to. No name leads out of them.
-    """
-    listings: dict[Path, list[Path]] = {}
-
-    def images_in(folder: Path) -> list[Path]:
-        if folder not in listings:
-            listings[folder] = _images(folder)
-        return listings[folder]
-
-    def find(name: str) -> list[Path]:
-        inside = [root / _file_name(name) for root in roots if _stays_inside(root, name)]
-        exact = next((path for path in inside if os.path.isfile(path)), None)
-        if exact is not None:
-            return [exact]
-        stem = _normal(Path(name).name)
-        near = [file for path in inside for file in images_in(path.parent)]
-        same = [file for file in near if stem in (_normal(file.stem), _normal(file.name))]
-        number = _number(stem)
-        if not same and number is not None:
-            same = [file for file in near if _number(file.stem) == number]
-        return list({os.path.realpath(file): file for file in same}.values())
-
-    return find
-
-
-def _images(folder: Path) -> list[Path]:
-    try:
-        return [file for file in sorted(folder.iterdir()) if file.suffix.lower() in _SUFFIXES]
-    except OSError:
-        return []
-
-
-def _file_name(name: str) -> str:
-    """The name as the operating system has it, also where the locale cannot encode it."""
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return os.fsdecode(name.encode("utf-8", "surrogatepass"))
-    return name
-
-
-def _normal(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # macOS stores accents as separate characters
-
-
-def _number(name: str) -> int | None:
-    digits = name.removesuffix(".0")  # an id of a column that pandas turned into floats
-    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 40 else None
-
-
-def _stays_inside(root: Path, name: str) -> bool:
-    if not name or "\0" in name or ".." in Path(name).parts:
-        return False
-    return not Path(name).is_absolute() or Path(name).is_relative_to(root)
 
 
 def require_some(examples: Sequence[object], name: str, report: DataReport, fix: str) -> None:

@@ -18,7 +18,8 @@ from capdistill.data.caption_files import (
     read_text,
     split_fields,
 )
-from capdistill.data.dataset import CaptionData, image_finder, require_some, to_examples
+from capdistill.data.dataset import CaptionData, require_some, to_examples
+from capdistill.data.image_names import image_finder
 from capdistill.errors import DataError
 from capdistill.files import user_path
 
