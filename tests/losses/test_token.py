@@ -82,5 +82,5 @@ def test_vocabularies_that_differ_are_refused_with_the_first_difference(vocabula
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf")])
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
-    with pytest.raises(ValueError, match="positive, finite"):
+    with pytest.raises(ValueError, match="give a finite number > 0"):
         TokenKD(temperature)

@@ -5,7 +5,10 @@ To write a loss, subclass `DistillationLoss`. The trainer divides, weights and a
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -100,6 +103,71 @@ def _declared(cls: type[DistillationLoss], name: str, value: Any) -> Any:
                 f"{where}: there is no output {need!r}. {suggest(str(need), OUTPUTS)}"
             )
     return frozenset(value)
+
+
+Schedule = float | tuple[float, float] | Callable[[float], float]
+
+
+def check_schedule(what: str, value: Any, *, positive: bool = False) -> Schedule:
+    """A number that may change over a run, as it was given by a user or a run file.
+
+    Example:
+        >>> check_schedule("TokenKD: temperature", [8, 2], positive=True)
+        (8.0, 2.0)
+
+    Args:
+        what: Beginning of the message.
+        value: A number, a pair (first, last) that is interpolated linearly over the run, or a
+            function of the run's progress in [0, 1].
+        positive: Whether 0 is invalid.
+
+    Raises:
+        ConfigError: it is none of these, or a number is negative or not finite.
+    """
+    if callable(value):
+        return value  # type: ignore[no-any-return]
+    pair = isinstance(value, (tuple, list))
+    values = tuple(value) if pair else (value,)
+    numbers = [float(v) for v in values if isinstance(v, Real) and not isinstance(v, bool)]
+    valid = len(numbers) == len(values) == (2 if pair else 1)
+    if not valid or not all(_is_allowed(v, positive) for v in numbers):
+        raise ConfigError(
+            f"{what} is {value!r}; give a finite number {'> 0' if positive else '>= 0'}, a pair "
+            "(first, last) of them, or a function of the run's progress."
+        )
+    return (numbers[0], numbers[1]) if pair else numbers[0]
+
+
+def scheduled(what: str, schedule: Schedule, progress: float, *, positive: bool = False) -> float:
+    """The value of a checked schedule at `progress` (0 to 1) of the run.
+
+    Example:
+        >>> scheduled("TokenKD: temperature", (8.0, 2.0), progress=0.5)
+        5.0
+
+    Raises:
+        ConfigError: a function returned something else than an allowed number.
+    """
+    if isinstance(schedule, tuple):
+        first, last = schedule
+        return first + (last - first) * progress
+    if not callable(schedule):
+        return schedule
+    value: Any = schedule(progress)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not _is_allowed(number, positive):
+        raise ConfigError(
+            f"{what} gave {value!r} at {progress:.0%} of the run; "
+            f"give finite numbers {'> 0' if positive else '>= 0'}."
+        )
+    return number
+
+
+def _is_allowed(number: float, positive: bool) -> bool:
+    return 0 <= number < math.inf and not (positive and number == 0)
 
 
 Given = TypeVar("Given")

@@ -2,18 +2,84 @@
 
 from __future__ import annotations
 
-import math
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from capdistill.errors import ConfigError, IncompatibleModels
-from capdistill.losses.base import DistillationLoss, given
+from capdistill.errors import IncompatibleModels
+from capdistill.losses.base import (
+    DistillationLoss,
+    Schedule,
+    check_schedule,
+    given,
+    scheduled,
+)
 from capdistill.losses.divergence import kl_divergence
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 
 
-class TokenKD(DistillationLoss):
+class LogitsLoss(DistillationLoss):
+    """Base class of losses on the next-token distributions, softened by a temperature.
+
+    A subclass defines `divergence`; `forward` scales it by T².
+
+    Args:
+        temperature: Softening T > 0 applied to both logits (dimensionless): a number, a pair
+            (first, last) that is interpolated linearly over the run, or a function of the run's
+            progress in [0, 1].
+
+    Raises:
+        ConfigError: T is not positive and finite.
+        IncompatibleModels: (in `build`) the vocabularies differ; names the first differing entry.
+    """
+
+    needs = frozenset({"logits"})
+    per = "token"
+
+    def __init__(self, temperature: Schedule = 4.0) -> None:
+        super().__init__()
+        self.temperature = check_schedule(self._temperature, temperature, positive=True)
+
+    def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
+        """Compare the vocabularies entry by entry.
+
+        Raises:
+            IncompatibleModels: they differ in an entry or in size.
+        """
+        place = first_difference(student.vocabulary, teacher.vocabulary)
+        if place is not None:
+            raise IncompatibleModels(
+                f"{type(self).__name__}: the vocabularies differ at entry {place}: "
+                f"{_entry(student, place)}, {_entry(teacher, place)}.\n"
+                "Token distillation compares one entry with the same entry: build both models with "
+                "one tokenizer, or remove this loss."
+            )
+
+    def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
+        """T² times the sum of the divergence over valid tokens."""
+        name = type(self).__name__
+        ours = given(name, "logits", "student", student.logits)  # (B, T, V)
+        theirs = given(name, "logits", "teacher", teacher.logits)
+        now = scheduled(self._temperature, self.temperature, self.progress, positive=True)
+        return now**2 * self.divergence(ours, theirs, batch, now)
+
+    @abstractmethod
+    def divergence(
+        self, student: Tensor, teacher: Tensor, batch: Batch, temperature: float
+    ) -> Tensor:
+        """The sum over valid tokens, at one temperature, of logits (B, T, V)."""
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"temperature={self.temperature}"
+
+    @property
+    def _temperature(self) -> str:
+        return f"{type(self).__name__}: temperature"
+
+
+class TokenKD(LogitsLoss):
     """Match the student's next-token distribution to the teacher's.
 
     Example:
@@ -32,8 +98,10 @@ class TokenKD(DistillationLoss):
         0.937
 
     Args:
-        temperature: Softening T > 0 applied to both logits (dimensionless). The term is scaled by
-            T², which keeps the size of its gradient when T changes.
+        temperature: Softening T > 0 applied to both logits (dimensionless): a number, a pair
+            (first, last) that is interpolated linearly over the run, or a function of the run's
+            progress in [0, 1]. The term is scaled by T², which keeps the size of its gradient when
+            T changes.
 
     Raises:
         ConfigError: T is not positive and finite.
@@ -43,43 +111,11 @@ class TokenKD(DistillationLoss):
         Hinton, Vinyals, Dean (2015), section 2.
     """
 
-    needs = frozenset({"logits"})
-    per = "token"
-
-    def __init__(self, temperature: float = 4.0) -> None:
-        super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ConfigError(
-                f"TokenKD: temperature is {temperature}, but it must be a positive, finite number. "
-                "Usual values are 1 to 10."
-            )
-        self.temperature = temperature
-
-    def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
-        """Compare the vocabularies entry by entry.
-
-        Raises:
-            IncompatibleModels: they differ in an entry or in size.
-        """
-        place = first_difference(student.vocabulary, teacher.vocabulary)
-        if place is not None:
-            raise IncompatibleModels(
-                f"TokenKD: the vocabularies differ at entry {place}: "
-                f"{_entry(student, place)}, {_entry(teacher, place)}.\n"
-                "Token distillation compares one entry with the same entry: build both models with "
-                "one tokenizer, or remove this loss."
-            )
-
-    def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
-        """T² times the sum of KL(teacher || student) over valid tokens."""
-        ours = given("TokenKD", "logits", "student", student.logits)  # (B, T, V)
-        theirs = given("TokenKD", "logits", "teacher", teacher.logits)
-        divergence = kl_divergence(ours, theirs, batch.target_mask, self.temperature)
-        return self.temperature**2 * divergence
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        return f"temperature={self.temperature}"
+    def divergence(
+        self, student: Tensor, teacher: Tensor, batch: Batch, temperature: float
+    ) -> Tensor:
+        """KL(teacher || student)."""
+        return kl_divergence(student, teacher, batch.target_mask, temperature)
 
 
 def first_difference(student: Sequence[str], teacher: Sequence[str]) -> int | None:

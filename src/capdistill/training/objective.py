@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError, suggest
-from capdistill.losses.base import DistillationLoss, given
+from capdistill.losses.base import (
+    DistillationLoss,
+    Schedule,
+    check_schedule,
+    given,
+    scheduled,
+)
 from capdistill.losses.divergence import cross_entropy
 from capdistill.outputs import Batch, CaptionerOutput
 
-Weight = float | tuple[float, float] | Callable[[float], float]
+Weight = Schedule
 
 
 class Objective(nn.Module):
@@ -107,23 +111,7 @@ class Objective(nn.Module):
         Raises:
             ConfigError: a function returned something else than a finite number >= 0.
         """
-        weight = self.weights[name]
-        if isinstance(weight, tuple):
-            first, last = weight
-            return first + (last - first) * progress
-        if not callable(weight):
-            return weight
-        value: Any = weight(progress)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not 0 <= number < math.inf:
-            raise ConfigError(
-                f"weights: '{name}' gave {value!r} at {progress:.0%} of the run; "
-                "give finite numbers >= 0."
-            )
-        return number
+        return scheduled(f"weights: '{name}'", self.weights[name], progress)
 
     def _losses(self) -> Iterator[tuple[str, DistillationLoss]]:
         return cast("Iterator[tuple[str, DistillationLoss]]", iter(self.losses.items()))
@@ -143,23 +131,10 @@ def check_weights(weights: Mapping[str, Any], losses: Iterable[str]) -> dict[str
     for name in weights:
         if name not in known:
             raise ConfigError(f"weights: there is no term '{name}'. {suggest(name, known)}")
-    checked = {name: _check_weight(name, weight) for name, weight in weights.items()}
+    checked = {
+        name: check_schedule(f"weights: '{name}'", weight) for name, weight in weights.items()
+    }
     built = {name: weight for name, weight in checked.items() if weight not in (0.0, (0.0, 0.0))}
     if not built:
         raise ConfigError("weights: every term is 0, so there is nothing to train.")
     return built
-
-
-def _check_weight(name: str, weight: Any) -> Weight:
-    if callable(weight):
-        return cast(Weight, weight)
-    pair = isinstance(weight, (tuple, list))
-    values = tuple(weight) if pair else (weight,)
-    numbers = [float(v) for v in values if isinstance(v, Real) and not isinstance(v, bool)]
-    valid = len(numbers) == len(values) == (2 if pair else 1)
-    if not valid or not all(0 <= v < math.inf for v in numbers):
-        raise ConfigError(
-            f"weights: '{name}' is {weight!r}; give a finite number >= 0, a pair (first, last) of "
-            "them, or a function of the run's progress."
-        )
-    return (numbers[0], numbers[1]) if pair else numbers[0]

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -142,7 +143,7 @@ def _loss(loss: Any) -> dict[str, Any]:
     """A loss as it may be given to a `Distiller`, if a registry created it."""
     part = _part(loss)
     arguments = part.pop("kwargs", {})
-    return {**part, **arguments}
+    return {**part, **{name: _plain(value) for name, value in arguments.items()}}
 
 
 def _part(part: Any) -> dict[str, Any]:
@@ -153,20 +154,21 @@ def _part(part: Any) -> dict[str, Any]:
     return {"class": kind, **_plain_attributes(part)}
 
 
-def _plain(weight: Any) -> Any:
-    if callable(weight):
-        return f"function {getattr(weight, '__qualname__', type(weight).__name__)}"
-    return list(weight) if isinstance(weight, tuple) else weight
+def _plain(value: Any) -> Any:
+    if callable(value):
+        return f"function {getattr(value, '__qualname__', type(value).__name__)}"
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _plain_attributes(module: Any) -> dict[str, Any]:
-    """Public attributes that are plain data: temperature, layers and the like."""
-    skipped = ("training", "registered_as")
-    return {
-        name: value
+    """Public attributes that are plain data or functions: temperature, layers and the like."""
+    skipped = ("training", "registered_as", "progress")
+    shown = {
+        name: _plain(value) if isinstance(value, FunctionType) else value
         for name, value in vars(module).items()
-        if not name.startswith("_") and name not in skipped and is_plain(value)
+        if not name.startswith("_") and name not in skipped
     }
+    return {name: value for name, value in shown.items() if is_plain(value)}
 
 
 def identity(stepper: Stepper, train: Source | None, val: Source | None = None) -> dict[str, Any]:
