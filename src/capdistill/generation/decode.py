@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from operator import length_hint
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from capdistill.data.images import is_many, read_batches
 from capdistill.decoders.base import Decoder
 from capdistill.errors import ConfigError
-from capdistill.generation.config import GenerationSpec
-from capdistill.generation.hypotheses import Hypothesis
+from capdistill.generation.config import (
+    CaptionOptions,
+    DecodingOptions,
+    GenerationConfig,
+    GenerationOptions,
+    GenerationSpec,
+    resolve,
+)
+from capdistill.generation.hypotheses import CaptionResult, Hypothesis
 from capdistill.generation.search import BeamSearch, Sampling, Search, image_keys
-from capdistill.outputs import Batch
-from capdistill.tokenizer import Tokenizer
+from capdistill.outputs import Batch, ModelSpec
+from capdistill.runtime import inference
+from capdistill.tokenizer import Tokenizer, pad_batch
+
+OneImage: TypeAlias = "str | os.PathLike[str] | bytes"
+SeveralImages: TypeAlias = "list[str] | list[Path] | list[bytes]"
 
 
 @torch.no_grad()
@@ -139,3 +156,215 @@ def _identities(images: Batch | Tensor) -> Iterator[bytes]:
     if isinstance(images, Batch):
         return (image.encode() for image in images.image_ids)
     return (image.cpu().numpy().tobytes() for image in images)
+
+
+USUAL_SIZE = 224  # pixels, of a model that reads images of any size
+
+
+class CaptionGenerator(nn.Module):
+    """A model that captions images: what captioners, wrapped teachers and ensembles share.
+
+    Attributes:
+        tokenizer: Captions to ids and back.
+        name: Name of the model in messages.
+        rereads_prefix: Whether the whole model runs again for every word, so that its time cannot
+            be compared.
+    """
+
+    tokenizer: Tokenizer
+    name: str
+    rereads_prefix: bool = False
+
+    @abstractmethod
+    def decoding(self, images: Batch | Tensor) -> tuple[Decoder, Any]:
+        """A decoder, and what its `start` reads for a batch or (I, 3, H, W) uint8 images."""
+
+    @abstractmethod
+    def spec(self, batch: Batch | None = None) -> ModelSpec:
+        """The specification of the model, for losses and checks."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int | None:
+        """Side in pixels of the images that it reads; None if it reads any."""
+
+    def generate(
+        self,
+        batch: Batch | Tensor,
+        generation: GenerationConfig | Mapping[str, Any] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Hypothesis]:
+        """One caption per image, greedily by default; training flags are restored.
+
+        Example:
+            `captioner.generate(batch, beam_size=3, no_repeat_ngram=3)`
+
+        Args:
+            batch: A batch, or (I, 3, H, W) uint8 images.
+            generation: A whole configuration.
+            options: Fields of `GenerationConfig`; they override those of `generation`.
+
+        Raises:
+            ConfigError: invalid options.
+        """
+        spec = self._generation_spec(generation, **options)
+        with inference(self, fork_rng=self.rereads_prefix):
+            decoder, features = self.decoding(batch)
+            return generate_text(decoder, features, self.tokenizer, spec, batch)
+
+    @overload
+    def caption(
+        self, images: OneImage, *, details: Literal[False] = ..., **how: Unpack[CaptionOptions]
+    ) -> str: ...
+    @overload
+    def caption(
+        self, images: OneImage, *, details: Literal[True], **how: Unpack[CaptionOptions]
+    ) -> CaptionResult: ...
+    @overload
+    def caption(
+        self, images: SeveralImages, *, details: Literal[False] = ..., **how: Unpack[CaptionOptions]
+    ) -> list[str]: ...
+    @overload
+    def caption(
+        self, images: SeveralImages, *, details: Literal[True], **how: Unpack[CaptionOptions]
+    ) -> list[CaptionResult]: ...
+    @overload
+    def caption(
+        self,
+        images: Any,
+        *,
+        details: bool = ...,
+        errors: Literal["raise", "skip"] = ...,
+        **how: Unpack[CaptionOptions],
+    ) -> Any: ...
+
+    def caption(
+        self,
+        images: Any,
+        *,
+        batch_size: int = 32,
+        errors: Literal["raise", "skip"] = "raise",
+        details: bool = False,
+        progress: bool = False,
+        **generation: Any,
+    ) -> Any:
+        """Caption a path, bytes, PIL image, array or tensor, or each of an iterable of them.
+
+        Example:
+            `student.caption("dog.jpg")` gives "a brown dog runs through the grass", and
+            `student.caption(paths, beam_size=3, errors="skip")` a list of such.
+
+        Args:
+            images: One image gives a text; an iterable of any length, or a (I, 3, H, W) array or
+                tensor, gives a list of texts in the same order.
+            batch_size: Images in memory, and in the model, at once.
+            errors: For an image that cannot be read: "raise", or "skip", which names it in a
+                warning and puts None in its place.
+            details: Return a `CaptionResult` (log-probabilities, n-best, attention) per image.
+            progress: Show a bar.
+            generation: As for `generate`: `beam_size=3`, `max_length=20`, `generation=config`, ...
+
+        Raises:
+            DataError: an image that cannot be read, by name.
+            ConfigError: batch_size < 1, or invalid options of `generate`.
+        """
+        many = is_many(images)
+        wanted: dict[str, Any] = {"batch_size": batch_size, "errors": errors, "details": details}
+        stream = self.caption_stream(images if many else [images], **wanted, **generation)
+        if not many:
+            return next(stream)
+        return list(_bar(stream, images) if progress else stream)
+
+    def caption_stream(
+        self,
+        images: Iterable[Any],
+        *,
+        batch_size: int = 32,
+        errors: Literal["raise", "skip"] = "raise",
+        details: bool = False,
+        **generation: Unpack[DecodingOptions],
+    ) -> Iterator[Any]:
+        """As `caption` for an iterable; each caption comes as soon as its batch is done.
+
+        Nothing is kept: the iterable may be endless (a camera, a queue).
+
+        Example:
+            `for text in student.caption_stream(frames, batch_size=1): print(text)`
+        """
+        spec = self._generation_spec(**generation)
+        size = self.image_size or USUAL_SIZE
+        for squares in read_batches(images, size, batch_size, errors):
+            readable = [square for square in squares if square is not None]
+            made = iter(_caption(self, torch.stack(readable), spec, details) if readable else ())
+            yield from (None if square is None else next(made) for square in squares)
+
+    def _generation_spec(
+        self, generation: GenerationConfig | Mapping[str, Any] | None = None, **options: Any
+    ) -> GenerationSpec:
+        return GenerationSpec.of(resolve(generation, options), self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def num_parameters(self, trainable: bool = False) -> int:
+        """Number of parameters, shared ones once; only those that are trained on request."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
+
+
+def _bar(stream: Iterator[Any], images: Any) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    yield from tqdm(stream, total=length_hint(images) or None, desc="captioning", unit="image")
+
+
+def _caption(
+    model: CaptionGenerator, pixels: Tensor, spec: GenerationSpec, details: bool
+) -> Sequence[str | CaptionResult]:
+    """(I, 3, S, S) uint8 images to texts, or to detailed results."""
+    pixels = pixels.to(model.device)
+    with inference(model, fork_rng=model.rereads_prefix):
+        decoder, features = model.decoding(pixels)
+        hypotheses = generate_text(decoder, features, model.tokenizer, spec, pixels)
+        if not details:
+            return [hypothesis.text for hypothesis in hypotheses]
+        attention = _attention(decoder, features, model.tokenizer, hypotheses)
+    return [
+        _result(model, hypothesis, weights, square)
+        for hypothesis, weights, square in zip(hypotheses, attention, pixels.cpu(), strict=True)
+    ]
+
+
+def _result(
+    model: CaptionGenerator, hypothesis: Hypothesis, attention: Tensor | None, pixels: Tensor
+) -> CaptionResult:
+    vocabulary = model.tokenizer.vocabulary
+    spec = None if attention is None else model.spec()
+    return CaptionResult(
+        text=hypothesis.text,
+        tokens=tuple(vocabulary[token] for token in hypothesis.tokens),
+        log_prob=hypothesis.log_prob,
+        token_log_probs=hypothesis.token_log_probs,
+        finished=hypothesis.finished,
+        n_best=hypothesis.n_best or (hypothesis,),
+        attention=attention,
+        grid=spec.grid if spec else None,
+        prefix_tokens=spec.prefix_tokens if spec else 0,
+        image=pixels,
+    )
+
+
+def _attention(
+    decoder: Decoder, features: Any, tokenizer: Tokenizer, hypotheses: Sequence[Hypothesis]
+) -> list[Tensor | None]:
+    """(T, N) attention of each caption's tokens, from the decoder's `forward`; None without any."""
+    if not decoder.has_attention:
+        return [None] * len(hypotheses)
+    rows = [[tokenizer.start_id, *hypothesis.tokens] for hypothesis in hypotheses]
+    ids = pad_batch(rows, tokenizer.pad_id)[0].to(features.device)  # (I, T + 1)
+    weights = decoder(ids, features, frozenset({"attention"})).attention
+    if weights is None:
+        return [None] * len(hypotheses)
+    pairs = zip(weights.float().cpu(), hypotheses, strict=True)
+    return [each[: len(hypothesis.tokens)] for each, hypothesis in pairs]  # (T, N)

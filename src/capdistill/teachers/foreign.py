@@ -6,7 +6,7 @@ shapes, never a silently wrong target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from capdistill.compatibility import require_output
 from capdistill.decoders.base import Decoder, DecoderState
 from capdistill.errors import ConfigError, IncompatibleModels
-from capdistill.generation.config import GenerationConfig, GenerationSpec, resolve
-from capdistill.generation.decode import generate_text
-from capdistill.generation.hypotheses import Hypothesis
+from capdistill.generation.decode import CaptionGenerator
 from capdistill.outputs import (
     FEATURES_ONLY,
     Batch,
@@ -33,14 +31,13 @@ from capdistill.tokenizer import Tokenizer
 Adapt = Callable[[Any, Batch], CaptionerOutput]
 
 
-class ForeignTeacher(nn.Module):
+class ForeignTeacher(CaptionGenerator):
     """Another captioner with the interface of `Captioner`; made by `wrap`, see there.
 
     Attributes:
         module: The model as it was given.
         tokenizer: Its tokenizer.
         name: Name of the model in messages.
-        image_size: Side in pixels of the images it reads, or None.
         rereads_prefix: `generate` runs the whole module again for every word, so its time does not
             reflect the module's own decoding.
     """
@@ -68,7 +65,7 @@ class ForeignTeacher(nn.Module):
         self.adapt = adapt
         self.tokenizer = tokenizer
         self.name = name
-        self.image_size = image_size
+        self._image_size = image_size
         self._spec = spec
 
     def forward(self, batch: Batch, need: frozenset[str] = frozenset()) -> CaptionerOutput:
@@ -123,33 +120,14 @@ class ForeignTeacher(nn.Module):
             self._spec = self._probe(batch)
         return self._spec
 
-    def generate(
-        self,
-        batch: Batch | Tensor,
-        generation: GenerationConfig | Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> list[Hypothesis]:
-        """One caption per image, as `Captioner.generate` makes them.
+    def decoding(self, images: Batch | Tensor) -> tuple[Decoder, Tensor]:
+        """A decoder that reads the whole caption again for every word, and the images."""
+        return PrefixDecoder(self), images.images if isinstance(images, Batch) else images
 
-        The module reads the whole caption again for every word, because only `adapt` is used.
-
-        Args:
-            batch: A batch, or (I, 3, H, W) uint8 images, on the module's device.
-            generation: All options together.
-            options: Fields of `GenerationConfig`; they override those of `generation`.
-
-        Raises:
-            ConfigError: invalid options.
-            IncompatibleModels: what `adapt` returns does not fit.
-        """
-        images = batch.images if isinstance(batch, Batch) else batch
-        spec = GenerationSpec.of(resolve(generation, options), self.tokenizer)
-        with inference(self, fork_rng=True):
-            return generate_text(PrefixDecoder(self), images, self.tokenizer, spec, batch)
-
-    def num_parameters(self, trainable: bool = False) -> int:
-        """Number of parameters, shared ones once; only those that are trained on request."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the images it reads, or None."""
+        return self._image_size
 
     def _probe(self, batch: Batch) -> ModelSpec:
         with inference(self, fork_rng=True):
