@@ -173,7 +173,7 @@ def require_one_vocabulary(student: ModelSpec, teacher: ModelSpec) -> None:
 def require_scalars(
     losses: Mapping[str, DistillationLoss],
     student: CaptionerOutput,
-    teacher: CaptionerOutput,
+    teacher: CaptionerOutput | None,
     batch: Batch,
 ) -> None:
     """Check that every built loss gets its inputs and returns one number; nothing is changed.
@@ -182,9 +182,10 @@ def require_scalars(
         IncompatibleModels: a model lacks an output, or the loss returns something else.
     """
     for name, loss in losses.items():
-        for role, output in (("student", student), ("teacher", teacher)):
+        outputs = (("student", student), ("teacher", teacher if loss.from_teacher else student))
+        for role, output in outputs:
             for what in sorted(loss.needs):
-                if getattr(output, what) is None:
+                if getattr(output, what, None) is None:
                     raise IncompatibleModels(
                         f"The loss '{name}' ({type(loss).__name__}) needs {what}, which the "
                         f"{role} does not return. Remove the loss, or use a {role} that has it."
@@ -199,12 +200,16 @@ def require_scalars(
 
 
 def loss_value(
-    loss: DistillationLoss, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch
+    loss: DistillationLoss,
+    student: CaptionerOutput,
+    teacher: CaptionerOutput | None,
+    batch: Batch,
 ) -> Tensor:
     """The sum that a built loss returns, on any device; nothing is changed."""
     device = _device_of(loss)
     with inference(loss, fork_rng=True):
-        value: Tensor = loss(_to(student, device), _to(teacher, device), batch.to(device))
+        theirs = None if teacher is None else _to(teacher, device)
+        value: Tensor = loss(_to(student, device), theirs, batch.to(device))
     return value
 
 

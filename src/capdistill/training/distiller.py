@@ -71,17 +71,21 @@ class Distiller(Trainer):
         **options: Unpack[TrainOptions],
     ) -> None:
         require_teacher(teacher)
-        self.teacher = teacher
+        self.teacher: nn.Module | None = teacher
         super().__init__(student, config, **options)
-        self._teacher_parts = list(teacher.modules())
         built = make_losses(losses)
-        completed = complete_weights(weights, built)
-        self.objective = Objective(student, built, completed, self.config.label_smoothing)
+        self._set_up(built, complete_weights(weights, built))
+
+    def _set_up(
+        self, losses: Mapping[str, DistillationLoss], weights: Mapping[str, Weight]
+    ) -> None:
+        """Build the objective; fit the models to each other and to the losses."""
+        self.objective = Objective(self.student, losses, weights, self.config.label_smoothing)
         self.loss_options = {name: options_of(loss) for name, loss in self._losses.items()}
-        require_apart(teacher, self.objective)
-        self.objective.kept_in_eval = shared_modules(teacher, self.objective)
+        self._teacher_parts = [] if self.teacher is None else list(self.teacher.modules())
+        self._keep_apart()
         self._built = False
-        if _spec_is_known(teacher):
+        if self.teacher is None or _spec_is_known(self.teacher):
             self._build_losses(None)
         self.place()
         self._try_models()
@@ -94,7 +98,7 @@ class Distiller(Trainer):
     @property
     def models(self) -> list[nn.Module]:
         """Student and teacher."""
-        return [self.captioner, self.teacher]
+        return [self.captioner] if self.teacher is None else [self.captioner, self.teacher]
 
     def prepare(self, batch: Batch) -> None:
         """Build the losses if the teacher's specification had to be probed on a real batch."""
@@ -110,7 +114,7 @@ class Distiller(Trainer):
 
         `fit` sets the mode once; elsewhere the teacher's flags are restored after each batch.
         """
-        if not self.objective.losses:
+        if self.teacher is None or not self.objective.reads_teacher:
             return None
         need = self.objective.needed_outputs
         with torch.no_grad():
@@ -123,20 +127,24 @@ class Distiller(Trainer):
         """As `Stepper.make_ready`; no parameter of the teacher may be trained."""
         if batch is not None:
             self.prepare(batch)
-        require_apart(self.teacher, self.objective)  # freezing may have changed
-        self.objective.kept_in_eval = shared_modules(self.teacher, self.objective)
+        self._keep_apart()  # freezing may have changed
         return super().make_ready(batch)
+
+    def _keep_apart(self) -> None:
+        if self.teacher is not None:
+            require_apart(self.teacher, self.objective)
+            self.objective.kept_in_eval = shared_modules(self.teacher, self.objective)
 
     def _build_losses(self, batch: Batch | None) -> None:
         """Build every loss with both specifications; projectors are seeded by the run."""
-        teacher: Any = self.teacher
+        teacher: Any = self.captioner if self.teacher is None else self.teacher
         student_spec, teacher_spec = self.captioner.spec(), teacher.spec(batch)
         with seeded(self.config.seed):
             for loss in self._losses.values():
                 loss.build(student_spec, teacher_spec)
         if self.objective.needed_outputs - {"features"}:
             require_one_vocabulary(student_spec, teacher_spec)
-        require_apart(self.teacher, self.objective)  # the projectors just created
+        self._keep_apart()  # the projectors just created
         self._built = True
 
     def _try_models(self) -> None:
@@ -145,7 +153,7 @@ class Distiller(Trainer):
         A foreign teacher is tried on the first real batch: it may not accept a made-up one.
         """
         batch = probe_batch(self.captioner, self.models)
-        if isinstance(self.teacher, Captioner):
+        if self.teacher is None or isinstance(self.teacher, Captioner):
             self._try_losses(batch)
         else:
             checked_forward(self.captioner, batch, self.objective.needed_outputs)
@@ -153,7 +161,8 @@ class Distiller(Trainer):
     def _try_losses(self, batch: Batch) -> None:
         """Run a batch through both models and every loss."""
         need = self.objective.needed_outputs
-        student, teacher = (checked_forward(model, batch, need) for model in self.models)
+        student = checked_forward(self.captioner, batch, need)
+        teacher = None if self.teacher is None else checked_forward(self.teacher, batch, need)
         require_scalars(self._losses, student, teacher, batch)
 
     @property

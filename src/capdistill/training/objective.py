@@ -59,6 +59,11 @@ class Objective(nn.Module):
         """The outputs of both models that the losses need; features alone do not run a decoder."""
         return frozenset[str]().union(*(loss.needs for _, loss in self._losses()))
 
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether a loss compares the student with a teacher."""
+        return any(loss.from_teacher for _, loss in self._losses())
+
     def forward(
         self,
         batch: Batch,
