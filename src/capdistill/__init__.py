@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from capdistill.outputs import ModelSpec as ModelSpec
     from capdistill.tokenizer import WordTokenizer as WordTokenizer
     from capdistill.training.distiller import Distiller as Distiller
+    from capdistill.training.self_critical import SelfCritical as SelfCritical
     from capdistill.training.trainer import Trainer as Trainer
 else:
     __getattr__, __dir__, __all__ = lazy_exports(
@@ -57,6 +58,7 @@ else:
             "GenerationConfig": "generation.config",
             "HiddenKD": "losses.hidden",
             "ModelSpec": "outputs",
+            "SelfCritical": "training.self_critical",
             "TokenKD": "losses.token",
             "Trainer": "training.trainer",
             "WordTokenizer": "tokenizer",

@@ -8,10 +8,12 @@ from capdistill.registry import lazy_exports
 
 if TYPE_CHECKING:
     from capdistill.training.config import DistillConfig as DistillConfig
+    from capdistill.training.config import SelfCriticalConfig as SelfCriticalConfig
     from capdistill.training.config import TrainConfig as TrainConfig
     from capdistill.training.config import recipe as recipe
     from capdistill.training.distiller import Distiller as Distiller
     from capdistill.training.history import History as History
+    from capdistill.training.self_critical import SelfCritical as SelfCritical
     from capdistill.training.trainer import Trainer as Trainer
 else:
     __getattr__, __dir__, __all__ = lazy_exports(
@@ -20,6 +22,8 @@ else:
             "DistillConfig": "config",
             "Distiller": "distiller",
             "History": "history",
+            "SelfCritical": "self_critical",
+            "SelfCriticalConfig": "config",
             "TrainConfig": "config",
             "Trainer": "trainer",
             "recipe": "config",

@@ -197,6 +197,57 @@ class DistillConfig(TrainConfig):
     """
 
 
+class SelfCriticalConfig(DistillConfig):
+    """Options of `SelfCritical`: those of `Distiller` with other defaults, and of the samples.
+
+    Example:
+        >>> SelfCriticalConfig(epochs=5).samples
+        5
+
+    Args:
+        epochs: A few epochs suffice: the score of the training images rises on while that of
+            others no longer does.
+        learning_rate: Small, because the model is trained already.
+        weight_decay: None by default.
+        schedule: Constant by default.
+        label_smoothing: Of the cross-entropy on references, which has weight 0 by default.
+        samples: Captions that are sampled per image, at least 2.
+        sample_temperature: The logits are divided by it before sampling.
+        dropout: Whether dropout, and batch statistics of normalisation layers, are used while the
+            sampled captions are scored. By default the model is as it was when it sampled.
+    """
+
+    epochs: int = Field(3, ge=1)
+    learning_rate: float = Field(5e-5, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["cosine_restarts", "warmup_cosine", "constant"] = "constant"
+    samples: int = Field(5, ge=2, le=1000)
+    sample_temperature: float = Field(1.0, gt=0)
+    dropout: bool = False
+
+    @model_validator(mode="after")
+    def _reads_its_own_words(self) -> SelfCriticalConfig:
+        if self.word_dropout or self.scheduled_sampling:
+            raise ValueError(
+                "word_dropout and scheduled_sampling change the words that the captioner reads, "
+                "but its samples are scored as they were sampled: set both to 0"
+            )
+        if self.monitor in ("loss", "val_loss"):
+            raise ValueError(
+                "monitor='loss' is the loss on references, of which the reward has none. Choose a "
+                "score, such as monitor='cider'"
+            )
+        return self
+
+
+class SelfCriticalOptions(TrainOptions, total=False):
+    """The fields of `SelfCriticalConfig` as keyword arguments, for type checkers."""
+
+    samples: int
+    sample_temperature: float
+    dropout: bool
+
+
 # The default weights of the losses: those of the published recipe.
 DEFAULT_WEIGHTS = {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1}
 

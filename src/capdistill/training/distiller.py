@@ -59,7 +59,7 @@ class Distiller(Trainer):
         ConfigError: unknown names, or a parameter that is both the teacher's and trained.
     """
 
-    config_class = DistillConfig
+    config_class: type[DistillConfig] = DistillConfig
 
     def __init__(
         self,
@@ -71,10 +71,19 @@ class Distiller(Trainer):
         **options: Unpack[TrainOptions],
     ) -> None:
         require_teacher(teacher)
-        self.teacher: nn.Module | None = teacher
-        super().__init__(student, config, **options)
+        self._start(teacher, student, config, options)
         built = make_losses(losses)
         self._set_up(built, complete_weights(weights, built))
+
+    def _start(
+        self,
+        teacher: nn.Module | None,
+        student: Captioner,
+        config: DistillConfig | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.teacher = teacher
+        super().__init__(student, config, **options)
 
     def _set_up(
         self, losses: Mapping[str, DistillationLoss], weights: Mapping[str, Weight]

@@ -117,6 +117,12 @@ class Stepper:
     def prepare(self, batch: Batch) -> None:
         """Build what must exist before the optimizer and needs a batch; here there is nothing."""
 
+    def prepare_data(self, train: Any) -> None:
+        """Take what the run needs of the training data besides batches; here there is nothing.
+
+        `fit` and `check` call it with the data as they were given, before anything is read.
+        """
+
     def prepare_batch(self, batch: Batch) -> Batch:
         """The micro-batch to train on. Called once per micro-batch, before anything is counted.
 

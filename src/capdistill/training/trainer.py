@@ -158,6 +158,7 @@ class Trainer(Stepper):
             state = load_state(directory / STATE) if directory is not None and resumes else None
             if directory is not None:
                 check_can_save(self.captioner, directory)
+            self.prepare_data(train)
             self.train_source, self.val_source = open_sources(self, train, val)
             self.cached = isinstance(self.train_source, Loader) and self.train_source.has_caches
             first = require_usable(self, self.train_source, self.val_source)

@@ -62,7 +62,9 @@ def check_training(trainer: Stepper, train: Any = None, val: Any = None) -> Chec
         trial = Trial(trainer, trainer.config, made_up_batch(trainer))
         direct = {"cache_features": False, "cache_views": 1, "num_workers": 0}
         trainer.config = trainer.config.model_copy(update=direct)
-        if train is not None:
+        if train is None:
+            trainer.prepare_data(trial.batch)
+        else:
             _attempt(rows, "data", check_data, trial, train, val)
         for topic, check in _CHECKS:
             if not _attempt(rows, topic, check, trial):

@@ -217,6 +217,7 @@ def check_options(trainer: Stepper, val: Any) -> Iterator[CheckRow]:
 
 def check_data(trial: Trial, train: Any, val: Any) -> Iterator[CheckRow]:
     """Read some batches in this process and check images and captions."""
+    trial.trainer.prepare_data(train)
     trial.source, val_source = open_sources(trial.trainer, train, val)
     began = time.perf_counter()
     for batch in islice(trial.source.epoch(0), _READ):

@@ -191,11 +191,12 @@ def check_sums(trial: Trial) -> Iterator[CheckRow]:
     if not losses:
         return
     few = part(trial.batch, 0, min(2, trial.batch.num_images))
-    student, teacher = (checked_forward(model, few, trial.need) for model in trainer.models)
+    student, *teachers = (checked_forward(model, few, trial.need) for model in trainer.models)
+    teacher = teachers[0] if teachers else student  # which a loss without a teacher does not read
+    doubled = double_output(student), double_output(teacher)
     for name, loss in losses.items():
         once = float(loss_value(loss, student, teacher, few))
-        outputs = double_output(student), double_output(teacher)
-        twice = float(loss_value(loss, *outputs, double_batch(few)))
+        twice = float(loss_value(loss, *doubled, double_batch(few)))
         yield from _check_sum(name, loss, once, twice, trainer.config)
 
 
