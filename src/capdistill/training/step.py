@@ -313,7 +313,8 @@ class Stepper:
 
     def make_monitor(self) -> Monitor:
         """The choice of the best epoch, by the configured score; its metric is measured too."""
-        return make_monitor(self.config, self.metrics)
+        config = self.config
+        return make_monitor(config.monitor, config.patience, self.metrics or config.metrics)
 
     def validate(self, source: Source) -> tuple[dict[str, Any], dict[str, float]]:
         """Terms and scores over a source whose batches have references, in evaluation mode.
@@ -355,7 +356,8 @@ class Stepper:
         self, references: Mapping[str, Sequence[str]], captions: Mapping[str, str]
     ) -> dict[str, float]:
         """Scores of validation captions by name; references are prepared once."""
-        asked = (dict(references), measured(self.config, self.metrics))
+        chosen = self.metrics or self.config.metrics
+        asked = (dict(references), measured(self.config.monitor, chosen))
         if self._prepared is None or self._prepared[0] != asked:
             self._prepared = asked, CaptionScorer(asked[0], metrics=asked[1])
         return {name: float(value) for name, value in self._prepared[1](captions).items()}

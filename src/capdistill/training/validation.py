@@ -9,34 +9,34 @@ from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError
 from capdistill.metrics import DIRECTIONS, CaptionScorer, Metric
 from capdistill.outputs import Batch, require_unique_ids
-from capdistill.training.config import TrainConfig
 from capdistill.training.monitor import MEANINGFUL, Monitor, monitor_key, resolve_monitor
 
 References = dict[str, tuple[str, ...]]
 
 
-def make_monitor(config: TrainConfig, metrics: Sequence[str | Metric] | None = None) -> Monitor:
-    """The choice of the best epoch, by the configured score.
+def make_monitor(monitor: str, patience: int | None, metrics: Sequence[str | Metric]) -> Monitor:
+    """The choice of the best epoch by the monitored score.
 
     Args:
-        config: `monitor`, `patience` and `metrics` are used.
-        metrics: Instead of `config.metrics`.
+        monitor: The name of the score.
+        patience: Epochs without improvement after which training stops, or None.
+        metrics: What validation computes besides.
 
     Raises:
         UnknownName: the score is none that validation computes.
     """
-    known = directions(measured(config, metrics))
-    name, higher = resolve_monitor(config.monitor, known)
-    meaningful = MEANINGFUL.get(name, 0.0)
-    return Monitor(name, higher=higher, patience=config.patience, meaningful=meaningful)
+    name, higher = resolve_monitor(monitor, directions(measured(monitor, metrics)))
+    return Monitor(name, higher=higher, patience=patience, meaningful=MEANINGFUL.get(name, 0.0))
 
 
-def measured(
-    config: TrainConfig, metrics: Sequence[str | Metric] | None = None
-) -> tuple[str | Metric, ...]:
-    """What validation computes: the chosen metrics, and the monitored one."""
-    chosen = tuple(config.metrics if metrics is None else metrics)
-    key = monitor_key(config.monitor)
+def measured(monitor: str, metrics: Sequence[str | Metric]) -> tuple[str | Metric, ...]:
+    """What validation computes: the chosen metrics, and the monitored one.
+
+    Example:
+        >>> measured("cider", ["bleu"]), measured("bleu_4", ["bleu"])
+        (('bleu', 'cider_d'), ('bleu',))
+    """
+    chosen, key = tuple(metrics), monitor_key(monitor)
     if key in DIRECTIONS and key not in directions(chosen):
         return (*chosen, key)
     return chosen
