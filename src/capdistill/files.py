@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import json
 import math
 import os
 import platform
@@ -25,6 +26,23 @@ from pathlib import Path
 from typing import IO, Any
 
 from capdistill.errors import CapdistillError, ConfigError
+
+
+def read_object(path: str | Path, what: str, example: str = "") -> dict[str, Any]:
+    """Read the JSON object in a file.
+
+    Raises:
+        ConfigError: the file does not exist, or holds no JSON object.
+    """
+    try:
+        content = json.loads(user_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as {what} ({error}). Expected a JSON object{example}."
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
+    return content
 
 
 def user_path(path: str | os.PathLike[str], error: type[CapdistillError] = ConfigError) -> Path:

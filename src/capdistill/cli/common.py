@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from capdistill.errors import CheckpointError, ConfigError, UnknownName, parse, suggest
-from capdistill.files import user_path, write_text
+from capdistill.files import read_object, user_path, write_text
 from capdistill.generation.config import GenerationConfig
 from capdistill.training.config import recipe, recipe_models
 
@@ -28,8 +28,23 @@ if TYPE_CHECKING:
     from capdistill.data import Splits
 
 
-FullPath = Annotated[str, AfterValidator(lambda text: str(user_path(text).absolute()))]
+FullPath = Annotated[str, AfterValidator(lambda text: _absolute(text))]
+FileOrName = Annotated[str, AfterValidator(lambda t: _absolute(t) if t.endswith(".json") else t)]
 Policy = Literal["skip", "raise"]
+
+
+def _absolute(path: str) -> str:
+    return str(user_path(path).absolute())
+
+
+class CurriculumSection(BaseModel):
+    """The arguments of `capdistill.data.Curriculum`; the difficulty may be a JSON file, too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    difficulty: FileOrName = "length"
+    pacing: Literal["linear", "root", "step"] = "root"
+    start: StrictFloat | StrictInt = Field(default=0.3, gt=0, le=1)
+    until: StrictFloat | StrictInt = Field(default=0.5, gt=0, le=1)
 
 
 class DataSection(BaseModel):
@@ -38,11 +53,13 @@ class DataSection(BaseModel):
     Args:
         format: The layout of the files.
         limit: Use only the first images of each split, this many.
+        curriculum: Train on easy images first.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: str
     limit: StrictInt | None = Field(default=None, ge=1)
+    curriculum: CurriculumSection | None = None
 
     @abstractmethod
     def read(self) -> Splits:
@@ -51,6 +68,19 @@ class DataSection(BaseModel):
     def load(self) -> Splits:
         """Read the data set and cut it to `limit`."""
         return self.read() if self.limit is None else _cut(self.read(), self.limit)
+
+    def training_data(self, data: Splits) -> Any:
+        """What to train on: the training split, in a curriculum if there is one."""
+        from capdistill.data import Curriculum
+
+        if self.curriculum is None:
+            return data.train
+        options = self.curriculum.model_dump()
+        if options["difficulty"].endswith(".json"):
+            options["difficulty"] = read_object(
+                options["difficulty"], "difficulties", " of image ids and numbers"
+            )
+        return Curriculum(data.train, **options)
 
 
 class SampleData(DataSection):
@@ -154,8 +184,8 @@ def parse_data(values: Any) -> DataSection:
     Example:
         >>> parse_data({"format": "flickr8k", "path": "/data/flickr8k"}).seed
         0
-        >>> parse_data({"path": "sample", "limit": 4})
-        SampleData(format='sample', limit=4)
+        >>> parse_data({"path": "sample", "limit": 4}).limit
+        4
 
     Raises:
         ConfigError: no data set is named, the format or an option is unknown, or one is missing.

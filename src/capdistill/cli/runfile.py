@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool, StrictInt
 
-from capdistill.cli.common import FORMATS, DataSection, FullPath, captioner_directory, parse_data
+from capdistill.cli.common import (
+    FORMATS,
+    DataSection,
+    FullPath,
+    captioner_directory,
+    parse_data,
+)
 from capdistill.errors import ConfigError, parse
-from capdistill.files import user_path, write_text
+from capdistill.files import read_object, write_text
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, TrainConfig, recipe
 
 if TYPE_CHECKING:
@@ -178,16 +184,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file does not exist, or holds no JSON object.
     """
-    try:
-        content = json.loads(user_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be read as a run file ({error}). Expected a JSON object such as the "
-            f"{NAME} in the directory of a run."
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
-    return content
+    return read_object(path, "a run file", f", such as the {NAME} in the directory of a run")
 
 
 def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def run_training(
     run = _with_captions(run, data)
     trainer = make_trainer(run, data)
     history = trainer.fit(
-        data.train,
+        run.data.training_data(data),
         _validation(data),
         out=run.out,
         resume=resume,
@@ -207,7 +207,7 @@ def _validation(data: Splits) -> Any:
 def check(options: argparse.Namespace) -> int:
     """Print the report of `Distiller.check`; a failure is exit code 1."""
     run, data = _load(options)
-    report = make_trainer(run, data).check(data.train, _validation(data))
+    report = make_trainer(run, data).check(run.data.training_data(data), _validation(data))
     print_result(options, report.to_json(), lambda: str(report))
     return DONE if report.ok else PROBLEM
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from capdistill.data.coco import CocoCaptions as CocoCaptions
     from capdistill.data.coco import Karpathy as Karpathy
     from capdistill.data.coco import sample as sample
+    from capdistill.data.curriculum import Curriculum as Curriculum
+    from capdistill.data.curriculum import difficulty as difficulty
     from capdistill.data.dataset import CaptionData as CaptionData
     from capdistill.data.dataset import Example as Example
     from capdistill.data.dataset import Splits as Splits
@@ -30,6 +32,7 @@ else:
         {
             "CaptionData": "dataset",
             "CocoCaptions": "coco",
+            "Curriculum": "curriculum",
             "DataReport": "caption_files",
             "Example": "dataset",
             "Flickr8k": "flickr8k",
@@ -38,6 +41,7 @@ else:
             "Loader": "loader",
             "Problem": "caption_files",
             "Splits": "dataset",
+            "difficulty": "curriculum",
             "read_image": "images",
             "sample": "coco",
         },

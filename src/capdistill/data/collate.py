@@ -29,7 +29,8 @@ from capdistill.errors import DataError, shortened
 from capdistill.outputs import Batch, require_unique_ids
 from capdistill.runtime import generator
 
-BatchIndex: TypeAlias = "tuple[int, tuple[int, ...]]"  # epoch, image numbers
+# Epoch, image numbers. Repetition r of image i in an epoch is r * (number of images) + i.
+BatchIndex: TypeAlias = "tuple[int, tuple[int, ...]]"
 
 CACHE_MARGIN = 1.16  # side of a cached image over the crop's, so that crops are not upscaled
 MAX_CAPTIONS = 5  # most captions per image by default
@@ -90,7 +91,7 @@ class Collator(Dataset[BatchResult]):
         self.flip, self.random_crop = flip and (train or view > 0), train and crop
         self.with_images, self.max_length = with_images, max_length
         self.views, self.view = views, view
-        self.ids = None if isinstance(data, CaptionData) else _image_ids(data)
+        self.ids = None if isinstance(data, CaptionData) else image_ids_of(data)
         self.images: dict[int, Tensor] | None = {} if cache_images else None
         self._k = captions_per_image
 
@@ -126,10 +127,11 @@ class Collator(Dataset[BatchResult]):
         return 1
 
     def _sample(self, number: int, epoch: int, problems: list[Problem]) -> _Sample:
+        again, number = divmod(number, len(self.data))
         item = self._item(number, problems)
-        rng = generator(self.seed, epoch, item.image_id)
+        rng = generator(self.seed, epoch, item.image_id, *([again] if again else []))
         chosen = sample_captions(item.captions, self.k, rng if self.train else None)
-        view = view_of(epoch, item.image_id, self.views) if self.views > 1 else self.view
+        view = view_of(epoch + again, item.image_id, self.views) if self.views > 1 else self.view
         pixels = self._pixels(number, item, rng, view)  # (3, S, S)
         cached = {
             key: _features(cache[view] if self.views > 1 else cache, key, item)  # (N, D0)
@@ -245,7 +247,7 @@ class _UnusableError(Exception):
         self.problem = Problem(kind, where, "", detail)
 
 
-def _image_ids(data: Any) -> list[str] | None:
+def image_ids_of(data: Any) -> list[str] | None:
     """The ids that a user's data set gives its items, checked; None if it gives none."""
     given = getattr(data, "image_ids", None)
     if given is None:

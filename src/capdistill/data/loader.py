@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from capdistill.data.caption_files import FIX, DataReport, Policy, pluralize
 from capdistill.data.collate import BatchIndex, BatchResult, Collator, SupportsEncode
+from capdistill.data.curriculum import Curriculum
 from capdistill.data.dataset import Splits
 from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.outputs import Batch
@@ -70,6 +71,7 @@ class Loader:
         views: The number of views of an image that the epochs show in turn: the centre, and fixed
             random crops. Each of `caches` is then a sequence with one cache per view.
         view: Show this view in every epoch.
+        epochs: Epochs of the whole run, which a `Curriculum` spreads its images over.
         start_method: How workers start: "fork", "spawn" or "forkserver"; by default Python's own.
 
     Raises:
@@ -97,13 +99,18 @@ class Loader:
         max_length: int | None = None,
         views: int = 1,
         view: int = 0,
+        epochs: int | None = None,
         start_method: str | None = None,
     ) -> None:
         require_int("Loader: batch_size", batch_size, 1)
         _require_between(1, 10_000, image_size=image_size, views=views)
         _require_between(1, 10_000, captions_per_image=captions_per_image, max_length=max_length)
         _require_between(0, 10_000, num_workers=num_workers, view=view)
+        _require_between(1, 2**31, epochs=epochs)
         self.num_images = _length(data)
+        self.curriculum = data if isinstance(data, Curriculum) and train else None
+        self.epochs = epochs or _unless(self.curriculum)
+        data = data.data if isinstance(data, Curriculum) else data
         self.batch_size, self.train, self.seed = batch_size, train, seed
         self.errors, self.skipped = DataReport(errors).errors, DataReport()
         self.collator = Collator(
@@ -189,7 +196,9 @@ class Loader:
 
     def _batch_indices(self, epoch: int) -> list[BatchIndex]:
         order, size = list(range(self.num_images)), self.batch_size
-        if self.train:
+        if self.curriculum is not None:
+            order = self.curriculum.order(self.seed, epoch, self.epochs)
+        elif self.train:
             rng = generator(self.seed, "order", epoch)
             order = torch.randperm(self.num_images, generator=rng).tolist()
         return [(epoch, tuple(order[i : i + size])) for i in range(0, len(order), size)]
@@ -260,6 +269,16 @@ def _length(data: Any) -> int:
     if length == 0:
         raise DataError("Loader: the data set holds no image.")
     return length
+
+
+def _unless(curriculum: Curriculum | None) -> int:
+    """No number of epochs, which a curriculum needs."""
+    if curriculum is not None:
+        raise ConfigError(
+            "Loader: a Curriculum needs the number of epochs of the run, which was not given. Give "
+            "epochs=, or give the Curriculum itself to fit, which knows them."
+        )
+    return 0
 
 
 def _require_between(minimum: int, maximum: int, **numbers: int | None) -> None:

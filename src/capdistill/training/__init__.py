@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from capdistill.training.config import SelfCriticalConfig as SelfCriticalConfig
     from capdistill.training.config import TrainConfig as TrainConfig
     from capdistill.training.config import recipe as recipe
+    from capdistill.training.difficulty import model_difficulty as model_difficulty
     from capdistill.training.distiller import Distiller as Distiller
     from capdistill.training.history import History as History
     from capdistill.training.self_critical import SelfCritical as SelfCritical
@@ -26,6 +27,7 @@ else:
             "SelfCriticalConfig": "config",
             "TrainConfig": "config",
             "Trainer": "trainer",
+            "model_difficulty": "difficulty",
             "recipe": "config",
         },
     )

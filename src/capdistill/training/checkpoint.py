@@ -210,6 +210,9 @@ def _position(stepper: Stepper, train: Source | None) -> dict[str, Any]:
     found["captions_per_image"] = None
     if train is not None:
         found["captions_per_image"] = captions_per_image(train, stepper.config)
+    curriculum = getattr(train, "curriculum", None)
+    if curriculum is not None:
+        found["curriculum"] = curriculum.key(stepper.config.epochs)
     found["batches"] = len(train) if hasattr(train, "__len__") else None  # type: ignore[arg-type]
     return {name: value if isinstance(value, int) else None for name, value in found.items()}
 
@@ -217,7 +220,9 @@ def _position(stepper: Stepper, train: Source | None) -> dict[str, Any]:
 def _require_same_position(now: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Within an epoch, numbers of batches tell which images are done: they must mean the same."""
     before = state["position"]
-    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
+    names = sorted({*now, *before})
+    pairs = [(name, before.get(name), now.get(name)) for name in names]
+    changed = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
     if state["meter"]["batches"] and changed:
         raise CheckpointError(
             f"The run was interrupted within epoch {state['epoch'] + 1}, after "

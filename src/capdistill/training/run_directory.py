@@ -193,13 +193,15 @@ def identity(stepper: Stepper, train: Source | None, val: Source | None = None) 
 def _data_digest(source: Source) -> str:
     """Number of images, and a digest of their ids and captions if available."""
     data = source.collator.data if isinstance(source, Loader) else getattr(source, "batches", None)
+    curriculum = getattr(source, "curriculum", None)
+    order = "" if curriculum is None else f", {curriculum!r} {_digest([str(curriculum.ranking)])}"
     if isinstance(data, CaptionData):
         parts = [f"{example.image_id} {example.captions}\n" for example in data.examples]
-        return f"{len(data)} images, {_digest(parts)}"
+        return f"{len(data)} images, {_digest(parts)}{order}"
     if isinstance(data, (list, tuple)) and all(isinstance(batch, Batch) for batch in data):
         parts = [f"{batch.image_ids} {batch.captions}\n" for batch in data]
         return f"{sum(batch.num_images for batch in data)} images, {_digest(parts)}"
-    return f"{getattr(source, 'num_images', 'an unknown number of')} images"
+    return f"{getattr(source, 'num_images', 'an unknown number of')} images{order}"
 
 
 def options_of(part: nn.Module) -> str:

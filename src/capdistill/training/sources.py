@@ -47,6 +47,7 @@ def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source,
         captions_per_image=config.captions_per_image,
         crop=crops,
         flip=config.flip,
+        epochs=config.epochs,
     )
     _require_epochs(training)
     if val is None:
