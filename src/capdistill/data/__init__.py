@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from capdistill.data.dataset import Splits as Splits
     from capdistill.data.flickr8k import Flickr8k as Flickr8k
     from capdistill.data.folder import Folder as Folder
+    from capdistill.data.folder import Images as Images
     from capdistill.data.images import read_image as read_image
     from capdistill.data.loader import Loader as Loader
 else:
@@ -37,6 +38,7 @@ else:
             "Example": "dataset",
             "Flickr8k": "flickr8k",
             "Folder": "folder",
+            "Images": "folder",
             "Karpathy": "coco",
             "Loader": "loader",
             "Problem": "caption_files",

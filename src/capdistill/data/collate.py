@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from statistics import median_low
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from capdistill.errors import DataError, shortened
 from capdistill.outputs import Batch, require_unique_ids
 from capdistill.runtime import generator
 
+T = TypeVar("T")
 # Epoch, image numbers. Repetition r of image i in an epoch is r * (number of images) + i.
 BatchIndex: TypeAlias = "tuple[int, tuple[int, ...]]"
 
@@ -121,7 +123,7 @@ class Collator(Dataset[BatchResult]):
             return usual_captions(self.data)
         for number in range(len(self.data)):
             try:
-                return min(MAX_CAPTIONS, len(self._item(number, []).captions))
+                return min(MAX_CAPTIONS, len(self._item(number, []).captions) or 1)
             except _UnusableError:
                 continue
         return 1
@@ -130,19 +132,27 @@ class Collator(Dataset[BatchResult]):
         again, number = divmod(number, len(self.data))
         item = self._item(number, problems)
         rng = generator(self.seed, epoch, item.image_id, *([again] if again else []))
-        chosen = sample_captions(item.captions, self.k, rng if self.train else None)
+        choices = list(zip(item.captions, item.weights or repeat(1.0), strict=False))
+        chosen = sample_captions(choices, self.k, rng if self.train else None)
         view = view_of(epoch + again, item.image_id, self.views) if self.views > 1 else self.view
         pixels = self._pixels(number, item, rng, view)  # (3, S, S)
         cached = {
             key: _features(cache[view] if self.views > 1 else cache, key, item)  # (N, D0)
             for key, cache in self.caches.items()
         }
-        return _Sample(item.image_id, item.captions, chosen, pixels, cached)
+        return _Sample(item, chosen, pixels, cached)
 
     def _item(self, number: int, problems: list[Problem]) -> Item:
         if isinstance(self.data, CaptionData):
             example = self.data.examples[number]
-            return Item(example.image_id, example.captions, example.path, str(example.path))
+            return Item(
+                example.image_id,
+                example.captions,
+                example.path,
+                str(example.path),
+                example.references,
+                example.weights,
+            )
         name = self.ids[number] if self.ids is not None else str(number)
         try:
             pair = self.data[number]
@@ -174,16 +184,21 @@ class Collator(Dataset[BatchResult]):
     def _collate(self, samples: list[_Sample]) -> Batch:
         from capdistill.tokenizer import pad_batch
 
-        captions = tuple(caption for sample in samples for caption in sample.chosen)
+        chosen = [each for sample in samples for each in sample.chosen or [("", 1.0)] * self.k]
+        captions = tuple(caption for caption, _ in chosen)
         rows = [self.tokenizer.encode(caption)[: self.max_length] for caption in captions]
         ids, mask = pad_batch(rows, self.tokenizer.pad_id)  # (B, T)
+        without = torch.tensor([not sample.chosen for sample in samples])  # (I,)
+        mask[without.repeat_interleave(self.k), 1:] = False  # no caption, hence no targets
+        weighted = any(sample.item.weights for sample in samples)
         return Batch(
             images=torch.stack([sample.pixels for sample in samples]),  # (I, 3, S, S)
             input_ids=ids,
             mask=mask,
             captions=captions,
-            image_ids=tuple(sample.image_id for sample in samples),
-            references=None if self.train else tuple(sample.captions for sample in samples),
+            image_ids=tuple(sample.item.image_id for sample in samples),
+            references=None if self.train else tuple(s.item.references for s in samples),
+            caption_weights=torch.tensor([w for _, w in chosen]) if weighted else None,  # (B,)
             cached={
                 key: torch.stack([sample.cached[key] for sample in samples])  # (I, N, D0)
                 for key in self.caches
@@ -192,7 +207,7 @@ class Collator(Dataset[BatchResult]):
 
 
 def usual_captions(data: CaptionData) -> int:
-    """The usual number of captions per image: the median, at most 5.
+    """The usual number of captions per image that has any: the median, at most 5.
 
     Example:
         >>> from pathlib import Path
@@ -201,13 +216,14 @@ def usual_captions(data: CaptionData) -> int:
         >>> usual_captions(CaptionData(Example(c[0], Path("x.jpg"), c) for c in captions))
         3
     """
-    return min(MAX_CAPTIONS, median_low(len(example.captions) for example in data.examples))
+    counts = [len(example.captions) for example in data.examples if example.captions]
+    return min(MAX_CAPTIONS, median_low(counts or [1]))
 
 
-def sample_captions(
-    captions: Sequence[str], k: int, rng: torch.Generator | None = None
-) -> list[str]:
+def sample_captions(captions: Sequence[T], k: int, rng: torch.Generator | None = None) -> list[T]:
     """k captions, none twice before all are used. Without a generator, the first k.
+
+    An image without captions gives none.
 
     Example:
         >>> sample_captions(["a", "b"], 3)
@@ -215,8 +231,8 @@ def sample_captions(
         >>> sorted(sample_captions(["a", "b", "c"], 3, generator(0)))
         ['a', 'b', 'c']
     """
-    chosen: list[str] = []
-    while len(chosen) < k:
+    chosen: list[T] = []
+    while captions and len(chosen) < k:
         n = len(captions)
         order = range(n) if rng is None else torch.randperm(n, generator=rng).tolist()
         chosen += [captions[i] for i in order]
@@ -230,12 +246,13 @@ class Item(NamedTuple):
     captions: tuple[str, ...]
     image: Any  # any source that `read_image` takes, if the data set is valid
     place: str
+    references: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
 
 
 class _Sample(NamedTuple):
-    image_id: str
-    captions: tuple[str, ...]
-    chosen: list[str]
+    item: Item
+    chosen: list[tuple[str, float]]
     pixels: Tensor
     cached: dict[str, Tensor]
 
@@ -274,7 +291,7 @@ def _checked_item(pair: Any, name: str, problems: list[Problem]) -> Item:
     texts = tuple(_usable_captions(captions, where, problems))
     if not texts:
         raise _UnusableError("image without caption", where, f"captions: {shortened(captions)}")
-    return Item(name, texts, image, where)
+    return Item(name, texts, image, where, texts)
 
 
 def _usable_captions(captions: Any, where: str, problems: list[Problem]) -> Iterator[str]:

@@ -35,39 +35,81 @@ class Example:
         >>> example = Example("dog", "photos/dog.jpg", ["A brown dog runs ."])
         >>> example.path.name, example.captions
         ('dog.jpg', ('A brown dog runs .',))
+        >>> Example.unlabelled("cat", "photos/cat.jpg").captions
+        ()
 
     Args:
         image_id: The name of the image in its data set.
         path: The image file. It is opened when the image is read.
-        captions: The raw captions, at least one.
+        captions: The raw captions to train on, at least one.
+        references: The raw captions to score against; by default `captions`.
+        weights: The weight of each of `captions` in the cross-entropy; by default 1.
 
     Raises:
-        DataError: the id is not a name, the path is invalid, or a caption is not text.
+        DataError: the id is not a name, the path is invalid, a caption is not text, or there is
+            another number of weights.
+        ConfigError: a weight is not a finite number >= 0.
     """
 
     image_id: str
     path: Path
     captions: tuple[str, ...]
+    references: tuple[str, ...]
+    weights: tuple[float, ...] | None
 
     def __init__(
-        self, image_id: str | int, path: str | os.PathLike[str], captions: Sequence[str]
+        self,
+        image_id: str | int,
+        path: str | os.PathLike[str],
+        captions: Sequence[str],
+        references: Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         name = image_name(image_id)
         if name is None:
             raise DataError(f"The image id {image_id!r} is not a name; expected a string.")
-        if isinstance(captions, str) or not isinstance(captions, Sequence):
-            raise DataError(
-                f"The captions of image '{name}' are {type(captions).__name__}; expected a list "
-                "of strings."
-            )
-        texts = tuple(require_caption(text, f"A caption of image '{name}'") for text in captions)
-        if not texts:
-            raise DataError(f"The image '{name}' has no caption; leave it out.")
-        object.__setattr__(self, "image_id", name)
-        object.__setattr__(
-            self, "path", path if isinstance(path, Path) else user_path(path, DataError)
+        texts = _checked_texts(captions, "caption", name)
+        values = {
+            "image_id": name,
+            "path": path if isinstance(path, Path) else user_path(path, DataError),
+            "captions": texts,
+            "references": texts,
+            "weights": None if weights is None else _checked_weights(weights, len(texts), name),
+        }
+        if references is not None:
+            values["references"] = _checked_texts(references, "reference", name)
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+
+    @classmethod
+    def unlabelled(cls, image_id: str | int, path: str | os.PathLike[str]) -> Example:
+        """An image without captions, for losses that read images alone."""
+        example = cls(image_id, path, ["no caption"])
+        for key in ("captions", "references"):
+            object.__setattr__(example, key, ())
+        return example
+
+
+def _checked_texts(captions: Sequence[str], what: str, image: str) -> tuple[str, ...]:
+    if isinstance(captions, str) or not isinstance(captions, Sequence):
+        raise DataError(
+            f"The {what}s of image '{image}' are {type(captions).__name__}; expected a list of "
+            "strings."
         )
-        object.__setattr__(self, "captions", texts)
+    texts = tuple(require_caption(text, f"A {what} of image '{image}'") for text in captions)
+    if not texts:
+        raise DataError(
+            f"The image '{image}' has no {what}; leave it out, or use Example.unlabelled."
+        )
+    return texts
+
+
+def _checked_weights(weights: Sequence[float], captions: int, image: str) -> tuple[float, ...]:
+    if len(weights) != captions:
+        raise DataError(f"The image '{image}' has {len(weights)} weights of {captions} captions.")
+    for weight in weights:
+        require_number(f"A caption weight of image '{image}'", weight, 0)
+    return tuple(float(weight) for weight in weights)
 
 
 class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
@@ -106,13 +148,13 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
 
     @property
     def captions(self) -> list[str]:
-        """All raw captions, image by image. A tokenizer is trained on them."""
+        """All raw captions to train on, image by image. A tokenizer is trained on them."""
         return [caption for example in self.examples for caption in example.captions]
 
     @property
     def references(self) -> dict[str, tuple[str, ...]]:
-        """Image id -> its raw captions."""
-        return {example.image_id: example.captions for example in self.examples}
+        """Image id -> the raw captions to score against."""
+        return {example.image_id: example.references for example in self.examples}
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -1,10 +1,10 @@
-"""A folder of images with their captions in a CSV or JSON Lines file."""
+"""A folder of images: with their captions in a CSV or JSON Lines file, or without captions."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from capdistill.data.caption_files import (
     read_text,
     split_fields,
 )
-from capdistill.data.dataset import CaptionData, require_some, to_examples
-from capdistill.data.image_names import image_finder
+from capdistill.data.dataset import CaptionData, Example, require_some, to_examples
+from capdistill.data.image_names import image_finder, images_below
 from capdistill.errors import DataError
 from capdistill.files import user_path
 
@@ -80,6 +80,45 @@ class Folder(CaptionData):
         examples = list(to_examples(read(path, text, report), str(path), find, report).values())
         require_some(examples, str(path), report, f"Images were looked for in {folder}.")
         super().__init__(examples, name=folder.name or str(folder), report=report)
+
+
+class Images(CaptionData):
+    """Images without captions, for losses that read images alone, such as "feature".
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> (root / "summer").mkdir()
+        >>> for name in ("cat.jpg", "summer/dog.jpg"):
+        ...     Image.new("RGB", (8, 8)).save(root / name)
+        >>> data = Images(root)
+        >>> data.image_ids, data.captions
+        (('cat.jpg', 'summer/dog.jpg'), [])
+
+    Args:
+        source: A folder, of which all images are taken, also those in its folders (hidden files
+            and folders are left out); or the paths of image files. An image's id is its path below
+            the folder, or its path as it was given.
+
+    Raises:
+        DataError: no such folder, no image, or a path given twice.
+    """
+
+    def __init__(self, source: str | Path | Iterable[str | Path]) -> None:
+        if isinstance(source, (str, Path)):
+            root = user_path(source, DataError)
+            if not root.is_dir():
+                raise DataError(
+                    f"Images: {root} is not a folder. Give a folder, or a list of files."
+                )
+            name = root.name or str(root)
+            found = [(path.relative_to(root).as_posix(), path) for path in images_below(root)]
+        else:
+            name, found = "images", [(str(path), user_path(path, DataError)) for path in source]
+        if not found:
+            raise DataError(f"Images: {name} holds no image file. Give a folder with images.")
+        super().__init__((Example.unlabelled(*each) for each in found), name=name)
 
 
 def _caption_file(folder: Path, given: str | Path | None) -> Path:

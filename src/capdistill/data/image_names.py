@@ -1,4 +1,4 @@
-"""From the name of an image in a caption file to the files that it may mean."""
+"""Image files: those that a name in a caption file may mean, and those below a folder."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ def image_finder(*roots: Path) -> Finder:
         return list({os.path.realpath(file): file for file in same}.values())
 
     return find
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images in a folder and in its folders, sorted; hidden ones are left out."""
+    found = []
+    for directory, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        paths = [Path(directory, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in _SUFFIXES]
+    return sorted(found)
 
 
 def _images(folder: Path) -> list[Path]:

@@ -196,7 +196,7 @@ def _data_digest(source: Source) -> str:
     curriculum = getattr(source, "curriculum", None)
     order = "" if curriculum is None else f", {curriculum!r} {_digest([str(curriculum.ranking)])}"
     if isinstance(data, CaptionData):
-        parts = [f"{example.image_id} {example.captions}\n" for example in data.examples]
+        parts = [f"{e.image_id} {e.captions}{e.weights or ''}\n" for e in data.examples]
         return f"{len(data)} images, {_digest(parts)}{order}"
     if isinstance(data, (list, tuple)) and all(isinstance(batch, Batch) for batch in data):
         parts = [f"{batch.image_ids} {batch.captions}\n" for batch in data]
