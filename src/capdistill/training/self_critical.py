@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError, shortened
+from capdistill.generation.config import GenerationConfig, GenerationSpec
 from capdistill.losses.base import DistillationLoss, given
 from capdistill.losses.divergence import cross_entropy
 from capdistill.metrics import CaptionScorer
@@ -98,7 +99,9 @@ class SelfCritical(Distiller):
                 "Give teacher=, or leave the losses out."
             )
         self._start(teacher, captioner, config, options)
-        terms = {REWARD: PolicyGradient(), **built}
+        banned = GenerationSpec.of(GenerationConfig(), captioner.tokenizer).banned
+        gradient = PolicyGradient(banned, self.config.sample_temperature)
+        terms: dict[str, DistillationLoss] = {REWARD: gradient, **built}
         defaults: dict[str, Weight] = dict.fromkeys(terms, 1.0)
         self._set_up(terms, {"ce": 0.0, **defaults, **(weights or {})})
         self.loss_options[REWARD] = _described(reward)
@@ -128,6 +131,7 @@ class SelfCritical(Distiller):
                 "scored. Give references={image id: captions}, or call fit(train), which takes "
                 "those of the training data."
             )
+        self.objective.train()  # parts that stay quiet may have been switched since the last step
         config = self.config
         batch = batch.to(self.device)
         with autocast(self.device, self.precision):
@@ -173,7 +177,13 @@ class SelfCritical(Distiller):
 class PolicyGradient(DistillationLoss):
     """Minus the log-probability of each sampled word, times the advantage of its caption.
 
-    Its value tells little about progress: the advantages of an image sum to 0. Look at the reward.
+    The probability is the one the word was sampled with: of tempered logits, among the ids that
+    decoding may give. The value tells little about progress: the advantages of an image sum to 0.
+    Look at the reward.
+
+    Args:
+        banned: Ids that are never sampled.
+        temperature: The temperature of the sampling.
 
     Source:
         Williams (1992), REINFORCE; Rennie et al. (2017), equation 8.
@@ -181,6 +191,11 @@ class PolicyGradient(DistillationLoss):
 
     needs = frozenset({"logits"})
     from_teacher = False
+
+    def __init__(self, banned: Sequence[int] = (), temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.register_buffer("banned", torch.tensor(banned, dtype=torch.int64), persistent=False)
 
     def count(self, batch: Batch) -> float:
         """Number of sampled words, end tokens included."""
@@ -191,6 +206,7 @@ class PolicyGradient(DistillationLoss):
     ) -> Tensor:
         """Sum over the words of sampled captions; 0 for a batch without any."""
         logits = given("The reward", "logits", "captioner", student.logits)  # (B, T, V)
+        logits = logits.index_fill(-1, self.get_buffer("banned"), -torch.inf) / self.temperature
         return cross_entropy(logits, batch.targets, batch.sampled_mask, weights=batch.advantages)
 
 

@@ -314,7 +314,7 @@ class Stepper:
     def make_monitor(self) -> Monitor:
         """The choice of the best epoch, by the configured score; its metric is measured too."""
         config = self.config
-        return make_monitor(config.monitor, config.patience, self.metrics or config.metrics)
+        return make_monitor(config.monitor, config.patience, self._metrics)
 
     def validate(self, source: Source) -> tuple[dict[str, Any], dict[str, float]]:
         """Terms and scores over a source whose batches have references, in evaluation mode.
@@ -352,12 +352,15 @@ class Stepper:
         }
         return found, self.score(references, generated)
 
+    @property
+    def _metrics(self) -> Sequence[str | Metric]:
+        return self.config.metrics if self.metrics is None else self.metrics
+
     def score(
         self, references: Mapping[str, Sequence[str]], captions: Mapping[str, str]
     ) -> dict[str, float]:
         """Scores of validation captions by name; references are prepared once."""
-        chosen = self.metrics or self.config.metrics
-        asked = (dict(references), measured(self.config.monitor, chosen))
+        asked = (dict(references), measured(self.config.monitor, self._metrics))
         if self._prepared is None or self._prepared[0] != asked:
             self._prepared = asked, CaptionScorer(asked[0], metrics=asked[1])
         return {name: float(value) for name, value in self._prepared[1](captions).items()}
