@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from capdistill.generation.config import GenerationConfig, GenerationOptions
-from capdistill.training.config import TrainConfig, TrainOptions
+from capdistill.training.config import (
+    DistillConfig,
+    DistillOptions,
+    TrainConfig,
+    TrainOptions,
+)
 
 PROGRAM = """
 import capdistill as cd
@@ -81,3 +86,4 @@ def test_options_for_type_checkers_are_the_fields_of_the_configurations() -> Non
     fields = set(GenerationConfig.model_fields)
     assert set(GenerationOptions.__annotations__) == fields
     assert set(TrainOptions.__annotations__) == fields | set(TrainConfig.model_fields)
+    assert set(DistillOptions.__annotations__) == fields | set(DistillConfig.model_fields)

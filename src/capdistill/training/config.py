@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -122,6 +123,20 @@ class TrainConfig(Options):
         rest = {name: value for name, value in values.items() if name not in loose}
         return {**rest, "generation": {**whole, **loose}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _needs_no_teacher(cls, values: Any) -> Any:
+        """Options that only a teacher gives a meaning are refused by name."""
+        needed = [name for name in DistillOptions.__annotations__ if "policy" in name]
+        given = [name for name in needed if name in values and name not in cls.model_fields]
+        if given:
+            raise ValueError(
+                f"{given[0]}={values[given[0]]!r} was given, but there is no teacher to score the "
+                "captions that the student samples. Use Distiller(teacher, student, on_policy=...)"
+                ", or SelfCritical to learn from a metric."
+            )
+        return values
+
     @classmethod
     def resolve(
         cls, config: TrainConfig | None, options: Mapping[str, Any], what: str
@@ -140,7 +155,8 @@ class TrainConfig(Options):
                 f"{what}: config={shortened(config)} was given. Expected a {cls.__name__}; give "
                 "its fields as keyword arguments (epochs=3), those of a recipe by **recipe(name)."
             )
-        if config is not None and not options and isinstance(config, cls):
+        other = config is not None and config.model_fields_set - cls.model_fields.keys()
+        if config is not None and not options and isinstance(config, cls) and not other:
             return config
         kept = {} if config is None else {n: getattr(config, n) for n in config.model_fields_set}
         return parse(cls, {**kept, **options}, what)
@@ -189,12 +205,55 @@ class TrainOptions(GenerationOptions, total=False):
 
 
 class DistillConfig(TrainConfig):
-    """Options of `Distiller`: those of `Trainer`.
+    """Options of `Distiller`: those of `Trainer`, and of captions sampled from the student.
 
     Example:
-        >>> DistillConfig().learning_rate == TrainConfig().learning_rate
-        True
+        >>> DistillConfig(on_policy=(0.0, 0.5)).share_on_policy(progress=0.5)
+        0.25
+
+    Args:
+        on_policy: Share of the captions of a batch, 0 to 1, that are replaced by captions sampled
+            from the student, which the teacher scores word by word; a pair (first, last) is
+            interpolated linearly over the run. The cross-entropy skips them.
+        on_policy_temperature: The log-probabilities are divided by it before sampling.
+        on_policy_top_k: Sample from the k most probable words; 0 from all.
     """
+
+    on_policy: float | tuple[float, float] = 0.0
+    on_policy_temperature: float = Field(1.0, gt=0)
+    on_policy_top_k: int = Field(0, ge=0)
+
+    @field_validator("on_policy", mode="before")
+    @classmethod
+    def _is_a_share(cls, value: Any) -> Any:
+        ends = list(value) if isinstance(value, (list, tuple)) else [value, value]
+        numbers = [float(e) for e in ends if isinstance(e, Real) and not isinstance(e, bool)]
+        if len(numbers) != 2 or len(ends) != 2 or not all(0 <= each <= 1 for each in numbers):
+            raise ValueError("expected a share from 0 to 1, or a pair (first, last) of them")
+        return tuple(numbers) if isinstance(value, (list, tuple)) else numbers[0]
+
+    @property
+    def samples_on_policy(self) -> bool:
+        """Whether any caption is replaced in the run."""
+        return any(_ends(self.on_policy))
+
+    def share_on_policy(self, progress: float) -> float:
+        """The share of captions that are replaced at `progress` (0 to 1) of the run."""
+        first, last = _ends(self.on_policy)
+        return first + (last - first) * progress
+
+
+def _ends(value: float | tuple[float, float]) -> tuple[float, float]:
+    """The first and the last value of a constant, or of a pair."""
+    return value if isinstance(value, tuple) else (value, value)
+
+
+class DistillOptions(TrainOptions, total=False):
+    """The fields of `DistillConfig` as keyword arguments, for type checkers."""
+
+    on_policy: float | tuple[float, float]
+    on_policy_temperature: float
+    on_policy_top_k: int
 
 
 class SelfCriticalConfig(DistillConfig):
@@ -232,6 +291,11 @@ class SelfCriticalConfig(DistillConfig):
                 "word_dropout and scheduled_sampling change the words that the captioner reads, "
                 "but its samples are scored as they were sampled: set both to 0"
             )
+        if self.samples_on_policy:
+            raise ValueError(
+                f"on_policy={self.on_policy} replaces captions by samples, but here every caption "
+                "is one already, and teacher= scores them: leave on_policy out"
+            )
         if self.monitor in ("loss", "val_loss"):
             raise ValueError(
                 "monitor='loss' is the loss on references, of which the reward has none. Choose a "
@@ -240,7 +304,7 @@ class SelfCriticalConfig(DistillConfig):
         return self
 
 
-class SelfCriticalOptions(TrainOptions, total=False):
+class SelfCriticalOptions(DistillOptions, total=False):
     """The fields of `SelfCriticalConfig` as keyword arguments, for type checkers."""
 
     samples: int

@@ -109,9 +109,14 @@ def token_noise(batch: Batch, seed: int, epoch: int) -> Tensor:
 
 
 def word_mask(batch: Batch, tokenizer: Tokenizer) -> Tensor:
-    """(B, T - 1) True where the decoder reads a word: no start, no end, no padding."""
-    inputs = batch.inputs
-    words = batch.mask[:, :-1] & (inputs != tokenizer.start_id) & (inputs != tokenizer.end_id)
+    """(B, T - 1) True where the decoder reads a reference's word: no start, no end, no padding.
+
+    Captions that were sampled from the student are read as they were sampled.
+    """
+    inputs, real = batch.inputs, batch.mask[:, :-1]
+    if batch.sampled is not None:
+        real = real & ~batch.sampled[:, None]
+    words = real & (inputs != tokenizer.start_id) & (inputs != tokenizer.end_id)
     words[:, :1] = False
     return words
 

@@ -20,9 +20,10 @@ from capdistill.compatibility import (
 from capdistill.errors import ConfigError
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput
-from capdistill.runtime import evaluating, seeded
-from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, TrainOptions
+from capdistill.runtime import autocast, evaluating, seeded
+from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, DistillOptions
 from capdistill.training.objective import Objective, Weight
+from capdistill.training.on_policy import replace_captions, require_scored
 from capdistill.training.run_directory import options_of
 from capdistill.training.trainer import Trainer
 
@@ -60,6 +61,7 @@ class Distiller(Trainer):
     """
 
     config_class: type[DistillConfig] = DistillConfig
+    config: DistillConfig
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class Distiller(Trainer):
         losses: Mapping[str, DistillationLoss | str | Mapping[str, Any]] | None = None,
         weights: Mapping[str, Weight] | None = None,
         config: DistillConfig | None = None,
-        **options: Unpack[TrainOptions],
+        **options: Unpack[DistillOptions],
     ) -> None:
         require_teacher(teacher)
         self._start(teacher, student, config, options)
@@ -94,6 +96,7 @@ class Distiller(Trainer):
         self._teacher_parts = [] if self.teacher is None else list(self.teacher.modules())
         self._keep_apart()
         self._built = False
+        self.check_options()
         if self.teacher is None or _spec_is_known(self.teacher):
             self._build_losses(None)
         self.place()
@@ -118,6 +121,22 @@ class Distiller(Trainer):
         self.objective.to(self.device)
         self._try_losses(batch)
 
+    def prepare_batch(self, batch: Batch) -> Batch:
+        """The batch, with the share `on_policy` of its captions sampled from the student."""
+        config = self.config
+        if not config.on_policy:
+            return batch
+        with autocast(self.device, self.precision):
+            return replace_captions(
+                self.captioner,
+                batch.to(self.device),
+                config.share_on_policy(self.progress),
+                temperature=config.on_policy_temperature,
+                top_k=config.on_policy_top_k,
+                seed=config.seed,
+                epoch=self.epoch,
+            )
+
     def teacher_output(self, batch: Batch) -> CaptionerOutput | None:
         """The teacher's output for a batch: evaluation mode, no gradients, no dropout.
 
@@ -138,6 +157,13 @@ class Distiller(Trainer):
             self.prepare(batch)
         self._keep_apart()  # freezing may have changed
         return super().make_ready(batch)
+
+    def check_options(self) -> None:
+        """As in `Trainer`; captions sampled from the student must teach it something."""
+        super().check_options()
+        if self.config.samples_on_policy:
+            weighs = "ce" in self.objective.weights
+            require_scored(self._losses, self.config.on_policy, cross_entropy=weighs)
 
     def _keep_apart(self) -> None:
         if self.teacher is not None:

@@ -1,20 +1,171 @@
-"""Captions sampled from the student: for on-policy distillation and self-critical training."""
+"""On-policy distillation: captions sampled from the student, which the teacher then scores.
+
+`sample_captions` also serves self-critical training.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from capdistill.captioner import Captioner
+from capdistill.errors import ConfigError
 from capdistill.generation.config import GenerationConfig, GenerationSpec
 from capdistill.generation.hypotheses import HypothesisBatch
 from capdistill.generation.search import Sampling, image_keys
+from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch
-from capdistill.runtime import inference, stable_hash
+from capdistill.runtime import generator, inference, stable_hash
 from capdistill.tokenizer import Tokenizer
+
+
+def replace_captions(
+    student: Captioner,
+    batch: Batch,
+    share: float,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    epoch: int = 0,
+) -> Batch:
+    """The batch with a share of its captions replaced by captions sampled from the student.
+
+    Teacher and student then read the sampled words, and the losses between them hold the student to
+    the teacher's prediction after each of its own words: training meets the beginnings that it
+    meets in generation. The sampling itself is not differentiated.
+
+    Example:
+        >>> import capdistill as cd
+        >>> tokenizer = cd.WordTokenizer(["a", "dog", "runs"])
+        >>> student = cd.Captioner.create("debug_student", tokenizer=tokenizer)
+        >>> ids = torch.tensor([[1, 4, 5, 6, 2]] * 4)
+        >>> batch = Batch(
+        ...     torch.zeros(2, 3, 64, 64, dtype=torch.uint8), ids, ids > 0, ("a dog runs",) * 4,
+        ...     ("1", "2"),
+        ... )
+        >>> replace_captions(student, batch, 0.5).sampled.view(2, 2).sum(1).tolist()
+        [1, 1]
+
+    Args:
+        student: The captioner that is trained.
+        batch: On its device, with k captions per image.
+        share: Which `sampled_rows` are replaced.
+        temperature, top_k, seed, epoch: As for `sample_captions`.
+
+    Source:
+        Agarwal et al. (2024), On-Policy Distillation of Language Models, algorithm 1, where `share`
+        is the student data fraction lambda; imitation learning with the teacher as the oracle: Lin
+        et al. (2020), Autoregressive Knowledge Distillation through Imitation Learning.
+    """
+    rows = sampled_rows(batch, share, seed, epoch)  # (B,), on the CPU
+    if not rows.any():
+        return batch
+    batch = with_frozen_tokens(student, batch)
+    chosen = rows.view(batch.num_images, -1)  # (I, k)
+    images = chosen.any(1).nonzero()[:, 0]  # (J,)
+    samples = int(chosen.sum(1).max())
+    drawn = sample_captions(
+        student,
+        _without_captions(batch, images),
+        samples,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        epoch=epoch,
+    )
+    first = torch.zeros(batch.num_images, 1, dtype=torch.int64)
+    first[images, 0] = samples * torch.arange(len(images))
+    places = (first + chosen.cumsum(1) - 1)[chosen]  # the n-th of an image takes its n-th sample
+    return _with_rows(batch, rows, drawn, places, student.tokenizer.pad_id)
+
+
+def sampled_rows(batch: Batch, share: float, seed: int, epoch: int) -> Tensor:
+    """(B,) True for the captions to replace, as a function of (seed, epoch, image) for each image.
+
+    Of the k captions of an image, share * k are chosen at random. Where that is no whole number,
+    it is rounded up or down at random, so that the share is met on average.
+    """
+    k = batch.captions_per_image
+    rows = torch.zeros(batch.num_images, k, dtype=torch.bool)
+    for image, name in enumerate(batch.image_ids):
+        rng = generator(seed, "on policy", epoch, name)
+        count = int(share * k + torch.rand(1, generator=rng, dtype=torch.float64).item())
+        rows[image, torch.randperm(k, generator=rng)[:count]] = True
+    return rows.flatten()
+
+
+def _without_captions(batch: Batch, images: Tensor) -> Batch:
+    """Some images of a batch, (J,), with an empty caption each."""
+    images = images.to(batch.images.device)
+    ids = batch.input_ids[: len(images), :1]
+    return Batch(
+        images=batch.images[images],
+        input_ids=ids,
+        mask=torch.ones_like(ids, dtype=torch.bool),
+        captions=("",) * len(images),
+        image_ids=tuple(batch.image_ids[i] for i in images.tolist()),
+        cached={key: values[images] for key, values in batch.cached.items()},
+    )
+
+
+def _with_rows(
+    batch: Batch, rows: Tensor, drawn: SampledCaptions, places: Tensor, pad_id: int
+) -> Batch:
+    """The batch with the captions `places` of the drawn ones in its rows, (B,) bool."""
+    length = max(batch.input_ids.shape[1], drawn.ids.shape[1])
+
+    def merged(old: Tensor, new: Tensor, padding: int) -> Tensor:  # (B, T) each
+        old, new = (F.pad(each, (0, length - each.shape[1]), value=padding) for each in (old, new))
+        old[rows.to(old.device)] = new[places.to(new.device)]
+        return old
+
+    captions = list(batch.captions)
+    for row, place in zip(rows.nonzero()[:, 0].tolist(), places.tolist(), strict=True):
+        captions[row] = drawn.texts[place]
+    sampled = rows.to(batch.input_ids.device)
+    return replace(
+        batch,
+        input_ids=merged(batch.input_ids, drawn.ids, pad_id),
+        mask=merged(batch.mask, drawn.mask, 0),
+        captions=tuple(captions),
+        sampled=sampled if batch.sampled is None else sampled | batch.sampled,
+    )
+
+
+def require_scored(
+    losses: Mapping[str, DistillationLoss],
+    share: float | tuple[float, float],
+    *,
+    cross_entropy: bool,
+) -> None:
+    """Sampled captions are worth their time only if a teacher's loss looks at their words.
+
+    Args:
+        losses: Those of the run.
+        share: The option `on_policy`.
+        cross_entropy: Whether the cross-entropy has a weight.
+
+    Raises:
+        ConfigError: no loss does; or no reference would be left for the cross-entropy.
+    """
+    reads_words = {"logits", "hidden"}
+    if not any(loss.from_teacher and loss.needs & reads_words for loss in losses.values()):
+        raise ConfigError(
+            f"on_policy={share} samples captions for the teacher to score word by word, but none "
+            f"of the losses ({', '.join(losses) or 'there are none'}) compares words. Add a loss "
+            'such as losses={"token": "token"}, or leave on_policy out.'
+        )
+    if cross_entropy and share in (1.0, (1.0, 1.0)):
+        raise ConfigError(
+            "on_policy=1 replaces every reference caption, which leaves nothing for the "
+            'cross-entropy. Give weights={"ce": 0, ...}, or a smaller share.'
+        )
 
 
 class SampledCaptions(NamedTuple):

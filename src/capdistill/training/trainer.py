@@ -276,7 +276,7 @@ class Trainer(Stepper):
         before = self.config
         self.config = self.config_class.resolve(before, options, f"{type(self).__name__}.fit")
         try:
-            require_unknown_word(self.config, self.captioner.tokenizer)
+            self.check_options()
             self.objective.label_smoothing = self.config.label_smoothing
             self.place()
             yield
@@ -285,6 +285,14 @@ class Trainer(Stepper):
             self.objective.label_smoothing = before.label_smoothing
             if (used.device, used.precision) != (before.device, before.precision):
                 self.place()
+
+    def check_options(self) -> None:
+        """Refuse options that do not fit the models, at construction and at each fit.
+
+        Raises:
+            ConfigError: with the reason and the fix.
+        """
+        require_unknown_word(self.config, self.captioner.tokenizer)
 
     @contextmanager
     def _session(self) -> Iterator[None]:
