@@ -236,6 +236,7 @@ class CaptionerOutput:
         features: (I, N, D), the encoder's output, or None.
         attention: (B, T - 1, N), or None.
         mask: (B, T - 1), `batch.target_mask`; losses read it from the batch.
+        members: Of an ensemble, the outputs of members by name, as far as they were needed.
     """
 
     logits: Tensor | None = None
@@ -243,6 +244,7 @@ class CaptionerOutput:
     features: Tensor | None = None
     attention: Tensor | None = None
     mask: Tensor | None = None
+    members: Mapping[str, CaptionerOutput] | None = None
 
     def __repr__(self) -> str:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -319,17 +321,30 @@ def part(batch: Batch, first: int, last: int) -> Batch:
         >>> part(batch, 1, 2).captions
         ('b',)
     """
-    k = batch.captions_per_image
-    rows = slice(first * k, last * k)
+    return select_images(batch, range(first, min(last, batch.num_images)))
+
+
+def select_images(batch: Batch, images: Sequence[int]) -> Batch:
+    """The given images of a batch, with their captions.
+
+    Example:
+        >>> ids = torch.ones(2, 3, dtype=torch.long)
+        >>> batch = Batch(torch.zeros(2, 3, 1, 1), ids, ids > 0, ("a", "b"), ("1", "2"))
+        >>> select_images(batch, [1, 0]).captions
+        ('b', 'a')
+    """
+    k, chosen = batch.captions_per_image, list(images)
+    rows = [image * k + caption for image in chosen for caption in range(k)]
     values = {name: getattr(batch, name) for name in _PER_CAPTION}
+    references = batch.references
     return Batch(
-        images=batch.images[first:last],
+        images=batch.images[chosen],
         input_ids=batch.input_ids[rows],
         mask=batch.mask[rows],
-        captions=batch.captions[rows],
-        image_ids=batch.image_ids[first:last],
-        references=batch.references and batch.references[first:last],
-        cached={key: tokens[first:last] for key, tokens in batch.cached.items()},
+        captions=tuple(batch.captions[row] for row in rows),
+        image_ids=tuple(batch.image_ids[image] for image in chosen),
+        references=references and tuple(references[image] for image in chosen),
+        cached={key: tokens[chosen] for key, tokens in batch.cached.items()},
         **{name: None if value is None else value[rows] for name, value in values.items()},
     )
 

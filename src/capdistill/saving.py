@@ -26,6 +26,7 @@ from capdistill.tokenizer import Tokenizer, WordTokenizer
 from capdistill.weights import load_exactly, read_metadata, read_state_dict, strip_prefixes
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "captioner.json", "tokenizer.json"
+ENSEMBLE = "ensemble.json"  # describes the members of an ensemble, each in a directory within
 PENDING = ".captioner"  # a directory of files that are complete but not yet in place
 _FORMAT = "capdistill.captioner/1"
 _ID = "capdistill.weights"  # in the metadata of the weights

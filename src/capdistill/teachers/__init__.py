@@ -1,4 +1,4 @@
-"""Teachers other than capdistill captioners: `wrap` an existing model and distil from it."""
+"""Teachers other than a capdistill captioner: any existing model, and several models as one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from capdistill.registry import lazy_exports
 
 if TYPE_CHECKING:
+    from capdistill.teachers.ensemble import Ensemble as Ensemble
+    from capdistill.teachers.ensemble import load as load
     from capdistill.teachers.foreign import ForeignTeacher as ForeignTeacher
     from capdistill.teachers.foreign import normalised as normalised
     from capdistill.teachers.foreign import wrap as wrap
@@ -14,7 +16,9 @@ else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
         {
+            "Ensemble": "ensemble",
             "ForeignTeacher": "foreign",
+            "load": "ensemble",
             "normalised": "foreign",
             "wrap": "foreign",
         },

@@ -1,0 +1,95 @@
+"""The directory of a saved ensemble: its members, each in a directory within, and their list."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from capdistill.errors import CheckpointError, ConfigError
+from capdistill.files import remove_abandoned, temporary_name, write_text
+from capdistill.saving import DESCRIPTION, ENSEMBLE, saved_file
+
+_FORMAT = "capdistill.ensemble/1"
+
+
+def write(directory: Path, members: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Write every member, then the file that lists them: until then, the old ensemble is complete.
+
+    Args:
+        directory: Created if it does not exist.
+        members: Name -> a model with `save`.
+        about: Arguments of `Ensemble` beside the members, as JSON.
+
+    Raises:
+        ConfigError: the directory cannot be written, or holds a captioner.
+    """
+    if saved_file(directory, DESCRIPTION).exists():
+        raise ConfigError(
+            f"{directory} holds a saved captioner. Give another directory for the ensemble."
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(directory)
+        listed = [
+            {"name": name, "directory": _write_member(member, directory, number)}
+            for number, (name, member) in enumerate(members.items(), 1)
+        ]
+        content = {"format": _FORMAT, **about, "members": listed}
+        write_text(directory / ENSEMBLE, json.dumps(content, indent=2))
+        kept = {member["directory"] for member in listed}
+        for path in directory.iterdir():
+            if path.is_dir() and path.name not in kept and _description(path).is_file():
+                shutil.rmtree(path)  # a member of the old ensemble
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write {directory}: {error.strerror or error}. Give a directory that exists or "
+            "can be created, is writable and has space."
+        ) from error
+
+
+def _write_member(member: Any, directory: Path, number: int) -> str:
+    """Save a member below the directory, under a name that follows from its content."""
+    staged = directory / temporary_name("member")
+    try:
+        member.save(staged)
+        content = hashlib.sha256(_description(staged).read_bytes()).hexdigest()
+        place = directory / f"{number}-{content[:12]}"
+        if place.exists():
+            shutil.rmtree(place)
+        staged.rename(place)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return place.name
+
+
+def _description(directory: Path) -> Path:
+    """The file that describes the captioner or the ensemble in a directory."""
+    ensemble = directory / ENSEMBLE
+    return ensemble if ensemble.is_file() else saved_file(directory, DESCRIPTION)
+
+
+def read(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What was given to `write`: arguments of `Ensemble`, and the directory of each member.
+
+    Raises:
+        CheckpointError: there is no ensemble, or one of another format.
+    """
+    path = directory / ENSEMBLE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"format {content['format']!r}")
+        places = {str(each["name"]): str(each["directory"]) for each in content["members"]}
+        if any(Path(place).name != place for place in places.values()):
+            raise ValueError("a member is not in a directory within")
+        about = {key: content[key] for key in ("name", "mixing", "weights")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} does not describe an ensemble ({type(error).__name__}: {error}). Expected a "
+            f"directory written by Ensemble.save, with format '{_FORMAT}'."
+        ) from error
+    return about, {name: directory / place for name, place in places.items()}
