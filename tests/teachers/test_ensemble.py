@@ -440,7 +440,7 @@ def test_something_else_than_captioners_is_refused(members):
 
 def test_another_vocabulary_is_refused_with_its_first_difference():
     other = toy(WordTokenizer([*WORDS[:2], "bird", *WORDS[3:]], max_length=6))
-    with pytest.raises(IncompatibleModels, match="differ at entry 6: 'a' has 'cat' .*'b' has 'bir"):
+    with pytest.raises(IncompatibleModels, match=r"at entry 6: 'a' has 'cat' .*'b' has 'bir"):
         Ensemble({"a": toy(), "b": other})
     longer = toy(WordTokenizer([*WORDS, "bird"], max_length=6))
     with pytest.raises(IncompatibleModels, match="'a' has no entry"):
@@ -514,7 +514,7 @@ def test_a_damaged_description_is_named(tmp_path: Path, change: dict[str, Any]):
     Ensemble([toy(), toy(seed=1)]).save(tmp_path)
     path = tmp_path / "ensemble.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError, match="does not (describe|hold) an ensemble"):
+    with pytest.raises(CheckpointError, match=r"does not (describe|hold) an ensemble"):
         load(tmp_path)
 
 
