@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -52,6 +52,9 @@ class Run(Protocol):
 
     def describe(self) -> list[str]:
         """Lines about the run: data, models, losses, weights and rates."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside the block, the captioner holds the averaged weights if there is an average."""
 
 
 EVENTS = ("on_fit_start", "on_step", "on_epoch", "on_fit_end")
@@ -159,10 +162,11 @@ class Checkpoints:
     def on_epoch(self, trainer: Run, row: Row) -> None:
         """Keep the student if it improved, then the state to continue from."""
         if row.get("improved"):
-            if self.out is None:
-                self.best = _copy_weights(trainer.captioner)
-            else:
-                trainer.captioner.save(self.out / "best")
+            with trainer.averaged():
+                if self.out is None:
+                    self.best = _copy_weights(trainer.captioner)
+                else:
+                    trainer.captioner.save(self.out / "best")
         self.save(trainer)
 
     def save(self, trainer: Run) -> None:

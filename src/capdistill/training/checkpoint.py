@@ -127,6 +127,7 @@ def snapshot(
         "step": stepper.step_count,
         "skipped_steps": stepper.skipped_steps,
         "meter": stepper.meter.state_dict(),
+        "averages": {name: each.state_dict() for name, each in stepper.averages.items()},
         "skipped": len(skipped_images(train)),
         "config": stepper.config.model_dump(),
         "identity": dict(who),
@@ -162,6 +163,11 @@ def restore(
     _require_same_position(_position(stepper, train), state)
     weights = strip_prefixes(state["objective"], stepper.objective.state_dict())
     load_exactly(stepper.objective, weights, "The models and losses of the training state")
+    for name, average in stepper.averages.items():
+        if name in state.get("averages", {}):
+            average.load_state_dict(state["averages"][name])
+        else:
+            average.restart()  # it begins with the resumed run
     _warn_of_changes(stepper.config.model_dump(), state["config"])
     _restore_optimizer(stepper, state)
     stepper.scaler.load_state_dict(state["scaler"])

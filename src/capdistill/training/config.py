@@ -38,6 +38,9 @@ class TrainConfig(Options):
         accumulation_steps: Micro-batches per step. A shorter last group is divided by its own
             count.
         max_grad_norm: Gradients are clipped to this norm; None does not clip.
+        ema_decay: Decay of an exponential moving average of the trained weights, for instance
+            0.999, or None. Validation scores the average, best/ and final/ hold it; training
+            continues on the weights themselves. The first updates decay less; see `WeightAverage`.
         label_smoothing: Label smoothing of the cross-entropy term, never of the teacher's targets.
         word_dropout: Probability that an input word is replaced by the unknown token. Targets and
             the teacher's input stay as they are.
@@ -81,6 +84,7 @@ class TrainConfig(Options):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     accumulation_steps: int = Field(1, ge=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
+    ema_decay: float | None = Field(None, ge=0, lt=1)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     word_dropout: float = Field(0.0, ge=0, lt=1)
     scheduled_sampling: float = Field(0.0, ge=0, le=1)
@@ -181,6 +185,7 @@ class TrainOptions(GenerationOptions, total=False):
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     accumulation_steps: int
     max_grad_norm: float | None
+    ema_decay: float | None
     label_smoothing: float
     word_dropout: float
     scheduled_sampling: float

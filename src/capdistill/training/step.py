@@ -6,11 +6,13 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
 from capdistill.data.loader import Source, skipped_images
 from capdistill.errors import ConfigError, NotFiniteLoss
@@ -52,6 +54,7 @@ class Stepper:
         steps_per_epoch: Optimizer steps per epoch; `fit` sets it. Set it in your own loop, or the
             learning rate stays constant.
         meter: Sums over the steps since the epoch began.
+        average: The average of the trained weights, with `ema_decay`; None without.
         metrics: Metrics that validation computes, names or your own `Metric` objects, instead of
             `config.metrics`; `monitor` may name any of their scores.
     """
@@ -65,6 +68,7 @@ class Stepper:
         self.objective = objective
         self.loss_options: dict[str, str] = {}  # of each loss, as it was given
         self.optimizer: torch.optim.Optimizer | None = None
+        self.average: WeightAverage | None = None
         self.schedule: Scheduler
         self._steps_per_epoch: int | None = None
         self._first_step = True  # of the optimizer: what is not trained is reported then
@@ -215,6 +219,8 @@ class Stepper:
         self.scaler.update()
         if math.isfinite(norm_value):
             self.schedule.step()
+            for average in self.averages.values():
+                average.update()
         optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
 
@@ -253,7 +259,18 @@ class Stepper:
         self.optimizer = self.make_optimizer(groups)
         self._first_step = True
         self.schedule = make_schedule(self.optimizer, self.config, self.steps_per_epoch)
+        decay = self.config.ema_decay
+        self.average = None if decay is None else WeightAverage(self.objective, decay)
         return self.optimizer
+
+    @property
+    def averages(self) -> dict[str, WeightAverage]:
+        """Averages of weights that every step updates and that are part of the state."""
+        return {} if self.average is None else {"ema": self.average}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside the block, the models hold the averaged weights if there is an average."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def _warn_of_constant_rate(self) -> None:
         if self.steps_per_epoch is None and self.config.schedule != "constant":
@@ -319,6 +336,8 @@ class Stepper:
     def validate(self, source: Source) -> tuple[dict[str, Any], dict[str, float]]:
         """Terms and scores over a source whose batches have references, in evaluation mode.
 
+        With `ema_decay`, they are those of the averaged weights.
+
         Returns:
             `{"loss": ..., "terms": ..., "images": ..., "skipped": ...}`, and the scores of the
             captions by name.
@@ -331,7 +350,7 @@ class Stepper:
             given = type(source).__name__
             raise ConfigError(f"validate: {given} was given; expected a Loader or epoch(n, start).")
         meter, generated, references = LossMeter(), dict[str, str](), References()
-        with evaluating(self.objective), torch.no_grad():
+        with self.averaged(), evaluating(self.objective), torch.no_grad():
             for batch in source.epoch(0):
                 add_references(references, batch)
                 counts = self.objective.counts(batch)

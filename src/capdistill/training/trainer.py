@@ -237,8 +237,11 @@ class Trainer(Stepper):
     def _finish(self) -> None:
         """End the run; or, where it was interrupted, save where it is."""
         done = self.epoch >= self.config.epochs
-        if done or self.stopping:
+        over = done or self.stopping
+        if over:
             self.history.interrupted = False  # it came too late to matter
+            if self.average is not None:
+                self.average.assign()  # what is kept from here on
             if self.history.stopped is None:
                 asked = "a callback asked for it"
                 self.history.stopped = (
@@ -255,6 +258,8 @@ class Trainer(Stepper):
                 stacklevel=3,
             )
         self._emit("on_fit_end")
+        if over and self.average is not None:
+            self.average.restart()  # the captioner holds the kept weights
         self.history.end(self.epoch, self.step_count)
 
     def _make_callbacks(
@@ -351,6 +356,8 @@ class Trainer(Stepper):
         rates = {str(group["name"]): group["initial_lr"] for group in groups}
         shown = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
         lines.append(f"  rates   {shown}; {config.schedule}, at most {config.epochs} epochs")
+        if config.ema_decay is not None:
+            lines.append(f"  average of the weights with decay {config.ema_decay:g}")
         if self.val_source is not None:
             waits = "none" if config.patience is None else f"{config.patience} epochs"
             lines.append(f"  best    by {monitor_key(config.monitor)}, patience {waits}")

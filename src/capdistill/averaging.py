@@ -1,0 +1,188 @@
+"""The exponential moving average of the weights that are trained, of a model or for a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from capdistill.errors import CheckpointError, ConfigError, require_number
+from capdistill.runtime import batch_norms, evaluating
+
+
+class WeightAverage:
+    """The exponential moving average of a module's trained weights, in float32 or more.
+
+    Update n (from 0) makes it `d * average + (1 - d) * weights` with the decay
+    d = min(decay, (1 + n) / (10 + n)): the first weights are soon forgotten. The running
+    statistics of batch norms that are trained are averaged in the same way: copied ones would be
+    those of other weights. What is frozen is neither averaged nor stored.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.zeros_(layer.weight)
+        >>> average = WeightAverage(layer, decay=0.5)
+        >>> _ = nn.init.ones_(layer.weight)
+        >>> average.update()  # n = 0: 0.1 * 0 + 0.9 * 1
+        >>> with average.applied():
+        ...     round(layer.weight.item(), 4)
+        0.9
+        >>> layer.weight.item()
+        1.0
+
+    Args:
+        module: Its parameters that require a gradient now are followed.
+        decay: Share of the average that an update keeps, from 0 to below 1.
+        into: A copy of the module that holds the average; by default it is held here.
+
+    Attributes:
+        updates: Number of updates so far.
+
+    Raises:
+        ConfigError: the decay is out of range, or nothing is trained.
+
+    Source:
+        Polyak and Juditsky (1992); the decay of the first updates: TensorFlow's
+        ExponentialMovingAverage.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, into: nn.Module | None = None) -> None:
+        self.decay = require_number("WeightAverage: decay", decay, minimum=0, below=1)
+        self.names = _moving(module)
+        self.updates = 0
+        self._weights = _places(module, self.names)
+        self._into = None if into is None else _places(into, self.names)
+        self._values = [] if into is not None else [_copy(value) for value in self.weights]
+        self._applied = False
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The module's own values, in the order of `names`."""
+        return _values(self._weights)
+
+    @property
+    def average(self) -> list[Tensor]:
+        """The averaged values, in the order of `names`."""
+        return self._values if self._into is None else _values(self._into)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the weights; to be called after every optimizer step.
+
+        Raises:
+            ConfigError: within `applied()`, where the module holds the average itself.
+        """
+        if self._applied:
+            raise ConfigError(
+                "A step was made inside averaged(), where the model holds its averaged weights. "
+                "Leave the block before training continues."
+            )
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        average = self.average
+        weights = [w.to(a.dtype) for w, a in zip(self.weights, average, strict=True)]
+        get_ema_multi_avg_fn(decay)(average, weights, None)  # type: ignore[no-untyped-call]
+        self.updates += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the module holds the average; afterwards its own weights again."""
+        if self._applied:
+            yield
+            return
+        own = [value.detach().clone() for value in self.weights]
+        self._applied = True
+        try:
+            self.assign()
+            yield
+        finally:
+            _assign(self.weights, own)
+            self._applied = False
+
+    def assign(self) -> None:
+        """Give the module the average for good."""
+        _assign(self.weights, self.average)
+
+    def restart(self) -> None:
+        """Begin again with the weights as they are."""
+        _assign(self.average, self.weights)
+        self.updates = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        values = dict(zip(self.names, (a.detach() for a in self.average), strict=True))
+        return {"updates": self.updates, "values": values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            CheckpointError: it is of other weights; nothing was changed.
+        """
+        values = state["values"]
+        mine = {n: tuple(a.shape) for n, a in zip(self.names, self.average, strict=True)}
+        theirs = {name: tuple(value.shape) for name, value in values.items()}
+        if mine != theirs:
+            differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
+            raise CheckpointError(
+                "The averaged weights of the training state are of another model; they differ in "
+                f"{', '.join(differing[:5])}. Give the same model and trainable parts, or start "
+                "again with resume=False."
+            )
+        _assign(self.average, [values[name] for name in self.names])
+        self.updates = state["updates"]
+
+
+def averages_in(module: nn.Module) -> dict[str, WeightAverage]:
+    """Name -> the average of each part that follows another model: an attribute `average`.
+
+    A trainer updates those of its teachers after every step and saves them with its state.
+    """
+    found = {name: getattr(part, "average", None) for name, part in module.named_modules()}
+    return {name: each for name, each in found.items() if isinstance(each, WeightAverage)}
+
+
+def _moving(module: nn.Module) -> list[str]:
+    """Names of the parameters that require a gradient, and of statistics that training moves."""
+    with evaluating(module):
+        module.train()  # frozen parts stay in evaluation mode
+        norms = {id(norm) for norm in batch_norms(module) if norm.training}
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError(
+            "There is nothing to average: every parameter is frozen. Unfreeze some with "
+            "requires_grad_(True) first."
+        )
+    statistics = [
+        f"{name}.{key}"
+        for name, part in module.named_modules()
+        if id(part) in norms
+        for key, value in part.named_buffers(recurse=False)
+        if value.is_floating_point()
+    ]
+    return [*trained, *statistics]
+
+
+def _places(module: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module, str]]:
+    """The part and the attribute of each name: moving a module to a device replaces its buffers."""
+    parts = dict(module.named_modules())
+    pairs = [name.rpartition(".") for name in names]
+    return [(parts[part], key) for part, _, key in pairs]
+
+
+def _values(places: Sequence[tuple[nn.Module, str]]) -> list[Tensor]:
+    return [getattr(part, key) for part, key in places]
+
+
+def _copy(value: Tensor) -> Tensor:
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return value.detach().to(wide, copy=True)
+
+
+@torch.no_grad()
+def _assign(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
