@@ -87,6 +87,22 @@ def test_an_unreadable_image_gets_the_mean_difficulty(colours: CaptionData) -> N
     assert len(Curriculum(colours, values)) == 6
 
 
+def test_an_image_without_captions_gets_the_mean_difficulty(colours: CaptionData) -> None:
+    bare = [Example.unlabelled("x.png", colours.examples[0].path), *colours.examples]
+    data, model = CaptionData(bare), tiny.make_teacher()
+    for values in (difficulty(data), model_difficulty(model, data, device="cpu")):
+        others = [value for name, value in values.items() if name != "x.png"]
+        assert len(others) == 6
+        assert values["x.png"] == pytest.approx(sum(others) / 6)
+    with pytest.raises(DataError, match="no image has a caption"):
+        difficulty(CaptionData(bare[:1]))
+
+
+def test_difficulty_is_that_of_the_captions_trained_on_not_of_other_references() -> None:
+    data = CaptionData([Example("x", "x.jpg", ["a dog runs"], references=["a"])])
+    assert difficulty(data) == {"x": 3.0}
+
+
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30))
 def test_the_ranking_is_a_stable_sort_that_does_not_follow_the_order_of_the_data(
     values: list[int],

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 import capdistill as cd
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.cli.runfile import DistillRun, TrainRun, parse_run
-from capdistill.data import CaptionData, Curriculum
+from capdistill.data import CaptionData, Curriculum, Example
 from capdistill.data.loader import FixedBatches
 from capdistill.decoders.base import Decoder, DecoderState
 from capdistill.errors import ConfigError
@@ -446,15 +446,45 @@ def test_it_combines_with_cached_features_and_accumulation(
     assert all(each["token"] > each["ce"] for each in counts)
 
 
-def test_a_wrapped_teacher_scores_the_samples() -> None:
-    inner = tiny.make_teacher()
-    teacher = cd.teachers.wrap(inner, lambda model, batch: model(batch), tiny.TOKENIZER)
+def test_images_without_captions_are_learned_from_by_samples(colours: CaptionData) -> None:
+    bare = CaptionData(Example.unlabelled(e.image_id, e.path) for e in colours.examples)
+    for share, some in ((0.0, False), (1.0, True)):
+        trainer = Distiller(
+            tiny.make_teacher(),
+            tiny.make_student(),
+            on_policy=share,
+            **OPTIONS,
+            **TOKEN,
+            weights={"ce": 0.0},
+        )
+        history = trainer.fit(bare, epochs=1, log_every=1)
+        assert [row["counts"]["token"] > 0 for row in history.steps] == [some] * 3
+
+
+def wrapped() -> Any:
+    return cd.teachers.wrap(tiny.make_teacher(), lambda model, batch: model(batch), tiny.TOKENIZER)
+
+
+def ensemble() -> Any:
+    return cd.teachers.Ensemble([tiny.make_teacher(), tiny.make_teacher(seed=5)], mixing="draw")
+
+
+@pytest.mark.parametrize("teacher", [wrapped, ensemble])
+def test_other_teachers_score_the_samples(teacher: Callable[[], Any]) -> None:
     trainer = Distiller(
-        teacher, tiny.make_student(), on_policy=1.0, weights={"ce": 0.0}, **tiny.QUIET, **TOKEN
+        teacher(), tiny.make_student(), on_policy=1.0, weights={"ce": 0.0}, **tiny.QUIET, **TOKEN
     )
     trainer.steps_per_epoch = 1
     row = trainer.step(tiny.make_batch([3, 1]))
     assert row["counts"]["token"] > 0
+    assert row["terms"]["token"]["raw"] > 0
+
+
+def test_in_half_precision_every_parameter_gets_a_gradient() -> None:
+    trainer = distiller(on_policy=0.5, precision="bf16")
+    terms = trainer.terms(tiny.make_batch([3, 1, 5, 2], k=2))
+    torch.stack([term.weighted for term in terms.values()]).sum().backward()
+    assert [n for n, p in trainer.student.named_parameters() if p.grad is None] == []
 
 
 def test_check_tries_a_step_on_samples(colours: CaptionData) -> None:

@@ -166,11 +166,13 @@ def difficulty(data: Any, kind: str | Callable[[str], float] = "length") -> dict
             a function of a caption.
 
     Returns:
-        Image id -> difficulty. Images without ids have their numbers.
+        Image id -> difficulty. Images without ids have their numbers; one without captions gets the
+        mean of the others.
 
     Raises:
         UnknownName: there is no such kind.
         ConfigError: these are no data, or a function that gives something else than a number.
+        DataError: an item that cannot be read; no caption at all.
 
     Source:
         Platanios et al. (2019), the difficulty metrics sentence length and word rarity.
@@ -196,9 +198,21 @@ def _measure(data: Any, kind: str | Callable[[str], float]) -> dict[str, float]:
         measure = _rarity([text for texts in captions.values() for text in texts])
     found = {}
     for name, texts in captions.items():
-        values = [_number({name: measure(text)}, name) for text in texts]
-        found[name] = sum(values) / len(values)
-    return found
+        if texts:
+            values = [_number({name: measure(text)}, name) for text in texts]
+            found[name] = sum(values) / len(values)
+    return with_mean(found, list(captions))
+
+
+def with_mean(known: dict[str, float], names: list[str]) -> dict[str, float]:
+    """The difficulty of all images; of those where it is not known, the mean of the others.
+
+    Raises:
+        DataError: none is known.
+    """
+    if not known:
+        raise DataError("difficulty: no image has a caption to measure. Give captions, or numbers.")
+    return dict.fromkeys(names, sum(known.values()) / len(known)) | known
 
 
 def _length(caption: str) -> float:
@@ -214,7 +228,7 @@ def _rarity(captions: list[str]) -> Callable[[str], float]:
 def _captions(data: Any) -> dict[str, tuple[str, ...]]:
     """Image id -> captions."""
     if isinstance(data, CaptionData):
-        return data.references
+        return {example.image_id: example.captions for example in data.examples}
     found = {}
     for number, name in enumerate(image_ids(data)):
         try:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from capdistill.compatibility import image_size
-from capdistill.data.curriculum import image_ids
+from capdistill.data.curriculum import image_ids, with_mean
 from capdistill.data.loader import Loader
-from capdistill.errors import ConfigError, DataError, UnknownName, suggest
+from capdistill.errors import ConfigError, UnknownName, suggest
 from capdistill.losses.divergence import cross_entropy
 from capdistill.outputs import Batch
 from capdistill.runtime import autocast, on_device, pick_device
@@ -54,13 +54,13 @@ def model_difficulty(
         progress: Show progress.
 
     Returns:
-        Image id -> difficulty. An image that cannot be read, which training leaves out, gets the
-        mean of the others.
+        Image id -> difficulty. An image without captions, or one that cannot be read (which
+        training leaves out), gets the mean of the others.
 
     Raises:
         ConfigError: the model gives no logits.
         UnknownName: there is no such kind.
-        DataError: no image can be read.
+        DataError: no image that can be read has a caption.
     """
     if kind not in _KINDS:
         raise UnknownName(f"model_difficulty: no kind {kind!r}. {suggest(str(kind), _KINDS)}")
@@ -83,23 +83,22 @@ def model_difficulty(
                 logits = model(batch, need=frozenset({"logits"})).logits
             if logits is None:
                 raise ConfigError("model_difficulty: the model gives no logits to measure.")
-            found |= zip(batch.image_ids, _per_image(logits, batch, kind), strict=True)
-    if not found:
-        raise DataError(f"model_difficulty: no image can be read.\n{loader.skipped}")
-    mean = sum(found.values()) / len(found)
-    return dict.fromkeys(image_ids(data), mean) | found
+            found |= _per_image(logits, batch, kind)
+    return with_mean(found, image_ids(data))
 
 
-def _per_image(logits: Tensor, batch: Batch, kind: str) -> list[float]:
-    """The mean over the tokens of all captions of each image."""
-    k, values = batch.captions_per_image, []
-    for first in range(0, len(logits), k):
-        rows = slice(first, first + k)
+def _per_image(logits: Tensor, batch: Batch, kind: str) -> dict[str, float]:
+    """The mean over the tokens of all captions of each image that has any."""
+    k, values = batch.captions_per_image, {}
+    for number, name in enumerate(batch.image_ids):
+        rows = slice(number * k, (number + 1) * k)
         mask = batch.target_mask[rows]
+        if not mask.any():
+            continue
         if kind == "loss":
             total = cross_entropy(logits[rows], batch.targets[rows], mask)
         else:
             log_probs = logits[rows][mask].float().log_softmax(-1)  # (tokens, V)
             total = torch.special.entr(log_probs.exp()).sum()
-        values.append(total / mask.sum().clamp(min=1))
-    return torch.stack(values).tolist()
+        values[name] = float(total / mask.sum())
+    return values
