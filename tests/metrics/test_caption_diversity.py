@@ -82,4 +82,10 @@ def test_a_lone_string_is_refused(texts: tuple) -> None:
 def test_json_is_plain_and_has_every_figure() -> None:
     content = json.loads(json.dumps(diversity(SAID, []).to_json(), allow_nan=False))
     assert content["novel"] == 0.75
-    assert len(content) == 11
+    assert len(content) == 12
+
+
+def test_captions_that_end_on_a_function_word_are_counted() -> None:
+    found = diversity(["a dog runs with a", "a dog in the", "a dog is", "a dog runs .", "", "the"])
+    assert found.cut_short == 4 / 6
+    assert diversity(["a man looks at it", "two dogs"]).cut_short == 0.0

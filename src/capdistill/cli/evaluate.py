@@ -312,7 +312,8 @@ def health_line(health: Mapping[str, Any]) -> str:
     return (
         f"{health['vocabulary']} different words, {health['mean_length']:.1f} per caption; "
         f"{health['distinct_captions']:.1%} are distinct, {health['repeats']:.1%} repeat "
-        f"a pair of words, {health['empty']:.1%} are empty."
+        f"a pair of words, {health['cut_short']:.1%} end on a function word, "
+        f"{health['empty']:.1%} are empty."
     )
 
 

@@ -121,6 +121,7 @@ _HEALTH = (
     ("distinct_captions", "Distinct captions", "share"),
     ("novel", "Captions not in training data", "share"),
     ("repeats", "Captions repeating a word pair", "share"),
+    ("cut_short", "Captions ending on a function word", "share"),
 )
 _COSTS = (
     ("success_rate", "Captions with an end token", "share", ("success_rate",)),

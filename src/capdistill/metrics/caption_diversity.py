@@ -20,6 +20,14 @@ from capdistill.metrics.base import (
 
 Words = tuple[str, ...]
 
+_NO_ENDINGS = {
+    (word,)
+    for word in (
+        "a an the and or with without in on at of to for from by into onto upon near before after "
+        "behind beside between through while as is are am was were be its their"
+    ).split()
+}
+
 
 @dataclass(frozen=True)
 class Diversity:
@@ -35,6 +43,8 @@ class Diversity:
         distinct_captions: Different captions over captions.
         repeats: Share of captions with a pair of neighbouring words that occurs twice.
         empty: Share of captions without a word.
+        cut_short: Share of captions that end on an article, a preposition or a form of "to be", as
+            captions that were optimised for a score may.
         novel: Share of captions with words that are not training captions; None if unknown.
         unfinished: Share of captions cut at the length limit; None if unknown.
     """
@@ -48,6 +58,7 @@ class Diversity:
     distinct_captions: float
     repeats: float
     empty: float
+    cut_short: float
     novel: float | None = None
     unfinished: float | None = None
 
@@ -107,6 +118,7 @@ def diversity(
         distinct_captions=_share(len(set(generated)), len(generated)),
         repeats=_share(sum(len(set(each)) < len(each) for each in pairs), len(generated)),
         empty=_share(generated.count(()), len(generated)),
+        cut_short=_share(sum(each[-1:] in _NO_ENDINGS for each in generated), len(generated)),
         novel=None if seen is None else _novel(generated, seen),
         unfinished=None if ended is None else _share(ended.count(False), len(generated)),
     )
