@@ -20,13 +20,11 @@ from capdistill.metrics.base import (
 
 Words = tuple[str, ...]
 
-_NO_ENDINGS = {
-    (word,)
-    for word in (
-        "a an the and or with without in on at of to for from by into onto upon near before after "
-        "behind beside between through while as is are am was were be its their"
-    ).split()
-}
+_ARTICLES = ("a", "an", "the", "its", "their")
+_PREPOSITIONS = ("with", "without", "in", "on", "at", "of", "to", "for", "from", "by", "into")
+_PLACES = ("onto", "upon", "near", "before", "after", "behind", "beside", "between", "through")
+_LINKS = ("and", "or", "while", "as", "is", "are", "am", "was", "were", "be")
+_NO_ENDINGS = {*_ARTICLES, *_PREPOSITIONS, *_PLACES, *_LINKS}
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,9 @@ def diversity(
         distinct_captions=_share(len(set(generated)), len(generated)),
         repeats=_share(sum(len(set(each)) < len(each) for each in pairs), len(generated)),
         empty=_share(generated.count(()), len(generated)),
-        cut_short=_share(sum(each[-1:] in _NO_ENDINGS for each in generated), len(generated)),
+        cut_short=_share(
+            sum(each[-1] in _NO_ENDINGS for each in generated if each), len(generated)
+        ),
         novel=None if seen is None else _novel(generated, seen),
         unfinished=None if ended is None else _share(ended.count(False), len(generated)),
     )
