@@ -91,7 +91,7 @@ def write(
         key.replace(_COMPILED, ""): value.detach().to("cpu", copy=True).contiguous()
         for key, value in model.state_dict().items()
     }
-    weights = _hash(state)
+    weights = hash_weights(state)
     content = {"format": _FORMAT, **description, "weights": weights}
     data = to_safetensors(state, {_ID: weights})
     staged, pending = directory / temporary_name("captioner"), directory / PENDING
@@ -150,10 +150,11 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _hash(state: Mapping[str, Tensor]) -> str:
+def hash_weights(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of names and values."""
     digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
+    for name, tensor in sorted(state.items()):
+        value = tensor.detach().cpu()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

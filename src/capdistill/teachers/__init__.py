@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from capdistill.registry import lazy_exports
 
 if TYPE_CHECKING:
+    from capdistill.teachers.caption_file import TeacherCaptions as TeacherCaptions
+    from capdistill.teachers.caption_file import read_captions as read_captions
+    from capdistill.teachers.captions import caption as caption
     from capdistill.teachers.ensemble import Ensemble as Ensemble
     from capdistill.teachers.ensemble import load as load
     from capdistill.teachers.foreign import ForeignTeacher as ForeignTeacher
@@ -18,8 +21,11 @@ else:
         {
             "Ensemble": "ensemble",
             "ForeignTeacher": "foreign",
+            "TeacherCaptions": "caption_file",
+            "caption": "captions",
             "load": "ensemble",
             "normalised": "foreign",
+            "read_captions": "caption_file",
             "wrap": "foreign",
         },
     )

@@ -1,0 +1,309 @@
+"""Sequence-level distillation: a teacher's captions of the training images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from capdistill.captioner import Captioner
+from capdistill.compatibility import image_size
+from capdistill.data.caption_files import DataReport, pluralize
+from capdistill.data.dataset import CaptionData
+from capdistill.data.loader import Loader
+from capdistill.errors import ConfigError, DataError, require_bool, require_int
+from capdistill.feature_cache import cache_trunk, data_key, default_cache_dir
+from capdistill.files import user_path
+from capdistill.generation.config import GenerationConfig, resolve
+from capdistill.metrics import CaptionScorer
+from capdistill.outputs import Batch
+from capdistill.runtime import autocast, on_device, pick_device, pick_precision
+from capdistill.runtime import progress as report_progress
+from capdistill.saving import describe_tokenizer, hash_weights
+from capdistill.teachers.caption_file import (
+    Choice,
+    Keep,
+    Row,
+    TeacherCaptions,
+    append_rows,
+    open_rows,
+    read_captions,
+)
+
+
+def caption(
+    teacher: Any,
+    data: CaptionData,
+    path: str | Path,
+    *,
+    num_return: int = 1,
+    keep: Keep | None = None,
+    candidates: int | None = None,
+    mix: float = 0,
+    reweight: float | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    cache_features: bool = False,
+    cache_dir: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    generation: GenerationConfig | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> TeacherCaptions:
+    """Training data whose captions are a teacher's, made once and kept in a file.
+
+    The file has one JSON object per image, appended batch by batch, with all candidates. A run that
+    was killed continues behind its last complete row. If the file is complete, nothing is decoded:
+    another choice among the candidates (`num_return`, `keep`, `mix`, `reweight`) costs nothing.
+
+    Example:
+        >>> import capdistill as cd, tempfile
+        >>> train = cd.data.sample().train.subset(4)
+        >>> tokenizer = cd.WordTokenizer.train(train.captions, min_count=1)
+        >>> teacher = cd.Captioner.create("debug_teacher", tokenizer=tokenizer)
+        >>> path = tempfile.mkdtemp() + "/captions.jsonl"
+        >>> captioned = caption(teacher, train, path, num_return=2, beam_size=3, progress=False)
+        >>> len(captioned), captioned.references == train.references
+        (4, True)
+
+    Args:
+        teacher: A captioner, a wrapped one, or an ensemble: anything with `generate`. Its device
+            and its training flags are restored.
+        data: The images, with or without captions of their own.
+        path: The JSON Lines file. What it depends on is kept beside it in a `.run.json` file.
+        num_return: Captions of the teacher per image.
+        keep: How they are chosen among the candidates: "cider", the highest CIDEr-D against the
+            references of the image, with document frequencies of all references of `data`;
+            "score", the highest mean log-probability per token; None, the first ones in the order
+            of the search.
+        candidates: Captions decoded per image; by default all beams, or `num_return` samples.
+            Those that are empty, cut at the length limit, or equal to an earlier one are dropped
+            and counted.
+        mix: Human captions per image beside the teacher's. A whole number m takes m of its
+            references. A share s in (0, 1) makes it the share of all captions: with n captions of
+            the teacher, n s / (1 - s) references, rounded down, and up for as many images as the
+            fraction asks for. References and images are chosen by a hash of the image id.
+        reweight: Weigh the teacher's captions of an image in the cross-entropy by the softmax of
+            their log-probabilities divided by this temperature, times their number. Human captions
+            have weight 1.
+        batch_size: Images per batch.
+        num_workers: Processes that read images.
+        device, precision, cache_features, cache_dir: As in `TrainConfig`; the cached features of a
+            training run with the same teacher, images and precision are used.
+        overwrite: Start the file anew, whatever it holds.
+        progress: Show progress.
+        generation: Decoding: a `GenerationConfig` or its options; a beam of 5 by default.
+        options: Fields of `GenerationConfig`, which override those of `generation`:
+            `beam_size=3`, or `sample=True, seed=1`, ...
+
+    Raises:
+        ConfigError: an invalid option; or the file was made by another teacher, with other
+            options or for other data (the message says what differs).
+        DataError: data of another kind, no readable image, or a damaged file.
+
+    Source:
+        Kim, Rush (2016), Sequence-Level Knowledge Distillation: section 3.2 for the teacher's best
+        captions, and its renormalised n-best list (`reweight=1`); section 3.3, sequence-level
+        interpolation, for `keep="cider"`, with CIDEr-D in place of BLEU.
+    """
+    choice = Choice(num_return, keep, mix, reweight)
+    config = _decoding(choice, candidates, generation, options)
+    _require(teacher, data)
+    require_int("caption: batch_size", batch_size, 1)
+    for name, value in {"cache_features": cache_features, "overwrite": overwrite}.items():
+        require_bool(f"caption: {name}", value)
+    place = pick_device(device)
+    precision = pick_precision(place, precision)
+    file = user_path(path)
+    about = _about(teacher, data, config, precision, cache_features)
+    rows = open_rows(file, about, overwrite)
+    missing = _missing(data.image_ids, rows, batch_size)
+    if missing:
+        with on_device([teacher], place), autocast(place, precision):
+            caches: dict[str, Any] = {}
+            with_images = True
+            if cache_features:
+                directory = default_cache_dir() if cache_dir is None else user_path(cache_dir)
+                caches = _caches(teacher, data, batch_size, directory, precision, progress)
+                with_images = not _only_captioners(teacher)
+            loader = Loader(
+                data.subset(missing),
+                teacher.tokenizer,
+                image_size=image_size(teacher),
+                batch_size=batch_size,
+                captions_per_image=1,
+                num_workers=num_workers,
+                caches=caches,
+                with_images=with_images,
+            )
+            made = _decode(teacher, loader, data, config, place, rows)
+            batches = report_progress(made, len(loader), "Captioning", unit="batch", show=progress)
+            append_rows(file, batches, rows)
+            append_rows(file, [_unreadable(data.subset(missing), rows, loader.skipped)], rows)
+    return read_captions(file, data, **asdict(choice))
+
+
+def _decoding(
+    choice: Choice, candidates: int | None, generation: Any, options: Mapping[str, Any]
+) -> GenerationConfig:
+    given = dict(options)
+    if "num_return" in given:  # an argument of `caption`, with another meaning
+        raise ConfigError("caption: give the number of decoded captions as candidates=.")
+    plain = not isinstance(generation, GenerationConfig)
+    if plain and not given.get("sample", (generation or {}).get("sample", False)):
+        given = {"beam_size": (generation or {}).get("beam_size", 5), **given}
+    config = resolve(generation, given)
+    if candidates is None:
+        candidates = choice.num_return if config.sample else config.beam_size
+    require_int("caption: candidates", candidates, 1)
+    if candidates < choice.num_return:
+        raise ConfigError(
+            f"caption: num_return={choice.num_return} captions cannot be chosen among "
+            f"{pluralize(candidates, 'candidate')}. Give a larger beam_size= or candidates=."
+        )
+    return resolve(config, {"num_return": candidates})
+
+
+def _require(teacher: Any, data: Any) -> None:
+    generates = callable(getattr(teacher, "generate", None)) and hasattr(teacher, "tokenizer")
+    if not isinstance(teacher, nn.Module) or not generates:
+        raise ConfigError(
+            f"caption: {type(teacher).__name__} is no module with generate(batch) and tokenizer. "
+            "Give a capdistill.Captioner, teachers.wrap(...), or an ensemble of them."
+        )
+    if not isinstance(data, CaptionData):
+        raise DataError(
+            f"caption: {type(data).__name__} was given as data; expected one split of a "
+            "capdistill data set, such as data.train or cd.data.Images(folder)."
+        )
+
+
+def _decode(
+    teacher: Any,
+    loader: Loader,
+    data: CaptionData,
+    config: GenerationConfig,
+    place: torch.device,
+    rows: Mapping[str, Row],
+) -> Iterator[list[Row]]:
+    """Rows of the readable images, batch by batch."""
+    known = {image: texts for image, texts in data.references.items() if texts}
+    scorer = CaptionScorer(known, metrics=["cider_d"]) if known else None
+    names = _file_names(data)
+    for batch in _readable(loader, bool(rows)):
+        hypotheses = teacher.generate(batch.to(place), config)
+        new = [
+            Row.of(image, names[image], hypothesis)
+            for image, hypothesis in zip(batch.image_ids, hypotheses, strict=True)
+        ]
+        for row in new:
+            if scorer is not None and row.image_id in known:
+                images = [row.image_id] * len(row.captions)
+                row.cider_d = scorer.rewards(images, row.captions).tolist()
+        yield new
+
+
+def _readable(loader: Loader, others: bool) -> Iterator[Batch]:
+    """The batches; none if no image can be read although others could be."""
+    try:
+        yield from loader.epoch(0)
+    except DataError:
+        if not others or len(loader.skipped) < loader.num_images:
+            raise
+
+
+def _only_captioners(teacher: Any) -> bool:
+    """Whether it reads images through the encoders of captioners alone, hence cached features."""
+    members = getattr(teacher, "members", None)
+    if isinstance(members, Mapping):
+        return all(_only_captioners(member) for member in members.values())
+    return isinstance(teacher, Captioner)
+
+
+def _caches(
+    teacher: Any,
+    data: CaptionData,
+    batch_size: int,
+    directory: Path,
+    precision: str,
+    progress: bool,
+) -> dict[str, Any]:
+    """The trunk's output of every captioner in the teacher, by the key of its encoder."""
+    found: dict[str, Any] = {}
+    size = image_size(teacher)
+    source = Loader(
+        data, teacher.tokenizer, image_size=size, batch_size=batch_size, captions_per_image=1
+    )
+    key = data_key(data, source, size)
+    for model in (part for part in teacher.modules() if isinstance(part, Captioner)):
+        encoder = model.encoder
+        name = encoder.cache_key(trained=False)
+        if name is not None and name not in found:
+            found[name] = cache_trunk(encoder, source, key, directory, precision, progress, False)
+    if not found:
+        raise ConfigError(
+            "caption: cache_features=True, but the teacher has no encoder that can be cached. Set "
+            "cache_features=False."
+        )
+    return found
+
+
+def _about(
+    teacher: Any, data: CaptionData, config: GenerationConfig, precision: str, cached: bool
+) -> dict[str, Any]:
+    """What the captions depend on, as plain data."""
+    digest = hashlib.sha256()
+    for example in data.examples:
+        with suppress(OSError):
+            digest.update(f"{example.path.stat().st_size}".encode())
+        digest.update(repr((example.image_id, example.references)).encode("utf-8", "replace"))
+    return {
+        "format": "capdistill.captions/1",
+        "teacher": str(getattr(teacher, "name", type(teacher).__name__)),
+        "weights of the teacher": hash_weights(teacher.state_dict()),
+        "mixture": str(getattr(teacher, "weights", "")),
+        "vocabulary": describe_tokenizer(teacher.tokenizer)["vocabulary"],
+        "data": f"{len(data)} images, {digest.hexdigest()}",
+        "precision": precision,
+        "cache_features": cached,
+        **json.loads(json.dumps(config.model_dump(mode="json"))),
+    }
+
+
+def _missing(ids: Sequence[str], rows: Mapping[str, Row], batch_size: int) -> list[int]:
+    """The images of all batches that are not complete, so that batches are those of one run."""
+    begins = range(0, len(ids), batch_size)
+    batches = [range(begin, min(begin + batch_size, len(ids))) for begin in begins]
+    done = {image for image, row in rows.items() if row.error is None}
+    return [i for batch in batches if any(ids[j] not in done for j in batch) for i in batch]
+
+
+def _unreadable(data: CaptionData, rows: Mapping[str, Row], skipped: DataReport) -> list[Row]:
+    """Rows of the images that were skipped, with the reasons."""
+    reasons = {problem.file: problem.detail for problem in skipped}
+    names = _file_names(data)
+    return [
+        Row(names[e.image_id], e.image_id, [], [], [], error=reasons.get(str(e.path), "unknown"))
+        for e in data.examples
+        if e.image_id not in rows
+    ]
+
+
+def _file_names(data: CaptionData) -> dict[str, str]:
+    """Image id -> its file, below the folder that holds all files."""
+    paths = {example.image_id: example.path.absolute() for example in data.examples}
+    try:
+        root = os.path.commonpath([path.parent for path in paths.values()])
+    except ValueError:  # on several drives
+        return {image: path.name for image, path in paths.items()}
+    return {image: path.relative_to(root).as_posix() for image, path in paths.items()}
