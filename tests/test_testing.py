@@ -21,6 +21,11 @@ LOSSES = {
     "grid": cd.FeatureKD(match="grid"),
     "hidden": cd.HiddenKD(),
     "uniform": cd.HiddenKD(layers="uniform"),
+    **{name: cd.losses.create(name) for name in cd.losses.names()},
+    "top_k-few": cd.losses.create("top_k", k=3),
+    "top_k-renormalise": cd.losses.create("top_k", k=3, rest="renormalise"),
+    "jsd-forward": cd.losses.create("jsd", beta=0),
+    "dist-inter": cd.losses.create("dist", gamma=0),
 }
 
 

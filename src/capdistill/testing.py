@@ -69,7 +69,7 @@ def check_loss(
     loss = copy.deepcopy(given)
     with seeded(0), torch.enable_grad():
         loss.build(student, teacher)
-        batch = _batch([3, 1, 2, 3])
+        batch = _batch([3, 1, 2, 3, 2, 2, 1, 3])  # 4 images: fewer have no angles
         mine, their = _output(batch, student, 1), _output(batch, teacher, 2)
         needed = [
             CaptionerOutput(**{what: getattr(each, what) for what in loss.needs})

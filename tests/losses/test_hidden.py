@@ -63,6 +63,45 @@ def test_uniform_pairs_layers_of_the_same_depth_and_the_last_with_the_last(stude
     assert uniform_pairs(student, teacher) == pairs
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "pairs"),
+    [
+        ((8, 8, 8), (5, 5, 5, 5, 6), [(0, 2), (1, 3), (2, 4)]),  # 2 layers of 4, then the last
+        ((8, 8, 8), (5, 6), [(1, 0), (2, 1)]),
+        ((8,), (5, 6), [(0, 1)]),
+    ],
+)
+def test_the_last_k_layers_are_paired_in_order(student, teacher, pairs):
+    small, large = replace(STUDENT, hidden_dims=student), replace(TEACHER, hidden_dims=teacher)
+    assert built(small, large, layers="last_k").pairs == pairs
+
+
+def test_the_two_distances_add_up_to_the_default():
+    batch = make_batch([3, 1, 2, 3])
+    outputs = make_output(batch, STUDENT, 1), make_output(batch, TEACHER, 2), batch
+    both, mse, cosine = (
+        built(layers="uniform", distance=each)(*outputs) for each in ("mse+cosine", "mse", "cosine")
+    )
+    assert_close(mse + cosine, both)
+    assert mse > 0
+    assert cosine > 0
+
+
+def test_twice_the_cosine_distance_is_patient_distillation():
+    """Oracle: the squared difference of vectors of length 1, Sun et al. (2019), equation 7."""
+    batch = make_batch([3, 1, 2, 3])
+    student, teacher = make_output(batch, STUDENT, 1), make_output(batch, STUDENT, 2)
+    loss = built(teacher=STUDENT, project=False, distance="cosine")
+    mine, theirs = (F.normalize(each.hidden[-1], dim=-1) for each in (student, teacher))
+    patient = (mine - theirs).square().sum(-1)[batch.target_mask].sum()
+    assert_close(2 * loss(student, teacher, batch), patient)
+
+
+def test_an_unknown_distance_suggests_the_nearest():
+    with pytest.raises(ConfigError, match=r"distance='mae' is unknown. Did you mean 'mse'"):
+        HiddenKD(distance="mae")
+
+
 def test_a_deeper_teacher_of_the_same_widths_is_paired_anew_with_the_same_projectors():
     student, shallow = (
         replace(STUDENT, hidden_dims=(8,) * 2),

@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from capdistill.errors import ConfigError
+from capdistill.losses.attention import AttentionKD
+from capdistill.losses.contrastive import ContrastiveKD
+from capdistill.losses.decoupled import DecoupledKD
+from capdistill.losses.dist import DistKD
 from capdistill.losses.feature import FeatureKD
+from capdistill.losses.generalised import JensenShannonKD, ReverseKD
 from capdistill.losses.hidden import HiddenKD
 from capdistill.losses.token import TokenKD
+from capdistill.losses.top_k import TopKD
 from tests.losses.toy_pair import (
     STUDENT,
     TEACHER,
@@ -34,9 +40,22 @@ LOSSES = {
     "hidden-last": (HiddenKD, {}),
     "hidden-uniform": (HiddenKD, {"layers": "uniform"}),
     "hidden-mapping": (HiddenKD, {"layers": {"0": -1, "-1": 0}}),
+    "hidden-last_k": (HiddenKD, {"layers": "last_k", "distance": "cosine"}),
+    "reverse_kl": (ReverseKD, {"temperature": [4.0, 1.0]}),
+    "jsd": (JensenShannonKD, {"beta": 0.2}),
+    "decoupled": (DecoupledKD, {}),
+    "top_k": (TopKD, {"k": 3}),
+    "top_k-renormalise": (TopKD, {"k": 3, "rest": "renormalise"}),
+    "dist": (DistKD, {}),
+    "dist-inter": (DistKD, {"gamma": 0}),
+    "attention": (AttentionKD, {}),
+    "contrastive": (ContrastiveKD, {"dim": 5, "tau": 0.5}),
 }
+PROJECTING = [name for name in LOSSES if name.startswith(("feature", "hidden", "contrastive"))]
+COUPLING = ("dist", "contrastive")  # splitting a batch changes them, as they say
 each_loss = pytest.mark.parametrize("name", LOSSES)
-each_projecting_loss = pytest.mark.parametrize("name", [n for n in LOSSES if n != "token"])
+each_projecting_loss = pytest.mark.parametrize("name", PROJECTING)
+each_splitting_loss = pytest.mark.parametrize("name", [n for n in LOSSES if n not in COUPLING])
 lengths = st.lists(st.integers(1, 5), min_size=4, max_size=4)
 property_test = settings(deadline=None, max_examples=15)
 
@@ -80,6 +99,11 @@ def test_padding_changes_neither_loss_nor_gradients(name, lengths, columns):
 
 
 @each_loss
+def test_a_loss_says_whether_it_couples_the_images_of_a_batch(name):
+    assert built(name).couples_batch == (name in COUPLING)
+
+
+@each_splitting_loss
 @property_test
 @given(lengths=lengths, captions=st.sampled_from([1, 2]))
 def test_the_parts_of_a_batch_add_up(name, lengths, captions):
@@ -110,7 +134,7 @@ def test_gradients_are_those_of_finite_differences_in_float64(name):
     _, found = learn(loss, batch, student, teacher)
     inputs = [*leaves(student), *loss.parameters()]
     for leaf, gradient in zip(inputs, found, strict=True):
-        if gradient is None or leaf is student.attention:
+        if gradient is None:
             continue
         direction = torch.randn_like(leaf)
         with torch.no_grad():
@@ -131,7 +155,7 @@ def test_gradients_reach_student_and_projectors_and_never_the_teacher(name):
     assert reached
     assert all(grad.abs().sum() > 0 for grad in reached)
     assert all(p.grad.abs().sum() > 0 for p in loss.parameters())
-    assert student.attention.grad is None
+    assert (student.attention.grad is None) == (name != "attention")
     assert all(leaf.grad is None for leaf in leaves(teacher))
 
 
@@ -141,7 +165,7 @@ def test_no_valid_token_still_runs_backward(name):
     batch, student = pad(batch, make_output(batch, STUDENT, 1), 2)
     _, teacher = pad(make_batch([0, 0, 0, 0]), make_output(make_batch([0] * 4), TEACHER, 2), 2)
     total, found = learn(loss, batch, student, teacher)
-    blind = name in ("feature-auto", "feature-pooled", "feature-grid")  # images are seen anyway
+    blind = name in ("feature-auto", "feature-pooled", "feature-grid", "contrastive")  # per image
     assert total.isfinite()
     assert blind or total == 0
     used = [gradient for gradient in found if gradient is not None]

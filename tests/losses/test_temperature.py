@@ -13,7 +13,7 @@ from capdistill.losses.base import check_schedule, scheduled
 from capdistill.training.run_directory import options_of
 from tests.losses.toy_pair import STUDENT, TEACHER, make_batch, make_output
 
-LOSSES = ["token"]
+LOSSES = ["token", "reverse_kl", "jsd", "decoupled", "top_k", "dist"]
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 

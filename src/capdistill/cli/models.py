@@ -27,9 +27,17 @@ BUILT_IN = {
         "transformer": "capdistill.decoders.transformer:TransformerDecoder",
     },
     "losses": {
+        "attention": "capdistill.losses.attention:AttentionKD",
+        "contrastive": "capdistill.losses.contrastive:ContrastiveKD",
+        "decoupled": "capdistill.losses.decoupled:DecoupledKD",
+        "dist": "capdistill.losses.dist:DistKD",
         "feature": "capdistill.losses.feature:FeatureKD",
         "hidden": "capdistill.losses.hidden:HiddenKD",
+        "jsd": "capdistill.losses.generalised:JensenShannonKD",
+        "relational": "capdistill.losses.relational:RelationalKD",
+        "reverse_kl": "capdistill.losses.generalised:ReverseKD",
         "token": "capdistill.losses.token:TokenKD",
+        "top_k": "capdistill.losses.top_k:TopKD",
     },
 }  # as in the registries, which cannot be asked without importing torch
 

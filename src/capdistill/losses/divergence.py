@@ -44,9 +44,236 @@ def kl_divergence(
     student = F.log_softmax(valid_rows(student_logits, mask) / temperature, -1)  # (n, V)
     with torch.no_grad():
         teacher = F.log_softmax(valid_rows(teacher_logits, mask) / temperature, -1)  # (n, V)
-        weight = teacher.exp()
+    return _kl(student, teacher)
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of log-probabilities (..., C), summed over everything."""
+    weight = teacher.exp()
     gap = (teacher - student).masked_fill_(weight == 0, 0)  # 0 * inf would be nan
     return (weight * gap).sum()
+
+
+def reverse_kl_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Sum over valid tokens of KL(student || teacher) of the softened distributions.
+
+    An entry with student probability 0 adds nothing. With -inf in the teacher alone, the divergence
+    is infinite.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 1, 5), torch.zeros(1, 1, 5)
+        >>> teacher[..., 0] = 2.0
+        >>> round(float(reverse_kl_divergence(student, teacher, torch.tensor([[True]]))), 4)
+        0.4232
+
+    The arguments are those of `kl_divergence`.
+
+    Source:
+        Gu et al. (2024), MiniLLM, section 2.1.
+    """
+    student = F.log_softmax(valid_rows(student_logits, mask) / temperature, -1)  # (n, V)
+    weight = student.exp()
+    with torch.no_grad():  # the derivatives of the logarithm add up to that of sum(weight) = 1
+        teacher = F.log_softmax(valid_rows(teacher_logits, mask) / temperature, -1)  # (n, V)
+        gap = (student - teacher).masked_fill_(weight == 0, 0)
+    return (weight * gap).sum()
+
+
+def jensen_shannon_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Sum over valid tokens of the generalised Jensen-Shannon divergence.
+
+    For 0 < beta < 1 it is beta KL(teacher || M) + (1 - beta) KL(student || M), where
+    M = beta teacher + (1 - beta) student. It is bounded, also where one model gives probability 0.
+    Divided by beta, it approaches KL(teacher || student) for beta -> 0; divided by 1 - beta,
+    KL(student || teacher) for beta -> 1. With beta = 0 and 1 the result is that limit.
+
+    Example:
+        >>> student, teacher = torch.tensor([[[0.0, 1e4]]]), torch.tensor([[[1e4, 0.0]]])
+        >>> one = torch.tensor([[True]])
+        >>> round(float(jensen_shannon_divergence(student, teacher, one)), 4)  # log 2
+        0.6931
+
+    Args:
+        student_logits, teacher_logits, mask, temperature: As in `kl_divergence`.
+        beta: Share of the teacher in M, in [0, 1].
+
+    Source:
+        Agarwal et al. (2024), On-Policy Distillation of Language Models, section 2, equation 1.
+    """
+    if beta in (0.0, 1.0):
+        limit = kl_divergence if beta == 0 else reverse_kl_divergence
+        return limit(student_logits, teacher_logits, mask, temperature)
+    student = (valid_rows(student_logits, mask) / temperature).softmax(-1)  # (n, V)
+    with torch.no_grad():  # as in `reverse_kl_divergence`; the derivatives of log M cancel, too
+        teacher = (valid_rows(teacher_logits, mask) / temperature).softmax(-1)  # (n, V)
+        tiny = torch.finfo(teacher.dtype).tiny  # 0 * log 0 would be nan
+        mixed = teacher.lerp(student, 1 - beta).clamp_(min=tiny)
+        fixed = (teacher * (teacher / mixed).clamp_(min=tiny).log_()).sum()
+        gap = (student / mixed).clamp_(min=tiny).log_()
+    return (1 - beta) * (student * gap).sum() + beta * fixed
+
+
+def decoupled_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Sum over valid tokens of alpha TCKD + beta NCKD.
+
+    TCKD is the KL divergence of (target, all others), two probabilities; NCKD that of the
+    distributions over the others, renormalised. KL(teacher || student) = TCKD + (1 - p) NCKD, where
+    p is the teacher's probability of the target.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 1, 3), torch.tensor([[[2.0, 0.0, 0.0]]])
+        >>> target, one = torch.tensor([[0]]), torch.tensor([[True]])
+        >>> float(decoupled_divergence(student, teacher, target, one, alpha=0.0))
+        0.0
+
+    Args:
+        student_logits, teacher_logits, mask, temperature: As in `kl_divergence`.
+        targets: (B, T) ids; those outside the mask are never read.
+        alpha: Factor of the target term.
+        beta: Factor of the term of the other entries.
+
+    Source:
+        Zhao et al. (2022), Decoupled Knowledge Distillation, equations 5 to 7.
+    """
+    index = targets[mask][:, None]  # (n, 1)
+    student = _split(valid_rows(student_logits, mask) / temperature, index)
+    with torch.no_grad():
+        teacher = _split(valid_rows(teacher_logits, mask) / temperature, index)
+    target_term, other_term = map(_kl, student, teacher)
+    return alpha * target_term + beta * other_term
+
+
+def _split(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (n, 2) of an entry and all others, and (n, V) among the others."""
+    others = logits.scatter(-1, index, -torch.inf)
+    top = others.detach().amax(-1, keepdim=True).clamp(min=-1e30)  # -inf - -inf would be nan
+    others = others - top
+    rest = others.logsumexp(-1, keepdim=True).clamp(min=-1e30)
+    odds = logits.gather(-1, index) - top - rest  # log(p / (1 - p)), exact also for p near 1
+    return F.logsigmoid(torch.cat([odds, -odds], -1)), others - rest
+
+
+def top_k_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor,
+    k: int,
+    temperature: float = 1.0,
+    bucket: bool = True,
+) -> Tensor:
+    """Sum over valid tokens of KL(teacher || student) on the teacher's k most probable entries.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 1, 5), torch.tensor([[[2.0, 1.0, 0.0, 0.0, 0.0]]])
+        >>> one = torch.tensor([[True]])
+        >>> found = [top_k_divergence(student, teacher, one, k) for k in (2, 5)]
+        >>> [round(float(each), 4) for each in found]  # the last three are equal
+        [0.3711, 0.3711]
+
+    Args:
+        student_logits, teacher_logits, mask, temperature: As in `kl_divergence`.
+        k: Number of entries; with all V it is `kl_divergence`.
+        bucket: Whether the other entries are one more entry, with their whole probability.
+            Otherwise they are left out, and both distributions are renormalised over the k.
+
+    Source:
+        Hinton, Vinyals, Dean (2015), section 2.
+    """
+    if k >= teacher_logits.shape[-1]:
+        return kl_divergence(student_logits, teacher_logits, mask, temperature)
+    rows = valid_rows(student_logits, mask) / temperature  # (n, V)
+    with torch.no_grad():
+        targets = valid_rows(teacher_logits, mask) / temperature
+        index = targets.topk(k, sorted=False).indices  # (n, k)
+        teacher = _entries(targets, index, bucket)
+    return _kl(_entries(rows, index, bucket), teacher)
+
+
+def _entries(logits: Tensor, index: Tensor, bucket: bool) -> Tensor:
+    """Log-probabilities (n, k) of the chosen entries, or (n, k + 1) with that of all others."""
+    chosen = logits.gather(-1, index)
+    if bucket:
+        rest = logits.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
+        chosen = torch.cat([chosen, rest], -1)
+    return F.log_softmax(chosen, -1)
+
+
+def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of vectors of weights >= 0, which are made to add up to 1.
+
+    First 1e-4 is added to every weight. This bounds the gradient where the student's weight is 0,
+    and vectors of zeros become uniform.
+
+    Example:
+        >>> attention_divergence(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.25, 0.75]])) < 1e-6
+        tensor([True])
+
+    Arguments and result are those of `squared_distance`.
+    """
+    mine, theirs = (full(each) + SHORTEST for each in (student, teacher.detach()))
+    mine, theirs = (each / each.sum(-1, keepdim=True) for each in (mine, theirs))
+    return (theirs * (theirs.log() - mine.log())).sum(-1)
+
+
+def correlation_distance(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor:
+    """1 - Pearson's correlation along a dimension of non-negative values, in [0, 2].
+
+    Where the teacher does not vary there is nothing to match: the distance is 0. A standard
+    deviation below 1e-4 of the mean counts as none; one of the student as 1e-4 of the mean.
+
+    Example:
+        >>> x = torch.tensor([[0.1, 0.2, 0.7]])
+        >>> bool(correlation_distance(x, 3 * x) < 1e-6), correlation_distance(x, 0 * x)
+        (True, tensor([0.]))
+
+    Args:
+        student, teacher: Probabilities, of one shape.
+        dim: The dimension that the result lacks.
+
+    Source:
+        Huang et al. (2022), DIST, equation 6; `torch.corrcoef`.
+    """
+    mine, _ = _standardised(full(student), dim)
+    theirs, varies = _standardised(full(teacher.detach()), dim)
+    size = max(student.shape[dim], 1)
+    return (1 - (mine * theirs).sum(dim) / size).masked_fill(~varies, 0)
+
+
+def _standardised(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Deviations from the mean over their standard deviation, and whether that is large enough."""
+    size = max(x.shape[dim], 1)
+    mean = x.sum(dim, keepdim=True) / size
+    scale = mean.detach().clamp(min=1e-30)  # the squares of small probabilities would underflow
+    centred = (x - mean) / scale
+    variance = centred.square().sum(dim, keepdim=True) / size
+    varies = variance.detach().squeeze(dim) > SHORTEST**2
+    return centred * variance.clamp(min=SHORTEST**2).rsqrt(), varies
+
+
+def huber_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber's distance with delta = 1, entry by entry; `torch.nn.functional.huber_loss`.
+
+    Example:
+        >>> huber_distance(torch.tensor([0.5, 3.0]), torch.zeros(2))
+        tensor([0.1250, 2.5000])
+    """
+    return F.huber_loss(full(student), full(teacher.detach()), reduction="none")
 
 
 def cross_entropy(
@@ -114,12 +341,7 @@ def normalised_distance(student: Tensor, teacher: Tensor) -> Tensor:
         >>> bool(normalised_distance(1e-3 * x, x) < 1e-9)
         True
 
-    Args:
-        student: (..., D), the valid vectors.
-        teacher: (..., D).
-
-    Returns:
-        (...) one value per vector.
+    Arguments and result are those of `squared_distance`.
 
     Source:
         Ba, Kiros, Hinton (2016); `torch.nn.functional.layer_norm`.
@@ -144,12 +366,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
         >>> cosine_distance(torch.eye(2), torch.tensor([[0.0, 2.0], [0.0, 2.0]]))
         tensor([1., 0.])
 
-    Args:
-        student: (..., D), the valid vectors.
-        teacher: (..., D).
-
-    Returns:
-        (...) one value per vector.
+    Arguments and result are those of `squared_distance`.
 
     Source:
         `torch.nn.functional.cosine_similarity`.

@@ -68,7 +68,10 @@ class FeatureKD(DistillationLoss):
             IncompatibleModels: a model lacks what `match` needs.
         """
         specs = {"student": student, "teacher": teacher}
-        widths = (_feature_dim(student, "student"), _feature_dim(teacher, "teacher"))
+        widths = (
+            feature_width("FeatureKD", student, "student"),
+            feature_width("FeatureKD", teacher, "teacher"),
+        )
         self._compare(self._possible(specs))
         built = self.projector and (self.projector.in_features, self.projector.out_features)
         if not same_pair("FeatureKD", built, widths):
@@ -103,7 +106,7 @@ class FeatureKD(DistillationLoss):
         blind = [role for role, spec in specs.items() if not spec.has_attention]
         if self.match == "grid":
             for role, spec in specs.items():
-                _require_grid(spec, role, spec.tokens)
+                require_grid("FeatureKD", spec, role, spec.tokens)
         if self.match == "attention" and blind:
             raise IncompatibleModels(
                 f"FeatureKD: the {blind[0]} '{specs[blind[0]].name}' returns no attention over "
@@ -127,9 +130,8 @@ class FeatureKD(DistillationLoss):
         if view == "attention":
             attention = given("FeatureKD", "attention", role, output.attention)  # (B, T, N)
             return (_caption_weights(attention, batch) * features).sum(1, keepdim=True)
-        sizes = [spec.grid or (1, 1) for spec in self.specs.values()]
-        smaller = (min(h for h, _ in sizes), min(w for _, w in sizes))
-        return _cells(features, self.specs[role], role, smaller)
+        size = smaller_grid(*self.specs.values())
+        return grid_cells("FeatureKD", features, self.specs[role], role, size)
 
 
 def _caption_weights(attention: Tensor, batch: Batch) -> Tensor:
@@ -146,30 +148,62 @@ def _has_tokens(batch: Batch) -> Tensor:
     return batch.target_mask.reshape(batch.num_images, -1).any(1)
 
 
-def _cells(features: Tensor, spec: ModelSpec, role: str, size: tuple[int, int]) -> Tensor:
-    """(I, N, D) tokens to (I, h * w, D) cells of a grid averaged down to `size`."""
-    height, width = _require_grid(spec, role, features.shape[1])
+def smaller_grid(*specs: ModelSpec) -> tuple[int, int]:
+    """The smaller height and the smaller width of the models' grids."""
+    sizes = [spec.grid or (1, 1) for spec in specs]
+    return min(h for h, _ in sizes), min(w for _, w in sizes)
+
+
+def grid_cells(
+    loss: str, features: Tensor, spec: ModelSpec, role: str, size: tuple[int, int]
+) -> Tensor:
+    """(I, N, D) tokens to (I, h * w, D) cells of a grid averaged down to `size`.
+
+    Prefix tokens are dropped.
+
+    Raises:
+        IncompatibleModels: the tokens form no grid; the message names loss, model and role.
+    """
+    height, width = require_grid(loss, spec, role, features.shape[1])
     places = features[:, spec.prefix_tokens :].transpose(1, 2)  # (I, D, H * W)
     places = places.reshape(*places.shape[:2], height, width)
     pooled = F.adaptive_avg_pool2d(places, size)  # (I, D, h, w)
     return pooled.flatten(2).transpose(1, 2)
 
 
-def _require_grid(spec: ModelSpec, role: str, tokens: int | None) -> tuple[int, int]:
+def require_grid(loss: str, spec: ModelSpec, role: str, tokens: int | None) -> tuple[int, int]:
+    """The grid of a model, (h, w).
+
+    Raises:
+        IncompatibleModels: it has none, or one that does not fit the number of tokens.
+    """
     if spec.grid and tokens == spec.prefix_tokens + spec.grid[0] * spec.grid[1]:
         return spec.grid
     shape = f"({tokens} tokens x {spec.feature_dim})"
     claim = f"a grid of {spec.grid} after {spec.prefix_tokens} tokens" if spec.grid else "no grid"
+    fix = "an encoder with a grid, or remove this loss"
+    if loss == "FeatureKD":
+        fix = 'FeatureKD(match="pooled"), or an encoder with a grid'
     raise IncompatibleModels(
-        f"FeatureKD: the {role} '{spec.name}' gives {claim} {shape} but grid matching was asked "
-        'for.\nUse FeatureKD(match="pooled"), or an encoder with a grid.'
+        f"{loss}: the {role} '{spec.name}' gives {claim} {shape} but grid matching was asked for.\n"
+        f"Use {fix}."
     )
 
 
-def _feature_dim(spec: ModelSpec, role: str) -> int:
+def pooled_features(loss: str, output: CaptionerOutput, role: str) -> Tensor:
+    """(I, D) the mean over the visual tokens of each image, in full precision."""
+    return full(given(loss, "features", role, output.features)).mean(1)
+
+
+def feature_width(loss: str, spec: ModelSpec, role: str) -> int:
+    """D of a model's features.
+
+    Raises:
+        IncompatibleModels: it returns none.
+    """
     if spec.feature_dim is None:
         raise IncompatibleModels(
-            f"FeatureKD: the {role} '{spec.name}' returns no features to compare.\n"
+            f"{loss}: the {role} '{spec.name}' returns no features to compare.\n"
             "Return them in CaptionerOutput.features, (I, N, D), or remove this loss."
         )
     return spec.feature_dim

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from capdistill.errors import ConfigError, IncompatibleModels
+from capdistill.errors import ConfigError, IncompatibleModels, suggest
 from capdistill.losses.base import DistillationLoss, Projector, given, not_built, same_pair
 from capdistill.losses.divergence import cosine_distance, squared_distance, valid_rows
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 
 Pairs = list[tuple[int, int]]
+_DISTANCES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], ...]] = {
+    "mse+cosine": (squared_distance, cosine_distance),
+    "mse": (squared_distance,),
+    "cosine": (cosine_distance,),
+}
 
 
 class HiddenKD(DistillationLoss):
@@ -30,33 +36,45 @@ class HiddenKD(DistillationLoss):
     Args:
         layers: Pairs of entries of the student's and the teacher's `hidden`; the term is the mean
             over the pairs. "last": the vectors before the vocabulary projection. "uniform": these,
-            and each layer of the student with the teacher's layer at the same relative depth. Or
-            {student: teacher}, indices that may be negative.
+            and each layer of the student with the teacher's layer at the same relative depth (the
+            "skip" of patient distillation). "last_k": these, and the last k layers of both in
+            order, with the smaller depth as k. Or {student: teacher}, indices that may be negative.
         project: Map the student's states to the teacher's width with one linear layer per pair.
             This also helps if the widths are equal, because an LSTM's output is bounded and a layer
             norm's is not.
+        distance: "mse+cosine", "mse" (as TinyBERT) or "cosine" (as DistilBERT). The squared
+            difference of vectors of length 1 of patient distillation is twice the "cosine".
 
     Raises:
-        ConfigError: `layers` is none of these, or the loss is built for a second pair of models.
+        ConfigError: `layers` or `distance` is none of these, or the loss is built for a second pair
+            of models.
         IncompatibleModels: (in `build`) a layer does not exist, or widths differ and
             `project` is False.
 
     Source:
         Sanh et al. (2019), DistilBERT, for the cosine; Jiao et al. (2020), TinyBERT, section 3,
-        for the projected regression and the uniform mapping.
+        for the projected regression and the uniform mapping; Sun et al. (2019), Patient Knowledge
+        Distillation, section 3.2, for the last k layers.
     """
 
     needs = frozenset({"hidden"})
     per = "token"
 
     def __init__(
-        self, layers: str | Mapping[int, int] | Mapping[str, int] = "last", project: bool = True
+        self,
+        layers: str | Mapping[int, int] | Mapping[str, int] = "last",
+        project: bool = True,
+        distance: Literal["mse+cosine", "mse", "cosine"] = "mse+cosine",
     ) -> None:
         super().__init__()
         self.layers = layers if isinstance(layers, str) else _indices(layers)
-        if isinstance(layers, str) and layers not in ("last", "uniform"):
+        if isinstance(layers, str) and layers not in ("last", "uniform", "last_k"):
             raise ConfigError(_wrong_layers(layers))
+        if distance not in _DISTANCES:
+            known = suggest(str(distance), _DISTANCES)
+            raise ConfigError(f"HiddenKD: distance={distance!r} is unknown. {known}")
         self.project = project
+        self.distance = distance
         self.pairs: Pairs = []
         self.widths: Pairs = []
         self.projectors = nn.ModuleList()
@@ -81,7 +99,7 @@ class HiddenKD(DistillationLoss):
         self.pairs, self.widths = pairs, widths
 
     def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
-        """Sum over valid tokens of both distances, averaged over the pairs of layers."""
+        """Sum over valid tokens of the distances, averaged over the pairs of layers."""
         if not self.pairs:
             raise not_built("HiddenKD")
         mine = given("HiddenKD", "hidden", "student", student.hidden)
@@ -90,18 +108,21 @@ class HiddenKD(DistillationLoss):
         for (layer, target), projector in zip(self.pairs, self.projectors, strict=True):
             rows = projector(valid_rows(mine[layer], batch.target_mask))  # (n, H of the teacher)
             goal = valid_rows(theirs[target], batch.target_mask)
-            terms.append((squared_distance(rows, goal) + cosine_distance(rows, goal)).sum())
+            distances = [function(rows, goal).sum() for function in _DISTANCES[self.distance]]
+            terms.append(torch.stack(distances).sum())
         return torch.stack(terms).mean()
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        return f"layers={self.layers!r}, project={self.project}"
+        return f"layers={self.layers!r}, project={self.project}, distance={self.distance!r}"
 
     def _pair(self, student: ModelSpec, teacher: ModelSpec) -> Pairs:
         mine, theirs = _depth(student, "student"), _depth(teacher, "teacher")
         if isinstance(self.layers, str):
-            last = [(mine - 1, theirs - 1)]
-            return last if self.layers == "last" else uniform_pairs(mine, theirs)
+            if self.layers == "uniform":
+                return uniform_pairs(mine, theirs)
+            count = 1 if self.layers == "last" else min(mine, theirs)
+            return [(mine - i, theirs - i) for i in range(count, 0, -1)]
         return [
             (_place(s, student, "student"), _place(t, teacher, "teacher"))
             for s, t in self.layers.items()
@@ -146,7 +167,7 @@ def _indices(layers: object) -> dict[int, int]:
 def _wrong_layers(layers: object) -> str:
     return (
         f"HiddenKD: layers={layers!r} is invalid. "
-        'Use "last", "uniform", or {student layer: teacher layer} such as {0: 2, -1: -1}.'
+        'Use "last", "uniform", "last_k", or {student layer: teacher layer} such as {0: 2, -1: -1}.'
     )
 
 

@@ -1,0 +1,1 @@
+"""A loss on similarities for capdistill, found by name once this package is installed."""
