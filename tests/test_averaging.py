@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from capdistill.averaging import WeightAverage, averages_in
+from capdistill.averaging import WeightAverage
 from capdistill.errors import CheckpointError, ConfigError
 
 
@@ -169,8 +169,22 @@ def test_nothing_to_average_is_an_error() -> None:
         WeightAverage(nn.Linear(1, 1).requires_grad_(False), 0.9)
 
 
-def test_averages_are_found_by_the_name_of_their_part() -> None:
+def test_an_average_knows_whose_weights_it_follows() -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-    model[1].average = WeightAverage(model[0], 0.9, into=model[1])
-    model[0].average = "no average"
-    assert averages_in(model) == {"1": model[1].average}
+    average = WeightAverage(model[0], 0.9)
+    assert average.follows(model)
+    assert average.follows(model[0])
+    assert not average.follows(model[1])
+    assert not average.follows(copy.deepcopy(model))
+
+
+def test_a_copy_takes_over_buffers_that_do_not_move_when_a_state_is_loaded() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.append(nn.Module())
+    model[2].register_buffer("scale", torch.ones(2))
+    other = copy.deepcopy(model)
+    average = WeightAverage(model, 0.9, into=other)
+    state = copy.deepcopy(average.state_dict())
+    model[2].scale.fill_(3.0)
+    average.load_state_dict(state)
+    assert torch.equal(other[2].scale, model[2].scale)

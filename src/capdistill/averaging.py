@@ -57,6 +57,9 @@ class WeightAverage:
         self._weights = _places(module, self.names)
         self._into = None if into is None else _places(into, self.names)
         self._values = [] if into is not None else [_copy(value) for value in self.weights]
+        moving = {name.rpartition(".")[0] for name in self.names}
+        fixed = [n for n, _ in module.named_buffers() if n.rpartition(".")[0] not in moving]
+        self._fixed = [] if into is None else [_places(each, fixed) for each in (module, into)]
         self._applied = False
 
     @property
@@ -109,7 +112,13 @@ class WeightAverage:
     def restart(self) -> None:
         """Begin again with the weights as they are."""
         _assign(self.average, self.weights)
+        self._copy_fixed()
         self.updates = 0
+
+    def follows(self, module: nn.Module) -> bool:
+        """Whether the weights are those of this module or its parts."""
+        parts = set(module.modules())
+        return all(part in parts for part, _ in self._weights)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
@@ -133,16 +142,14 @@ class WeightAverage:
                 "again with resume=False."
             )
         _assign(self.average, [values[name] for name in self.names])
+        self._copy_fixed()
         self.updates = state["updates"]
 
-
-def averages_in(module: nn.Module) -> dict[str, WeightAverage]:
-    """Name -> the average of each part that follows another model: an attribute `average`.
-
-    A trainer updates those of its teachers after every step and saves them with its state.
-    """
-    found = {name: getattr(part, "average", None) for name, part in module.named_modules()}
-    return {name: each for name, each in found.items() if isinstance(each, WeightAverage)}
+    def _copy_fixed(self) -> None:
+        """Give a copy the buffers of frozen parts, after others were loaded."""
+        if self._fixed:
+            own, copied = map(_values, self._fixed)
+            _assign(copied, own)
 
 
 def _moving(module: nn.Module) -> list[str]:

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from capdistill.teachers.foreign import ForeignTeacher as ForeignTeacher
     from capdistill.teachers.foreign import normalised as normalised
     from capdistill.teachers.foreign import wrap as wrap
+    from capdistill.teachers.mean_teacher import MeanTeacher as MeanTeacher
 else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
         {
             "Ensemble": "ensemble",
             "ForeignTeacher": "foreign",
+            "MeanTeacher": "mean_teacher",
             "TeacherCaptions": "caption_file",
             "caption": "captions",
             "load": "ensemble",

@@ -10,6 +10,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from capdistill import losses as loss_registry
+from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
 from capdistill.compatibility import (
     checked_forward,
@@ -94,6 +95,7 @@ class Distiller(Trainer):
         self.objective = Objective(self.student, losses, weights, self.config.label_smoothing)
         self.loss_options = {name: options_of(loss) for name, loss in self._losses.items()}
         self._teacher_parts = [] if self.teacher is None else list(self.teacher.modules())
+        self._followers = self._find_followers()
         self._keep_apart()
         self._built = False
         self.check_options()
@@ -157,6 +159,22 @@ class Distiller(Trainer):
             self.prepare(batch)
         self._keep_apart()  # freezing may have changed
         return super().make_ready(batch)
+
+    @property
+    def averages(self) -> dict[str, WeightAverage]:
+        """As in `Stepper`, and those of teachers that follow the student; see `MeanTeacher`."""
+        return {**super().averages, **self._followers}
+
+    def _find_followers(self) -> dict[str, WeightAverage]:
+        parts = {} if self.teacher is None else dict(self.teacher.named_modules(prefix="teacher"))
+        named = {name: getattr(part, "average", None) for name, part in parts.items()}
+        found = {name: each for name, each in named.items() if isinstance(each, WeightAverage)}
+        if not all(each.follows(self.student) for each in found.values()):
+            raise ConfigError(
+                f"The teacher is an average of another model than '{self.student.name}', which is "
+                "trained. Give MeanTeacher(student) and the same student to the distiller."
+            )
+        return found
 
     def check_options(self) -> None:
         """As in `Trainer`; captions sampled from the student must teach it something."""

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FunctionType
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
 from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import Loader, Source
@@ -183,7 +185,7 @@ def identity(stepper: Stepper, train: Source | None, val: Source | None = None) 
     found["monitor"] = config.monitor
     found["vocabulary"] = _digest([repr(list(stepper.captioner.tokenizer.vocabulary))])
     for number, teacher in enumerate(stepper.models[1:]):
-        found[f"teacher {number + 1}"] = _weights_digest(teacher)
+        found[f"teacher {number + 1}"] = _teacher_digest(teacher)
     for name, source in (("training data", train), ("validation data", val)):
         if source is not None:
             found[name] = _data_digest(source)
@@ -211,13 +213,20 @@ def options_of(part: nn.Module) -> str:
     return f"{kind}({options})"
 
 
-def _weights_digest(module: nn.Module) -> str:
-    values = module.state_dict().items()
-    return _digest(
-        part
-        for name, value in values
-        for part in (name, value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    )
+def _teacher_digest(teacher: nn.Module) -> str:
+    """A digest of the weights; of a part that follows the student, its decay instead."""
+    averages = {n: getattr(part, "average", None) for n, part in teacher.named_modules()}
+    decays = {n: each.decay for n, each in averages.items() if isinstance(each, WeightAverage)}
+    moving = tuple(f"{name}." if name else "" for name in decays)
+    fixed = {n: v for n, v in teacher.state_dict().items() if not (moving and n.startswith(moving))}
+    named = [f"average with decay {decay} {name}" for name, decay in decays.items()]
+    return " ".join([*named, _digest(_bytes_of(fixed))] if fixed else named)
+
+
+def _bytes_of(values: dict[str, Tensor]) -> Iterator[Any]:
+    for name, value in values.items():
+        yield name
+        yield value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(parts: Any) -> str:

@@ -14,6 +14,7 @@ from capdistill.errors import ConfigError, DataError
 from capdistill.feature_cache import cache_trunk, data_key, default_cache_dir
 from capdistill.files import user_path
 from capdistill.outputs import Batch
+from capdistill.teachers.mean_teacher import MeanTeacher
 from capdistill.training.config import TrainConfig
 from capdistill.training.step import Stepper
 from capdistill.training.validation import add_references
@@ -219,10 +220,15 @@ def _views(
         yield source, f"{key} view {view} flip {config.flip}" if view else key
 
 
+def is_changed(model: Any, trained: Captioner) -> bool:
+    """Whether steps change a model: the one that is trained, or a teacher that follows it."""
+    return model is trained or isinstance(model, MeanTeacher)
+
+
 def _is_cacheable(model: Any, trained: Captioner) -> bool:
-    """Whether it has stages that no step of this run changes; a teacher's are never changed."""
+    """Whether it has stages that no step of this run changes."""
     return isinstance(model, Captioner) and (
-        model.encoder.cache_key(trained=model is trained) is not None
+        model.encoder.cache_key(is_changed(model, trained)) is not None
     )
 
 
@@ -240,7 +246,7 @@ def _caches(
     caches: dict[str, FeatureCache | list[FeatureCache]] = {}
     for model in models:
         encoder = model.encoder.to(stepper.device)
-        trained = model is stepper.captioner
+        trained = is_changed(model, stepper.captioner)
         key = encoder.cache_key(trained)
         if key not in caches:
             show = stepper.config.progress is not False

@@ -27,7 +27,7 @@ from capdistill.training.check.trial import (
     megabytes,
     milliseconds,
 )
-from capdistill.training.sources import open_sources, wants_crops
+from capdistill.training.sources import is_changed, open_sources, wants_crops
 from capdistill.training.validation import add_references
 
 if TYPE_CHECKING:
@@ -159,7 +159,9 @@ def _faster_loading(trial: Trial, needed: float) -> str:
     options = [f"num_workers={workers}"] if workers > _workers(trial) else []
     options += ["cache_images=True", "smaller image files"]
     trainer = trial.trainer
-    if any(has_frozen_stages(model, model is trainer.captioner) for model in trainer.models):
+    if any(
+        has_frozen_stages(model, is_changed(model, trainer.captioner)) for model in trainer.models
+    ):
         options.insert(-1, "cache_features=True (stages are frozen)")
     return f"Try {', '.join(options[:-1])} or {options[-1]}."
 
@@ -205,7 +207,7 @@ def check_options(trainer: Stepper, val: Any) -> Iterator[CheckRow]:
     trainer.make_monitor()
     wants_crops(config)
     if config.cache_features and not any(
-        has_frozen_stages(model, model is trainer.captioner) for model in trainer.models
+        has_frozen_stages(model, is_changed(model, trainer.captioner)) for model in trainer.models
     ):
         raise ConfigError(
             "cache_features=True but no encoder has frozen stages that can be cached. Create "
