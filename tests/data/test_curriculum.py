@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
-from capdistill import Captioner, Trainer
+from capdistill import Captioner, SelfCritical, Trainer
 from capdistill.cli.common import parse_data
 from capdistill.data import CaptionData, Curriculum, Example, Loader, difficulty, sample
 from capdistill.data.images import view_of
@@ -103,6 +103,7 @@ def test_difficulty_is_that_of_the_captions_trained_on_not_of_other_references()
     assert difficulty(data) == {"x": 3.0}
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30))
 def test_the_ranking_is_a_stable_sort_that_does_not_follow_the_order_of_the_data(
     values: list[int],
@@ -136,6 +137,7 @@ def test_competence_follows_the_published_functions() -> None:
         assert step == 0.2
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.sampled_from(PACINGS),
     st.floats(0.001, 1),
@@ -156,7 +158,7 @@ def test_competence_grows_from_the_start_to_one(
 # -- the images of an epoch ---------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 @given(
     images=st.integers(1, 40),
     epochs=st.integers(1, 12),
@@ -264,6 +266,7 @@ def test_a_run_sees_the_easiest_images_first(
     epochs = seen_in(trainer, curriculum, **options)
     assert trainer.steps_per_epoch == 3
     assert trainer.cached is cached
+    assert "worker processes, easy ones first (by given numbers)" in trainer.describe()[1]
     easiest = [{"g0.png", "g3.png"}, {*values} - {"g2.png", "g5.png"}, {*values}, {*values}]
     assert [{*names} for names in epochs] == easiest
     assert [len(names) for names in epochs] == [6] * 4
@@ -318,6 +321,12 @@ def test_another_curriculum_cannot_continue_a_run(
             run(other, resume=True, accept_changes=True)
 
 
+def test_rewards_find_the_references_behind_a_curriculum(colours: CaptionData) -> None:
+    trainer = SelfCritical(tiny.make_student(), samples=2, **tiny.QUIET, epochs=2)
+    history = trainer.fit(Curriculum(colours))
+    assert len(history.epochs) == 2
+
+
 def test_check_reads_a_curriculum(colours: CaptionData) -> None:
     trainer = Trainer(tiny.make_student(), **tiny.QUIET, epochs=2, batch_size=2)
     report = trainer.check(Curriculum(colours))
@@ -351,7 +360,7 @@ def test_wrong_arguments_are_refused(
     [
         (sample(), ConfigError, "Splits was given as data.*data.train"),
         (Curriculum(numbered(2)), ConfigError, "Curriculum was given as data"),
-        (texts_only(2, epochs=1), ConfigError, "Loader was given as data"),
+        (texts_only(2, epochs=3), ConfigError, "Loader was given as data"),
         ([], DataError, "holds no image"),
         ([("x", [3])], DataError, "the captions of item 0 are"),
         ([("x", 3)], DataError, "item 0 cannot be read .TypeError"),
@@ -363,6 +372,15 @@ def test_data_that_cannot_be_ranked_are_refused(
 ) -> None:
     with pytest.raises(error, match=said):
         Curriculum(data)
+
+
+@pytest.mark.parametrize(("epochs", "until"), [(1, 0.5), (5, 1.0), (3, 0.9)])
+def test_a_run_that_never_reads_the_hardest_images_is_warned_of(epochs: int, until: float) -> None:
+    curriculum = Curriculum(numbered(10), start=0.2, until=until)
+    last = curriculum.available(epochs - 1, epochs)
+    assert last < 10
+    with pytest.warns(UserWarning, match=rf"ends with the {last} easiest .* other {10 - last}:"):
+        Loader(curriculum, WordTokenizer(["a"]), image_size=8, train=True, epochs=epochs)
 
 
 def test_a_loader_of_a_curriculum_needs_the_number_of_epochs() -> None:

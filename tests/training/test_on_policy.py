@@ -205,6 +205,26 @@ def test_a_frozen_trunk_that_was_changed_runs_again() -> None:
     assert_close(student.encode(again), student.encode(batch), rtol=0, atol=0)
 
 
+def test_a_partly_frozen_trunk_runs_only_its_trained_stages_again() -> None:
+    encoder = cd.encoders.create(
+        "timm", name="test_efficientnet", dim=8, trainable=1, weights=False
+    )
+    decoder = cd.decoders.create("lstm", dim=8, hidden=8, embed=8)
+    student = Captioner(encoder, decoder, tiny.TOKENIZER).train()
+    carried = with_frozen_tokens(student, images(2))
+    found = []
+    for batch in (images(2), carried):
+        student.zero_grad()
+        features = student.encode(batch)
+        features.square().sum().backward()
+        found.append([features.detach(), *(p.grad for p in encoder.parameters())])
+    assert len(carried.cached) == 1
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_a_trained_trunk_is_encoded_anew_with_gradients() -> None:
     student, batch = tiny.make_student(), images(2)
     carried = with_frozen_tokens(student, batch)

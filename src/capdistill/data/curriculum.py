@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
+from capdistill.data.caption_files import pluralize
 from capdistill.data.collate import image_ids_of
 from capdistill.data.dataset import CaptionData, Splits
 from capdistill.errors import (
@@ -117,6 +119,28 @@ class Curriculum(Dataset[Any]):
         """How many images, the easiest ones, an epoch of a run of `epochs` draws from."""
         share = self.competence(epoch / epochs)
         return max(1, min(len(self), math.ceil(share * len(self) - 1e-9)))
+
+    def require_epochs(self, epochs: int | None) -> int:
+        """The number of epochs of a run, which it cannot do without; warn if it is too small.
+
+        Raises:
+            ConfigError: it was not given.
+        """
+        if epochs is None:
+            raise ConfigError(
+                "Loader: a Curriculum needs the number of epochs of the run, which was not given. "
+                "Give epochs=, or give the Curriculum itself to fit, which knows them."
+            )
+        last = self.available(epochs - 1, epochs)
+        if last < len(self):
+            warnings.warn(
+                f"Curriculum: a run of {pluralize(epochs, 'epoch')} ends with the {last} easiest "
+                f"images and never reads the other {len(self) - last}: all are used from "
+                f"{self.until:g} of the run on, in whole epochs. Give a smaller until, or more "
+                "epochs.",
+                stacklevel=4,
+            )
+        return epochs
 
     def order(self, seed: int, epoch: int, epochs: int) -> list[int]:
         """The numbers of the images in an epoch. Repetition r of image i is r * len(self) + i.

@@ -109,7 +109,7 @@ class Loader:
         _require_between(1, 2**31, epochs=epochs)
         self.num_images = _length(data)
         self.curriculum = data if isinstance(data, Curriculum) and train else None
-        self.epochs = epochs or _unless(self.curriculum)
+        self.epochs = 0 if self.curriculum is None else self.curriculum.require_epochs(epochs)
         data = data.data if isinstance(data, Curriculum) else data
         self.batch_size, self.train, self.seed = batch_size, train, seed
         self.errors, self.skipped = DataReport(errors).errors, DataReport()
@@ -269,16 +269,6 @@ def _length(data: Any) -> int:
     if length == 0:
         raise DataError("Loader: the data set holds no image.")
     return length
-
-
-def _unless(curriculum: Curriculum | None) -> int:
-    """No number of epochs, which a curriculum needs."""
-    if curriculum is not None:
-        raise ConfigError(
-            "Loader: a Curriculum needs the number of epochs of the run, which was not given. Give "
-            "epochs=, or give the Curriculum itself to fit, which knows them."
-        )
-    return 0
 
 
 def _require_between(minimum: int, maximum: int, **numbers: int | None) -> None:

@@ -345,6 +345,8 @@ class Trainer(Stepper):
             data = f"{images} images x {captions} captions" if images else "ready-made batches"
             workers = getattr(source, "num_workers", None)
             data += "" if workers is None else f", {workers} worker processes"
+            curriculum = getattr(source, "curriculum", None)
+            data += "" if curriculum is None else f", easy ones first (by {curriculum.kind})"
             cached = ", cached features" if self.cached else ""
             lines.append(f"  data    {data}{cached}; {self.steps_per_epoch} steps per epoch")
         terms = []
