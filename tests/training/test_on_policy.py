@@ -337,6 +337,42 @@ def test_losses_read_the_samples_and_the_cross_entropy_skips_them() -> None:
     assert terms["ce"].count == int(own.sum()) < terms["token"].count == int(mask.sum())
 
 
+def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
+    return (q * (q / p).log()).sum(-1)
+
+
+def jsd(p: Tensor, q: Tensor) -> Tensor:
+    """With beta = 0.3: of Agarwal et al. (2024), equation 1, with p the teacher."""
+    m = 0.3 * p + 0.7 * q
+    return 0.3 * (p * (p / m).log()).sum(-1) + 0.7 * (q * (q / m).log()).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "divergence"), [("reverse_kl", reverse_kl), ("jsd", jsd)], ids=["reverse_kl", "jsd"]
+)
+def test_generalised_divergences_are_those_of_the_sampled_words(
+    loss: str, divergence: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    options = {"name": loss, "temperature": 1.0, **({"beta": 0.3} if loss == "jsd" else {})}
+    trainer = distiller(on_policy=1.0, losses={"words": options}, weights={"ce": 0.0})
+    batch = tiny.make_batch([3, 1, 5, 2], k=2)
+    drawn = replace_captions(trainer.student, batch, 1.0, epoch=3)
+    with evaluating(trainer.teacher):
+        p, q = (m(drawn).logits.double().softmax(-1) for m in (trainer.teacher, trainer.student))
+    wanted = divergence(p, q)[drawn.target_mask].mean()
+    assert_close(trainer.terms(batch)["words"].mean.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["decoupled", "dist", "top_k", "attention", "hidden"])
+def test_every_loss_of_words_scores_the_samples(loss: str) -> None:
+    trainer = distiller(on_policy=1.0, losses={"words": loss}, weights={"ce": 0.0})
+    batch = tiny.make_batch([3, 1, 5, 2], k=2)
+    term = trainer.terms(batch)["words"]
+    drawn = replace_captions(trainer.student, batch, 1.0, epoch=3)
+    assert term.count == int(drawn.target_mask.sum())
+    assert float(term.mean.detach()) > 0
+
+
 @pytest.mark.parametrize("noise", [{}, {"word_dropout": 0.3, "scheduled_sampling": 0.8}])
 def test_padding_and_splitting_leave_loss_and_gradients(noise: dict[str, float]) -> None:
     parts = [tiny.make_batch([3, 1, 4, 2], k=2), tiny.make_batch([6, 2], k=2, first=2)]
@@ -498,6 +534,14 @@ def test_other_teachers_score_the_samples(teacher: Callable[[], Any]) -> None:
     row = trainer.step(tiny.make_batch([3, 1]))
     assert row["counts"]["token"] > 0
     assert row["terms"]["token"]["raw"] > 0
+
+
+def test_the_average_of_the_student_scores_the_samples(colours: CaptionData) -> None:
+    student = tiny.make_student()
+    teacher = cd.teachers.MeanTeacher(student)
+    trainer = Distiller(teacher, student, on_policy=0.5, **OPTIONS, **TOKEN)
+    history = trainer.fit(colours, log_every=1)
+    assert [row["terms"]["token"]["raw"] > 0 for row in history.steps] == [False, *[True] * 8]
 
 
 def test_in_half_precision_every_parameter_gets_a_gradient() -> None:

@@ -154,8 +154,12 @@ def require_scored(
     Raises:
         ConfigError: no loss does; or no reference would be left for the cross-entropy.
     """
-    reads_words = {"logits", "hidden"}
-    if not any(loss.from_teacher and loss.needs & reads_words for loss in losses.values()):
+    scoring = [
+        loss
+        for loss in losses.values()
+        if loss.from_teacher and (loss.per == "token" or loss.needs & {"logits", "hidden"})
+    ]
+    if not scoring:
         raise ConfigError(
             f"on_policy={share} samples captions for the teacher to score word by word, but none "
             f"of the losses ({', '.join(losses) or 'there are none'}) compares words. Add a loss "
