@@ -249,3 +249,8 @@ def test_links_and_commands_are_found(tmp_path: Path) -> None:
     assert LINK.findall(prose(page)) == ["b.md", "f.md#g"]
     assert list(commands(page)) == [(3, ["caption", "runs/a", "x.jpg"])]
     assert not parses(["caption", "--no-such-option"])
+
+
+def test_the_page_of_losses_lists_every_built_in_loss() -> None:
+    listed = [row[0].split("`")[1] for row in table(ROOT / "docs" / "losses.md", "## The terms")]
+    assert sorted(listed) == sorted(losses.registry._builtins)

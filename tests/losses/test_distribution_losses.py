@@ -70,7 +70,7 @@ def test_reverse_kl_is_the_divergence_from_the_student(lengths, seed, temperatur
 @property_test
 @given(lengths=lengths, seed=seeds, temperature=temperatures, beta=st.floats(0.01, 0.99))
 def test_jensen_shannon_is_the_mean_divergence_from_the_mixture(lengths, seed, temperature, beta):
-    def oracle(p, q, target):  # Agarwal et al. (2024), equation 1
+    def oracle(p, q, target):  # Agarwal et al. (2024), section 2
         mixture = beta * p + (1 - beta) * q
         return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
 
@@ -108,7 +108,7 @@ def test_the_limits_of_beta_are_forward_and_reverse_kl():
     beta=st.floats(0.1, 8),
 )
 def test_decoupled_is_the_published_sum(lengths, seed, temperature, alpha, beta):
-    def oracle(p, q, target):  # Zhao et al. (2022), equations 3, 4 and 7
+    def oracle(p, q, target):  # Zhao et al. (2022), section 3
         others = torch.arange(len(p)) != target
         binary = (
             torch.stack([p[target], p[others].sum()]),
@@ -204,7 +204,7 @@ def test_at_a_high_temperature_the_bucket_is_one_mean_logit_that_weighs_as_many(
 
 
 def dist_oracle(student, teacher, batch, beta, gamma, temperature):
-    """Huang et al. (2022), equations 6 to 10, by torch.corrcoef."""
+    """Huang et al. (2022), DIST, by torch.corrcoef."""
     p, q = (
         F.softmax(each.logits[batch.target_mask] / temperature, -1) for each in (teacher, student)
     )

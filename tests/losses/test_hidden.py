@@ -88,7 +88,7 @@ def test_the_two_distances_add_up_to_the_default():
 
 
 def test_twice_the_cosine_distance_is_patient_distillation():
-    """Oracle: the squared difference of vectors of length 1, Sun et al. (2019), equation 7."""
+    """Oracle: the squared difference of vectors of length 1, Sun et al. (2019)."""
     batch = make_batch([3, 1, 2, 3])
     student, teacher = make_output(batch, STUDENT, 1), make_output(batch, STUDENT, 2)
     loss = built(teacher=STUDENT, project=False, distance="cosine")

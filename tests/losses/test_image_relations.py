@@ -43,7 +43,7 @@ def with_features(output, features):
 
 
 def relational_oracle(student, teacher, distance, angle):
-    """Park et al. (2019), equations 3 to 9."""
+    """Park et al. (2019), section 3.2."""
 
     def relations(vectors):
         images = range(len(vectors))

@@ -41,7 +41,7 @@ class DistKD(LogitsLoss):
         IncompatibleModels: (in `build`) the vocabularies differ.
 
     Source:
-        Huang et al. (2022), Knowledge Distillation from A Stronger Teacher, equations 6 to 10.
+        Huang et al. (2022), Knowledge Distillation from A Stronger Teacher (DIST).
     """
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: Schedule = 1.0) -> None:

@@ -71,7 +71,7 @@ def reverse_kl_divergence(
     The arguments are those of `kl_divergence`.
 
     Source:
-        Gu et al. (2024), MiniLLM, section 2.1.
+        Gu et al. (2024), MiniLLM, section 2.
     """
     student = F.log_softmax(valid_rows(student_logits, mask) / temperature, -1)  # (n, V)
     weight = student.exp()
@@ -106,7 +106,7 @@ def jensen_shannon_divergence(
         beta: Share of the teacher in M, in [0, 1].
 
     Source:
-        Agarwal et al. (2024), On-Policy Distillation of Language Models, section 2, equation 1.
+        Agarwal et al. (2024), On-Policy Distillation of Language Models, section 2.
     """
     if beta in (0.0, 1.0):
         limit = kl_divergence if beta == 0 else reverse_kl_divergence
@@ -149,7 +149,7 @@ def decoupled_divergence(
         beta: Factor of the term of the other entries.
 
     Source:
-        Zhao et al. (2022), Decoupled Knowledge Distillation, equations 5 to 7.
+        Zhao et al. (2022), Decoupled Knowledge Distillation, section 3.
     """
     index = targets[mask][:, None]  # (n, 1)
     student = _split(valid_rows(student_logits, mask) / temperature, index)
@@ -247,7 +247,7 @@ def correlation_distance(student: Tensor, teacher: Tensor, dim: int = -1) -> Ten
         dim: The dimension that the result lacks.
 
     Source:
-        Huang et al. (2022), DIST, equation 6; `torch.corrcoef`.
+        Huang et al. (2022), DIST; `torch.corrcoef`.
     """
     mine, _ = _standardised(full(student), dim)
     theirs, varies = _standardised(full(teacher.detach()), dim)

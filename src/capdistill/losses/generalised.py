@@ -32,7 +32,7 @@ class ReverseKD(LogitsLoss):
         IncompatibleModels: (in `build`) the vocabularies differ.
 
     Source:
-        Gu et al. (2024), MiniLLM, section 2.1; on the words of the references instead of sampled
+        Gu et al. (2024), MiniLLM, section 2; on the words of the references instead of sampled
         ones.
     """
 
@@ -66,8 +66,7 @@ class JensenShannonKD(LogitsLoss):
         IncompatibleModels: (in `build`) the vocabularies differ.
 
     Source:
-        Agarwal et al. (2024), On-Policy Distillation of Language Models (GKD), section 2,
-        equation 1.
+        Agarwal et al. (2024), On-Policy Distillation of Language Models (GKD), section 2.
     """
 
     def __init__(self, beta: float = 0.5, temperature: Schedule = 4.0) -> None:

@@ -54,7 +54,7 @@ class HiddenKD(DistillationLoss):
     Source:
         Sanh et al. (2019), DistilBERT, for the cosine; Jiao et al. (2020), TinyBERT, section 3,
         for the projected regression and the uniform mapping; Sun et al. (2019), Patient Knowledge
-        Distillation, section 3.2, for the last k layers.
+        Distillation for BERT, for the last k layers.
     """
 
     needs = frozenset({"hidden"})

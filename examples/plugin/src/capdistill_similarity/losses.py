@@ -32,7 +32,7 @@ class SimilarityKD(DistillationLoss):
         IncompatibleModels: a model shows no features.
 
     Source:
-        Fang et al. (2021), SEED, equation 4, with the batch in place of a queue.
+        Fang et al. (2021), SEED, with the batch in place of a queue.
     """
 
     needs = frozenset({"features"})
