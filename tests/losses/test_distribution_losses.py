@@ -222,7 +222,7 @@ def dist_oracle(student, teacher, batch, beta, gamma, temperature):
     lengths=lengths,
     seed=seeds,
     temperature=temperatures,
-    beta=st.floats(0, 2),
+    beta=st.floats(0.1, 2),
     gamma=st.floats(0, 2),
 )
 def test_dist_is_the_published_sum_of_correlations(lengths, seed, temperature, beta, gamma):
@@ -354,6 +354,8 @@ def test_a_teacher_that_allows_one_word_alone_is_finite_for_decoupled():
         ("top_k", {"k": 1, "rest": "renormalise"}, "of at least 2"),
         ("top_k", {"rest": "renormalize"}, "Did you mean 'renormalise'"),
         ("dist", {"gamma": -0.1}, "DistKD: gamma=-0.1 was given"),
+        ("dist", {"beta": 0, "gamma": 0}, "DistKD: beta and gamma are 0"),
+        ("decoupled", {"alpha": 0, "beta": 0}, "DecoupledKD: alpha and beta are 0"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(name, options, message):

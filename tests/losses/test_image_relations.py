@@ -62,7 +62,7 @@ def relational_oracle(student, teacher, distance, angle):
 
 
 @property_test
-@given(images=st.integers(2, 5), seed=seeds, distance=st.floats(0, 2), angle=st.floats(0, 2))
+@given(images=st.integers(2, 5), seed=seeds, distance=st.floats(0.1, 2), angle=st.floats(0, 2))
 def test_relational_is_the_published_mean_over_pairs_and_triples(images, seed, distance, angle):
     student, teacher, batch = example(images, seed)
     loss = built(RelationalKD, distance=distance, angle=angle)
@@ -224,6 +224,7 @@ def test_contrastive_projections_are_made_once_for_a_pair():
     [
         (RelationalKD, {"distance": -1}, "RelationalKD: distance=-1 was given"),
         (RelationalKD, {"angle": "2"}, "RelationalKD: angle='2' was given"),
+        (RelationalKD, {"distance": 0, "angle": 0}, "distance and angle are 0"),
         (ContrastiveKD, {"tau": 0}, "ContrastiveKD: tau=0 was given; expected a number above 0"),
         (ContrastiveKD, {"dim": 0}, "ContrastiveKD: dim=0 was given"),
     ],

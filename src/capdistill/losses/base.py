@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from capdistill.errors import ConfigError, IncompatibleModels, suggest
+from capdistill.errors import ConfigError, IncompatibleModels, require_number, suggest
 from capdistill.outputs import OUTPUTS, Batch, CaptionerOutput, ModelSpec
 
 
@@ -168,6 +168,22 @@ def scheduled(what: str, schedule: Schedule, progress: float, *, positive: bool 
 
 def _is_allowed(number: float, positive: bool) -> bool:
     return 0 <= number < math.inf and not (positive and number == 0)
+
+
+def check_factors(loss: str, **factors: float) -> list[float]:
+    """The factors of the parts of a loss, in the order given.
+
+    Example:
+        >>> check_factors("RelationalKD", distance=1, angle=0)
+        [1.0, 0.0]
+
+    Raises:
+        ConfigError: one is negative or not finite, or all are 0.
+    """
+    checked = [require_number(f"{loss}: {name}", value, 0) for name, value in factors.items()]
+    if not any(checked):
+        raise ConfigError(f"{loss}: {' and '.join(factors)} are 0, so there is nothing to learn.")
+    return checked
 
 
 Given = TypeVar("Given")

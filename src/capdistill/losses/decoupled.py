@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from capdistill.errors import require_number
-from capdistill.losses.base import Schedule
+from capdistill.losses.base import Schedule, check_factors
 from capdistill.losses.divergence import decoupled_divergence
 from capdistill.losses.token import LogitsLoss
 from capdistill.outputs import Batch
@@ -31,7 +30,7 @@ class DecoupledKD(LogitsLoss):
             over the run, or a function of the run's progress in [0, 1].
 
     Raises:
-        ConfigError: a factor is negative, or T is not positive and finite.
+        ConfigError: a factor is negative, both are 0, or T is not positive and finite.
         IncompatibleModels: (in `build`) the vocabularies differ.
 
     Source:
@@ -40,8 +39,7 @@ class DecoupledKD(LogitsLoss):
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: Schedule = 4.0) -> None:
         super().__init__(temperature)
-        self.alpha = require_number("DecoupledKD: alpha", alpha, 0)
-        self.beta = require_number("DecoupledKD: beta", beta, 0)
+        self.alpha, self.beta = check_factors("DecoupledKD", alpha=alpha, beta=beta)
 
     def divergence(
         self, student: Tensor, teacher: Tensor, batch: Batch, temperature: float

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from capdistill.errors import require_number
-from capdistill.losses.base import Schedule
+from capdistill.losses.base import Schedule, check_factors
 from capdistill.losses.divergence import correlation_distance, valid_rows
 from capdistill.losses.token import LogitsLoss
 from capdistill.outputs import Batch
@@ -37,7 +36,7 @@ class DistKD(LogitsLoss):
             over the run, or a function of the run's progress in [0, 1].
 
     Raises:
-        ConfigError: a factor is negative, or T is not positive and finite.
+        ConfigError: a factor is negative, both are 0, or T is not positive and finite.
         IncompatibleModels: (in `build`) the vocabularies differ.
 
     Source:
@@ -46,8 +45,7 @@ class DistKD(LogitsLoss):
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: Schedule = 1.0) -> None:
         super().__init__(temperature)
-        self.beta = require_number("DistKD: beta", beta, 0)
-        self.gamma = require_number("DistKD: gamma", gamma, 0)
+        self.beta, self.gamma = check_factors("DistKD", beta=beta, gamma=gamma)
         self.couples_batch = self.gamma > 0
 
     def divergence(

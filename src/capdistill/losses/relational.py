@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from capdistill.errors import require_number
-from capdistill.losses.base import DistillationLoss
+from capdistill.losses.base import DistillationLoss, check_factors
 from capdistill.losses.divergence import SHORTEST, huber_distance
 from capdistill.losses.feature import feature_width, pooled_features
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
@@ -35,7 +34,7 @@ class RelationalKD(DistillationLoss):
         angle: Factor >= 0 of the angles. The paper weighs angles twice as much as distances.
 
     Raises:
-        ConfigError: a factor is negative.
+        ConfigError: a factor is negative, or both are 0.
         IncompatibleModels: (in `build`) a model returns no features.
 
     Source:
@@ -48,8 +47,7 @@ class RelationalKD(DistillationLoss):
 
     def __init__(self, distance: float = 1.0, angle: float = 2.0) -> None:
         super().__init__()
-        self.distance = require_number("RelationalKD: distance", distance, 0)
-        self.angle = require_number("RelationalKD: angle", angle, 0)
+        self.distance, self.angle = check_factors("RelationalKD", distance=distance, angle=angle)
 
     def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
         """Check that both models return features.
