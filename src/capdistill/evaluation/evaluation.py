@@ -300,7 +300,7 @@ class CaptioningRun:
         if total is not None and self.limit is not None:
             total = min(total, self.limit)
         for batch in self.progress.over(self._batches(), total):
-            if batch.references is None:
+            if batch.references is None or not all(batch.references):
                 raise DataError(_NO_REFERENCES)
             require_unique_ids(batch.image_ids, "evaluate", self.seen)
             hypotheses = self.generate(batch.to(device))

@@ -17,7 +17,7 @@ from capdistill.losses.base import (
     scheduled,
 )
 from capdistill.losses.divergence import cross_entropy
-from capdistill.outputs import Batch, CaptionerOutput
+from capdistill.outputs import FEATURES_ONLY, Batch, CaptionerOutput
 
 Weight = Schedule
 
@@ -58,6 +58,18 @@ class Objective(nn.Module):
     def needed_outputs(self) -> frozenset[str]:
         """The outputs of both models that the losses need; features alone do not run a decoder."""
         return frozenset[str]().union(*(loss.needs for _, loss in self._losses()))
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether a term needs the decoder; otherwise it does not run."""
+        return "ce" in self.weights or bool(self.needed_outputs - FEATURES_ONLY)
+
+    def reachable(self) -> dict[str, nn.Parameter]:
+        """The parameters that require a gradient, by name, without those of an idle decoder."""
+        decoder: nn.Module = self.student.decoder
+        idle = set() if self.reads_words else {id(p) for p in decoder.parameters()}
+        trained = ((n, p) for n, p in self.named_parameters() if p.requires_grad)
+        return {name: parameter for name, parameter in trained if id(parameter) not in idle}
 
     @property
     def reads_teacher(self) -> bool:

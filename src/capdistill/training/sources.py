@@ -9,6 +9,7 @@ from typing import Any
 from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
 from capdistill.data.collate import FeatureCache
+from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import FixedBatches, Loader, Source, make_source
 from capdistill.errors import ConfigError, DataError
 from capdistill.feature_cache import cache_trunk, data_key, default_cache_dir
@@ -16,6 +17,7 @@ from capdistill.files import user_path
 from capdistill.outputs import Batch
 from capdistill.teachers.mean_teacher import MeanTeacher
 from capdistill.training.config import TrainConfig
+from capdistill.training.monitor import LOSS
 from capdistill.training.step import Stepper
 from capdistill.training.validation import add_references
 
@@ -79,7 +81,44 @@ def require_usable(stepper: Stepper, train: Source, val: Source | None) -> Batch
     first = _first_batch(train)
     if first is None:
         raise DataError("No usable training image: the data are empty.")
+    require_captions(stepper, first, train, val)
     return first
+
+
+def require_captions(stepper: Stepper, first: Batch, train: Source, val: Source | None) -> None:
+    """Refuse terms and scores that read captions if no image has any.
+
+    Args:
+        stepper: The trainer.
+        first: A training batch.
+        train, val: The sources.
+
+    Raises:
+        ConfigError: there is such a term or score; the message says what to do.
+    """
+    if _without_captions(train):
+        counts = stepper.objective.counts(stepper.prepare_batch(first))
+        without = [name for name, count in counts.items() if not count]
+        if getattr(stepper.config, "samples_on_policy", False):  # its share may begin at 0
+            without = [name for name in without if name == "ce"]
+        if without:
+            raise ConfigError(
+                f"The training images have no captions, but these terms read them: "
+                f"{', '.join(without)}. Use losses on images alone, such as Distiller(..., losses="
+                '{"feature": {"name": "feature", "match": "pooled"}}, weights={"ce": 0}), or let a '
+                "teacher caption the images: cd.teachers.caption(teacher, data, path)."
+            )
+    monitor = stepper.make_monitor().name
+    if val is not None and monitor != LOSS and _without_captions(val):
+        raise ConfigError(
+            f"The validation images have no captions to score against, but monitor='{monitor}' "
+            "chooses the best epoch by such a score. Set monitor='loss'."
+        )
+
+
+def _without_captions(source: Source) -> bool:
+    data = source.collator.data if isinstance(source, Loader) else None
+    return isinstance(data, CaptionData) and not any(e.captions for e in data.examples)
 
 
 def close_workers(*sources: Source | None) -> None:

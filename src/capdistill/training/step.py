@@ -336,6 +336,8 @@ class Stepper:
     def validate(self, source: Source) -> tuple[dict[str, Any], dict[str, float]]:
         """Terms and scores over a source whose batches have references, in evaluation mode.
 
+        Images without any reference count in the terms alone.
+
         With `ema_decay`, they are those of the averaged weights.
 
         Returns:
@@ -357,19 +359,21 @@ class Stepper:
                 batch = batch.to(self.device)
                 with autocast(self.device, self.precision):
                     batch = with_trunk_tokens(self.captioner, batch)
-                    how: Any = self.config.generation
-                    texts = [found.text for found in self.captioner.generate(batch, how)]
-                generated |= zip(batch.image_ids, texts, strict=True)
+                    if any(batch.references or ()):
+                        how: Any = self.config.generation
+                        texts = [found.text for found in self.captioner.generate(batch, how)]
+                        generated |= zip(batch.image_ids, texts, strict=True)
                 sums = self._forward(batch)
                 values = torch.stack([value.float() for value in sums.values()]).tolist()
                 weights = {name: self.objective.weight(name, self.progress) for name in sums}
                 meter.add(dict(zip(sums, values, strict=True)), weights, counts)
         found = {
             **meter.summary(),
-            "images": len(generated),
+            "images": len(references),
             "skipped": len(skipped_images(source)),
         }
-        return found, self.score(references, generated)
+        scored = {image: texts for image, texts in references.items() if texts}
+        return found, self.score(scored, {image: generated[image] for image in scored})
 
     @property
     def _metrics(self) -> Sequence[str | Metric]:
@@ -378,17 +382,19 @@ class Stepper:
     def score(
         self, references: Mapping[str, Sequence[str]], captions: Mapping[str, str]
     ) -> dict[str, float]:
-        """Scores of validation captions by name; references are prepared once."""
+        """Scores of validation captions by name, if there are any; references are prepared once."""
+        if not references:
+            return {}
         asked = (dict(references), measured(self.config.monitor, self._metrics))
         if self._prepared is None or self._prepared[0] != asked:
             self._prepared = asked, CaptionScorer(asked[0], metrics=asked[1])
         return {name: float(value) for name, value in self._prepared[1](captions).items()}
 
 
-def warn_of_untrained(objective: nn.Module) -> None:
-    """Name the parameters that require a gradient and got none in a backward pass."""
-    trained = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
-    left = [name for name, parameter in trained if parameter.grad is None]
+def warn_of_untrained(objective: Objective) -> None:
+    """Name the parameters that should get a gradient and got none in a backward pass."""
+    trained = objective.reachable()
+    left = [name for name, parameter in trained.items() if parameter.grad is None]
     if left:
         warnings.warn(
             f"{len(left)} of {len(trained)} trainable tensors get no gradient and will stay as "

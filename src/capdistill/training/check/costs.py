@@ -27,7 +27,12 @@ from capdistill.training.check.trial import (
     megabytes,
     milliseconds,
 )
-from capdistill.training.sources import is_changed, open_sources, wants_crops
+from capdistill.training.sources import (
+    is_changed,
+    open_sources,
+    require_captions,
+    wants_crops,
+)
 from capdistill.training.validation import add_references
 
 if TYPE_CHECKING:
@@ -238,6 +243,7 @@ def check_data(trial: Trial, train: Any, val: Any) -> Iterator[CheckRow]:
     yield from _check_unreadable(trial, trial.source, train)
     yield from _check_image_sizes(trial, train)
     yield from _check_captions(trial, "train", train, trial.read)
+    require_captions(trial.trainer, trial.batch, trial.source, val_source)
     if val_source is not None:
         yield from _check_validation(trial, val, val_source)
 

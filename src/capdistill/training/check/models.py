@@ -21,6 +21,7 @@ from capdistill.registry import recipe_of
 from capdistill.runtime import autocast, inference
 from capdistill.testing import double_batch, double_output, step_logits
 from capdistill.training.check.trial import CheckRow, Trial, listed, millions, name_of, numel
+from capdistill.training.objective import Objective
 
 if TYPE_CHECKING:
     from capdistill.training.step import Stepper
@@ -316,9 +317,9 @@ def _check_leading(weights: dict[str, float], norms: dict[str, float]) -> Iterat
     yield CheckRow("terms", "note", finding, fix)
 
 
-def _check_reached(objective: nn.Module, reached: set[int]) -> Iterator[CheckRow]:
+def _check_reached(objective: Objective, reached: set[int]) -> Iterator[CheckRow]:
     """Every parameter that requires a gradient must get one (law 4)."""
-    trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    trained = objective.reachable()
     left = [name for name, parameter in trained.items() if id(parameter) not in reached]
     if not left:
         finding = f"all {len(trained)} trainable tensors get a gradient"
