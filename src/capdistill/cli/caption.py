@@ -20,7 +20,7 @@ from capdistill.errors import ConfigError, DataError
 from capdistill.files import printable, user_path
 
 if TYPE_CHECKING:
-    from capdistill.captioner import Captioner
+    from capdistill.generation.decode import CaptionGenerator
     from capdistill.generation.hypotheses import CaptionResult
 
 _EXAMPLE = """\
@@ -72,8 +72,8 @@ def caption_command(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Caption the images, print each as it is done, and name those that cannot be read."""
-    from capdistill.captioner import Captioner
     from capdistill.runtime import pick_device
+    from capdistill.teachers.ensemble import load
 
     directory = captioner_directory(options.captioner)
     paths = image_paths(options.images)
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         options.attention = user_path(options.attention)
         _require_pictures(options.attention, len(paths))
     device = pick_device(options.device)
-    captioner = Captioner.load(directory, device=device)
+    captioner = load(directory, device=device)
     rows, unreadable = [], 0
     for number, row in enumerate(caption_files(captioner, paths, options), start=1):
         unreadable += "error" in row
@@ -137,7 +137,7 @@ def _images_below(folder: Path) -> list[str]:
 
 
 def caption_files(
-    captioner: Captioner, paths: Sequence[str], options: argparse.Namespace
+    captioner: CaptionGenerator, paths: Sequence[str], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Image and caption, or image and error, for every path in its order."""
     generation = generation_values(options)

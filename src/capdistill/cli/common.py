@@ -350,7 +350,7 @@ def metric_names(options: argparse.Namespace) -> list[str] | None:
 
 
 def captioner_directory(given: str) -> Path:
-    """The directory of a saved captioner: the given one, or the best of the run that it holds.
+    """The directory of a saved captioner or ensemble: the given one, or the best of a run.
 
     Args:
         given: A directory that `Captioner.save` wrote, a file in it, or the directory of a run.
@@ -358,11 +358,11 @@ def captioner_directory(given: str) -> Path:
     Raises:
         CheckpointError: no captioner is there; the message says what is.
     """
-    from capdistill.saving import DESCRIPTION, saved_file
+    from capdistill.saving import DESCRIPTION, ENSEMBLE, saved_file
 
     path = user_path(given, CheckpointError)
     for directory in (path, path / "best", path / "final", path.parent if path.is_file() else path):
-        if saved_file(directory, DESCRIPTION).is_file():
+        if any(saved_file(directory, name).is_file() for name in (DESCRIPTION, ENSEMBLE)):
             return directory
     if not path.exists():
         siblings = path.parent.iterdir() if path.parent.is_dir() else ()

@@ -100,15 +100,15 @@ def compare_command(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """Score and measure one captioner."""
-    from capdistill.captioner import Captioner
     from capdistill.evaluation.evaluation import evaluate
     from capdistill.metrics import coco_results
+    from capdistill.teachers.ensemble import load
 
     captions = user_path(options.captions) if options.captions else None
     if captions:
         require_writable(captions.parent)
     directory, metrics = captioner_directory(options.captioner), metric_names(options)
-    captioner = Captioner.load(directory)
+    captioner = load(directory)
     data = _data(options)
     result = evaluate(
         captioner, data.get(options.split), metrics=metrics, **_evaluation_options(options, data)
@@ -121,14 +121,14 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def run_compare(options: argparse.Namespace) -> int:
     """Compare two or three captioners and write the report."""
-    from capdistill.captioner import Captioner
     from capdistill.evaluation.comparison import compare
+    from capdistill.teachers.ensemble import load
 
     out, metrics = user_path(options.out), metric_names(options)
     require_writable(out)
     roles = [role for role in ("teacher", "student", "baseline") if getattr(options, role)]
     directories = {role: captioner_directory(getattr(options, role)) for role in roles}
-    models = {role: Captioner.load(directory) for role, directory in directories.items()}
+    models = {role: load(directory) for role, directory in directories.items()}
     data = _data(options)
     result = compare(
         models["teacher"],

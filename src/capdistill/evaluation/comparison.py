@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from capdistill import plots
+from capdistill.captioner import Captioner
 from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels, require_int
 from capdistill.evaluation.evaluation import (
     Evaluation,
@@ -316,7 +317,9 @@ def _pictures(
     """
     drawn = {f"{role}: training": _address(plots.history(run)) for role, run in histories.items()}
     for role, model in models.items() if images else ():
-        if hasattr(model, "caption") and model.decoder.has_attention and model.encoder.grid:
+        if not isinstance(model, Captioner):
+            continue
+        if model.decoder.has_attention and model.encoder.grid:
             drawn.update(_attention(role, model, found[role], images))
     return drawn
 

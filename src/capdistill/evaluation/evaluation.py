@@ -34,6 +34,7 @@ from capdistill.metrics import CaptionScorer, Diversity, Metric, Scores, diversi
 from capdistill.metrics.scorer import resolve_metrics
 from capdistill.outputs import Batch, part, require_unique_ids
 from capdistill.runtime import autocast, on_device, pick_device, pick_precision
+from capdistill.teachers.ensemble import Ensemble
 
 SCHEMA = "capdistill.evaluation/1"
 
@@ -228,13 +229,24 @@ def evaluate(
         parameters=captioner.num_parameters(),
         device=str(torch_device),
         precision=precision,
-        notes=(*scores.notes, *costs.pop("notes", ())),
+        notes=(*scores.notes, *_about(captioner), *costs.pop("notes", ())),
         gallery=run.gallery,
         timed=tuple(run.timed),
         generation=config,
         health=diversity(run.captions, known, ended),
         time_comparable=not getattr(captioner, "rereads_prefix", False),
         **costs,
+    )
+
+
+def _about(captioner: Any) -> tuple[str, ...]:
+    """What a reader must know of the model to interpret its costs."""
+    if not isinstance(captioner, Ensemble):
+        return ()
+    members = list(captioner.members)
+    return (
+        f"'{captioner.name}' is {len(members)} models ({', '.join(members)}) that caption "
+        "together: parameters, size, time and memory are those of all of them.",
     )
 
 

@@ -237,7 +237,7 @@ def cpu_memory(
     """Load a saved captioner in a new process, caption some images there, read its peak memory.
 
     Args:
-        directory: As written by `Captioner.save`.
+        directory: As written by `Captioner.save` or `Ensemble.save`.
         images: Number of (random) images it captions, one after another.
         precision: As in `evaluate`.
         generation: The decoding options.
@@ -263,7 +263,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m capdistill.evaluation.measure", description=__doc__
     )
-    parser.add_argument("directory", help="written by Captioner.save")
+    parser.add_argument("directory", help="written by Captioner.save or Ensemble.save")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--generation", type=json.loads, default={}, help="options, as JSON")
@@ -278,13 +278,13 @@ def _load_and_caption(
 ) -> Memory:
     import timm  # noqa: F401  what any captioner imports belongs to the baseline
 
-    from capdistill.captioner import Captioner
+    from capdistill.teachers.ensemble import load
 
     with autocast(torch.device("cpu"), precision):
         _start_libraries()
     baseline = _highest_resident()
-    captioner = Captioner.load(directory)
-    size = int(captioner.encoder.image_size)
+    captioner = load(directory)
+    size = image_size(captioner)
     rng = torch.Generator().manual_seed(0)
     with autocast(torch.device("cpu"), precision):
         for _ in range(images):

@@ -22,6 +22,7 @@ from capdistill.errors import ConfigError
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput
 from capdistill.runtime import autocast, evaluating, seeded
+from capdistill.teachers.ensemble import leaves
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, DistillOptions
 from capdistill.training.objective import Objective, Weight
 from capdistill.training.on_policy import replace_captions, require_scored
@@ -206,7 +207,9 @@ class Distiller(Trainer):
         A foreign teacher is tried on the first real batch: it may not accept a made-up one.
         """
         batch = probe_batch(self.captioner, self.models)
-        if self.teacher is None or isinstance(self.teacher, Captioner):
+        if self.teacher is None or all(
+            isinstance(each, Captioner) for each in leaves(self.teacher)
+        ):
             self._try_losses(batch)
         else:
             checked_forward(self.captioner, batch, self.objective.needed_outputs)

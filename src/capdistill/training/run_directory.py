@@ -25,6 +25,8 @@ from capdistill.errors import ConfigError
 from capdistill.files import user_path, write_text
 from capdistill.outputs import Batch
 from capdistill.registry import recipe_of
+from capdistill.saving import DESCRIPTION, ENSEMBLE
+from capdistill.teachers.ensemble import Ensemble
 from capdistill.training.step import Stepper
 
 STATE = "state.pt"
@@ -64,7 +66,7 @@ def open_directory(
         return None, False
     directory = user_path(out)
     for captioner in (directory, directory.parent):
-        if (captioner / "captioner.json").exists():
+        if any((captioner / name).exists() for name in (DESCRIPTION, ENSEMBLE)):
             raise ConfigError(
                 f"{captioner} holds a saved captioner, which a run inside it would mix with its "
                 "own files. Give another out=."
@@ -135,6 +137,10 @@ def versions() -> dict[str, str]:
 
 
 def _model(model: Any) -> dict[str, Any]:
+    if isinstance(model, Ensemble):
+        members = [{**_model(each), "name": name} for name, each in model.members.items()]
+        about = {"name": model.name, "mixing": model.mixing, "weights": model.weights}
+        return {**about, "parameters": model.num_parameters(), "members": members}
     if not isinstance(model, Captioner):
         return {"name": getattr(model, "name", type(model).__name__)}
     parts = {"encoder": _part(model.encoder), "decoder": _part(model.decoder)}
@@ -186,6 +192,8 @@ def identity(stepper: Stepper, train: Source | None, val: Source | None = None) 
     found["vocabulary"] = _digest([repr(list(stepper.captioner.tokenizer.vocabulary))])
     for number, teacher in enumerate(stepper.models[1:]):
         found[f"teacher {number + 1}"] = _teacher_digest(teacher)
+        if isinstance(teacher, Ensemble):
+            found[f"mixture of teacher {number + 1}"] = f"{teacher.mixing} {teacher.weights}"
     for name, source in (("training data", train), ("validation data", val)):
         if source is not None:
             found[name] = _data_digest(source)

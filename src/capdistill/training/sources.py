@@ -15,6 +15,7 @@ from capdistill.errors import ConfigError, DataError
 from capdistill.feature_cache import cache_trunk, data_key, default_cache_dir
 from capdistill.files import user_path
 from capdistill.outputs import Batch
+from capdistill.teachers.ensemble import leaves
 from capdistill.teachers.mean_teacher import MeanTeacher
 from capdistill.training.config import TrainConfig
 from capdistill.training.monitor import LOSS
@@ -192,7 +193,7 @@ def wants_cache(stepper: Stepper, data: Any) -> bool:
         return False
     if not _is_cacheable(stepper.captioner, stepper.captioner):
         return False
-    models: list[Any] = [m for m in stepper.models if _is_cacheable(m, stepper.captioner)]
+    models = [m for m in captioners(stepper) if _is_cacheable(m, stepper.captioner)]
     needed = sum(2 * model.encoder.tokens * model.encoder.token_dim for model in models)
     try:
         default_cache_dir() if config.cache_dir is None else config.cache_dir
@@ -224,9 +225,10 @@ def _source(stepper: Stepper, data: Any, cached: bool, **options: Any) -> Source
         return make_source(
             data, tokenizer, image_size=size, num_workers=config.num_workers, **options
         )
-    frozen = [model for model in stepper.models if _is_cacheable(model, stepper.captioner)]
+    models = captioners(stepper)
+    frozen = [model for model in models if _is_cacheable(model, stepper.captioner)]
     views = config.cache_views if options["train"] else 1
-    reads_images = len(frozen) < len(stepper.models)
+    reads_images = len(frozen) < len(models)
     return make_source(
         data,
         tokenizer,
@@ -262,6 +264,11 @@ def _views(
 def is_changed(model: Any, trained: Captioner) -> bool:
     """Whether steps change a model: the one that is trained, or a teacher that follows it."""
     return model is trained or isinstance(model, MeanTeacher)
+
+
+def captioners(stepper: Stepper) -> list[Any]:
+    """The models that read a batch, with the members of an ensemble in its place."""
+    return [leaf for model in stepper.models for leaf in leaves(model)]
 
 
 def _is_cacheable(model: Any, trained: Captioner) -> bool:

@@ -20,6 +20,7 @@ from capdistill.compatibility import probe_batch
 from capdistill.data.loader import Source
 from capdistill.outputs import Batch
 from capdistill.runtime import seed_everything
+from capdistill.teachers.ensemble import leaves
 
 if TYPE_CHECKING:
     from capdistill.training.step import Stepper
@@ -86,7 +87,10 @@ def name_of(model: Any) -> str:
 
 def has_frozen_stages(model: Any, trained: bool) -> bool:
     """Whether the output of frozen stages could be cached; a teacher's are all frozen."""
-    return isinstance(model, Captioner) and model.encoder.cache_key(trained) is not None
+    return any(
+        isinstance(leaf, Captioner) and leaf.encoder.cache_key(trained) is not None
+        for leaf in leaves(model)
+    )
 
 
 def numel(parameters: Iterable[Tensor]) -> int:

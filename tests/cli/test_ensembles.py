@@ -1,0 +1,51 @@
+"""Commands that read a saved captioner read a saved ensemble too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from capdistill.cli import main
+from capdistill.teachers import Ensemble, load
+from tests.cli.cli_commands import refused
+
+DATA = ["--data", "sample", "--limit", "2", "--device", "cpu", "--no-measure"]
+
+
+@pytest.fixture
+def ensemble(teacher: Path, student: Path, tmp_path: Path) -> Path:
+    """A saved ensemble of the captioners of two runs."""
+    tokenizer = load(teacher / "best").tokenizer
+    members = {"large": load(teacher / "best"), "small": load(student / "best")}
+    assert members["small"].tokenizer.vocabulary == tokenizer.vocabulary
+    Ensemble(members, weights=[3, 1]).save(tmp_path / "both")
+    return tmp_path / "both"
+
+
+def test_caption(ensemble: Path, photos: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["caption", str(ensemble), *photos, "--beam-size", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["caption"] for row in rows] == load(ensemble).caption(photos, beam_size=2)
+
+
+def test_evaluate(ensemble: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(ensemble / "ensemble.json"), *DATA, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["name"] == "ensemble of 2: large, small"
+    assert "caption together" in content["notes"][-1]
+
+
+def test_compare(ensemble: Path, student: Path, tmp_path: Path) -> None:
+    pair = [str(ensemble), str(student)]
+    assert main(["compare", *pair, *DATA, "--out", str(tmp_path / "report")]) == 0
+    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert content["models"]["teacher"]["name"] == "ensemble of 2: large, small"
+
+
+def test_a_run_is_not_written_into_an_ensemble(
+    ensemble: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--preset", "debug_teacher", "--data", "sample", "--limit", "2"]
+    assert "holds a saved captioner" in refused([*command, "--out", str(ensemble)], capsys)
