@@ -40,6 +40,20 @@ def default_cache_dir() -> Path:
     return home / "capdistill" / "features"
 
 
+def keeps_frozen_stages(encoder: Encoder, changed: bool = False) -> bool:
+    """What is cached of an encoder: True for the output of its last frozen stage, else its trunk's.
+
+    A run that trains the last stages caches the former. Where the model is a teacher later, the
+    same is cached: it is smaller as a rule, the cache of that run is used, and models with one
+    pretrained encoder share it.
+
+    Args:
+        encoder: Frozen or trained in parts.
+        changed: Whether steps of this run change it.
+    """
+    return changed or (not encoder.trunk_frozen and encoder.cache_key() is not None)
+
+
 def cache_trunk(
     encoder: Encoder,
     source: Source,
@@ -59,7 +73,7 @@ def cache_trunk(
         directory: Directory of the memory maps.
         precision: Precision of the forward passes.
         progress: Show progress: a bar on a terminal, occasional lines elsewhere.
-        trained: Whether the encoder's other stages are trained; otherwise its whole trunk is
+        trained: Whether the encoder's other stages run at every step; otherwise its whole trunk is
             cached.
 
     Raises:

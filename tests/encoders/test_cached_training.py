@@ -82,16 +82,54 @@ def test_last_stages_learn_the_same_from_cached_maps(data, tokenizer, tmp_path, 
             assert count == quick.state_dict()[key], key
 
 
-def test_a_teachers_trunk_is_cached_whole_whichever_stages_it_trained(data, tokenizer, tmp_path):
-    for trainable in (1, "all"):
-        teacher, student = make(tokenizer, trainable=trainable), make(tokenizer, trainable=2)
-        distiller = Distiller(
-            teacher, student, **QUIET, cache_features=True, cache_dir=str(tmp_path / f"{trainable}")
-        )
-        seen = counted(teacher, "conv_head")
+def test_teacher_student_and_an_earlier_run_share_one_cache(data, tokenizer, tmp_path):
+    cache = {**QUIET, "cache_features": True, "cache_dir": str(tmp_path)}
+    teacher, student = (make(tokenizer, trainable=1) for _ in range(2))
+    Trainer(teacher, **cache).fit(data)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    other = make(tokenizer, trainable=1)  # of the same pretrained stages
+    both = cd.teachers.Ensemble({"first": teacher, "second": other})
+    rows = []
+    for options in (cache, {**cache, "cache_features": False}):
+        distiller = Distiller(both, copy.deepcopy(student), losses={"t": "token"}, **options)
+        seen = [counted(model, "conv_stem") for model in (teacher, other, distiller.student)]
         distiller.fit(data)
-        assert sum(seen) == len(data)
-        assert [p.requires_grad for p in teacher.encoder.backbone.parameters()].count(True) > 0
+        rows.append([row["train"]["loss"] for row in distiller.history.epochs])
+        images = [sum(number for number in each if number != 2) for each in seen]
+        assert options is not cache or images == [0, 0, 0]  # two are of noise, for the cut
+    assert rows[0] == pytest.approx(rows[1], rel=0.02)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
+    fitted = cd.teachers.caption(
+        teacher,
+        data,
+        tmp_path / "captions.jsonl",
+        cache_features=True,
+        cache_dir=tmp_path,
+        precision="fp32",
+        device="cpu",
+        progress=False,
+        max_length=4,
+    )
+    assert len(fitted) == len(data)
+    assert len(list(tmp_path.glob("*.f16"))) == 1
+
+
+@pytest.mark.parametrize("trainable", ["none", "all"])
+def test_the_trunk_of_any_other_teacher_is_cached_whole(data, tokenizer, tmp_path, trainable):
+    teacher, student = make(tokenizer, trainable=trainable), make(tokenizer, trainable=2)
+    distiller = Distiller(teacher, student, **QUIET, cache_features=True, cache_dir=str(tmp_path))
+    seen = counted(teacher, "conv_head")
+    distiller.fit(data)
+    assert sum(seen) == len(data)  # once, in two epochs
+
+
+def test_the_size_of_an_automatic_cache_is_that_of_what_it_holds(data, tokenizer):
+    from capdistill.training.sources import _cached_bytes
+
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    for trainable, cut in (("none", False), (1, True), (3, True), ("all", False)):
+        encoder = make(tokenizer, trainable=trainable).encoder.eval()
+        assert _cached_bytes(encoder) == 2 * encoder.to_cache(images, trained=cut).numel()
 
 
 def test_weights_changed_through_data_are_encoded_anew(data, tokenizer, tmp_path):

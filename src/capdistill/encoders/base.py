@@ -146,8 +146,8 @@ class Encoder(nn.Module):
         that carry it in `cached` are encoded from there until a weight visibly changes.
 
         Args:
-            trained: False for a model that only gives targets: its whole trunk is then cached,
-                whichever of its parameters require a gradient.
+            trained: False to cache the tokens of the whole trunk, whichever of its parameters
+                require a gradient: for a model that is not trained.
         """
         if trained:
             split = type(self).frozen_stages is not Encoder.frozen_stages

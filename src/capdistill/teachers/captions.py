@@ -20,7 +20,12 @@ from capdistill.data.caption_files import DataReport, pluralize
 from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError, require_bool, require_int
-from capdistill.feature_cache import cache_trunk, data_key, default_cache_dir
+from capdistill.feature_cache import (
+    cache_trunk,
+    data_key,
+    default_cache_dir,
+    keeps_frozen_stages,
+)
 from capdistill.files import user_path
 from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.metrics import CaptionScorer
@@ -238,7 +243,7 @@ def _caches(
     precision: str,
     progress: bool,
 ) -> dict[str, Any]:
-    """The trunk's output of every captioner in the teacher, by the key of its encoder."""
+    """The cached features of every captioner in the teacher, by the key of its encoder."""
     found: dict[str, Any] = {}
     size = image_size(teacher)
     source = Loader(
@@ -247,9 +252,10 @@ def _caches(
     key = data_key(data, source, size)
     for model in (part for part in teacher.modules() if isinstance(part, Captioner)):
         encoder = model.encoder
-        name = encoder.cache_key(trained=False)
+        cut = keeps_frozen_stages(encoder)
+        name = encoder.cache_key(cut)
         if name is not None and name not in found:
-            found[name] = cache_trunk(encoder, source, key, directory, precision, progress, False)
+            found[name] = cache_trunk(encoder, source, key, directory, precision, progress, cut)
     if not found:
         raise ConfigError(
             "caption: cache_features=True, but the teacher has no encoder that can be cached. Set "

@@ -6,15 +6,24 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
 from capdistill.data.collate import FeatureCache
 from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import FixedBatches, Loader, Source, make_source
+from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError
-from capdistill.feature_cache import cache_trunk, data_key, default_cache_dir
+from capdistill.feature_cache import (
+    cache_trunk,
+    data_key,
+    default_cache_dir,
+    keeps_frozen_stages,
+)
 from capdistill.files import user_path
 from capdistill.outputs import Batch
+from capdistill.runtime import evaluating
 from capdistill.teachers.ensemble import leaves
 from capdistill.teachers.mean_teacher import MeanTeacher
 from capdistill.training.config import TrainConfig
@@ -194,7 +203,7 @@ def wants_cache(stepper: Stepper, data: Any) -> bool:
     if not _is_cacheable(stepper.captioner, stepper.captioner):
         return False
     models = [m for m in captioners(stepper) if _is_cacheable(m, stepper.captioner)]
-    needed = sum(2 * model.encoder.tokens * model.encoder.token_dim for model in models)
+    needed = sum(_cached_bytes(model.encoder) for model in models)
     try:
         default_cache_dir() if config.cache_dir is None else config.cache_dir
     except ConfigError:
@@ -278,6 +287,16 @@ def _is_cacheable(model: Any, trained: Captioner) -> bool:
     )
 
 
+def _cached_bytes(encoder: Encoder) -> int:
+    """Bytes per image: 2 per value of its trunk's tokens, or of the map that is cached instead."""
+    if not keeps_frozen_stages(encoder):
+        return 2 * encoder.tokens * encoder.token_dim
+    side, device = encoder.image_size, next(encoder.parameters()).device
+    black = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+    with evaluating(encoder), torch.no_grad():
+        return 2 * encoder.to_cache(black).numel()
+
+
 def _caches(
     stepper: Stepper, models: list[Any], views: list[tuple[Source, str]]
 ) -> dict[str, FeatureCache | list[FeatureCache]]:
@@ -292,7 +311,7 @@ def _caches(
     caches: dict[str, FeatureCache | list[FeatureCache]] = {}
     for model in models:
         encoder = model.encoder.to(stepper.device)
-        trained = is_changed(model, stepper.captioner)
+        trained = keeps_frozen_stages(encoder, is_changed(model, stepper.captioner))
         key = encoder.cache_key(trained)
         if key not in caches:
             show = stepper.config.progress is not False
