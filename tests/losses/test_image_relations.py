@@ -75,6 +75,20 @@ def test_relational_is_the_published_mean_over_pairs_and_triples(images, seed, d
     assert loss.count(batch) == images
 
 
+def test_images_that_the_student_cannot_tell_apart_have_no_angle():
+    """Pairs and triples of different images alone count, also where their vectors are equal."""
+    student, teacher, batch = example(4)
+    flat = with_features(student, torch.ones_like(student.features))
+    total = built(RelationalKD, distance=0)(flat, teacher, batch)
+    x = teacher.features.mean(1)
+    angles = [
+        F.cosine_similarity(x[i] - x[j], x[k] - x[j], 0)
+        for i, j, k in itertools.permutations(range(4), 3)
+    ]
+    expected = 4 * 2.0 * sum(angle.square() / 2 for angle in angles) / len(angles)
+    assert_close(total, expected)
+
+
 @property_test
 @given(seed=seeds, scale=st.sampled_from([0.1, 1.0, 100.0]))
 def test_scale_position_and_rotation_of_the_features_are_free(seed, scale):
