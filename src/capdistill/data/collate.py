@@ -89,6 +89,7 @@ class Collator(Dataset[BatchResult]):
         view: int,
     ) -> None:
         self.data, self.tokenizer, self.caches = data, tokenizer, caches
+        self.num_images = len(data)
         self.image_size, self.train, self.seed = image_size, train, seed
         self.flip, self.random_crop = flip and (train or view > 0), train and crop
         self.with_images, self.max_length = with_images, max_length
@@ -129,7 +130,7 @@ class Collator(Dataset[BatchResult]):
         return 1
 
     def _sample(self, number: int, epoch: int, problems: list[Problem]) -> _Sample:
-        again, number = divmod(number, len(self.data))
+        again, number = divmod(number, self.num_images)
         item = self._item(number, problems)
         rng = generator(self.seed, epoch, item.image_id, *([again] if again else []))
         choices = list(zip(item.captions, item.weights or repeat(1.0), strict=False))
