@@ -132,6 +132,18 @@ def distil_run(*words: str) -> DistillRun:
 DEFAULTS = distil_run()
 
 
+def test_weights_may_adapt_or_follow_a_schedule() -> None:
+    fade = {"schedule": "cosine", "first": 1.0, "last": 0.0}
+    options = {"name": "gradnorm", "alpha": 0.5, "every": 5, "shared": None}
+    weights = {**options, "ce": 0.5, "token": fade}
+    values = {**VALUES, "losses": {"token": {"temperature": 2}}, "weights": weights}
+    run = parse_run(DistillRun, values)
+    assert run.weights == weights
+    again = parse_run(DistillRun, run.model_dump())
+    assert again.weights == weights
+    assert type(again.weights["every"]) is int
+
+
 def test_the_default_losses_and_weights_are_those_of_the_published_recipe() -> None:
     assert list(DEFAULTS.losses) == ["token", "feature", "hidden"]
     assert DEFAULTS.weights == {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1}

@@ -30,7 +30,9 @@ NAME = "config.json"
 DEFAULT_RECIPE = "kd_2024"  # the source of the default losses
 S = TypeVar("S", bound=BaseModel)
 R = TypeVar("R", bound="RunConfig")
+Whole = Annotated[int, Field(strict=True, ge=0)]
 Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Weight = Whole | Number | tuple[Number, Number] | dict[str, Any] | str | None
 
 
 class Section(BaseModel):
@@ -111,9 +113,8 @@ class DistillRun(RunConfig):
     Args:
         teacher: Directory of a saved captioner.
         student: The captioner to train.
-        losses: Term -> loss, in the form that `Distiller` takes: {"name": ..., arguments}. By
-            default token, feature and hidden.
-        weights: Term -> weight, "ce" included: a number, or [first, last] over the run.
+        losses: Term -> {"name": ..., arguments}; by default token, feature and hidden.
+        weights: Term -> number, [first, last] or schedule; "name" and options of what adapts them.
     """
 
     command: Literal["distill"] = "distill"
@@ -121,7 +122,7 @@ class DistillRun(RunConfig):
     teacher: FullPath
     student: ModelSection
     losses: dict[str, dict[str, Any]]
-    weights: dict[str, Number | tuple[Number, Number]]
+    weights: dict[str, Weight]
 
 
 def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
@@ -327,6 +328,10 @@ def _weights(given: Any, losses: Mapping[str, Any], removed: Mapping[str, Any]) 
     """The given weights, without those of losses set to null, and defaults for the others."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"weights: {given!r} is not a section; expected term -> weight.")
+    terms = {"ce", *losses} if isinstance(given.get("name"), str) else {*given}
+    for term in sorted(terms & {*given}):
+        if given[term] is None or isinstance(given[term], str):
+            raise ConfigError(f"run file: option 'weights.{term}': {given[term]!r} is no weight.")
     complete = {term: DEFAULT_WEIGHTS.get(term, 1.0) for term in ("ce", *losses)} | dict(given)
     return {k: weight for k, weight in complete.items() if k in losses or k not in removed}
 

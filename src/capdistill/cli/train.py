@@ -225,8 +225,8 @@ def make_trainer(run: RunConfig, data: Splits) -> Trainer:
         tokenizer = make_tokenizer(section, data) if section else teacher.tokenizer
         seed_everything(run.train.seed)
         student = make_captioner(run.student, "student", tokenizer)
-        losses, weights = run.losses, dict(run.weights)
-        return Distiller(teacher, student, losses, weights, config=run.train)
+        weights: Any = dict(run.weights)
+        return Distiller(teacher, student, run.losses, weights, config=run.train)
     assert isinstance(run, TrainRun)
     alone = run.model.start and not (run.model.preset or run.model.encoder or run.model.decoder)
     if section is None and not alone:

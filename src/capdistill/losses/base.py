@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.errors import ConfigError, IncompatibleModels, require_number, suggest
+from capdistill.losses.schedules import named_schedule
 from capdistill.outputs import OUTPUTS, Batch, CaptionerOutput, ModelSpec
 
 
@@ -117,13 +118,16 @@ def check_schedule(what: str, value: Any, *, positive: bool = False) -> Schedule
 
     Args:
         what: Beginning of the message.
-        value: A number, a pair (first, last) that is interpolated linearly over the run, or a
-            function of the run's progress in [0, 1].
+        value: A number, a pair (first, last) that is interpolated linearly over the run, a
+            function of the run's progress in [0, 1], or a schedule as data (`named_schedule`).
         positive: Whether 0 is invalid.
 
     Raises:
         ConfigError: it is none of these, or a number is negative or not finite.
     """
+    if isinstance(value, Mapping):
+        made = named_schedule(what, value, positive=positive)
+        return made if any(made.values) else 0.0
     if callable(value):
         return value  # type: ignore[no-any-return]
     pair = isinstance(value, (tuple, list))
@@ -133,7 +137,8 @@ def check_schedule(what: str, value: Any, *, positive: bool = False) -> Schedule
     if not valid or not all(_is_allowed(v, positive) for v in numbers):
         raise ConfigError(
             f"{what} is {value!r}; give a finite number {'> 0' if positive else '>= 0'}, a pair "
-            "(first, last) of them, or a function of the run's progress."
+            "(first, last) of them, a function of the run's progress, or a schedule such as "
+            '{"schedule": "cosine", "first": 1.0, "last": 0.1}.'
         )
     return (numbers[0], numbers[1]) if pair else numbers[0]
 

@@ -13,20 +13,28 @@ if TYPE_CHECKING:
     from capdistill.training.config import recipe as recipe
     from capdistill.training.difficulty import model_difficulty as model_difficulty
     from capdistill.training.distiller import Distiller as Distiller
+    from capdistill.training.gradnorm import GradNorm as GradNorm
     from capdistill.training.history import History as History
     from capdistill.training.self_critical import SelfCritical as SelfCritical
     from capdistill.training.trainer import Trainer as Trainer
+    from capdistill.training.weighting import LossRatio as LossRatio
+    from capdistill.training.weighting import Uncertainty as Uncertainty
+    from capdistill.training.weighting import Weighting as Weighting
 else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
         {
             "DistillConfig": "config",
             "Distiller": "distiller",
+            "GradNorm": "gradnorm",
             "History": "history",
+            "LossRatio": "weighting",
             "SelfCritical": "self_critical",
             "SelfCriticalConfig": "config",
             "TrainConfig": "config",
             "Trainer": "trainer",
+            "Uncertainty": "weighting",
+            "Weighting": "weighting",
             "model_difficulty": "difficulty",
             "recipe": "config",
         },

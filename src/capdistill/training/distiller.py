@@ -18,16 +18,18 @@ from capdistill.compatibility import (
     require_one_vocabulary,
     require_scalars,
 )
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, UnknownName, suggest
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput
 from capdistill.runtime import autocast, evaluating, seeded
 from capdistill.teachers.ensemble import leaves
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, DistillOptions
-from capdistill.training.objective import Objective, Weight
+from capdistill.training.gradnorm import GradNorm
+from capdistill.training.objective import Objective, Weights
 from capdistill.training.on_policy import replace_captions, require_scored
 from capdistill.training.run_directory import options_of
 from capdistill.training.trainer import Trainer
+from capdistill.training.weighting import LossRatio, Uncertainty, Weighting
 
 
 class Distiller(Trainer):
@@ -53,7 +55,8 @@ class Distiller(Trainer):
             token, feature and hidden.
         weights: Weights of "ce" and of each loss; see `Objective`. A loss without a weight gets its
             default: 0.3 for ce, 0.7 for token, 0.2 for feature, 0.1 for hidden, 1 for any other. A
-            term of weight 0 is not built.
+            term of weight 0 is not built. `Uncertainty`, `GradNorm` and `LossRatio` of
+            `capdistill.training` adapt the weights they are given.
         config: A `DistillConfig` as a whole.
         options: Fields of `DistillConfig`, instead of those of `config`.
 
@@ -70,7 +73,7 @@ class Distiller(Trainer):
         teacher: nn.Module,
         student: Captioner,
         losses: Mapping[str, DistillationLoss | str | Mapping[str, Any]] | None = None,
-        weights: Mapping[str, Weight] | None = None,
+        weights: Weights | None = None,
         config: DistillConfig | None = None,
         **options: Unpack[DistillOptions],
     ) -> None:
@@ -89,9 +92,7 @@ class Distiller(Trainer):
         self.teacher = teacher
         super().__init__(student, config, **options)
 
-    def _set_up(
-        self, losses: Mapping[str, DistillationLoss], weights: Mapping[str, Weight]
-    ) -> None:
+    def _set_up(self, losses: Mapping[str, DistillationLoss], weights: Weights) -> None:
         """Build the objective; fit the models to each other and to the losses."""
         self.objective = Objective(self.student, losses, weights, self.config.label_smoothing)
         self.loss_options = {name: options_of(loss) for name, loss in self._losses.items()}
@@ -267,22 +268,53 @@ def _make_loss(name: str, loss: DistillationLoss | str | Mapping[str, Any]) -> D
     )
 
 
-def complete_weights(
-    weights: Mapping[str, Weight] | None, losses: Mapping[str, object]
-) -> dict[str, Weight]:
+def complete_weights(weights: Weights | None, losses: Mapping[str, object]) -> Weights:
     """The given weights, and the defaults of the terms without one.
 
     Example:
         >>> complete_weights({"token": 1.0}, {"token": None, "mine": None})
         {'ce': 0.3, 'token': 1.0, 'mine': 1.0}
     """
-    if weights is not None and not isinstance(weights, Mapping):
+    if not (weights is None or isinstance(weights, (Mapping, Weighting))):
         raise ConfigError(
             f"weights: {weights!r} was given. Give a mapping of term names to weights, for "
-            'instance weights={"ce": 0.5, "token": 0.5}.'
+            'instance weights={"ce": 0.5, "token": 0.5}, or a capdistill.training.Weighting.'
         )
     defaults = {name: DEFAULT_WEIGHTS.get(name, 1.0) for name in ("ce", *losses)}
+    if isinstance(weights, Mapping) and isinstance(weights.get("name"), str):
+        weights = make_weighting(weights)
+    if isinstance(weights, Weighting):
+        weights.base = {**defaults, **weights.base}
+        return weights
     return {**defaults, **(weights or {})}
+
+
+_WEIGHTINGS: dict[str, type[Weighting]] = {
+    each.kind: each for each in (Uncertainty, GradNorm, LossRatio)
+}
+
+
+def make_weighting(values: Mapping[str, Any]) -> Weighting:
+    """A weighting from a run file: its name, its options, and base weights by term.
+
+    Example:
+        >>> made = make_weighting({"name": "gradnorm", "alpha": 1.0, "ce": 0.3, "token": 0.7})
+        >>> made.alpha, made.base
+        (1.0, {'ce': 0.3, 'token': 0.7})
+
+    Raises:
+        UnknownName: there is no such weighting; the message lists those there are.
+        ConfigError: an invalid option.
+    """
+    name = values["name"]
+    if name not in _WEIGHTINGS:
+        raise UnknownName(
+            f"weights: there is no weighting '{name}'. {suggest(str(name), _WEIGHTINGS)}"
+        )
+    kind = _WEIGHTINGS[name]
+    options = {key: value for key, value in values.items() if key in kind.options}
+    base = {k: value for k, value in values.items() if k not in (*kind.options, "name")}
+    return kind(base, **options)
 
 
 def require_teacher(teacher: Any) -> None:

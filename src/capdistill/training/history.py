@@ -20,15 +20,15 @@ class History:
 
     A row holds `kind` ("step" or "epoch"), `step`, `epoch` (from 0) and what was measured.
 
-    - Step rows: `loss`, `terms` (each raw and weighted), `learning_rates` (of that step),
-      `gradient_norm` (before clipping), `skipped_steps` (in a row, by loss scaling), `seconds`,
-      `images`, `captions`, `images_per_second`.
+    - Step rows: `loss`, `terms` (each raw and weighted), `weights` and `learning_rates` (of that
+      step), `gradient_norm` (before clipping), `skipped_steps` (in a row, by loss scaling),
+      `seconds`, `images`, `captions`, `images_per_second`.
     - Epoch rows: `train` (`loss` and `terms`), `val` (the same, with the number of `images` it
-      covers and of those `skipped`; empty without validation data), `scores`, `improved` and
-      `best` (with validation data), `images`, `skipped`, `problems` (images that could not be
-      used, named in the epoch that met them first), `skipped_steps`, `running_statistics`
-      (micro-batches of one image whose batch norms used running statistics),
-      `images_per_second`, `seconds`.
+      covers and of those `skipped`; empty without validation data), `weights` (at the end of the
+      epoch), `scores`, `improved` and `best` (with validation data), `images`, `skipped`,
+      `problems` (images that could not be used, named in the epoch that met them first),
+      `skipped_steps`, `running_statistics` (micro-batches of one image whose batch norms used
+      running statistics), `images_per_second`, `seconds`.
     - The last row, of kind "end", holds `stopped`: why the run ended, and `interrupted`.
 
     On disk NaN is null.

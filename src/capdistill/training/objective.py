@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
@@ -18,8 +19,10 @@ from capdistill.losses.base import (
 )
 from capdistill.losses.divergence import cross_entropy
 from capdistill.outputs import FEATURES_ONLY, Batch, CaptionerOutput
+from capdistill.training.weighting import Weighting
 
-Weight = Schedule
+Weight = Schedule | Mapping[str, Any]  # a mapping is a schedule as data
+Weights = Mapping[str, Weight] | Weighting
 
 
 class Objective(nn.Module):
@@ -32,27 +35,35 @@ class Objective(nn.Module):
         student: The captioner that is trained.
         losses: Distillation losses by term name.
         weights: Weights of the terms, including "ce": a number, a pair (first, last) that is
-            interpolated linearly over the run, or a function of the run's progress in [0, 1]. A
-            term whose weight is 0 throughout is left out.
+            interpolated linearly over the run, a function of the run's progress in [0, 1], or a
+            schedule as data such as {"schedule": "cosine", "first": 1.0, "last": 0.0}. A term whose
+            weight is 0 throughout is left out. A `Weighting` adapts its base weights.
         label_smoothing: Label smoothing of the cross-entropy term.
 
     Attributes:
         kept_in_eval: Modules that stay in evaluation mode: those shared with a teacher.
+        weighting: What adapts the weights, or None.
     """
 
     def __init__(
         self,
         student: Captioner,
         losses: Mapping[str, DistillationLoss],
-        weights: Mapping[str, Weight],
+        weights: Weights,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        self.weights = check_weights(weights, losses)
+        base = weights.base if isinstance(weights, Weighting) else weights
+        self.weights = check_weights(base, losses)
+        self._base: dict[str, float] = {}  # of the current step
         self.student = student
         self.losses = nn.ModuleDict({k: loss for k, loss in losses.items() if k in self.weights})
         self.label_smoothing = label_smoothing
         self.kept_in_eval: Sequence[nn.Module] = ()
+        self.weighting: Weighting | None = None
+        if isinstance(weights, Weighting):
+            weights.build(list(self.weights), student)
+            self.weighting = weights
 
     @property
     def needed_outputs(self) -> frozenset[str]:
@@ -65,9 +76,11 @@ class Objective(nn.Module):
         return "ce" in self.weights or bool(self.needed_outputs - FEATURES_ONLY)
 
     def reachable(self) -> dict[str, nn.Parameter]:
-        """The parameters that require a gradient, by name, without those of an idle decoder."""
+        """The parameters that every backward pass reaches, by name: without an idle decoder's."""
         decoder: nn.Module = self.student.decoder
-        idle = set() if self.reads_words else {id(p) for p in decoder.parameters()}
+        apart: list[nn.Module] = [] if self.reads_words else [decoder]
+        apart += [self.weighting] if self.weighting is not None else []
+        idle = {id(p) for part in apart for p in part.parameters()}
         trained = ((n, p) for n, p in self.named_parameters() if p.requires_grad)
         return {name: parameter for name, parameter in trained if id(parameter) not in idle}
 
@@ -122,19 +135,77 @@ class Objective(nn.Module):
                 counts[name] += float(loss.count(batch))
         return counts
 
+    def start_step(
+        self, progress: float, step: int, epoch: int, scale: float = 1.0
+    ) -> dict[str, float | Tensor]:
+        """The weights in force in the step that begins.
+
+        Args:
+            progress: Share of the run that is done.
+            step: Optimizer steps done.
+            epoch: Epochs done.
+            scale: By which the loss is multiplied for its backward pass.
+        """
+        self._base = {name: self._base_weight(name, progress) for name in self.weights}
+        if self.weighting is not None:
+            self.weighting.start_step(step, epoch, scale)
+        in_force = self._in_force()
+        return {n: w.detach() if isinstance(w, Tensor) else w for n, w in in_force.items()}
+
+    def _in_force(self) -> dict[str, float | Tensor]:
+        """Base weights times factors, with gradients where they are learned."""
+        if self.weighting is None:
+            return {**self._base}
+        pairs = zip(self._base.items(), self.weighting.factors(), strict=True)
+        return {name: base * factor for (name, base), factor in pairs}
+
+    def total(
+        self,
+        sums: Mapping[str, Tensor],
+        counts: Mapping[str, float],
+        parts: int = 1,
+    ) -> Tensor:
+        """The loss of a micro-batch, one of `parts` of the step: weighted means and penalty."""
+        weights = self._in_force()
+        means = {name: value / (counts[name] or 1.0) for name, value in sums.items()}
+        loss = torch.stack([weights[name] * mean for name, mean in means.items()]).sum()
+        if self.weighting is None:
+            return loss
+        self.weighting.look(means, self.student)
+        present = [name for name, count in counts.items() if count]
+        return loss + self.weighting.penalty(self._base, present) / parts
+
+    def end_step(
+        self,
+        weights: Mapping[str, float | Tensor],
+        sums: Mapping[str, float],
+        counts: Mapping[str, float],
+    ) -> dict[str, float]:
+        """Let the weighting see the terms of a step after it; the step's weights as numbers."""
+        if self.weighting is not None:
+            self.weighting.end_step(sums, counts)
+        return {n: w.item() if isinstance(w, Tensor) else w for n, w in weights.items()}
+
     def weight(self, name: str, progress: float) -> float:
-        """A term's weight at `progress` (0 to 1) of the run.
+        """A term's weight at `progress` (0 to 1) of the run, as it would be in force now.
 
         Raises:
             ConfigError: a function returned something else than a finite number >= 0.
         """
+        base = self._base_weight(name, progress)
+        if self.weighting is None:
+            return base
+        factor = self.weighting.factors()[list(self.weights).index(name)]
+        return base * (factor.item() if isinstance(factor, Tensor) else factor)
+
+    def _base_weight(self, name: str, progress: float) -> float:
         return scheduled(f"weights: '{name}'", self.weights[name], progress)
 
     def _losses(self) -> Iterator[tuple[str, DistillationLoss]]:
         return cast("Iterator[tuple[str, DistillationLoss]]", iter(self.losses.items()))
 
 
-def check_weights(weights: Mapping[str, Any], losses: Iterable[str]) -> dict[str, Weight]:
+def check_weights(weights: Mapping[str, Any], losses: Iterable[str]) -> dict[str, Schedule]:
     """The weights of the terms to build: each has its term, none is negative, 0 is left out.
 
     Example:

@@ -15,27 +15,31 @@ from capdistill.errors import ConfigError
 from capdistill.training.config import TrainConfig
 
 Scheduler = lr_scheduler.LambdaLR
+WEIGHTING = "weighting"  # the group of learned weights of the terms, which is not clipped
 
 
 def parameter_groups(
     module: nn.Module, captioner: Captioner, config: TrainConfig
 ) -> list[dict[str, object]]:
-    """Trainable parameters, grouped by learning rate (the encoder's trunk or the rest) and decay.
+    """Trainable parameters, grouped by learning rate (trunk, weights of terms, the rest) and decay.
 
     Args:
-        module: Everything that is trained: the captioner and the losses' projectors.
+        module: Everything that is trained: the captioner, the losses' projectors and the
+            `weighting` of the terms, which has a learning rate of its own.
         captioner: Its trunk gets `encoder_lr_scale` times the learning rate.
         config: Rates and decay.
 
     Raises:
         ConfigError: nothing is trainable.
     """
-    trunk = {id(p) for p in captioner.encoder.trunk_parameters()}
+    weighting: Any = getattr(module, WEIGHTING, None)
+    special = {id(p): "encoder" for p in captioner.encoder.trunk_parameters()}
+    special |= {id(p): WEIGHTING for p in weighting.parameters()} if weighting else {}
     plain = _without_decay(module)
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         if parameter.requires_grad:
-            key = ("encoder" if id(parameter) in trunk else "model", id(parameter) not in plain)
+            key = (special.get(id(parameter), "model"), id(parameter) not in plain)
             groups.setdefault(key, []).append(parameter)
     if not groups:
         raise ConfigError(
@@ -45,6 +49,7 @@ def parameter_groups(
     rate = {
         "encoder": config.learning_rate * config.encoder_lr_scale,
         "model": config.learning_rate,
+        WEIGHTING: getattr(weighting, "learning_rate", 0.0),
     }
     return [
         {

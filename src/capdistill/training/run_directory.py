@@ -23,6 +23,7 @@ from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import Loader, Source
 from capdistill.errors import ConfigError
 from capdistill.files import user_path, write_text
+from capdistill.losses.schedules import NamedSchedule, as_data
 from capdistill.outputs import Batch
 from capdistill.registry import recipe_of
 from capdistill.saving import DESCRIPTION, ENSEMBLE
@@ -117,7 +118,7 @@ def describe_run(stepper: Stepper, train: Source, captions: int | None, out: Pat
         "device": str(stepper.device),
         "precision": stepper.precision,
         "num_workers": getattr(train, "num_workers", None),
-        "weights": {name: _plain(value) for name, value in stepper.objective.weights.items()},
+        "weights": {**_weighting(stepper), **_plain_weights(stepper)},
         "losses": {name: _loss(loss) for name, loss in stepper.objective.losses.items()},
         "models": [_model(model) for model in stepper.models],
         "versions": versions(),
@@ -162,7 +163,19 @@ def _part(part: Any) -> dict[str, Any]:
     return {"class": kind, **_plain_attributes(part)}
 
 
+def _plain_weights(stepper: Stepper) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in stepper.objective.weights.items()}
+
+
+def _weighting(stepper: Stepper) -> dict[str, Any]:
+    """What adapts the weights, as it may be given beside them; empty if they are not adapted."""
+    weighting = stepper.objective.weighting
+    return {} if weighting is None else weighting.as_data()
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, NamedSchedule):
+        return as_data(value)
     if callable(value):
         return f"function {getattr(value, '__qualname__', type(value).__name__)}"
     return list(value) if isinstance(value, tuple) else value
@@ -181,12 +194,13 @@ def _plain_attributes(module: Any) -> dict[str, Any]:
 
 def identity(stepper: Stepper, train: Source | None, val: Source | None = None) -> dict[str, Any]:
     """The identity of a run, as plain data: its objective, teacher, vocabulary and data."""
-    config, objective = stepper.config, stepper.objective
-    weights = {name: _plain(value) for name, value in objective.weights.items()}
+    config = stepper.config
     found: dict[str, Any] = {
         f"losses.{name}": value for name, value in stepper.loss_options.items()
     }
-    found |= {f"weights.{name}": value for name, value in weights.items()}
+    found |= {f"weights.{name}": value for name, value in _plain_weights(stepper).items()}
+    if adapted := _weighting(stepper):
+        found["weights"] = adapted
     found["label_smoothing"] = config.label_smoothing
     found["monitor"] = config.monitor
     found["vocabulary"] = _digest([repr(list(stepper.captioner.tokenizer.vocabulary))])

@@ -26,6 +26,7 @@ from capdistill.training.history import Row
 from capdistill.training.monitor import ALIASES, Monitor
 from capdistill.training.objective import Weight
 from capdistill.training.on_policy import sample_captions, with_frozen_tokens
+from capdistill.training.weighting import Weighting
 
 REWARD = "reward"
 Reward = Callable[[Sequence[str], Sequence[str]], Any]  # image ids and captions to numbers
@@ -97,6 +98,11 @@ class SelfCritical(Distiller):
             raise ConfigError(
                 f"SelfCritical: the losses {', '.join(built)} read a teacher, but there is none. "
                 "Give teacher=, or leave the losses out."
+            )
+        if isinstance(weights, Weighting) or isinstance((weights or {}).get("name"), str):
+            raise ConfigError(
+                "SelfCritical: weights that adapt balance terms by their values, but the value of "
+                "the reward's term may be negative and is near 0 on average. Give plain weights."
             )
         self._start(teacher, captioner, config, options)
         banned = GenerationSpec.of(GenerationConfig(), captioner.tokenizer).banned

@@ -31,7 +31,7 @@ from capdistill.training.decoder_inputs import noisy_inputs, require_unknown_wor
 from capdistill.training.history import EpochMeter, LossMeter, Row
 from capdistill.training.monitor import Monitor
 from capdistill.training.objective import Objective
-from capdistill.training.optim import Scheduler, make_schedule, parameter_groups
+from capdistill.training.optim import WEIGHTING, Scheduler, make_schedule, parameter_groups
 from capdistill.training.validation import (
     References,
     add_references,
@@ -188,16 +188,15 @@ class Stepper:
         # Counts come first: each term is divided once, by its count over the whole step.
         batches = [self.prepare_batch(batch) for batch in micro_batches]
         counts = self.objective.counts(*batches)
-        progress = self.progress
-        weights = {name: self.objective.weight(name, progress) for name in counts}
+        scale = self.scaler.get_scale()
+        weights = self.objective.start_step(self.progress, self.step_count, self.epoch, scale)
 
         # Forward and backward, one micro-batch after the other.
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for batch in batches:
             raw = self._forward(batch)
-            weighted = [weights[n] * (raw[n] / (counts[n] or 1.0)) for n in raw]
-            loss = torch.stack(weighted).sum()
+            loss = self.objective.total(raw, counts, len(batches))
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             for name, value in raw.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
@@ -206,7 +205,8 @@ class Stepper:
 
         # Clip, then read all numbers in one transfer: the only point where we wait for the device.
         self.scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        clipped = [group for group in optimizer.param_groups if group["name"] != WEIGHTING]
+        parameters = [p for group in clipped for p in group["params"]]
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         *values, norm_value = torch.stack([*(v.float() for v in sums.values()), norm]).tolist()
@@ -217,6 +217,7 @@ class Stepper:
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         self.scaler.step(optimizer)
         self.scaler.update()
+        in_force = self.objective.end_step(weights, totals, counts)
         if math.isfinite(norm_value):
             self.schedule.step()
             for average in self.averages.values():
@@ -225,17 +226,18 @@ class Stepper:
         self.step_count += 1
 
         images = sum(batch.num_images for batch in batches)
-        self.meter.add(totals, weights, counts)
+        self.meter.add(totals, in_force, counts)
         self.meter.images += images
         self.meter.batches += len(batches)
         step = LossMeter()
-        step.add(totals, weights, counts)
+        step.add(totals, in_force, counts)
         seconds = time.perf_counter() - began
         return {
             "kind": "step",
             "step": self.step_count,
             "epoch": self.epoch,
             **step.summary(),
+            "weights": in_force,
             "counts": counts,
             "learning_rates": rates,
             "gradient_norm": norm_value,

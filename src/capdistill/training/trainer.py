@@ -223,6 +223,7 @@ class Trainer(Stepper):
             "epoch": self.epoch,
             "step": self.step_count,
             **self.meter.row(),
+            "weights": {n: self.objective.weight(n, self.progress) for n in self.objective.weights},
             "skipped": len(skipped_images(self.train_source)),
             "val": {},
             "scores": {},
@@ -353,7 +354,8 @@ class Trainer(Stepper):
         for name in self.objective.weights:
             first, last = (self.objective.weight(name, at) for at in (0.0, 1.0))
             terms.append(f"{name} {first:g}" + (f" to {last:g}" if last != first else ""))
-        lines.append(f"  terms   {', '.join(terms)}")
+        adapted = f"; adapted by {weighting!r}" if (weighting := self.objective.weighting) else ""
+        lines.append(f"  terms   {', '.join(terms)}{adapted}")
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         rates = {str(group["name"]): group["initial_lr"] for group in groups}
         shown = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
