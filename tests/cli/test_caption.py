@@ -11,7 +11,7 @@ import pytest
 from capdistill import Captioner
 from capdistill.cli import main
 from capdistill.data import read_image
-from tests.cli.cli_commands import refused
+from tests.cli.cli_commands import TINY, refused
 
 
 def test_caption_prints_path_tab_caption(
@@ -21,6 +21,19 @@ def test_caption_prints_path_tab_caption(
     expected = Captioner.load(student / "best").caption(photos)
     pairs = zip(photos, expected, strict=True)
     assert capsys.readouterr().out == "".join(f"{path}\t{text}\n" for path, text in pairs)
+
+
+def test_images_may_stand_behind_options(
+    student: Path, photos: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["caption", str(student / "best")]
+    assert main([*command, *photos, "--batch-size", "1"]) == 0
+    before = capsys.readouterr().out
+    assert main([*command, "--batch-size", "1", *photos]) == 0
+    assert capsys.readouterr().out == before
+    with pytest.raises(SystemExit):
+        main([*command, "--batch-sise", "1", *photos])
+    assert "Did you mean --batch-size?" in capsys.readouterr().err
 
 
 def test_a_bad_image_is_named_and_the_others_are_captioned(
@@ -232,3 +245,86 @@ def test_a_caption_of_any_characters_goes_to_any_terminal(
     assert main(["caption", str(student), photos[0], "--json"]) == 0
     [row] = json.loads(buffer.getvalue()[buffer.getvalue().index(b"[") :])
     assert row["caption"] == "\U0001f415 \ud83d"
+
+
+# -- captions to train on -------------------------------------------------------------------------
+
+
+def test_out_writes_the_captions_of_the_training_images(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from capdistill import data, teachers
+
+    decoding = ["--beam-size", "3", "--num-return", "2", "--max-length", "6"]
+    command = ["caption", str(teacher), "--data", "sample", "--limit", "4", "--device", "cpu"]
+    command += [*decoding, "--out", str(tmp_path / "captions.jsonl")]
+    assert main(command) == 0
+    assert f"{tmp_path}/captions.jsonl: sample/train: 4 images" in capsys.readouterr().out
+    train = data.sample().train.subset(4)
+    found = teachers.read_captions(tmp_path / "captions.jsonl", train, num_return=2)
+    expected = Captioner.load(teacher / "best").caption(
+        [example.path for example in train.examples],
+        details=True,
+        **{"beam_size": 3, "num_return": 2, "max_length": 6},
+    )
+    for example, one in zip(found.examples, expected, strict=True):
+        texts = tuple(dict.fromkeys(h.text for h in one.n_best if h.finished and h.text))
+        assert example.captions == (texts or example.references)
+
+    assert main([*command, "--json"]) == 0  # the file is complete
+    assert json.loads(capsys.readouterr().out)["unreadable"] == 0
+    assert "max_length was 6 and is 7" in refused([*command, "--max-length", "7"], capsys)
+    assert main([*command, "--max-length", "7", "--overwrite"]) == 0
+
+
+def test_out_also_takes_images_without_captions(
+    teacher: Path, photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"")
+    out = tmp_path / "captions.jsonl"
+    command = ["caption", str(teacher), *photos, str(broken), "--out", str(out)]
+    assert main([*command, "--device", "cpu", "--max-length", "6"]) == 1
+    assert "broken.jpg" in capsys.readouterr().err
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["image_id"] for row in rows] == [*photos, str(broken)]
+    assert rows[0]["cider_d"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([], "Give IMAGE files"),
+        (["--data", "sample"], "needs --out FILE"),
+        (["--out", "c.jsonl"], "either --data PATH or IMAGE"),
+        (["dog.jpg", "--data", "sample", "--out", "c.jsonl"], "either --data PATH or IMAGE"),
+        (["--data", "sample", "--out", "c.jsonl", "--details"], "do not go with --out"),
+    ],
+)
+def test_images_data_and_out_that_do_not_go_together_are_refused(
+    teacher: Path, more: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refused(["caption", str(teacher), *more], capsys)
+
+
+def test_a_run_file_trains_on_the_captions_of_a_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from capdistill.data import sample
+    from capdistill.teachers.caption_file import Row
+
+    captions = tmp_path / "captions.jsonl"
+    said = (["a dog", "a cat"], [-1.0, -2.0], [3, 3])
+    rows = [Row("i.jpg", image, *said) for image in sample().train.image_ids[:6]]
+    captions.write_bytes(b"".join(row.line() for row in rows))
+    values = {"path": str(captions), "num_return": 2, "mix": 1}
+    command = ["train", "--preset", "debug_student", *TINY, "--set", "tokenizer.min_count=2"]
+    for key, value in values.items():
+        command += ["--set", f"data.teacher_captions.{key}={value}"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["data"]["teacher_captions"] == {**values, "keep": None, "reweight": None}
+    assert saved["train"]["captions_per_image"] == 3  # two of the teacher and a human one
+    capsys.readouterr()
+    wrong = [*command, "--set", "data.teacher_captions.mix=-1", "--out", str(tmp_path / "other")]
+    assert "mix" in refused(wrong, capsys)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from capdistill import Captioner, SelfCritical, Trainer
-from capdistill.cli.common import parse_data
+from capdistill.cli.data import parse_data
 from capdistill.data import CaptionData, Curriculum, Example, Loader, difficulty, sample
 from capdistill.data.images import view_of
 from capdistill.errors import CheckpointError, ConfigError, DataError, UnknownName

@@ -120,6 +120,9 @@ class CommandParser(argparse.ArgumentParser):
         if self._module:
             self._add_options()
         options, unknown = super().parse_known_args(args, namespace or argparse.Namespace())
+        if getattr(options, "paths", None) == []:  # argparse fills no "*" behind an option
+            options.paths = [word for word in unknown if word == "-" or not word.startswith("-")]
+            unknown = [word for word in unknown if word not in options.paths]
         if unknown:
             self.error(self._explain(unknown[0]))
         return options, []

@@ -10,16 +10,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capdistill.cli import DONE, PROBLEM, as_json, print_status
+from capdistill.cli import DONE, PROBLEM, as_json, print_result, print_status
 from capdistill.cli.common import (
     add_generation_options,
     captioner_directory,
     generation_values,
 )
+from capdistill.cli.data import add_data_options, data_values, parse_data
 from capdistill.errors import ConfigError, DataError
 from capdistill.files import printable, user_path
 
 if TYPE_CHECKING:
+    from capdistill.data import CaptionData
     from capdistill.generation.decode import CaptionGenerator
     from capdistill.generation.hypotheses import CaptionResult
 
@@ -30,6 +32,10 @@ example:
   capdistill caption runs/student dog.jpg --num-return 3
   capdistill caption runs/student dog.jpg --attention looked.png
   find photos -name '*.jpg' | capdistill caption runs/student -
+  capdistill caption runs/teacher --data flickr8k --out captions.jsonl --beam-size 5
+
+With --out, captions to train on go to a file: those of the training images of --data, or of the
+images that are named. A run that was stopped continues. Otherwise they are printed.
 
 Each line of the output is an image and its caption, separated by a tab. With --details or
 --num-return there is a line per caption: image, rank, score, log-probability, caption."""
@@ -40,17 +46,20 @@ _EVERY = 100  # images between two lines of progress
 def caption_command(parser: argparse.ArgumentParser) -> None:
     """Add the options of `caption`."""
     parser.description = _EXAMPLE
-    parser.usage = "capdistill caption DIR IMAGE [IMAGE ...] [options]"
+    parser.usage = "capdistill caption DIR [IMAGE ...] [options]"
     parser.add_argument("captioner", metavar="DIR", help="a run's or a saved captioner's directory")
     parser.add_argument(
-        "images",
+        "paths",
         metavar="IMAGE",
-        nargs="+",
+        nargs="*",
         help="an image file, a folder (all images in it and in its subfolders, sorted), or - for "
         "a list of files on stdin, one per line",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="images per batch (default: 8)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images per batch (default: 8; with --out 64)",
     )
     parser.add_argument(
         "--device", metavar="NAME", default="auto", help="auto, cpu, cuda, ... (default: auto)"
@@ -66,6 +75,16 @@ def caption_command(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw the attention map of each word; a folder if there are several images",
     )
+    training = parser.add_argument_group("captions to train on")
+    training.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write the captions, several per image if --num-return says so, as JSON Lines",
+    )
+    training.add_argument(
+        "--overwrite", action="store_true", help="with --out: start the file anew"
+    )
+    add_data_options(parser)
     add_generation_options(parser)
     parser.set_defaults(run=run)
 
@@ -76,7 +95,11 @@ def run(options: argparse.Namespace) -> int:
     from capdistill.teachers.ensemble import load
 
     directory = captioner_directory(options.captioner)
-    paths = image_paths(options.images)
+    if options.out is not None:
+        return _write_training_captions(options, directory)
+    if options.data is not None or not options.paths:
+        raise ConfigError("Give IMAGE files or folders. --data PATH needs --out FILE, too.")
+    paths = image_paths(options.paths)
     if options.attention:
         options.attention = user_path(options.attention)
         _require_pictures(options.attention, len(paths))
@@ -98,6 +121,38 @@ def run(options: argparse.Namespace) -> int:
             f"capdistill caption: {unreadable} of {len(paths)} images could not be read; see above."
         )
     return PROBLEM if unreadable else DONE
+
+
+def _write_training_captions(options: argparse.Namespace, directory: Path) -> int:
+    """Caption the images of a data set, or the named ones, into a file; see `teachers.caption`."""
+    from capdistill import teachers
+    from capdistill.data import Images
+
+    if (options.data is None) == (not options.paths):
+        raise ConfigError("--out FILE needs either --data PATH or IMAGE files or folders.")
+    if options.attention or options.details:
+        raise ConfigError("--attention and --details show captions; they do not go with --out.")
+    if options.data is None:
+        data: CaptionData = Images(image_paths(options.paths))
+    else:
+        data = parse_data(data_values(options)).load().train
+    generation = generation_values(options)
+    candidates = generation.pop("num_return", None)
+    made = teachers.caption(
+        teachers.load(directory),
+        data,
+        options.out,
+        num_return=candidates or 1,
+        candidates=candidates,
+        batch_size=64 if options.batch_size is None else options.batch_size,
+        device=options.device,
+        overwrite=options.overwrite,
+        **generation,
+    )
+    print_result(options, made.counts, lambda: f"{options.out}: {made}")
+    if made.report.problems:
+        print_status(str(made.report))
+    return PROBLEM if made.counts["unreadable"] else DONE
 
 
 def image_paths(given: Iterable[str]) -> list[str]:
@@ -148,7 +203,7 @@ def caption_files(
     waiting: deque[tuple[str, str | None]] = deque()  # paths that were read, each with its error
     stream = captioner.caption_stream(
         _readable(paths, waiting),
-        batch_size=options.batch_size,
+        batch_size=8 if options.batch_size is None else options.batch_size,
         details=details or options.attention is not None,
         **generation,
     )

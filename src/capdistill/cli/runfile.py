@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool, StrictInt
 
-from capdistill.cli.common import (
-    FORMATS,
-    DataSection,
-    FullPath,
-    captioner_directory,
-    parse_data,
-)
+from capdistill.cli.common import captioner_directory
+from capdistill.cli.data import FORMATS, DataSection, FullPath, parse_data
 from capdistill.errors import ConfigError, parse
 from capdistill.files import read_object, write_text
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, TrainConfig, recipe
@@ -88,7 +83,7 @@ class RunConfig(Section):
     """The sections shared by `train` and `distill`.
 
     Args:
-        data: See `capdistill.cli.common.DataSection`.
+        data: See `capdistill.cli.data.DataSection`.
         tokenizer: Trained on the training captions unless it has a path.
         train: Options of the trainer.
         out: Directory of the run.

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from capdistill.cli import DONE, INTERRUPTED, PROBLEM, print_result, print_status
 from capdistill.cli.common import (
-    add_data_options,
     add_generation_options,
     add_metrics_option,
     captioner_directory,
-    data_values,
     generation_values,
     metric_names,
     recipe_values,
 )
+from capdistill.cli.data import add_data_options, data_values
 from capdistill.cli.runfile import (
     NAME,
     DistillRun,
@@ -162,10 +161,11 @@ def run_training(
         and Path(run.out).resolve() in Path(run.teacher).resolve().parents
     ):
         raise ConfigError(f"--out {run.out} is the teacher's own directory. Give another one.")
-    run = _with_captions(run, data)
+    train = run.data.training_data(data)
+    run = _with_captions(run, train)
     trainer = make_trainer(run, data)
     history = trainer.fit(
-        run.data.training_data(data),
+        train,
         _validation(data),
         out=run.out,
         resume=resume,
@@ -187,13 +187,13 @@ class _RunFile:
         write_resolved(self.run)
 
 
-def _with_captions(run: RunConfig, data: Splits) -> RunConfig:
+def _with_captions(run: RunConfig, train: Any) -> RunConfig:
     """Record the number of captions per image that the data have, unless it was given."""
     from capdistill.data.collate import usual_captions
 
     if run.train.captions_per_image is not None:
         return run
-    known = {"captions_per_image": usual_captions(data.train)}
+    known = {"captions_per_image": usual_captions(train)}
     return run.model_copy(update={"train": run.train.model_copy(update=known)})
 
 

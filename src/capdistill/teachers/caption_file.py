@@ -84,11 +84,19 @@ class TeacherCaptions(CaptionData):
         self.counts = dict(counts)
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{count} {name}" for name, count in self.counts.items() if count)
+        shown = ", ".join(f"{n} {_COUNTED[name]}" for name, n in self.counts.items() if n)
         return f"{super().__str__()} ({shown})"
 
 
-_COUNTED = ("captions", "mixed", "duplicates", "empty", "unfinished", "without", "unreadable")
+_COUNTED = {
+    "captions": "of the teacher",
+    "mixed": "human ones beside them",
+    "duplicates": "duplicates dropped",
+    "empty": "empty dropped",
+    "unfinished": "unfinished dropped",
+    "without": "images without any",
+    "unreadable": "unreadable images",
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,264 @@
+"""The section `data` of a run file, and the options of the command line that it is made from."""
+
+from __future__ import annotations
+
+import argparse
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+)
+
+from capdistill.errors import ConfigError, UnknownName, parse, suggest
+from capdistill.files import read_object, user_path
+
+if TYPE_CHECKING:
+    from capdistill.data import Splits
+
+
+FullPath = Annotated[str, AfterValidator(lambda text: _absolute(text))]
+FileOrName = Annotated[str, AfterValidator(lambda t: _absolute(t) if t.endswith(".json") else t)]
+Policy = Literal["skip", "raise"]
+
+
+def _absolute(path: str) -> str:
+    return str(user_path(path).absolute())
+
+
+class CurriculumSection(BaseModel):
+    """The arguments of `capdistill.data.Curriculum`; the difficulty may be a JSON file, too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    difficulty: FileOrName = "length"
+    pacing: Literal["linear", "root", "step"] = "root"
+    start: StrictFloat | StrictInt = Field(default=0.3, gt=0, le=1)
+    until: StrictFloat | StrictInt = Field(default=0.5, gt=0, le=1)
+
+
+class TeacherCaptionsSection(BaseModel):
+    """The arguments of `capdistill.teachers.read_captions`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: FullPath
+    num_return: StrictInt = Field(default=1, ge=1)
+    keep: Literal["cider", "score"] | None = None
+    mix: StrictInt | StrictFloat = Field(default=0, ge=0)
+    reweight: StrictFloat | StrictInt | None = Field(default=None, gt=0)
+
+
+class DataSection(BaseModel):
+    """The section `data` of a run file: which data set, where it is, and how to read it.
+
+    Args:
+        format: The layout of the files.
+        limit: Use only the first images of each split, this many.
+        curriculum: Train on easy images first.
+        teacher_captions: Train on captions that a teacher wrote to a file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: str
+    limit: StrictInt | None = Field(default=None, ge=1)
+    curriculum: CurriculumSection | None = None
+    teacher_captions: TeacherCaptionsSection | None = None
+
+    @abstractmethod
+    def read(self) -> Splits:
+        """Read the whole data set."""
+
+    def load(self) -> Splits:
+        """Read the data set and cut it to `limit`."""
+        return self.read() if self.limit is None else _cut(self.read(), self.limit)
+
+    def training_data(self, data: Splits) -> Any:
+        """What to train on: the training split, with a teacher's captions or in a curriculum."""
+        from capdistill.data import Curriculum
+
+        train, captions = data.train, self.teacher_captions
+        if captions is not None:
+            from capdistill.teachers import read_captions
+
+            choice = captions.model_dump(exclude={"path"})
+            train = read_captions(captions.path, train, **choice)
+        if self.curriculum is None:
+            return train
+        options = self.curriculum.model_dump()
+        if options["difficulty"].endswith(".json"):
+            options["difficulty"] = read_object(
+                options["difficulty"], "difficulties", " of image ids and numbers"
+            )
+        return Curriculum(train, **options)
+
+
+class SampleData(DataSection):
+    """The 47 photos that come with the package."""
+
+    format: Literal["sample"] = "sample"
+
+    def read(self) -> Splits:
+        """See `capdistill.data.sample`."""
+        from capdistill.data import sample
+
+        return sample()
+
+
+class Flickr8kData(DataSection):
+    """A folder in one of Flickr8k's layouts; see `capdistill.data.Flickr8k`."""
+
+    format: Literal["flickr8k"] = "flickr8k"
+    path: FullPath
+    encoding: str = "utf-8"
+    seed: StrictInt = 0
+    errors: Policy = "skip"
+
+    def read(self) -> Splits:
+        """Read train, val and test."""
+        from capdistill.data import Flickr8k
+
+        return Flickr8k(self.path, **self.model_dump(include={"encoding", "seed", "errors"}))
+
+
+class KarpathyData(DataSection):
+    """A Karpathy JSON file and its images; see `capdistill.data.Karpathy`."""
+
+    format: Literal["karpathy"] = "karpathy"
+    path: FullPath
+    images: FullPath
+    restval: StrictBool = True
+    errors: Policy = "skip"
+
+    def read(self) -> Splits:
+        """Read the splits that the file names."""
+        from capdistill.data import Karpathy
+
+        return Karpathy(self.path, self.images, restval=self.restval, errors=self.errors)
+
+
+class CocoData(DataSection):
+    """COCO caption files, one per split. Without `val_path`, a random share becomes val."""
+
+    format: Literal["coco"] = "coco"
+    path: FullPath
+    images: FullPath
+    val_path: FullPath | None = None
+    val_images: FullPath | None = None
+    val_share: StrictFloat = Field(default=0.1, gt=0, lt=1)
+    seed: StrictInt = 0
+    errors: Policy = "skip"
+
+    def read(self) -> Splits:
+        """Read train and val."""
+        from capdistill.data import CocoCaptions, Splits
+
+        train = CocoCaptions(self.path, self.images, errors=self.errors)
+        if self.val_path is None:
+            return train.split(val=self.val_share, seed=self.seed)
+        val = CocoCaptions(self.val_path, self.val_images or self.images, errors=self.errors)
+        return Splits({"train": train, "val": val}, name="COCO captions")
+
+
+class FolderData(DataSection):
+    """A folder of images with a CSV or JSON Lines file. A random share becomes val."""
+
+    format: Literal["folder"] = "folder"
+    path: FullPath
+    captions: str | None = None
+    encoding: str = "utf-8"
+    val_share: StrictFloat = Field(default=0.1, gt=0, lt=1)
+    seed: StrictInt = 0
+    errors: Policy = "skip"
+
+    def read(self) -> Splits:
+        """Read train and val."""
+        from capdistill.data import Folder
+
+        data = Folder(self.path, self.captions, encoding=self.encoding, errors=self.errors)
+        return data.split(val=self.val_share, seed=self.seed)
+
+
+FORMATS: dict[str, type[DataSection]] = {
+    "flickr8k": Flickr8kData,
+    "karpathy": KarpathyData,
+    "coco": CocoData,
+    "folder": FolderData,
+    "sample": SampleData,
+}
+
+
+def parse_data(values: Any) -> DataSection:
+    """Check a `data` section. `path: "sample"` selects the bundled sample.
+
+    Example:
+        >>> parse_data({"format": "flickr8k", "path": "/data/flickr8k"}).seed
+        0
+        >>> parse_data({"path": "sample", "limit": 4}).limit
+        4
+
+    Raises:
+        ConfigError: no data set is named, the format or an option is unknown, or one is missing.
+    """
+    if not isinstance(values, Mapping) or not values:
+        raise ConfigError(
+            f"data: {values!r} names no data set. Give --data PATH and --format, or a section "
+            '"data": {"format": ..., "path": ...} in a run file; --data sample is the bundled one.'
+        )
+    values = dict(values)
+    if values.get("path") == "sample" and values.get("format", "sample") == "sample":
+        del values["path"]
+        values["format"] = "sample"
+    name = values.setdefault("format", "flickr8k")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise UnknownName(f"data: there is no format {name!r}. {suggest(str(name), FORMATS)}")
+    section = FORMATS[name]
+    for key, field in section.model_fields.items():
+        if field.is_required() and key not in values:
+            raise ConfigError(
+                f"data: format {name} needs '{key}', which was not given. Give "
+                f"--{'data' if key == 'path' else key} PATH, or --set data.{key}=PATH."
+            )
+    return parse(section, values, f"data (format {name})")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add --data and the options that belong to it."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", metavar="PATH", help='the folder or caption file of a data set, or "sample"'
+    )
+    group.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        metavar="FORMAT",
+        help=f"the layout of the data: {', '.join(FORMATS)} (default: flickr8k)",
+    )
+    group.add_argument(
+        "--images", metavar="DIR", help="the folder of the images (coco and karpathy)"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="use only N images of each split")
+    return group
+
+
+def data_values(options: argparse.Namespace) -> dict[str, Any]:
+    """The values of a `data` section that were given as options."""
+    given = {
+        "path": options.data,
+        "format": options.format,
+        "images": options.images,
+        "limit": options.limit,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _cut(data: Splits, limit: int) -> Splits:
+    from capdistill.data import Splits
+
+    parts = {name: data.get(name).subset(limit) for name in data}
+    return Splits(parts, name=data.name, note=data.note, absent=data.absent, report=data.report)
