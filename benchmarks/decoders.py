@@ -1,4 +1,4 @@
-"""Training steps of the decoders side by side: what folding saves, and the two LSTM forms.
+"""Training steps of the decoders side by side: folding, the two LSTM forms, and its backward pass.
 
     python benchmarks/decoders.py --images 16 --captions 5 --tokens 81
 
@@ -12,9 +12,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 
+from capdistill.decoders import lstm
 from capdistill.decoders.base import Decoder
 from capdistill.decoders.lstm import LSTMDecoder
 from capdistill.decoders.transformer import TransformerDecoder
@@ -36,7 +38,8 @@ def main() -> None:
     transformer = TransformerDecoder(512, layers=2, ffn=1024)
     recurrent = LSTMDecoder(512, layers=1, attention="recurrent")
     parallel = LSTMDecoder(512, layers=1, attention="parallel")
-    for decoder in (transformer, recurrent, parallel):
+    two_layers = LSTMDecoder(256, layers=2, attention="parallel")
+    for decoder in (transformer, recurrent, parallel, two_layers):
         decoder.build(options.vocabulary)
         decoder.to(device)
     folded = step(transformer, options, precision, repeat=False)
@@ -45,6 +48,9 @@ def main() -> None:
     slow = step(recurrent, options, precision, repeat=False)
     fast = step(parallel, options, precision, repeat=False)
     compare("LSTM: recurrent attention", slow, "parallel attention", fast, options.rounds)
+    if device.type == "cpu" and precision == "bf16":
+        ours = step(two_layers, options, precision, repeat=False)
+        compare("LSTM: by nn.LSTM", by_torch(ours), "by recurrence.py", ours, options.rounds)
 
 
 def step(
@@ -65,6 +71,16 @@ def step(
             torch.cuda.synchronize()
 
     return run
+
+
+def by_torch(run: Callable[[], None]) -> Callable[[], None]:
+    """The same step with the forward and backward pass of `nn.LSTM`."""
+
+    def patched() -> None:
+        with mock.patch.object(lstm, "suits", return_value=False):
+            run()
+
+    return patched
 
 
 def compare(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capdistill.decoders.base import CrossAttention, Decoder, DecoderState
+from capdistill.decoders.recurrence import lstm_layer, suits
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
 
@@ -197,6 +198,9 @@ def run_cell(
     if x.shape[1] == 1 and type(cell) is nn.LSTM:  # the layer's own call costs more than one word
         h, c = torch.lstm_cell(x[:, 0], (h, c), *cell.all_weights[0])
         return h[:, None], (h, c)
+    if suits(cell, x):
+        out, h, c = lstm_layer(x, h, c, cell)
+        return out, (h, c)
     out, (h, c) = cell(x, (h[None], c[None]))
     return out, (h[0], c[0])
 
