@@ -229,6 +229,12 @@ def test_what_cannot_be_averaged_is_refused(student: Any, decay: float, message:
         MeanTeacher(student(), decay)
 
 
+@pytest.mark.parametrize("make", [MeanTeacher.load, MeanTeacher.create])
+def test_it_is_not_read_or_made_without_a_student(make: Any) -> None:
+    with pytest.raises(ConfigError, match=r"Captioner\.load"):
+        make("anything", tokenizer=tiny.TOKENIZER)
+
+
 def test_born_again_a_frozen_copy_of_the_student_is_a_teacher() -> None:
     student = tiny.make_student()
     run = Distiller(copy.deepcopy(student), student, {"token": "token"}, **LOOP)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NoReturn
 
 from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
@@ -61,6 +61,16 @@ class MeanTeacher(Captioner):
         _require_like(self, student)
         self.average = WeightAverage(student, decay, into=self)
         self.eval()
+
+    @classmethod
+    def load(cls, *args: Any, **options: Any) -> NoReturn:
+        """Not possible without a student; a saved mean teacher is read by `Captioner.load`."""
+        raise ConfigError(
+            "A mean teacher is made of the student that it follows: MeanTeacher(student). What "
+            "save() wrote is a captioner: read it with capdistill.Captioner.load(directory)."
+        )
+
+    create = load
 
 
 def _require_like(teacher: Captioner, student: Captioner) -> None:

@@ -146,19 +146,10 @@ class GradNorm(Weighting):
             trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         else:
             trained = _named_part(student, self.shared)
-        reached = {
-            term: torch.autograd.grad(
-                mean, list(trained.values()), retain_graph=True, allow_unused=True
-            )
-            for term, mean in means.items()
-        }
-        common = [
-            name
-            for place, name in enumerate(trained)
-            if all(found[place] is not None for found in reached.values())
-        ]
+        reached = {term: _reached(mean, trained) for term, mean in means.items()}
+        common = [name for name in trained if all(name in found for found in reached.values())]
         if not common:
-            missing = [term for term, found in reached.items() if all(g is None for g in found)]
+            missing = [term for term, found in reached.items() if not found]
             where = "" if self.shared is None else f" of '{self.shared}'"
             reason = f"; {', '.join(missing)} reach none" if missing else ""
             raise ConfigError(
@@ -184,6 +175,12 @@ def _named_part(student: nn.Module, part: str) -> dict[str, nn.Parameter]:
             f"{suggest(str(part), parts)}"
         )
     return found
+
+
+def _reached(mean: Tensor, trained: Mapping[str, nn.Parameter]) -> set[str]:
+    """Names of the parameters that a term has a gradient for."""
+    found = torch.autograd.grad(mean, [*trained.values()], retain_graph=True, allow_unused=True)
+    return {name for name, gradient in zip(trained, found, strict=True) if gradient is not None}
 
 
 def _part_of(name: str) -> str:
