@@ -250,23 +250,23 @@ def stable_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return filled, torch.nn.functional.pad(index, (0, missing))
     if scores.device.type == "cpu":
         return _topk_unless_tied(scores, count)
+    return _by_value_and_place(scores, count)
+
+
+def _by_value_and_place(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if scores.dtype == torch.float32:
         index = _keys(scores).topk(count).indices
         return scores.gather(1, index), index
-    return _sorted(scores, count)
-
-
-def _sorted(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     values, index = scores.sort(dim=1, descending=True, stable=True)
     return values[:, :count], index[:, :count]
 
 
 def _topk_unless_tied(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`topk` breaks ties arbitrarily; if there are ties, sort."""
+    """`topk` breaks ties arbitrarily; if there are ties, the place decides."""
     values, index = scores.topk(count + 1)
     tied = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > -torch.inf)
     if bool(tied.any()):
-        return _sorted(scores, count)
+        return _by_value_and_place(scores, count)
     return values[:, :count], index[:, :count]
 
 
