@@ -182,7 +182,8 @@ def require_scalars(
         IncompatibleModels: a model lacks an output, or the loss returns something else.
     """
     for name, loss in losses.items():
-        outputs = (("student", student), ("teacher", teacher if loss.from_teacher else student))
+        theirs = teacher and teacher.of(loss.teacher)
+        outputs = (("student", student), ("teacher", theirs if loss.from_teacher else student))
         for role, output in outputs:
             for what in sorted(loss.needs):
                 if getattr(output, what, None) is None:
@@ -190,7 +191,7 @@ def require_scalars(
                         f"The loss '{name}' ({type(loss).__name__}) needs {what}, which the "
                         f"{role} does not return. Remove the loss, or use a {role} that has it."
                     )
-        value = loss_value(loss, student, teacher, batch)
+        value = loss_value(loss, student, theirs, batch)
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
             raise IncompatibleModels(

@@ -246,6 +246,10 @@ class CaptionerOutput:
     mask: Tensor | None = None
     members: Mapping[str, CaptionerOutput] | None = None
 
+    def of(self, member: str | None) -> CaptionerOutput:
+        """The output of a member by name; the output as a whole without a name or members."""
+        return self if member is None or self.members is None else self.members[member]
+
     def __repr__(self) -> str:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         shown = ", ".join(f"{k} {_shape(v)}" for k, v in values.items() if v is not None)

@@ -9,7 +9,7 @@ import pytest
 
 from capdistill.cli import main
 from capdistill.teachers import Ensemble, load
-from tests.cli.cli_commands import refused
+from tests.cli.cli_commands import TINY, refused
 
 DATA = ["--data", "sample", "--limit", "2", "--device", "cpu", "--no-measure"]
 
@@ -49,3 +49,36 @@ def test_a_run_is_not_written_into_an_ensemble(
 ) -> None:
     command = ["train", "--preset", "debug_teacher", "--data", "sample", "--limit", "2"]
     assert "holds a saved captioner" in refused([*command, "--out", str(ensemble)], capsys)
+
+
+@pytest.mark.parametrize("how", ["list", "mapping", "ensemble"])
+def test_distil_from_several_teachers(
+    teacher: Path, student: Path, ensemble: Path, tmp_path: Path, how: str
+) -> None:
+    large, small = str(teacher), str(student / "best")
+    given = {"list": [large, small], "mapping": {"large": large, "small": small}}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"teacher": given.get(how, str(ensemble))}))
+    by = ["--teacher", large, small] if how == "list" else ["--config", str(file)]
+    own = "debug_teacher" if how == "list" else "large"  # in a list, captioners have their names
+    losses = {"mixed": {"name": "token"}, "own": {"name": "feature", "teacher": own}}
+    out = tmp_path / "run"
+    command = ["distill", *by, "--student", "debug_student", "--weights", "random", *TINY]
+    assert main([*command, "--set", f"losses={json.dumps(losses)}", "--out", str(out)]) == 0
+    written = json.loads((out / "config.json").read_text())
+    best = {"large": str(teacher / "best"), "small": small}
+    expected = {"list": [*best.values()], "mapping": best, "ensemble": str(ensemble)}
+    assert written["teacher"] == expected[how]
+    assert written["losses"]["own"] == losses["own"]
+    run = json.loads((out / "run.json").read_text())
+    assert run["models"][1]["members"][0]["name"] == own
+    again = ["distill", "--config", str(out / "config.json"), "--out", str(tmp_path / "again")]
+    assert main(again) == 0
+
+
+def test_no_teacher_of_several_is_replaced_by_the_run(
+    teacher: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["distill", "--teacher", str(teacher), str(student), "--student", "debug_student"]
+    message = refused([*command, *TINY, "--out", str(student)], capsys)
+    assert "the teacher's own directory" in message

@@ -106,7 +106,7 @@ class DistillRun(RunConfig):
     """A run of `capdistill distill`. Without a tokenizer section, the student has the teacher's.
 
     Args:
-        teacher: Directory of a saved captioner.
+        teacher: Directory of a saved captioner; or a list of several, or name -> directory.
         student: The captioner to train.
         losses: Term -> {"name": ..., arguments}; by default token, feature and hidden.
         weights: Term -> number, [first, last] or schedule; "name" and options of what adapts them.
@@ -114,7 +114,7 @@ class DistillRun(RunConfig):
 
     command: Literal["distill"] = "distill"
     train: DistillConfig
-    teacher: FullPath
+    teacher: FullPath | list[FullPath] | dict[str, FullPath]
     student: ModelSection
     losses: dict[str, dict[str, Any]]
     weights: dict[str, Weight]

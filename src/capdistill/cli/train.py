@@ -135,10 +135,22 @@ def _load(options: argparse.Namespace) -> tuple[RunConfig, Splits]:
     """The run and its data. A missing teacher is reported before the data are read."""
     run = make_run(options)
     if isinstance(run, DistillRun):
-        run = run.model_copy(update={"teacher": str(captioner_directory(run.teacher))})
+        run = run.model_copy(update={"teacher": _directories(run.teacher, run.out)})
     data = run.data.load()
     print_status(data.summary())
     return run, data
+
+
+def _directories(teacher: Any, out: str | None) -> Any:
+    """The captioner's directory of each teacher, in the form they were given in; none is `out`."""
+    if isinstance(teacher, dict):
+        return {name: _directories(each, out) for name, each in teacher.items()}
+    if isinstance(teacher, list):
+        return [_directories(each, out) for each in teacher]
+    directory = captioner_directory(teacher)
+    if out is not None and Path(out).resolve() in directory.resolve().parents:
+        raise ConfigError(f"--out {out} is the teacher's own directory. Give another one.")
+    return str(directory)
 
 
 def run_training(
@@ -156,11 +168,6 @@ def run_training(
     """
     if run.out is None:
         raise ConfigError("out: no directory for the run was given. Give --out DIR.")
-    if (
-        isinstance(run, DistillRun)
-        and Path(run.out).resolve() in Path(run.teacher).resolve().parents
-    ):
-        raise ConfigError(f"--out {run.out} is the teacher's own directory. Give another one.")
     train = run.data.training_data(data)
     run = _with_captions(run, train)
     trainer = make_trainer(run, data)
@@ -214,14 +221,14 @@ def check(options: argparse.Namespace) -> int:
 
 def make_trainer(run: RunConfig, data: Splits) -> Trainer:
     """Create the models and the trainer of a run. Random weights depend on the seed alone."""
-    from capdistill.captioner import Captioner
     from capdistill.runtime import seed_everything
+    from capdistill.teachers import load
     from capdistill.training.distiller import Distiller
     from capdistill.training.trainer import Trainer
 
     section = run.tokenizer
     if isinstance(run, DistillRun):
-        teacher = Captioner.load(run.teacher)
+        teacher = load(run.teacher)
         tokenizer = make_tokenizer(section, data) if section else teacher.tokenizer
         seed_everything(run.train.seed)
         student = make_captioner(run.student, "student", tokenizer)
@@ -292,7 +299,8 @@ def _from_options(options: argparse.Namespace) -> dict[str, Any]:
         ),
         "tokenizer": _not_none({"path": options.tokenizer}),
     }
-    plain = {"out": options.out, "teacher": getattr(options, "teacher", None)}
+    *others, last = getattr(options, "teacher", None) or [None]
+    plain = {"out": options.out, "teacher": [*others, last] if others else last}
     return {**{key: value for key, value in given.items() if value}, **_not_none(plain)}
 
 
@@ -319,9 +327,8 @@ def _joined(old: Any, new: Any) -> Any:
 
 
 def _add_pair_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--teacher", metavar="DIR", help="the teacher: a run's or a saved captioner's directory"
-    )
+    text = "the teacher: a run's or a saved captioner's directory; or several teachers"
+    parser.add_argument("--teacher", metavar="DIR", nargs="+", help=text)
     parser.add_argument(
         "--teacher-weights",
         metavar="W",

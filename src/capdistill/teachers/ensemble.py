@@ -117,7 +117,8 @@ class Ensemble(CaptionGenerator):
             ConfigError: `need` names something that only a member has.
         """
         if len(self._names) == 1:
-            return self._members[0](batch, need=need)  # type: ignore[no-any-return]
+            output: CaptionerOutput = self._members[0](batch, need=need)
+            return replace(output, members=None)
         if need - LOGITS:
             raise ConfigError(
                 f"'{self.name}' has no {', '.join(sorted(need - LOGITS))} of its own. Name the "
@@ -251,12 +252,12 @@ class Ensemble(CaptionGenerator):
 
 
 def load(
-    directory: str | Path,
+    directory: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     *,
     tokenizer: Tokenizer | None = None,
     device: str | torch.device = "cpu",
 ) -> Captioner | Ensemble:
-    """A saved captioner or ensemble, whichever the directory holds.
+    """A saved captioner or ensemble, whichever the directory holds; of several, an ensemble.
 
     Example:
         >>> import tempfile, capdistill as cd
@@ -266,12 +267,23 @@ def load(
         ...     load(folder).name
         'debug_student'
 
+    Args:
+        directory: One, a list, or a mapping from the names of the members.
+        tokenizer: As in `Captioner.load`.
+        device: Device of the loaded model.
+
     Raises:
         CheckpointError: it holds neither, or one that is damaged.
+        IncompatibleModels: several with different vocabularies.
     """
+    how: Any = {"tokenizer": tokenizer, "device": device}
+    if isinstance(directory, Mapping):
+        return Ensemble({name: load(place, **how) for name, place in directory.items()})
+    if not isinstance(directory, (str, Path)):
+        return Ensemble([load(place, **how) for place in directory])
     several = (user_path(directory, CheckpointError) / ENSEMBLE).is_file()
     cls: type[Captioner | Ensemble] = Ensemble if several else Captioner
-    return cls.load(directory, tokenizer=tokenizer, device=device)
+    return cls.load(directory, **how)
 
 
 def leaves(model: nn.Module) -> list[nn.Module]:
@@ -304,6 +316,11 @@ def _named(members: Any) -> dict[str, CaptionGenerator]:
             raise ConfigError(
                 f"Ensemble: '{name}' is {type(member).__name__}. Give a capdistill.Captioner, an "
                 "Ensemble, or capdistill.teachers.wrap(model, adapt, tokenizer)."
+            )
+        if isinstance(member, Ensemble) and member.mixing == "draw":
+            raise ConfigError(
+                f"Ensemble: '{name}' is an ensemble with mixing='draw', which must be the whole "
+                "teacher. Give its members to this ensemble, or give it another mixing."
             )
     return named
 

@@ -20,14 +20,21 @@ from capdistill.compatibility import (
 )
 from capdistill.errors import ConfigError, UnknownName, suggest
 from capdistill.losses.base import DistillationLoss
-from capdistill.outputs import Batch, CaptionerOutput
+from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import autocast, evaluating, seeded
-from capdistill.teachers.ensemble import leaves
+from capdistill.teachers.ensemble import Ensemble, leaves
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, DistillOptions
 from capdistill.training.gradnorm import GradNorm
 from capdistill.training.objective import Objective, Weights
 from capdistill.training.on_policy import replace_captions, require_scored
 from capdistill.training.run_directory import options_of
+from capdistill.training.teaching import (
+    Teacher,
+    as_teacher,
+    checked_teaching,
+    require_named,
+    specs,
+)
 from capdistill.training.trainer import Trainer
 from capdistill.training.weighting import LossRatio, Uncertainty, Weighting
 
@@ -49,10 +56,12 @@ class Distiller(Trainer):
 
     Args:
         teacher: A captioner, or the result of `capdistill.teachers.wrap`. It runs in evaluation
-            mode and without gradients; its flags are restored afterwards.
+            mode and without gradients; its flags are restored afterwards. Several are a mapping of
+            names to teachers, or a `capdistill.teachers.Ensemble`: losses of logits then read
+            their mixture, and any loss reads the one that it names.
         student: The captioner that is trained.
         losses: Term name -> loss, or a registered name, or {"name": ..., arguments}. By default
-            token, feature and hidden.
+            token, feature and hidden. "teacher" among the arguments names one of several teachers.
         weights: Weights of "ce" and of each loss; see `Objective`. A loss without a weight gets its
             default: 0.3 for ce, 0.7 for token, 0.2 for feature, 0.1 for hidden, 1 for any other. A
             term of weight 0 is not built. `Uncertainty`, `GradNorm` and `LossRatio` of
@@ -70,15 +79,14 @@ class Distiller(Trainer):
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: Teacher,
         student: Captioner,
         losses: Mapping[str, DistillationLoss | str | Mapping[str, Any]] | None = None,
         weights: Weights | None = None,
         config: DistillConfig | None = None,
         **options: Unpack[DistillOptions],
     ) -> None:
-        require_teacher(teacher)
-        self._start(teacher, student, config, options)
+        self._start(as_teacher(teacher), student, config, options)
         built = make_losses(losses)
         self._set_up(built, complete_weights(weights, built))
 
@@ -98,10 +106,12 @@ class Distiller(Trainer):
         self.loss_options = {name: options_of(loss) for name, loss in self._losses.items()}
         self._teacher_parts = [] if self.teacher is None else list(self.teacher.modules())
         self._followers = self._find_followers()
+        if self.teacher is not None:
+            require_named(self._losses, self.teacher)
         self._keep_apart()
         self._built = False
         self.check_options()
-        if self.teacher is None or _spec_is_known(self.teacher):
+        if self._specs_are_known():
             self._build_losses(None)
         self.place()
         self._try_models()
@@ -144,16 +154,25 @@ class Distiller(Trainer):
     def teacher_output(self, batch: Batch) -> CaptionerOutput | None:
         """The teacher's output for a batch: evaluation mode, no gradients, no dropout.
 
-        `fit` sets the mode once; elsewhere the teacher's flags are restored after each batch.
+        `fit` sets the mode once; elsewhere the teacher's flags are restored after each batch. Each
+        of several teachers runs once, for what the losses need of it.
         """
-        if self.teacher is None or not self.objective.reads_teacher:
+        if self.teacher is None or not self.objective.teacher_needs:
             return None
-        need = self.objective.needed_outputs
         with torch.no_grad():
             if not any(part.training for part in self._teacher_parts):
-                return cast(CaptionerOutput, self.teacher(batch, need=need))
+                return self._taught(self.teacher, batch)
             with evaluating(self.teacher):
-                return cast(CaptionerOutput, self.teacher(batch, need=need))
+                return self._taught(self.teacher, batch)
+
+    def _taught(self, teacher: nn.Module, batch: Batch) -> CaptionerOutput:
+        """The outputs that the losses read; the mixture of several teachers if one reads it."""
+        needs = self.objective.teacher_needs
+        if isinstance(teacher, Ensemble) and len(teacher.members) > 1:
+            named = {name: need for name, need in needs.items() if name is not None}
+            draw = (self.config.seed, self.epoch) if self.objective.training else None
+            return teacher.outputs(batch, named, mixed=None in needs, draw=draw)
+        return cast(CaptionerOutput, teacher(batch, need=frozenset[str]().union(*needs.values())))
 
     def make_ready(self, batch: Batch | None = None) -> torch.optim.Optimizer:
         """As `Stepper.make_ready`; no parameter of the teacher may be trained."""
@@ -192,15 +211,27 @@ class Distiller(Trainer):
 
     def _build_losses(self, batch: Batch | None) -> None:
         """Build every loss with both specifications; projectors are seeded by the run."""
-        teacher: Any = self.captioner if self.teacher is None else self.teacher
-        student_spec, teacher_spec = self.captioner.spec(), teacher.spec(batch)
+        student = self.captioner.spec()
+        theirs = self._teacher_specs(batch)
         with seeded(self.config.seed):
             for loss in self._losses.values():
-                loss.build(student_spec, teacher_spec)
+                loss.build(student, theirs[loss.teacher])
         if self.objective.needed_outputs - {"features"}:
-            require_one_vocabulary(student_spec, teacher_spec)
+            require_one_vocabulary(student, theirs[None])
         self._keep_apart()  # the projectors just created
         self._built = True
+
+    def _teacher_specs(self, batch: Batch | None) -> dict[str | None, ModelSpec]:
+        if self.teacher is None:
+            return {None: self.captioner.spec()}
+        return specs(self.teacher, self.objective.teacher_needs, batch)
+
+    def _specs_are_known(self) -> bool:
+        try:
+            self._teacher_specs(None)
+        except ConfigError:  # to be probed on a real batch
+            return False
+        return True
 
     def _try_models(self) -> None:
         """Run one tiny batch through our models; no random state, flag or buffer changes.
@@ -217,9 +248,10 @@ class Distiller(Trainer):
 
     def _try_losses(self, batch: Batch) -> None:
         """Run a batch through both models and every loss."""
-        need = self.objective.needed_outputs
-        student = checked_forward(self.captioner, batch, need)
-        teacher = None if self.teacher is None else checked_forward(self.teacher, batch, need)
+        student = checked_forward(self.captioner, batch, self.objective.needed_outputs)
+        teacher = None
+        if self.teacher is not None:
+            teacher = checked_teaching(self.teacher, batch, self.objective.teacher_needs)
         require_scalars(self._losses, student, teacher, batch)
 
     @property
@@ -260,8 +292,11 @@ def _make_loss(name: str, loss: DistillationLoss | str | Mapping[str, Any]) -> D
     if isinstance(loss, str):
         return loss_registry.create(loss)
     if isinstance(loss, Mapping) and "name" in loss:
-        arguments = {key: value for key, value in loss.items() if key != "name"}
-        return loss_registry.create(loss["name"], **arguments)
+        arguments = {key: value for key, value in loss.items() if key not in ("name", "teacher")}
+        made = loss_registry.create(loss["name"], **arguments)
+        if loss.get("teacher") is not None:
+            made.teacher = loss["teacher"]
+        return made
     raise ConfigError(
         f"losses: '{name}' was given {loss!r}. Give a DistillationLoss, a registered name "
         f"({', '.join(loss_registry.names())}), or a dict with 'name' and its arguments."
@@ -315,27 +350,6 @@ def make_weighting(values: Mapping[str, Any]) -> Weighting:
     options = {key: value for key, value in values.items() if key in kind.options}
     base = {k: value for k, value in values.items() if k not in (*kind.options, "name")}
     return kind(base, **options)
-
-
-def require_teacher(teacher: Any) -> None:
-    """A teacher is a module with a specification.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if not isinstance(teacher, nn.Module) or not hasattr(teacher, "spec"):
-        raise ConfigError(
-            f"The teacher is {type(teacher).__name__}. Give a capdistill.Captioner, or "
-            "capdistill.teachers.wrap(model, adapt, tokenizer) for any other captioner."
-        )
-
-
-def _spec_is_known(teacher: Any) -> bool:
-    try:
-        teacher.spec()
-    except ConfigError:  # to be probed on a real batch
-        return False
-    return True
 
 
 def require_apart(teacher: nn.Module, objective: nn.Module) -> None:

@@ -85,9 +85,13 @@ class Objective(nn.Module):
         return {name: parameter for name, parameter in trained if id(parameter) not in idle}
 
     @property
-    def reads_teacher(self) -> bool:
-        """Whether a loss compares the student with a teacher."""
-        return any(loss.from_teacher for _, loss in self._losses())
+    def teacher_needs(self) -> dict[str | None, frozenset[str]]:
+        """What the losses need of each teacher that they name; None is the teacher as a whole."""
+        needs: dict[str | None, frozenset[str]] = {}
+        for _, loss in self._losses():
+            if loss.from_teacher:
+                needs[loss.teacher] = needs.get(loss.teacher, frozenset()) | loss.needs
+        return needs
 
     def forward(
         self,
@@ -100,7 +104,7 @@ class Objective(nn.Module):
 
         Args:
             batch: Its targets are those of the cross-entropy.
-            teacher: The teacher's output for the batch.
+            teacher: The teacher's output for the batch; of several, with those of `members`.
             input_fn: Returns the student's input instead of `batch.inputs`; see
                 `Captioner.forward`.
             progress: Share of the run that is done, for schedules inside a loss.
@@ -114,7 +118,7 @@ class Objective(nn.Module):
             sums["ce"] = cross_entropy(logits, batch.targets, mask, self.label_smoothing, weights)
         for name, loss in self._losses():
             loss.progress = progress
-            sums[name] = loss(student, teacher, batch)
+            sums[name] = loss(student, teacher and teacher.of(loss.teacher), batch)
         return sums
 
     def train(self, mode: bool = True) -> Objective:

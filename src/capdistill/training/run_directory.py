@@ -152,7 +152,8 @@ def _loss(loss: Any) -> dict[str, Any]:
     """A loss as it may be given to a `Distiller`, if a registry created it."""
     part = _part(loss)
     arguments = part.pop("kwargs", {})
-    return {**part, **{name: _plain(value) for name, value in arguments.items()}}
+    named = {} if loss.teacher is None else {"teacher": loss.teacher}
+    return {**part, **{name: _plain(value) for name, value in arguments.items()}, **named}
 
 
 def _part(part: Any) -> dict[str, Any]:

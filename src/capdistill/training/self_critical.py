@@ -26,6 +26,7 @@ from capdistill.training.history import Row
 from capdistill.training.monitor import ALIASES, Monitor
 from capdistill.training.objective import Weight
 from capdistill.training.on_policy import sample_captions, with_frozen_tokens
+from capdistill.training.teaching import Teacher, as_teacher
 from capdistill.training.weighting import Weighting
 
 REWARD = "reward"
@@ -56,7 +57,8 @@ class SelfCritical(Distiller):
         reward: A metric with a score per caption ("cider_d", "bleu_4", "rouge_l", ...), a mapping
             of such names to weights, whose weighted sum is the reward, or a function of
             (image ids, captions) that returns one number per caption.
-        teacher: A teacher whose losses are added on the sampled captions, as a regulariser.
+        teacher: A teacher whose losses are added on the sampled captions, as a regulariser; or
+            several, as for `Distiller`.
         losses: As for `Distiller`; they read the sampled captions. By default {"token": "token"}
             with a teacher.
         weights: Weights of "reward" (default 1), of the losses (default 1) and of "ce" (default 0:
@@ -83,7 +85,7 @@ class SelfCritical(Distiller):
         captioner: Captioner,
         reward: str | Mapping[str, float] | Reward = "cider_d",
         *,
-        teacher: nn.Module | None = None,
+        teacher: Teacher | None = None,
         losses: Mapping[str, DistillationLoss | str | Mapping[str, Any]] | None = None,
         weights: Mapping[str, Weight] | None = None,
         references: Mapping[str, Sequence[str]] | None = None,
@@ -93,7 +95,8 @@ class SelfCritical(Distiller):
         self.reward, self.references = reward, references
         self.rewards: Reward | None = None
         self._meter = RewardMeter()
-        built = make_losses({"token": "token"} if losses is None and teacher else losses or {})
+        usual = {} if teacher is None else {"token": "token"}
+        built = make_losses(usual if losses is None else losses)
         if teacher is None and any(loss.from_teacher for loss in built.values()):
             raise ConfigError(
                 f"SelfCritical: the losses {', '.join(built)} read a teacher, but there is none. "
@@ -104,7 +107,8 @@ class SelfCritical(Distiller):
                 "SelfCritical: weights that adapt balance terms by their values, but the value of "
                 "the reward's term may be negative and is near 0 on average. Give plain weights."
             )
-        self._start(teacher, captioner, config, options)
+        module = None if teacher is None else as_teacher(teacher)
+        self._start(module, captioner, config, options)
         banned = GenerationSpec.of(GenerationConfig(), captioner.tokenizer).banned
         gradient = PolicyGradient(banned, self.config.sample_temperature)
         terms: dict[str, DistillationLoss] = {REWARD: gradient, **built}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,12 +17,14 @@ from capdistill.errors import IncompatibleModels
 from capdistill.losses.base import DistillationLoss
 from capdistill.losses.divergence import cross_entropy
 from capdistill.losses.token import first_difference
-from capdistill.outputs import Batch, LossTerm, ModelSpec, part
+from capdistill.outputs import Batch, CaptionerOutput, LossTerm, ModelSpec, part
 from capdistill.registry import recipe_of
 from capdistill.runtime import autocast, inference
+from capdistill.teachers.ensemble import leaves
 from capdistill.testing import double_batch, double_output, step_logits
 from capdistill.training.check.trial import CheckRow, Trial, listed, millions, name_of, numel
 from capdistill.training.objective import Objective
+from capdistill.training.teaching import checked_teaching
 
 if TYPE_CHECKING:
     from capdistill.training.step import Stepper
@@ -69,7 +72,7 @@ def check_vocabularies(trial: Trial) -> Iterator[CheckRow]:
 
 def check_shapes(trial: Trial) -> Iterator[CheckRow]:
     """The specification of each model; that of a wrapped teacher is probed on the batch."""
-    for role, model in trial.roles.items():
+    for role, model in trial.captioners.items():
         spec = model.spec(trial.batch.to(trial.trainer.device))
         yield CheckRow("shapes", "ok", f"{role}: {_describe(spec)}")
 
@@ -77,13 +80,25 @@ def check_shapes(trial: Trial) -> Iterator[CheckRow]:
 def check_outputs(trial: Trial) -> Iterator[CheckRow]:
     """Compare each model's output with its specification, for the outputs that the losses need."""
     tiny = probe_batch(trial.trainer.captioner, trial.trainer.models)
-    for model in trial.roles.values():
-        batch = tiny if isinstance(model, Captioner) else trial.batch
-        checked_forward(model, batch, trial.need)
+    checked_forward(trial.trainer.captioner, tiny, trial.need)
+    if "teacher" in trial.roles:
+        _taught(trial, tiny if _are_captioners(trial.roles["teacher"]) else trial.batch)
     yield CheckRow("shapes", "ok", "every output has the shape given by its specification")
-    for role, model in trial.roles.items():
+    for role, model in trial.captioners.items():
         if isinstance(model, Captioner):
             yield from _check_steps(role, model, tiny)
+
+
+def _are_captioners(teacher: nn.Module) -> bool:
+    """Whether it reads a made-up batch; a wrapped teacher may not accept one."""
+    return all(isinstance(each, Captioner) for each in leaves(teacher))
+
+
+def _taught(trial: Trial, batch: Batch) -> CaptionerOutput | None:
+    """What the losses read of the teacher, checked against its specification."""
+    teacher = trial.roles.get("teacher")
+    needs = trial.trainer.objective.teacher_needs
+    return None if teacher is None else checked_teaching(teacher, batch, needs)
 
 
 def _check_steps(role: str, captioner: Captioner, batch: Batch) -> Iterator[CheckRow]:
@@ -116,14 +131,14 @@ def _describe(spec: ModelSpec) -> str:
 
 def check_weights(trial: Trial) -> Iterator[CheckRow]:
     """Detect untrained (random) weights."""
-    for role, model in trial.roles.items():
+    for role, model in trial.captioners.items():
         encoder = getattr(model, "encoder", None)
         if not isinstance(encoder, Encoder):
             continue
         if not _looks_random(encoder):
             yield CheckRow("weights", "ok", f"{role}: the encoder's weights look trained")
             continue
-        stuck = role != "teacher" and encoder.trunk_frozen
+        stuck = not role.startswith("teacher") and encoder.trunk_frozen
         finding = f"{role}: encoder has random weights"
         finding += " and is frozen, so it never learns to see" if stuck else ""
         fix = "Create it with weights=True (from the hub) or weights='a local file'."
@@ -192,11 +207,12 @@ def check_sums(trial: Trial) -> Iterator[CheckRow]:
     if not losses:
         return
     few = part(trial.batch, 0, min(2, trial.batch.num_images))
-    student, *teachers = (checked_forward(model, few, trial.need) for model in trainer.models)
-    teacher = teachers[0] if teachers else student  # which a loss without a teacher does not read
-    doubled = double_output(student), double_output(teacher)
+    student, taught = checked_forward(trainer.captioner, few, trial.need), _taught(trial, few)
     for name, loss in losses.items():
+        # A loss without a teacher does not read the student's output in its place.
+        teacher = student if taught is None else replace(taught.of(loss.teacher), members=None)
         once = float(loss_value(loss, student, teacher, few))
+        doubled = double_output(student), double_output(teacher)
         twice = float(loss_value(loss, *doubled, double_batch(few)))
         yield from _check_sum(name, loss, once, twice, trainer.config)
 

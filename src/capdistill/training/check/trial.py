@@ -21,6 +21,7 @@ from capdistill.data.loader import Source
 from capdistill.outputs import Batch
 from capdistill.runtime import seed_everything
 from capdistill.teachers.ensemble import leaves
+from capdistill.training.teaching import teachers_of
 
 if TYPE_CHECKING:
     from capdistill.training.step import Stepper
@@ -55,6 +56,15 @@ class Trial:
         """The models by role."""
         names = ("student", "teacher") if len(self.trainer.models) == 2 else ("model",)
         return dict(zip(names, self.trainer.models, strict=True))
+
+    @property
+    def captioners(self) -> dict[str, Any]:
+        """As `roles`, with several teachers one by one."""
+        several = teachers_of(self.roles["teacher"]) if "teacher" in self.roles else {}
+        if len(several) < 2:
+            return self.roles
+        named = {f"teacher '{name}'": teacher for name, teacher in several.items()}
+        return {"student": self.roles["student"], **named}
 
     @property
     def need(self) -> frozenset[str]:
