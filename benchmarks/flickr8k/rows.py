@@ -1,0 +1,242 @@
+"""The rows of the table: what each trains, from which other rows, with which options.
+
+A row is a function of a `Run`; it returns the captioner or the ensemble to evaluate. Rows of
+students have three seeds. Teachers have one: theirs is the seed in their row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import capdistill as cd
+from capdistill.teachers import Ensemble, caption
+
+SEEDS = (0, 1, 2)
+ENCODERS = {
+    "lite0": "tf_efficientnet_lite0.safetensors",
+    "lite1": "tf_efficientnet_lite1.fp16.safetensors",
+    "lite2": "tf_efficientnet_lite2.fp16.safetensors",
+}
+LSTM = ("lstm", {"dim": 512, "hidden": 512, "layers": 2, "dropout": 0.4})
+TRANSFORMER = (
+    "transformer",
+    {"dim": 512, "width": 512, "layers": 2, "ffn": 1024, "dropout": 0.4},
+)
+STUDENT = ("lstm", {"dim": 256, "hidden": 512, "layers": 1, "dropout": 0.4})
+
+# The last stage of each encoder is trained, on cached maps of four views of each image.
+VIEWS: dict[str, Any] = {"cache_features": True, "cache_views": 4, "flip": True}
+TRAINING: dict[str, Any] = {
+    **VIEWS,
+    "batch_size": 16,
+    "captions_per_image": 5,
+    "encoder_lr_scale": 1.0,
+    "weight_decay": 0.05,
+    "schedule": "warmup_cosine",
+    "label_smoothing": 0.1,
+    "word_dropout": 0.1,
+    "patience": None,
+}
+FROM_SCRATCH = {**TRAINING, "epochs": 12, "learning_rate": 1.5e-3}
+FURTHER = {**TRAINING, "epochs": 4, "learning_rate": 5e-4}  # from the student by cross-entropy
+REWARD: dict[str, Any] = {**VIEWS, "batch_size": 16, "encoder_lr_scale": 1.0, "patience": None}
+MEMBERS = ("lite2-lstm", "lite1-lstm", "lite2-transformer")
+
+
+@dataclass
+class Run:
+    """What a row may use: data, weights, its directory, the results of other rows.
+
+    Args:
+        data: The splits.
+        weights: Directory of the encoders' weights; None takes them from the hub.
+        out: Directory of all rows.
+        name: The row.
+        seed: Its seed.
+        options: Training options that replace those of the row (for a quick try).
+    """
+
+    data: Any
+    weights: Path | None
+    out: Path
+    name: str
+    seed: int
+    options: dict[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        """The directory of this row and seed."""
+        return self.out / self.name / f"seed{self.seed}"
+
+    def captioner(self, encoder: str, decoder: tuple[str, dict[str, Any]]) -> cd.Captioner:
+        """A new captioner with ImageNet weights in its encoder."""
+        tokenizer = cd.WordTokenizer.train(self.data.train.captions, min_count=5)
+        torch.manual_seed(self.seed)
+        made = cd.encoders.create(
+            "timm",
+            name=f"tf_efficientnet_{encoder}",
+            dim=decoder[1]["dim"],
+            weights=True if self.weights is None else self.weights / ENCODERS[encoder],
+            trainable=1,
+            dropout=0.1,
+        )
+        parts = made, cd.decoders.create(decoder[0], **decoder[1])
+        return cd.Captioner(*parts, tokenizer, name=self.name)
+
+    def load(self, row: str) -> cd.Captioner:
+        """The best epoch of another row: of this seed if that row has it, else of its only one."""
+        own = self.out / row / f"seed{self.seed}"
+        directory = own if own.exists() else self.out / row / "seed0"
+        return cd.Captioner.load(directory / "best")
+
+    def ensemble(self, rows: tuple[str, ...]) -> Ensemble:
+        """The mixture of the best epochs of several rows."""
+        return Ensemble({row: self.load(row) for row in rows})
+
+    def fit(self, trainer: cd.Trainer, train: Any = None, **options: Any) -> cd.Captioner:
+        """Train, or go on where an earlier run was stopped; the best epoch by CIDEr-D on dev."""
+        chosen = {**options, "seed": self.seed, "cache_dir": self.out / "cache", **self.options}
+        trainer.fit(
+            self.data.train if train is None else train,
+            self.data.val,
+            out=self.directory,
+            resume="auto",
+            **chosen,
+        )
+        return trainer.captioner
+
+    def sequences(self, teacher: Any, name: str, num_return: int = 3, **options: Any) -> Any:
+        """The training data with a teacher's captions, decoded once for all seeds."""
+        return caption(
+            teacher,
+            self.data.train,
+            self.out / "captions" / f"{name}.jsonl",
+            num_return=num_return,
+            **{"beam_size": 5, "cache_features": True, "cache_dir": self.out / "cache", **options},
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        title: How the table names it.
+        make: Trains what is missing and returns the model to evaluate.
+        needs: Rows that must be there.
+        seeds: The seeds that the table shows.
+    """
+
+    title: str
+    make: Callable[[Run], Any]
+    needs: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = SEEDS
+
+
+def member(encoder: str, decoder: tuple[str, dict[str, Any]], **options: Any) -> Callable[..., Any]:
+    """A member of the ensemble, by cross-entropy."""
+
+    def make(run: Run) -> cd.Captioner:
+        captioner = run.captioner(encoder, decoder)
+        return run.fit(cd.Trainer(captioner), **{**FROM_SCRATCH, **options})
+
+    return make
+
+
+def self_critical(start: str, epochs: int = 3, **options: Any) -> Callable[[Run], cd.Captioner]:
+    """Self-critical training from another row."""
+
+    def make(run: Run) -> cd.Captioner:
+        chosen = {**REWARD, "epochs": epochs, **options}
+        return run.fit(cd.SelfCritical(run.load(start)), **chosen)
+
+    return make
+
+
+def ensemble(rows: tuple[str, ...]) -> Callable[[Run], Ensemble]:
+    """The mixture of other rows; nothing is trained."""
+    return lambda run: run.ensemble(rows)
+
+
+def further(run: Run) -> cd.Captioner:
+    """As many more epochs of cross-entropy as the distilled students get."""
+    return run.fit(cd.Trainer(run.load("student-ce")), **FURTHER)
+
+
+def distilled(
+    losses: dict[str, Any], weights: dict[str, Any], teacher: tuple[str, ...] = (), **options: Any
+) -> Callable[[Run], cd.Captioner]:
+    """From the student by cross-entropy: distillation from an ensemble, or one of its members."""
+
+    def make(run: Run) -> cd.Captioner:
+        rows = teacher or TUNED
+        taught = run.ensemble(rows) if len(rows) > 1 else run.load(rows[0])
+        trainer = cd.Distiller(taught, run.load("student-ce"), losses=losses, weights=weights)
+        return run.fit(trainer, **{**FURTHER, **options})
+
+    return make
+
+
+def sequence(teacher: tuple[str, ...] = (), **options: Any) -> Callable[[Run], cd.Captioner]:
+    """Cross-entropy on the captions of a teacher, from the student by cross-entropy."""
+
+    def make(run: Run) -> cd.Captioner:
+        rows = teacher or TUNED
+        taught = run.ensemble(rows) if len(rows) > 1 else run.load(rows[0])
+        train = run.sequences(taught, "+".join(rows))
+        return run.fit(cd.Trainer(run.load("student-ce")), train, **{**FURTHER, **options})
+
+    return make
+
+
+TUNED = tuple(f"{name}-sc" for name in MEMBERS)
+TOKEN = {"token": {"name": "token", "temperature": 1.0}}
+ROWS: dict[str, Row] = {
+    "lite2-lstm": Row("lite2 + LSTM, cross-entropy", member("lite2", LSTM), seeds=(0,)),
+    "lite1-lstm": Row("lite1 + LSTM, cross-entropy", member("lite1", LSTM), seeds=(1,)),
+    "lite2-transformer": Row(
+        "lite2 + Transformer, cross-entropy",
+        member("lite2", TRANSFORMER, learning_rate=5e-4),
+        seeds=(2,),
+    ),
+    "ensemble": Row("ensemble of the three, cross-entropy", ensemble(MEMBERS), MEMBERS, (0,)),
+    **{
+        f"{name}-sc": Row(f"{name}, then self-critical", self_critical(name), (name,), (seed,))
+        for seed, name in enumerate(MEMBERS)
+    },
+    "ensemble-sc": Row("ensemble of the three, self-critical", ensemble(TUNED), TUNED, (0,)),
+    "student-ce": Row(
+        "student, cross-entropy",
+        lambda run: run.fit(cd.Trainer(run.captioner("lite0", STUDENT)), **FROM_SCRATCH),
+    ),
+    "student-ce-further": Row("+ 4 epochs of cross-entropy", further, ("student-ce",)),
+    "student-sc": Row("+ self-critical", self_critical("student-ce"), ("student-ce",)),
+    "student-token": Row(
+        "+ token KD",
+        distilled(TOKEN, {"ce": 0.3, "token": 0.7}),
+        ("student-ce", "ensemble-sc"),
+    ),
+    "student-features": Row(
+        "+ token, feature, hidden KD",
+        distilled(
+            {
+                **TOKEN,
+                "feature": {"name": "feature", "match": "pooled", "teacher": TUNED[0]},
+                "hidden": {"name": "hidden", "teacher": TUNED[0]},
+            },
+            {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1},
+        ),
+        ("student-ce", "ensemble-sc"),
+    ),
+    "student-on-policy": Row(
+        "+ on-policy token KD",
+        distilled(TOKEN, {"ce": 0.3, "token": 0.7}, on_policy=0.4),
+        ("student-ce", "ensemble-sc"),
+    ),
+    "student-sequence": Row("+ sequence-level KD", sequence(), ("student-ce", "ensemble-sc")),
+}
