@@ -480,9 +480,24 @@ def test_an_ensemble_captions_from_cached_features(pictures: CaptionData, tmp_pa
         assert [e.captions for e in cached.examples] == [e.captions for e in plain.examples]
     assert [member.encoder.seen for member in members] == [0, 0]
     assert plain.counts["captions"] > 7
-    heavier = cd.teachers.Ensemble({"one": members[0], "two": members[1]}, weights=[3, 1])
-    with pytest.raises(ConfigError, match="mixture"):
-        cd.teachers.caption(heavier, pictures, tmp_path / "c.jsonl", **options)
+    for changed in ({"weights": [3, 1]}, {"mixing": "confidence"}):
+        other = cd.teachers.Ensemble({"one": members[0], "two": members[1]}, **changed)
+        with pytest.raises(ConfigError, match="mixture"):
+            cd.teachers.caption(other, pictures, tmp_path / "c.jsonl", **options)
+
+
+def test_a_member_that_cannot_be_cached_reads_the_images(
+    pictures: CaptionData, tmp_path: Path
+) -> None:
+    own, inner = tiny.make_teacher(5, trainable=False), tiny.make_teacher(6)
+    wrapped = cd.teachers.wrap(inner, lambda m, batch: m(batch), inner.tokenizer, image_size=8)
+    ensemble = cd.teachers.Ensemble({"own": own, "wrapped": wrapped})
+    options = {"beam_size": 2, "max_length": 4, **QUIET}
+    cache = {"cache_features": True, "cache_dir": tmp_path / "cache"}
+    cached = cd.teachers.caption(ensemble, pictures, tmp_path / "c.jsonl", **cache, **options)
+    plain = cd.teachers.caption(ensemble, pictures, tmp_path / "d.jsonl", **options)
+    assert cached.captions == plain.captions
+    assert cached.counts["captions"] > 0
 
 
 def test_a_teacher_without_a_captioner_has_nothing_to_cache(
@@ -507,3 +522,16 @@ def test_a_student_learns_what_the_teacher_says(pictures: CaptionData, tmp_path:
     trainer.fit(train, epochs=30)
     found = student.caption([example.path for example in pictures.examples])
     assert found == [told[image][0].text for image in pictures.image_ids]
+
+
+def test_rewards_and_curricula_read_the_right_captions(
+    pictures: CaptionData, tmp_path: Path
+) -> None:
+    train = cd.teachers.caption(Scripted(script(pictures)), pictures, tmp_path / "c.jsonl", **QUIET)
+    trainer = cd.SelfCritical(tiny.make_student(), samples=2, **tiny.QUIET)
+    trainer.prepare_data(train)
+    assert trainer.rewards is not None
+    found = trainer.rewards(["id0", "id0"], ["a red dog", "a dog 0"])
+    expected = CaptionScorer(pictures.references, metrics=["cider_d"])
+    assert list(found) == list(expected.rewards(["id0", "id0"], ["a red dog", "a dog 0"]))
+    assert cd.data.difficulty(train) == dict.fromkeys(pictures.image_ids, 3.0)  # "a dog 0"

@@ -24,7 +24,6 @@ from capdistill.feature_cache import (
     cache_trunk,
     data_key,
     default_cache_dir,
-    keeps_frozen_stages,
 )
 from capdistill.files import user_path
 from capdistill.generation.config import GenerationConfig, resolve
@@ -42,6 +41,7 @@ from capdistill.teachers.caption_file import (
     open_rows,
     read_captions,
 )
+from capdistill.teachers.ensemble import leaves
 
 
 def caption(
@@ -136,11 +136,9 @@ def caption(
     if missing:
         with on_device([teacher], place), autocast(place, precision):
             caches: dict[str, Any] = {}
-            with_images = True
             if cache_features:
                 directory = default_cache_dir() if cache_dir is None else user_path(cache_dir)
                 caches = _caches(teacher, data, batch_size, directory, precision, progress)
-                with_images = not _only_captioners(teacher)
             loader = Loader(
                 data.subset(missing),
                 teacher.tokenizer,
@@ -149,7 +147,7 @@ def caption(
                 captions_per_image=1,
                 num_workers=num_workers,
                 caches=caches,
-                with_images=with_images,
+                with_images=not all(_key(model) in caches for model in leaves(teacher)),
             )
             made = _decode(teacher, loader, data, config, place, rows)
             batches = report_progress(made, len(loader), "Captioning", unit="batch", show=progress)
@@ -227,12 +225,9 @@ def _readable(loader: Loader, others: bool) -> Iterator[Batch]:
             raise
 
 
-def _only_captioners(teacher: Any) -> bool:
-    """Whether it reads images through the encoders of captioners alone, hence cached features."""
-    members = getattr(teacher, "members", None)
-    if isinstance(members, Mapping):
-        return all(_only_captioners(member) for member in members.values())
-    return isinstance(teacher, Captioner)
+def _key(model: nn.Module) -> str | None:
+    """The key of a captioner's cached trunk; None for a model that has none."""
+    return model.encoder.cache_key(trained=False) if isinstance(model, Captioner) else None
 
 
 def _caches(
@@ -250,12 +245,11 @@ def _caches(
         data, teacher.tokenizer, image_size=size, batch_size=batch_size, captions_per_image=1
     )
     key = data_key(data, source, size)
-    for model in (part for part in teacher.modules() if isinstance(part, Captioner)):
-        encoder = model.encoder
-        cut = keeps_frozen_stages(encoder)
-        name = encoder.cache_key(cut)
-        if name is not None and name not in found:
-            found[name] = cache_trunk(encoder, source, key, directory, precision, progress, cut)
+    for model in leaves(teacher):
+        name = _key(model)
+        if isinstance(model, Captioner) and name is not None and name not in found:
+            encoder = model.encoder
+            found[name] = cache_trunk(encoder, source, key, directory, precision, progress, False)
     if not found:
         raise ConfigError(
             "caption: cache_features=True, but the teacher has no encoder that can be cached. Set "
@@ -277,7 +271,7 @@ def _about(
         "format": "capdistill.captions/1",
         "teacher": str(getattr(teacher, "name", type(teacher).__name__)),
         "weights of the teacher": hash_weights(teacher.state_dict()),
-        "mixture": str(getattr(teacher, "weights", "")),
+        "mixture": [f"{m.mixing} {m.weights}" for m in teacher.modules() if hasattr(m, "mixing")],
         "vocabulary": describe_tokenizer(teacher.tokenizer)["vocabulary"],
         "data": f"{len(data)} images, {digest.hexdigest()}",
         "precision": precision,

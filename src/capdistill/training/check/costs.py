@@ -300,6 +300,8 @@ def _check_captions(
     captions = getattr(data, "captions", None)
     if captions is None:
         captions = [caption for batch in batches for caption in batch.captions]
+    if not captions:
+        return
     captions = captions[:: len(captions) // _CAPTIONS + 1]
     tokenizer: Any = trial.trainer.captioner.tokenizer
     cut = _count_truncated(tokenizer, captions)
