@@ -87,6 +87,24 @@ def test_a_recipe_is_what_flags_and_settings_go_over(teacher: Path, tmp_path: Pa
     assert written["config"]["schedule"] == "cosine_restarts"
 
 
+def test_a_setting_makes_weights_adapt_and_the_run_file_keeps_it(
+    teacher: Path, tmp_path: Path
+) -> None:
+    settings = ["weights.name=gradnorm", "weights.every=1", "train.ema_decay=0.9"]
+    settings += ['weights.token={"schedule": "linear", "first": 0.1, "last": 0.7}']
+    more = [word for each in settings for word in ("--set", each)]
+    assert main(distill(teacher, tmp_path / "run", *more)) == 0
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert written["weights"]["name"] == "gradnorm"
+    assert written["weights"]["every"] == 1
+    assert written["weights"]["token"]["last"] == 0.7
+    config = str(tmp_path / "run" / "config.json")
+    again = ["distill", "--config", config, "--out", str(tmp_path / "again")]
+    assert main(again) == 0
+    first, second = (final_weights(tmp_path / name) for name in ("run", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 @pytest.mark.filterwarnings("default:The resumed run continues with other options")
 def test_resume_goes_on_with_the_run_file_of_the_directory(teacher: Path, tmp_path: Path) -> None:
     assert main(distill(teacher, tmp_path, "--set", "train.schedule=constant")) == 0
