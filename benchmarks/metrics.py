@@ -109,7 +109,12 @@ def run_ours(references: dict[str, list[str]], hypotheses: dict[str, str]) -> di
     scores = dict(scorer(hypotheses))
     first = time.perf_counter() - start
     again = statistics.median(timed(lambda: scorer(hypotheses)) for _ in range(5))
-    return {"scores": scores, "first": first, "again": again, **memory.found()}
+    ids = [image for image in hypotheses for _ in range(5)]
+    texts = [hypotheses[image] for image in ids]
+    batches = [slice(n, n + 160) for n in range(0, len(ids), 160)]
+    rewards = timed(lambda: [scorer.rewards(ids[b], texts[b]) for b in batches]) / len(ids)
+    found = {"scores": scores, "first": first, "again": again, "rewards": rewards}
+    return {**found, **memory.found()}
 
 
 def run_coco(references: dict[str, list[str]], hypotheses: dict[str, str]) -> dict[str, Any]:
@@ -220,6 +225,7 @@ def report(rounds: list[dict[str, dict[str, Any]]]) -> None:
     for name in NAMES:
         apart = abs(ours[name] - theirs[name])
         print(f"{name:8}{theirs[name]:16.10f}{ours[name]:14.10f}{apart:10.0e} apart")
+    print(f"rewards (CIDEr-D, 160 at a time): {middle('ours', 'rewards') * 1e6:.0f} us a caption")
     meteor = rounds[0]["meteor"]
     print(f"METEOR (NLTK's): {meteor['ours'] * 1e3:.2f} ms a caption", end="")
     if "theirs" in meteor:
