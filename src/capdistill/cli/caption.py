@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from capdistill.cli import DONE, PROBLEM, as_json, print_result, print_status
 from capdistill.cli.common import (
+    add_data_options,
     add_generation_options,
     captioner_directory,
+    data_values,
     generation_values,
 )
-from capdistill.cli.data import add_data_options, data_values, parse_data
+from capdistill.cli.data import parse_data
 from capdistill.errors import ConfigError, DataError
 from capdistill.files import printable, user_path
 

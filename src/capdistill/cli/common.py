@@ -1,4 +1,4 @@
-"""Shared arguments: the decoding options, metrics, saved captioners."""
+"""Shared arguments: the data set, the decoding options, metrics, saved captioners."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from capdistill.cli.data import FORMATS
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
@@ -15,6 +16,36 @@ from capdistill.training.config import recipe, recipe_models
 
 if TYPE_CHECKING:
     pass
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add --data and the options that belong to it."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", metavar="PATH", help='the folder or caption file of a data set, or "sample"'
+    )
+    group.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        metavar="FORMAT",
+        help=f"the layout of the data: {', '.join(FORMATS)} (default: flickr8k)",
+    )
+    group.add_argument(
+        "--images", metavar="DIR", help="the folder of the images (coco and karpathy)"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="use only N images of each split")
+    return group
+
+
+def data_values(options: argparse.Namespace) -> dict[str, Any]:
+    """The values of a `data` section that were given as options."""
+    given = {
+        "path": options.data,
+        "format": options.format,
+        "images": options.images,
+        "limit": options.limit,
+    }
+    return {key: value for key, value in given.items() if value is not None}
 
 
 _HELP = {

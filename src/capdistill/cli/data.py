@@ -1,8 +1,7 @@
-"""The section `data` of a run file, and the options of the command line that it is made from."""
+"""The section `data` of a run file: which data set, and what of it is trained on."""
 
 from __future__ import annotations
 
-import argparse
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -225,36 +224,6 @@ def parse_data(values: Any) -> DataSection:
                 f"--{'data' if key == 'path' else key} PATH, or --set data.{key}=PATH."
             )
     return parse(section, values, f"data (format {name})")
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add --data and the options that belong to it."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", metavar="PATH", help='the folder or caption file of a data set, or "sample"'
-    )
-    group.add_argument(
-        "--format",
-        choices=list(FORMATS),
-        metavar="FORMAT",
-        help=f"the layout of the data: {', '.join(FORMATS)} (default: flickr8k)",
-    )
-    group.add_argument(
-        "--images", metavar="DIR", help="the folder of the images (coco and karpathy)"
-    )
-    group.add_argument("--limit", type=int, metavar="N", help="use only N images of each split")
-    return group
-
-
-def data_values(options: argparse.Namespace) -> dict[str, Any]:
-    """The values of a `data` section that were given as options."""
-    given = {
-        "path": options.data,
-        "format": options.format,
-        "images": options.images,
-        "limit": options.limit,
-    }
-    return {key: value for key, value in given.items() if value is not None}
 
 
 def _cut(data: Splits, limit: int) -> Splits:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from capdistill.cli import DONE, as_json, columns, print_result, print_status
 from capdistill.cli.common import (
+    add_data_options,
     add_generation_options,
     add_metrics_option,
     captioner_directory,
+    data_values,
     generation_values,
     metric_names,
     require_writable,
 )
-from capdistill.cli.data import add_data_options, data_values, parse_data
+from capdistill.cli.data import parse_data
 from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.files import user_path, write_text
 

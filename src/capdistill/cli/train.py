@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from capdistill.cli import DONE, INTERRUPTED, PROBLEM, print_result, print_status
 from capdistill.cli.common import (
+    add_data_options,
     add_generation_options,
     add_metrics_option,
     captioner_directory,
+    data_values,
     generation_values,
     metric_names,
     recipe_values,
 )
-from capdistill.cli.data import add_data_options, data_values
 from capdistill.cli.runfile import (
     NAME,
     DistillRun,
