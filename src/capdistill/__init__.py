@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from capdistill.outputs import DecoderOutput as DecoderOutput
     from capdistill.outputs import ModelSpec as ModelSpec
     from capdistill.tokenizer import WordTokenizer as WordTokenizer
+    from capdistill.training.chain import distill_chain as distill_chain
     from capdistill.training.distiller import Distiller as Distiller
     from capdistill.training.self_critical import SelfCritical as SelfCritical
     from capdistill.training.trainer import Trainer as Trainer
@@ -65,6 +66,7 @@ else:
             "compare": "evaluation.comparison",
             "data": "",
             "decoders": "",
+            "distill_chain": "training.chain",
             "encoders": "",
             "errors": "",
             "evaluate": "evaluation.evaluation",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from capdistill.registry import lazy_exports
 
 if TYPE_CHECKING:
+    from capdistill.training.chain import ChainTable as ChainTable
+    from capdistill.training.chain import distill_chain as distill_chain
     from capdistill.training.config import DistillConfig as DistillConfig
     from capdistill.training.config import SelfCriticalConfig as SelfCriticalConfig
     from capdistill.training.config import TrainConfig as TrainConfig
@@ -24,6 +26,7 @@ else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
         {
+            "ChainTable": "chain",
             "DistillConfig": "config",
             "Distiller": "distiller",
             "GradNorm": "gradnorm",
@@ -35,6 +38,7 @@ else:
             "Trainer": "trainer",
             "Uncertainty": "weighting",
             "Weighting": "weighting",
+            "distill_chain": "chain",
             "model_difficulty": "difficulty",
             "recipe": "config",
         },
