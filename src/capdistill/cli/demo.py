@@ -211,7 +211,7 @@ def recipe_runs(options: argparse.Namespace) -> dict[str, RunConfig]:
     changes: dict[str, dict[str, Any]] = {
         "teacher": {**plain, "role": "teacher", "weights": options.teacher_weights},
         "baseline": {**plain, "role": "student"},
-        "student": {"teacher": str(out / "teacher" / "best")},
+        "student": {"teacher": [str(out / "teacher" / "best")]},
     }
     runs = {}
     for role, change in changes.items():
