@@ -87,6 +87,30 @@ def test_a_recipe_is_what_flags_and_settings_go_over(teacher: Path, tmp_path: Pa
     assert written["config"]["schedule"] == "cosine_restarts"
 
 
+def test_a_student_may_be_its_own_teacher(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["teacher.name=mean_teacher", "teacher.decay=0.9", "weights.token=[0, 1]"]
+    settings += ['losses={"token": {"name": "token"}}', "tokenizer.min_count=2"]
+    more = [word for each in settings for word in ("--set", each)]
+    command = ["distill", "--student", "debug_student", *TINY, *more]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["teacher"] == {"name": "mean_teacher", "decay": 0.9}
+    models = json.loads((tmp_path / "run" / "run.json").read_text())["models"]
+    assert models[1]["name"] == f"mean of {models[0]['name']}"
+    again = ["distill", "--config", str(tmp_path / "run" / "config.json")]
+    assert main([*again, "--out", str(tmp_path / "again")]) == 0
+    first, second = (final_weights(tmp_path / name) for name in ("run", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+    start = ["distill", "--student", str(teacher / "best"), *TINY, *more[:4]]  # its own tokenizer
+    assert main([*start, "--out", str(tmp_path / "started")]) == 0
+    capsys.readouterr()
+    wrong = [*command, "--set", "teacher.decay=1", "--out", str(tmp_path / "wrong")]
+    assert "teacher: option 'decay'" in refused(wrong, capsys)
+
+
 def test_a_setting_makes_weights_adapt_and_the_run_file_keeps_it(
     teacher: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from capdistill.cli.data import FORMATS
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import user_path, write_text
@@ -146,6 +148,28 @@ def metric_names(options: argparse.Namespace) -> list[str] | None:
         raise ConfigError("--metrics names no metric. Give names such as bleu,cider_d.")
     select(names)
     return names
+
+
+class MeanTeacherSection(BaseModel):
+    """The average of the student's own weights as its teacher; see `MeanTeacher`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Literal["mean_teacher"]
+    decay: float = Field(0.999, strict=True, ge=0, lt=1)
+
+
+def teacher_directories(teacher: Any, out: str | None) -> Any:
+    """The captioner's directory of each teacher, in the form they were given in; none is `out`."""
+    if isinstance(teacher, MeanTeacherSection):
+        return teacher
+    if isinstance(teacher, dict):
+        return {name: teacher_directories(each, out) for name, each in teacher.items()}
+    if isinstance(teacher, list):
+        return [teacher_directories(each, out) for each in teacher]
+    directory = captioner_directory(teacher)
+    if out is not None and Path(out).resolve() in directory.resolve().parents:
+        raise ConfigError(f"--out {out} is the teacher's own directory. Give another one.")
+    return str(directory)
 
 
 def captioner_directory(given: str) -> Path:

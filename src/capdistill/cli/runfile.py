@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool, StrictInt
 
-from capdistill.cli.common import captioner_directory
+from capdistill.cli.common import MeanTeacherSection, captioner_directory
 from capdistill.cli.data import FORMATS, DataSection, FullPath, parse_data
 from capdistill.errors import ConfigError, parse
 from capdistill.files import read_object, write_text
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 NAME = "config.json"
+_MEAN = "mean_teacher"
 DEFAULT_RECIPE = "kd_2024"  # the source of the default losses
 S = TypeVar("S", bound=BaseModel)
 R = TypeVar("R", bound="RunConfig")
@@ -106,7 +107,8 @@ class DistillRun(RunConfig):
     """A run of `capdistill distill`. Without a tokenizer section, the student has the teacher's.
 
     Args:
-        teacher: Directory of a saved captioner; or a list of several, or name -> directory.
+        teacher: Directory of a saved captioner; or a list of several, or name -> directory; or
+            {"name": "mean_teacher", "decay": 0.999}.
         student: The captioner to train.
         losses: Term -> {"name": ..., arguments}; by default token, feature and hidden.
         weights: Term -> number, [first, last] or schedule; "name" and options of what adapts them.
@@ -114,7 +116,7 @@ class DistillRun(RunConfig):
 
     command: Literal["distill"] = "distill"
     train: DistillConfig
-    teacher: FullPath | list[FullPath] | dict[str, FullPath]
+    teacher: FullPath | list[FullPath] | MeanTeacherSection | dict[str, FullPath]
     student: ModelSection
     losses: dict[str, dict[str, Any]]
     weights: dict[str, Weight]
@@ -146,6 +148,8 @@ def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
                 "teacher: no directory of a saved captioner was given. Train one with "
                 "`capdistill train`, then give --teacher RUN."
             )
+        if isinstance(values["teacher"], Mapping) and values["teacher"].get("name") == _MEAN:
+            checked["teacher"] = _section(MeanTeacherSection, values["teacher"], "teacher")
         given = default_losses() if values.get("losses") is None else values["losses"]
         checked["losses"] = _losses(given)
         weights = {} if values.get("weights") is None else values["weights"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from capdistill.cli import DONE, INTERRUPTED, PROBLEM, print_result, print_status
 from capdistill.cli.common import (
+    MeanTeacherSection,
     add_data_options,
     add_generation_options,
     add_metrics_option,
@@ -18,10 +19,12 @@ from capdistill.cli.common import (
     generation_values,
     metric_names,
     recipe_values,
+    teacher_directories,
 )
 from capdistill.cli.runfile import (
     NAME,
     DistillRun,
+    ModelSection,
     RunConfig,
     TokenizerSection,
     TrainRun,
@@ -39,6 +42,7 @@ from capdistill.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
+    from capdistill.tokenizer import Tokenizer
     from capdistill.training.history import History
     from capdistill.training.run_directory import Resume
     from capdistill.training.trainer import Trainer
@@ -136,22 +140,10 @@ def _load(options: argparse.Namespace) -> tuple[RunConfig, Splits]:
     """The run and its data. A missing teacher is reported before the data are read."""
     run = make_run(options)
     if isinstance(run, DistillRun):
-        run = run.model_copy(update={"teacher": _directories(run.teacher, run.out)})
+        run = run.model_copy(update={"teacher": teacher_directories(run.teacher, run.out)})
     data = run.data.load()
     print_status(data.summary())
     return run, data
-
-
-def _directories(teacher: Any, out: str | None) -> Any:
-    """The captioner's directory of each teacher, in the form they were given in; none is `out`."""
-    if isinstance(teacher, dict):
-        return {name: _directories(each, out) for name, each in teacher.items()}
-    if isinstance(teacher, list):
-        return [_directories(each, out) for each in teacher]
-    directory = captioner_directory(teacher)
-    if out is not None and Path(out).resolve() in directory.resolve().parents:
-        raise ConfigError(f"--out {out} is the teacher's own directory. Give another one.")
-    return str(directory)
 
 
 def run_training(
@@ -223,25 +215,33 @@ def check(options: argparse.Namespace) -> int:
 def make_trainer(run: RunConfig, data: Splits) -> Trainer:
     """Create the models and the trainer of a run. Random weights depend on the seed alone."""
     from capdistill.runtime import seed_everything
-    from capdistill.teachers import load
+    from capdistill.teachers import MeanTeacher, load
     from capdistill.training.distiller import Distiller
     from capdistill.training.trainer import Trainer
 
-    section = run.tokenizer
-    if isinstance(run, DistillRun):
-        teacher = load(run.teacher)
-        tokenizer = make_tokenizer(section, data) if section else teacher.tokenizer
+    if isinstance(run, TrainRun):
+        words = _words(run.tokenizer, run.model, data)
         seed_everything(run.train.seed)
-        student = make_captioner(run.student, "student", tokenizer)
-        weights: Any = dict(run.weights)
-        return Distiller(teacher, student, run.losses, weights, config=run.train)
-    assert isinstance(run, TrainRun)
-    alone = run.model.start and not (run.model.preset or run.model.encoder or run.model.decoder)
-    if section is None and not alone:
-        section = TokenizerSection()
-    words = make_tokenizer(section, data) if section else None
+        return Trainer(make_captioner(run.model, "model", words), config=run.train)
+    assert isinstance(run, DistillRun)
+    teacher: Any = run.teacher
+    own = isinstance(teacher, MeanTeacherSection)
+    teacher = teacher if own else load(teacher)
+    described = own or run.tokenizer is not None
+    words = _words(run.tokenizer, run.student, data) if described else teacher.tokenizer
     seed_everything(run.train.seed)
-    return Trainer(make_captioner(run.model, "model", words), config=run.train)
+    student = make_captioner(run.student, "student", words)
+    teacher = MeanTeacher(student, teacher.decay) if own else teacher
+    weights: Any = dict(run.weights)
+    return Distiller(teacher, student, run.losses, weights, config=run.train)
+
+
+def _words(section: TokenizerSection | None, model: ModelSection, data: Splits) -> Tokenizer | None:
+    """The tokenizer of a section or, without one, the default; None where the model has its own."""
+    alone = model.start and not (model.preset or model.encoder or model.decoder)
+    if section is None and alone:
+        return None
+    return make_tokenizer(section or TokenizerSection(), data)
 
 
 def make_run(options: argparse.Namespace) -> RunConfig:
