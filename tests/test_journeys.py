@@ -10,7 +10,7 @@ import pytest
 
 import capdistill as cd
 
-LIMITS = {"caption": 16, "step": 12, "fit": 16, "loss_name": 16, "option": 12}
+LIMITS = {"caption": 16, "step": 12, "fit": 16, "loss_name": 16, "option": 13}
 
 
 @pytest.mark.parametrize("name", LIMITS)
