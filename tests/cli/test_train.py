@@ -341,3 +341,28 @@ def test_the_exit_code_of_check_is_its_verdict(
     content = json.loads(capsys.readouterr().out)
     assert content["ok"] is ok
     assert {"vocabulary", "shapes", "terms"} <= {row["topic"] for row in content["rows"]}
+
+
+def test_an_encoder_learns_from_a_folder_of_images_before_its_captions(
+    teacher: Path, photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(Path(photos[0]).parent)
+    command = ["distill", "--teacher", str(teacher), "--student", "debug_student"]
+    command += ["--data", folder, "--format", "images", "--limit", "6", "--device", "cpu"]
+    command += ["--epochs", "1", "--batch-size", "3", "--set", "student.encoder.trainable=all"]
+    features = ["--set", 'losses={"feature": {"match": "pooled"}}', "--set", "weights.ce=0"]
+    first = ["--out", str(tmp_path / "encoder"), "--monitor", "loss"]
+    assert "terms read them: ce" in refused([*command, *first], capsys)
+    assert main([*command, *features, *first]) == 0
+    (row,) = epochs_of(tmp_path / "encoder")
+    assert list(row["val"]["terms"]) == ["feature"]
+
+    second = ["distill", "--teacher", str(teacher), *TINY, "--out", str(tmp_path / "student")]
+    assert main([*second, "--set", f"student.start={tmp_path / 'encoder'}"]) == 0
+    (row,) = epochs_of(tmp_path / "student")
+    assert "cider_d" in row["scores"]
+
+
+def epochs_of(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "epoch"]

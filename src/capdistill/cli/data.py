@@ -183,11 +183,27 @@ class FolderData(DataSection):
         return data.split(val=self.val_share, seed=self.seed)
 
 
+class ImagesData(DataSection):
+    """A folder of images without captions. A random share becomes val."""
+
+    format: Literal["images"] = "images"
+    path: FullPath
+    val_share: StrictFloat = Field(default=0.1, gt=0, lt=1)
+    seed: StrictInt = 0
+
+    def read(self) -> Splits:
+        """Read train and val."""
+        from capdistill.data import Images
+
+        return Images(self.path).split(val=self.val_share, seed=self.seed)
+
+
 FORMATS: dict[str, type[DataSection]] = {
     "flickr8k": Flickr8kData,
     "karpathy": KarpathyData,
     "coco": CocoData,
     "folder": FolderData,
+    "images": ImagesData,
     "sample": SampleData,
 }
 
