@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from capdistill.training.gradnorm import GradNorm as GradNorm
     from capdistill.training.history import History as History
     from capdistill.training.self_critical import SelfCritical as SelfCritical
+    from capdistill.training.stages import run_stages as run_stages
     from capdistill.training.trainer import Trainer as Trainer
     from capdistill.training.weighting import LossRatio as LossRatio
     from capdistill.training.weighting import Uncertainty as Uncertainty
@@ -41,5 +42,6 @@ else:
             "distill_chain": "chain",
             "model_difficulty": "difficulty",
             "recipe": "config",
+            "run_stages": "stages",
         },
     )

@@ -178,7 +178,7 @@ def distill_chain(
                 scores = _scores(run, teacher)
             name = str(getattr(teacher, "name", type(teacher).__name__))
             rows.append(ChainRow(name, _size(teacher), scores=scores or {}))
-        rows.append(_row(student, number, place.name, history))
+        rows.append(history_row(student, number, place.name, history))
         table = ChainTable(tuple(rows), history.interrupted)
         write_text(file, json.dumps({**table.to_json(), "teacher": about}, indent=2, default=str))
         if history.interrupted:
@@ -256,15 +256,25 @@ def _known_scores(file: Path, about: Mapping[str, Any]) -> dict[str, float] | No
         return None
 
 
-def _row(student: Captioner, number: int, name: str, history: History) -> ChainRow:
-    """The row of a student, from the history of its run."""
+def history_row(
+    student: Captioner, number: int, directory: str, history: History, name: str | None = None
+) -> ChainRow:
+    """The row of a stage, from the history of its run.
+
+    Args:
+        student: The captioner that it trained.
+        number: Of the stage, from 1.
+        directory: The directory of its run, within that of all.
+        history: Of the run.
+        name: Of the row; by default that of the captioner.
+    """
     epochs = history.epochs
     best = history.best or (epochs[-1] if epochs else {"scores": {}})
     return ChainRow(
-        student.name,
+        name or student.name,
         _size(student),
         number,
-        name,
+        directory,
         len(epochs),
         best["epoch"] + 1 if history.best else None,
         sum(row["seconds"] for row in epochs),

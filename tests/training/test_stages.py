@@ -1,0 +1,122 @@
+"""A recipe of several trainings of one student: order, resume, and errors that name the stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import capdistill as cd
+from capdistill.data import CaptionData
+from capdistill.errors import ConfigError
+from capdistill.training import run_stages
+from tests.training import tiny_models as tiny
+
+OPTIONS: dict[str, Any] = {**tiny.QUIET, "epochs": 2, "batch_size": 3, "learning_rate": 0.01}
+CAPTIONS = {"beam_size": 2, "max_length": 5, "progress": False, "device": "cpu"}
+STAGES: list[dict[str, Any]] = [
+    {"method": "train", "name": "cross-entropy", "epochs": 3},
+    {"method": "distill", "captions": CAPTIONS, "losses": {"token": "token"}, "word_dropout": 0.2},
+    {"method": "self_critical", "samples": 2, "weights": {"token": 0.1}},
+]
+
+
+class Interrupt:
+    def __init__(self, trainer: type, step: int) -> None:
+        self.trainer, self.step = trainer, step
+
+    def on_step(self, trainer: Any, row: Any) -> None:
+        if type(trainer) is self.trainer and row["step"] == self.step:
+            trainer.history.interrupted = True
+
+
+def run(student: cd.Captioner, data: CaptionData, out: Path, **how: Any) -> Any:
+    how = {"stages": STAGES, "teacher": tiny.make_teacher(), **how}
+    return run_stages(student, data, data, out=out, **{**OPTIONS, **how})
+
+
+def test_stages_follow_each_other_and_the_table_has_a_row_each(
+    saveable: Callable[..., cd.Captioner], colours: CaptionData, tmp_path: Path
+) -> None:
+    table = run(saveable(), colours, tmp_path)
+    assert [row.name for row in table.rows] == ["cross-entropy", "distill", "self_critical"]
+    assert [row.directory for row in table.rows] == ["1-cross-entropy", "2-distill",
+                                                     "3-self_critical"]  # fmt: skip
+    assert [row.epochs for row in table.rows] == [3, 2, 2]
+    assert json.loads((tmp_path / "stages.json").read_text())["rows"][2]["stage"] == 3
+    captions = (tmp_path / "2-distill.jsonl").read_text().splitlines()
+    assert len(captions) >= len(colours)
+
+
+def test_a_stage_begins_with_the_best_weights_of_the_one_before(
+    saveable: Callable[..., cd.Captioner],
+    colours: CaptionData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[dict[str, torch.Tensor]] = []
+    fit = cd.Trainer.fit
+
+    def spy(self: Any, *data: Any, **how: Any) -> Any:
+        begun.append(tiny.weights_of(self.captioner))
+        return fit(self, *data, **how)
+
+    monkeypatch.setattr(cd.Trainer, "fit", spy)
+    run(saveable(), colours, tmp_path)
+    for number, name in ((1, "1-cross-entropy"), (2, "2-distill")):
+        best = cd.Captioner.load(tmp_path / name / "best")
+        assert tiny.same_bits(begun[number], tiny.weights_of(best))
+
+
+@pytest.mark.parametrize("stopped", [(cd.Trainer, 3), (cd.Distiller, 2), (cd.SelfCritical, 1)])
+def test_an_interrupted_recipe_goes_on_where_it_was(
+    stopped: tuple[type, int],
+    saveable: Callable[..., cd.Captioner],
+    colours: CaptionData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = saveable()
+    run(whole, colours, tmp_path / "whole")
+    fit = cd.Trainer.fit
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            cd.Trainer, "fit", lambda *a, **k: fit(*a, callbacks=[Interrupt(*stopped)], **k)
+        )
+        with pytest.warns(UserWarning, match="Interrupted"):
+            assert run(saveable(), colours, tmp_path / "parts").interrupted
+    student = saveable()
+    table = run(student, colours, tmp_path / "parts")
+    assert not table.interrupted
+    assert tiny.same_bits(tiny.weights_of(student), tiny.weights_of(whole))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "stages="),
+        ("train", "stages="),
+        ([{"epochs": 3}], "stage 1: method=None is unknown"),
+        ([{"method": "distil"}], "distill"),
+        ([{"method": "train", "name": "a/b"}], "cannot name a directory"),
+        ([{"method": "train"}, {"method": "train", "epoch": 3}], "stage 2 .*epochs"),
+        ([{"method": "train", "losses": {}}], "stage 1 .*losses"),
+        ([{"method": "self_critical", "word_dropout": 0.1}], "stage 1 .*word_dropout"),
+    ],
+)
+def test_a_wrong_stage_is_named_before_anything_is_trained(
+    stages: Any, message: str, colours: CaptionData, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tiny.make_student(), colours, tmp_path / "out", stages=stages)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_that_learns_from_a_teacher_needs_one(colours: CaptionData, tmp_path: Path) -> None:
+    for stage in ({"method": "distill"}, {"method": "train", "captions": CAPTIONS}):
+        with pytest.raises(ConfigError, match="Give teacher="):
+            run(tiny.make_student(), colours, tmp_path, stages=[stage], teacher=None)
