@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,34 @@ def test_references_are_those_of_the_training_data() -> None:
 def test_unknown_references_are_an_error_that_names_the_fix() -> None:
     with pytest.raises(ConfigError, match=r"references=\{image id: captions\}"):
         trainer(reward="cider_d").step(tiny.make_batch([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("cidre", "no score 'cidre'. Did you mean 'cider_d'"),
+        ("bleu", "no score 'bleu'. Did you mean 'bleu_4'"),  # a metric with four scores
+        ({"cider_d": 1, "rouge": 1}, "no score 'rouge'. Did you mean 'rouge_l'"),
+        ({"cider_d": "1"}, "reward: cider_d='1' was given"),
+        ({"cider_d": float("inf")}, "reward: cider_d=inf was given"),
+        ({}, "Expected the name of a score"),
+    ],
+)
+def test_a_reward_that_cannot_be_computed_is_refused_at_construction(
+    reward: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        trainer(reward=reward)
+
+
+def test_the_reward_stands_in_the_line_of_an_epoch_and_beside_the_bar(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    history = trainer(progress=True, epochs=1).fit(batches())
+    err = capfd.readouterr().err
+    reward = history.epochs[0]["train"]["reward"]
+    assert f"epoch 1/1  reward {reward:7.4f}  " in err
+    assert "epoch=1, reward=" in err
 
 
 @pytest.mark.parametrize("wrong", [[1.0], [math.nan] * 15, ["a"] * 15, None])

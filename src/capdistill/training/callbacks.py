@@ -232,7 +232,8 @@ class Progress:
 
             total = trainer.config.epochs * (trainer.steps_per_epoch or 0)
             self.bar = tqdm(total=total, initial=row["step"] - 1, unit="step", dynamic_ncols=True)
-        shown = {"epoch": row["epoch"] + 1, "loss": f"{row['loss']:.3f}"}
+        kind = "reward" if "reward" in row else "loss"  # the loss of a reward is 0 on average
+        shown = {"epoch": row["epoch"] + 1, kind: f"{row[kind]:.3f}"}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
 
@@ -265,6 +266,8 @@ class Progress:
 def describe_epoch(row: Row, epochs: int, monitored: str | None = None) -> str:
     """One line of at most 80 columns about an epoch, aligned with the lines of other epochs.
 
+    The reward of the samples, where there is one, stands in place of the losses.
+
     Example:
         >>> row = {"epoch": 0, "seconds": 3.0, "train": {"loss": 2.5}, "images": 6, "skipped": 5,
         ...        "val": {"loss": 2.7, "images": 2, "skipped": 0}, "improved": True,
@@ -278,8 +281,10 @@ def describe_epoch(row: Row, epochs: int, monitored: str | None = None) -> str:
         monitored: The score to show; the last one by default.
     """
     width = len(str(epochs))
-    line = f"epoch {row['epoch'] + 1:>{width}}/{epochs}  train {row['train']['loss']:7.4f}"
-    if row["val"]:
+    train, line = row["train"], f"epoch {row['epoch'] + 1:>{width}}/{epochs}  "
+    rewarded = "reward" in train  # then the losses tell little
+    line += f"reward {train['reward']:7.4f}" if rewarded else f"train {train['loss']:7.4f}"
+    if row["val"] and not rewarded:
         line += f"  val {row['val']['loss']:7.4f}"
     scores = row["scores"]
     name = monitored if monitored in scores else next(reversed(scores), None)

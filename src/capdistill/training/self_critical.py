@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from capdistill.captioner import Captioner
-from capdistill.errors import ConfigError, shortened
+from capdistill.errors import ConfigError, UnknownName, require_number, shortened, suggest
 from capdistill.generation.config import GenerationConfig, GenerationSpec
 from capdistill.losses.base import DistillationLoss, given
 from capdistill.losses.divergence import cross_entropy
-from capdistill.metrics import CaptionScorer
+from capdistill.metrics import DIRECTIONS, CaptionScorer
+from capdistill.metrics.scorer import select
 from capdistill.outputs import Batch, CaptionerOutput
 from capdistill.runtime import autocast
 from capdistill.training.config import SelfCriticalConfig, SelfCriticalOptions
 from capdistill.training.distiller import Distiller, make_losses
 from capdistill.training.history import Row
-from capdistill.training.monitor import ALIASES, Monitor
+from capdistill.training.monitor import Monitor, monitor_key
 from capdistill.training.objective import Weight
 from capdistill.training.on_policy import sample_captions, with_frozen_tokens
 from capdistill.training.teaching import Teacher, as_teacher
@@ -92,6 +93,8 @@ class SelfCritical(Distiller):
         config: SelfCriticalConfig | None = None,
         **options: Unpack[SelfCriticalOptions],
     ) -> None:
+        if not callable(reward):
+            reward_weights(reward)  # an unknown name is reported before any data are read
         self.reward, self.references = reward, references
         self.rewards: Reward | None = None
         self._meter = RewardMeter()
@@ -300,10 +303,41 @@ def reward_function(
     reward: str | Mapping[str, float], references: Mapping[str, Sequence[str]]
 ) -> Reward:
     """The reward of captions by metrics, with prepared references."""
-    weights = {reward: 1.0} if isinstance(reward, str) else dict(reward)
-    weights = {ALIASES.get(name, name): weight for name, weight in weights.items()}
+    weights = reward_weights(reward)
     scorer = CaptionScorer(references, metrics=list(weights))
     return lambda ids, captions: scorer.rewards(ids, captions, weights)
+
+
+def reward_weights(reward: str | Mapping[str, float]) -> dict[str, float]:
+    """The scores that a reward consists of, and their weights.
+
+    Example:
+        >>> reward_weights("CIDEr"), reward_weights({"cider_d": 1, "bleu_4": 0.5})
+        ({'cider_d': 1.0}, {'cider_d': 1.0, 'bleu_4': 0.5})
+
+    Raises:
+        UnknownName: no metric gives such a score; the message suggests the nearest name.
+        ConfigError: no score at all, or a weight that is not a finite number.
+    """
+    given = {reward: 1.0} if isinstance(reward, str) else reward
+    if not isinstance(given, Mapping) or not given:
+        raise ConfigError(
+            f"reward: {shortened(reward)} was given. Expected the name of a score such as "
+            "'cider_d', or names with weights such as {'cider_d': 1.0, 'bleu_4': 0.5}."
+        )
+    weights = {}
+    for name, weight in given.items():
+        key = monitor_key(str(name))
+        if key not in DIRECTIONS:
+            raise UnknownName(f"reward: no score '{name}'. {suggest(str(name), DIRECTIONS)}")
+        [[computed]] = select([key]).values()
+        if computed != key:
+            raise ConfigError(
+                f"reward: the table of paraphrases of '{key}' is not installed (extra coco). "
+                f"Install it, or use '{computed}'."
+            )
+        weights[key] = require_number(f"reward: {name}", weight)
+    return weights
 
 
 def _described(reward: str | Mapping[str, float] | Reward) -> str:
