@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
-from capdistill.errors import IncompatibleModels
+from capdistill.errors import ConfigError, IncompatibleModels, suggest
 from capdistill.losses.base import DistillationLoss
 from capdistill.losses.token import first_difference
-from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
+from capdistill.outputs import LOGITS, Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import inference
 from capdistill.tokenizer import pad_batch
+
+Needs: TypeAlias = Mapping[str | None, frozenset[str]]  # of each teacher by name; None: as a whole
 
 
 def image_size(*models: Any) -> int:
@@ -55,7 +57,7 @@ def checked_forward(model: Any, batch: Batch, needed: frozenset[str]) -> Caption
     with inference(model, fork_rng=True):
         output: CaptionerOutput = model(batch, need=needed)
     spec = model.spec(batch)
-    required = needed or frozenset({"logits"})
+    required = needed or LOGITS
     if not spec.has_attention:  # FeatureKD("auto") works without it
         required -= {"attention"}
     require_output(f"'{spec.name}' gives", output, batch, required, len(spec.vocabulary), spec)
@@ -168,6 +170,64 @@ def require_one_vocabulary(student: ModelSpec, teacher: ModelSpec) -> None:
         "the captions. Build both models with one tokenizer, or compare only features: "
         'losses={"feature": {"name": "feature", "match": "pooled"}}.'
     )
+
+
+def teachers_of(teacher: nn.Module) -> dict[str, nn.Module]:
+    """The teachers that a loss may name: the members of an ensemble, or the only one there is."""
+    members = getattr(teacher, "members", None)
+    if isinstance(members, Mapping):
+        return dict(members)
+    return {str(getattr(teacher, "name", type(teacher).__name__)): teacher}
+
+
+def require_named_teachers(losses: Mapping[str, DistillationLoss], teacher: nn.Module) -> None:
+    """Check that every loss reads a teacher that there is.
+
+    Of several teachers the mixture has logits; features, hidden states and attention are those of
+    one of them.
+
+    Raises:
+        ConfigError: a loss names an unknown teacher, or none although it needs more than logits.
+    """
+    names = list(teachers_of(teacher))
+    for term, loss in losses.items():
+        if loss.teacher is not None and not loss.from_teacher:
+            raise ConfigError(f"losses: '{term}' names a teacher, but reads none. Leave it out.")
+        if loss.teacher is not None and loss.teacher not in names:
+            hint = suggest(str(loss.teacher), names)
+            raise ConfigError(f"losses: '{term}' names the teacher {loss.teacher!r}. {hint}")
+        needed = ", ".join(sorted(loss.needs - LOGITS))
+        if needed and len(names) > 1 and loss.from_teacher and loss.teacher is None:
+            raise ConfigError(
+                f"losses: '{term}' needs {needed}, which {len(names)} teachers do not have in "
+                f'common. Name one of them: {{"name": ..., "teacher": "{names[0]}"}}, or '
+                f"loss.teacher = '{names[0]}' (teachers: {', '.join(names)})."
+            )
+
+
+def teacher_specs(teacher: Any, needs: Needs, batch: Batch | None) -> dict[str | None, ModelSpec]:
+    """The specification of each teacher that is read, by name.
+
+    Raises:
+        ConfigError: one has to be probed on a batch, and none was given.
+    """
+    named = teachers_of(teacher)
+    readers = {name: teacher if name is None else named[name] for name in (None, *needs)}
+    return {name: cast(Any, reader).spec(batch) for name, reader in readers.items()}
+
+
+def checked_teaching(teacher: nn.Module, batch: Batch, needs: Needs) -> CaptionerOutput:
+    """The outputs that the losses read, on the CPU, once the shapes of each are checked.
+
+    Raises:
+        IncompatibleModels: an output is not as in the specification of its teacher.
+    """
+    named = teachers_of(teacher)
+    if len(named) == 1:
+        return checked_forward(teacher, batch, frozenset[str]().union(*needs.values()))
+    whole = checked_forward(teacher, batch, LOGITS) if None in needs else CaptionerOutput()
+    outputs = {n: checked_forward(named[n], batch, needs[n]) for n in needs if n is not None}
+    return replace(whole, members=outputs)
 
 
 def require_scalars(

@@ -264,6 +264,7 @@ def _shape(value: Any) -> str:
 
 OUTPUTS = frozenset({"logits", "features", "hidden", "attention"})
 FEATURES_ONLY = frozenset({"features"})
+LOGITS = frozenset({"logits"})
 
 
 @dataclass(frozen=True)

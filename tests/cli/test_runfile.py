@@ -75,6 +75,8 @@ def test_a_setting_of_another_form_is_refused(setting: str) -> None:
         ({"data": {"format": "sample", "limit": True}}, "option 'limit' was given True"),
         ({"tokenizer": {"min_count": 0}}, "tokenizer: option 'min_count' was given 0"),
         ({"teacher": None}, "teacher: no directory"),
+        ({"teacher": 5}, r"'teacher' was given 5.*expected a directory, a list"),
+        ({"teacher": ["a", 5]}, r"'teacher' was given .*expected a directory, a list"),
         ({"command": "train"}, "option 'command' was given 'train'"),
         ({"data": {}}, "data: .* names no data set. Give --data PATH"),
         ({"data": {"format": "flicker8k", "path": "x"}}, "Did you mean 'flickr8k'"),

@@ -153,6 +153,18 @@ def test_ctrl_c_ends_the_chain_where_it_is(
     assert not chain(models(saveable), colours, tmp_path).interrupted
 
 
+def test_resuming_needs_the_first_stage_alone(
+    saveable: Make, colours: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match="1-the-assistant"):
+        chain(models(saveable), colours, tmp_path, resume=True)
+    with steps(monkeypatch, Killed, 4), pytest.raises(Killed):
+        chain(models(saveable), colours, tmp_path)
+    with steps(monkeypatch) as made:
+        chain(models(saveable), colours, tmp_path, resume=True)
+    assert made == ["the assistant"] * 2 + ["small"] * 6
+
+
 def test_a_stage_of_another_chain_is_not_continued(
     saveable: Make, colours: CaptionData, tmp_path: Path
 ) -> None:

@@ -6,11 +6,11 @@ import argparse
 import difflib
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from capdistill.cli.data import FORMATS
+from capdistill.cli.data import FORMATS, absolute_paths
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
@@ -156,6 +156,11 @@ class MeanTeacherSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Literal["mean_teacher"]
     decay: float = Field(0.999, strict=True, ge=0, lt=1)
+
+
+Teachers = Annotated[
+    MeanTeacherSection | str | list[str] | dict[str, str], BeforeValidator(absolute_paths)
+]
 
 
 def teacher_directories(teacher: Any, out: str | None) -> Any:

@@ -32,6 +32,21 @@ def _absolute(path: str) -> str:
     return str(user_path(path).absolute())
 
 
+def absolute_paths(given: Any) -> Any:
+    """The absolute form of a path, of those in a list, or in a mapping; a section stays.
+
+    Raises:
+        ValueError: something else.
+    """
+    if isinstance(given, (str, BaseModel)):
+        return _absolute(given) if isinstance(given, str) else given
+    listed = dict(enumerate(given)) if isinstance(given, list) else given
+    if not isinstance(listed, Mapping) or not all(isinstance(v, str) for v in listed.values()):
+        raise ValueError('expected a directory, a list of them, or {"name": directory, ...}')
+    paths = {name: _absolute(each) for name, each in listed.items()}
+    return [*paths.values()] if isinstance(given, list) else paths
+
+
 class CurriculumSection(BaseModel):
     """The arguments of `capdistill.data.Curriculum`; the difficulty may be a JSON file, too."""
 

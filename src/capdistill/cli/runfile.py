@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool, StrictInt
 
-from capdistill.cli.common import MeanTeacherSection, captioner_directory
+from capdistill.cli.common import MeanTeacherSection, Teachers, captioner_directory
 from capdistill.cli.data import FORMATS, DataSection, FullPath, parse_data
 from capdistill.errors import ConfigError, parse
 from capdistill.files import read_object, write_text
@@ -116,7 +116,7 @@ class DistillRun(RunConfig):
 
     command: Literal["distill"] = "distill"
     train: DistillConfig
-    teacher: FullPath | list[FullPath] | MeanTeacherSection | dict[str, FullPath]
+    teacher: Teachers
     student: ModelSection
     losses: dict[str, dict[str, Any]]
     weights: dict[str, Weight]

@@ -20,7 +20,7 @@ from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.losses.divergence import full
 from capdistill.losses.token import first_difference
-from capdistill.outputs import Batch, CaptionerOutput, ModelSpec, select_images
+from capdistill.outputs import LOGITS, Batch, CaptionerOutput, ModelSpec, select_images
 from capdistill.runtime import SAFE_SEED, stable_hash
 from capdistill.saving import ENSEMBLE
 from capdistill.teachers.directory import read, write
@@ -29,7 +29,6 @@ from capdistill.tokenizer import Tokenizer
 
 Mixing: TypeAlias = Literal["fixed", "confidence", "draw"]
 Needs: TypeAlias = Mapping[str, frozenset[str]]
-LOGITS = frozenset({"logits"})
 
 
 class Ensemble(CaptionGenerator):

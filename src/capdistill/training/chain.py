@@ -21,12 +21,11 @@ from capdistill.losses.base import DistillationLoss
 from capdistill.metrics.bootstrap import text_columns
 from capdistill.runtime import autocast, evaluating
 from capdistill.training.config import DistillOptions
-from capdistill.training.distiller import Distiller
+from capdistill.training.distiller import Distiller, Teacher, as_teacher
 from capdistill.training.history import History
 from capdistill.training.objective import Weights
 from capdistill.training.run_directory import Resume, identity
 from capdistill.training.sources import close_workers
-from capdistill.training.teaching import Teacher, as_teacher
 from capdistill.training.validation import References, add_references
 
 TABLE = "chain.json"

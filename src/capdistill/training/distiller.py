@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -14,9 +14,12 @@ from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
 from capdistill.compatibility import (
     checked_forward,
+    checked_teaching,
     probe_batch,
+    require_named_teachers,
     require_one_vocabulary,
     require_scalars,
+    teacher_specs,
 )
 from capdistill.errors import ConfigError, UnknownName, suggest
 from capdistill.losses.base import DistillationLoss
@@ -28,15 +31,10 @@ from capdistill.training.gradnorm import GradNorm
 from capdistill.training.objective import Objective, Weights
 from capdistill.training.on_policy import replace_captions, require_scored
 from capdistill.training.run_directory import options_of
-from capdistill.training.teaching import (
-    Teacher,
-    as_teacher,
-    checked_teaching,
-    require_named,
-    specs,
-)
 from capdistill.training.trainer import Trainer
 from capdistill.training.weighting import LossRatio, Uncertainty, Weighting
+
+Teacher: TypeAlias = nn.Module | Mapping[str, nn.Module]
 
 
 class Distiller(Trainer):
@@ -107,7 +105,7 @@ class Distiller(Trainer):
         self._teacher_parts = [] if self.teacher is None else list(self.teacher.modules())
         self._followers = self._find_followers()
         if self.teacher is not None:
-            require_named(self._losses, self.teacher)
+            require_named_teachers(self._losses, self.teacher)
         self._keep_apart()
         self._built = False
         self.check_options()
@@ -224,7 +222,7 @@ class Distiller(Trainer):
     def _teacher_specs(self, batch: Batch | None) -> dict[str | None, ModelSpec]:
         if self.teacher is None:
             return {None: self.captioner.spec()}
-        return specs(self.teacher, self.objective.teacher_needs, batch)
+        return teacher_specs(self.teacher, self.objective.teacher_needs, batch)
 
     def _specs_are_known(self) -> bool:
         try:
@@ -257,6 +255,31 @@ class Distiller(Trainer):
     @property
     def _losses(self) -> dict[str, DistillationLoss]:
         return cast("dict[str, DistillationLoss]", dict(self.objective.losses.items()))
+
+
+def as_teacher(teacher: Any) -> nn.Module:
+    """One module: a mapping of names to teachers becomes an ensemble with equal weights.
+
+    Example:
+        >>> import capdistill as cd
+        >>> tokenizer = cd.WordTokenizer(["a", "dog", "runs"])
+        >>> captioner = cd.Captioner.create("debug_teacher", tokenizer=tokenizer)
+        >>> as_teacher({"one": captioner, "other": captioner}).weights
+        {'one': 0.5, 'other': 0.5}
+
+    Raises:
+        ConfigError: no module with a specification.
+        IncompatibleModels: several teachers with different vocabularies.
+    """
+    if isinstance(teacher, Mapping):
+        return Ensemble(teacher)
+    if not isinstance(teacher, nn.Module) or not hasattr(teacher, "spec"):
+        raise ConfigError(
+            f"The teacher is {type(teacher).__name__}. Give a capdistill.Captioner, or "
+            "capdistill.teachers.wrap(model, adapt, tokenizer) for any other captioner. Several "
+            "are a mapping of names to teachers, or a capdistill.teachers.Ensemble."
+        )
+    return teacher
 
 
 def make_losses(

@@ -22,12 +22,11 @@ from capdistill.metrics.scorer import select
 from capdistill.outputs import Batch, CaptionerOutput
 from capdistill.runtime import autocast
 from capdistill.training.config import SelfCriticalConfig, SelfCriticalOptions
-from capdistill.training.distiller import Distiller, make_losses
+from capdistill.training.distiller import Distiller, Teacher, as_teacher, make_losses
 from capdistill.training.history import Row
 from capdistill.training.monitor import Monitor, monitor_key
 from capdistill.training.objective import Weight
 from capdistill.training.on_policy import sample_captions, with_frozen_tokens
-from capdistill.training.teaching import Teacher, as_teacher
 from capdistill.training.weighting import Weighting
 
 REWARD = "reward"

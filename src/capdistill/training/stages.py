@@ -14,10 +14,9 @@ from capdistill.errors import CapdistillError, ConfigError, shortened, suggest
 from capdistill.files import user_path, write_text
 from capdistill.teachers.captions import caption
 from capdistill.training.chain import ChainRow, ChainTable, history_row
-from capdistill.training.distiller import Distiller
+from capdistill.training.distiller import Distiller, Teacher, as_teacher
 from capdistill.training.run_directory import Resume
 from capdistill.training.self_critical import SelfCritical
-from capdistill.training.teaching import Teacher, as_teacher
 from capdistill.training.trainer import Trainer
 
 TABLE = "stages.json"

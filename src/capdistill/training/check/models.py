@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
-from capdistill.compatibility import checked_forward, loss_value, probe_batch
+from capdistill.compatibility import checked_forward, checked_teaching, loss_value, probe_batch
 from capdistill.encoders.base import Encoder
 from capdistill.errors import IncompatibleModels
 from capdistill.losses.base import DistillationLoss
@@ -24,7 +24,6 @@ from capdistill.teachers.ensemble import leaves
 from capdistill.testing import double_batch, double_output, step_logits
 from capdistill.training.check.trial import CheckRow, Trial, listed, millions, name_of, numel
 from capdistill.training.objective import Objective
-from capdistill.training.teaching import checked_teaching
 
 if TYPE_CHECKING:
     from capdistill.training.step import Stepper

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
-from capdistill.compatibility import probe_batch
+from capdistill.compatibility import probe_batch, teachers_of
 from capdistill.data.loader import Source
 from capdistill.outputs import Batch
 from capdistill.runtime import seed_everything
 from capdistill.teachers.ensemble import leaves
-from capdistill.training.teaching import teachers_of
 
 if TYPE_CHECKING:
     from capdistill.training.step import Stepper
