@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from capdistill.cli.data import FORMATS, absolute_paths
-from capdistill.errors import CheckpointError, ConfigError
+from capdistill.errors import CheckpointError, ConfigError, parse
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
-from capdistill.training.config import recipe, recipe_models
+from capdistill.training.config import TrainConfig, recipe, recipe_models
 
-if TYPE_CHECKING:
-    pass
+DEFAULT_RECIPE = "kd_2024"  # the source of the default losses
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -123,6 +122,96 @@ def _true_false_or_word(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
+TRAINING_FLAGS: dict[str, tuple[type, str, str]] = {
+    "epochs": (int, "N", "number of passes over the training images"),
+    "batch_size": (int, "N", "images per batch"),
+    "captions_per_image": (int, "N", "captions of each image per batch (default: as in the data)"),
+    "learning_rate": (float, "X", "peak learning rate"),
+    "seed": (int, "N", "seed of everything random"),
+    "num_workers": (int, "N", "processes that read images"),
+    "device": (str, "NAME", "auto, cpu, cuda, ..."),
+    "precision": (str, "NAME", "auto, bf16, fp16 or fp32"),
+    "monitor": (str, "NAME", "score that decides which epoch is best, such as cider, or loss"),
+}
+
+
+def add_run_options(
+    parser: argparse.ArgumentParser,
+    config: type[TrainConfig],
+    flags: Mapping[str, tuple[type, str, str]] = TRAINING_FLAGS,
+    *,
+    output: bool = True,
+    recipes: bool = True,
+) -> None:
+    """Add the options of a run: its directory, configuration, data, training and validation.
+
+    Args:
+        parser: The parser of a command that trains.
+        config: The options of its trainer, all of which --set takes.
+        flags: Those that have a flag: name -> type, metavar, help.
+        output: Whether the command writes a run.
+        recipes: Whether a recipe is possible.
+    """
+    if output:
+        _add_output_options(parser)
+    _add_settings(parser, recipes)
+    parser.settings = [f"train.{name}" for name in config.model_fields]  # type: ignore[attr-defined]
+    add_data_options(parser)
+    group = parser.add_argument_group("training")
+    for name, (kind, metavar, text) in flags.items():
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, dest=name, type=kind, metavar=metavar, help=text)
+    add_metrics_option(group, ",".join(TrainConfig.model_fields["metrics"].default))
+    purpose = " (how validation generates captions)"
+    add_generation_options(parser, purpose, without=flags)
+    parser.set_defaults(flags=tuple(flags))
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", metavar="DIR", help="directory of the run: best/, final/, config.json, ..."
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=["auto"],
+        metavar="auto",
+        help="continue the run in the directory --out; with auto, start it if there is none",
+    )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: continue although losses, weights, teacher or data have changed",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the results of an earlier run in the directory --out",
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser, recipes: bool) -> None:
+    group = parser.add_argument_group("configuration")
+    if recipes:
+        group.add_argument(
+            "--recipe",
+            metavar="NAME",
+            help="start from the losses, weights and options of a recipe",
+        )
+    group.add_argument(
+        "--config", metavar="FILE", help="start from a run file, such as that of an earlier run"
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set any key of the run file, e.g. train.patience=3; repeat it for more keys",
+    )
+
+
 def add_metrics_option(group: Any, default: str) -> None:
     """Add --metrics; `metric_names` reads it."""
     group.add_argument(
@@ -163,6 +252,12 @@ Teachers = Annotated[
 ]
 
 
+def teacher_section(values: Any) -> Any:
+    """The section `teacher` as it was given; an average of the student itself is checked."""
+    own = isinstance(values, Mapping) and values.get("name") == "mean_teacher"
+    return parse(MeanTeacherSection, dict(values), "teacher") if own else values
+
+
 def teacher_directories(teacher: Any, out: str | None) -> Any:
     """The captioner's directory of each teacher, in the form they were given in; none is `out`."""
     if isinstance(teacher, MeanTeacherSection):
@@ -171,9 +266,19 @@ def teacher_directories(teacher: Any, out: str | None) -> Any:
         return {name: teacher_directories(each, out) for name, each in teacher.items()}
     if isinstance(teacher, list):
         return [teacher_directories(each, out) for each in teacher]
-    directory = captioner_directory(teacher)
+    return directory_outside(teacher, out, "teacher")
+
+
+def directory_outside(given: str, out: str | None, what: str) -> str:
+    """The directory of a captioner that a run reads, which must not be that of the run itself.
+
+    Raises:
+        CheckpointError: no captioner is there.
+        ConfigError: it lies in `out`.
+    """
+    directory = captioner_directory(given)
     if out is not None and Path(out).resolve() in directory.resolve().parents:
-        raise ConfigError(f"--out {out} is the teacher's own directory. Give another one.")
+        raise ConfigError(f"--out {out} is the {what}'s own directory. Give another one.")
     return str(directory)
 
 
@@ -244,3 +349,14 @@ def recipe_values(name: str, section: str = "student", role: str = "student") ->
         if section == "model":
             values["tokenizer"] = models["tokenizer"]
     return values
+
+
+def default_losses() -> dict[str, Any]:
+    """The losses of a distillation that names none.
+
+    Example:
+        >>> default_losses()["token"]
+        {'name': 'token', 'temperature': 4.0}
+    """
+    losses: dict[str, Any] = recipe(DEFAULT_RECIPE)["losses"]
+    return losses

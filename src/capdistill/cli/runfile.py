@@ -1,29 +1,25 @@
-"""The run file of `train`, `distill` and `check`: one JSON object, checked and fully resolved."""
+"""The run file of the commands that train: one JSON object, checked and fully resolved."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool, StrictInt
 
-from capdistill.cli.common import MeanTeacherSection, Teachers, captioner_directory
+from capdistill.cli.common import Teachers, captioner_directory, default_losses, teacher_section
 from capdistill.cli.data import FORMATS, DataSection, FullPath, parse_data
 from capdistill.errors import ConfigError, parse
 from capdistill.files import read_object, write_text
-from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, TrainConfig, recipe
+from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, TrainConfig
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner
-    from capdistill.data import Splits
-    from capdistill.tokenizer import Tokenizer, WordTokenizer
-
+    from capdistill.tokenizer import Tokenizer
 
 NAME = "config.json"
-_MEAN = "mean_teacher"
-DEFAULT_RECIPE = "kd_2024"  # the source of the default losses
 S = TypeVar("S", bound=BaseModel)
 R = TypeVar("R", bound="RunConfig")
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -81,26 +77,40 @@ class TokenizerSection(Section):
 
 
 class RunConfig(Section):
-    """The sections shared by `train` and `distill`.
+    """The sections shared by all runs.
 
     Args:
         data: See `capdistill.cli.data.DataSection`.
-        tokenizer: Trained on the training captions unless it has a path.
         train: Options of the trainer.
         out: Directory of the run.
     """
 
     data: SerializeAsAny[DataSection]
-    tokenizer: TokenizerSection | None = None
     train: TrainConfig
     out: FullPath | None = None
 
+    @classmethod
+    def sections(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Check the other sections of a run file and fill in their defaults."""
+        raise NotImplementedError
+
 
 class TrainRun(RunConfig):
-    """A run of `capdistill train`."""
+    """A run of `capdistill train`.
+
+    Args:
+        tokenizer: Trained on the training captions unless it has a path.
+        model: The captioner to train.
+    """
 
     command: Literal["train"] = "train"
+    tokenizer: TokenizerSection | None = None
     model: ModelSection
+
+    @classmethod
+    def sections(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The model."""
+        return {"model": _model(values.get("model"), "model")}
 
 
 class DistillRun(RunConfig):
@@ -115,11 +125,27 @@ class DistillRun(RunConfig):
     """
 
     command: Literal["distill"] = "distill"
+    tokenizer: TokenizerSection | None = None
     train: DistillConfig
     teacher: Teachers
     student: ModelSection
     losses: dict[str, dict[str, Any]]
     weights: dict[str, Weight]
+
+    @classmethod
+    def sections(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Student, teacher, losses and weights."""
+        student = _model(values.get("student"), "student")
+        if not values.get("teacher"):
+            raise ConfigError(
+                "teacher: no directory of a saved captioner was given. Train one with "
+                "`capdistill train`, then give --teacher RUN."
+            )
+        given = default_losses() if values.get("losses") is None else values["losses"]
+        losses = losses_section(given)
+        weights = weights_section(values.get("weights"), losses, removed=given)
+        teacher = teacher_section(values["teacher"])
+        return {"student": student, "teacher": teacher, "losses": losses, "weights": weights}
 
 
 def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
@@ -135,26 +161,12 @@ def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
         ConfigError: a key is unknown (the message names the nearest one), or a value is invalid.
     """
     checked = dict(values)
-    options = DistillConfig if cls is DistillRun else TrainConfig
+    options: Any = cls.model_fields["train"].annotation
     checked["data"] = parse_data(values.get("data"))
-    checked["train"] = _with_monitored(_section(options, values.get("train") or {}, "train"))
-    if values.get("tokenizer") is not None:
-        checked["tokenizer"] = _section(TokenizerSection, values["tokenizer"], "tokenizer")
-    for key in {"model", "student"} & {*cls.model_fields}:
-        checked[key] = _model(values.get(key), key)
-    if cls is DistillRun:
-        if not values.get("teacher"):
-            raise ConfigError(
-                "teacher: no directory of a saved captioner was given. Train one with "
-                "`capdistill train`, then give --teacher RUN."
-            )
-        if isinstance(values["teacher"], Mapping) and values["teacher"].get("name") == _MEAN:
-            checked["teacher"] = _section(MeanTeacherSection, values["teacher"], "teacher")
-        given = default_losses() if values.get("losses") is None else values["losses"]
-        checked["losses"] = _losses(given)
-        weights = {} if values.get("weights") is None else values["weights"]
-        checked["weights"] = _weights(weights, checked["losses"], removed=given)
-    return parse(cls, checked, "run file")
+    checked["train"] = _with_monitored(parse_section(options, values.get("train") or {}, "train"))
+    if "tokenizer" in cls.model_fields and values.get("tokenizer") is not None:
+        checked["tokenizer"] = parse_section(TokenizerSection, values["tokenizer"], "tokenizer")
+    return parse(cls, {**checked, **cls.sections(values)}, "run file")
 
 
 def _with_monitored(train: TrainConfig) -> TrainConfig:
@@ -165,17 +177,6 @@ def _with_monitored(train: TrainConfig) -> TrainConfig:
     if "metrics" in train.model_fields_set or train.monitor not in DIRECTIONS.keys() - computed:
         return train
     return train.model_copy(update={"metrics": (*train.metrics, train.monitor)})
-
-
-def default_losses() -> dict[str, Any]:
-    """The losses of a distillation that names none.
-
-    Example:
-        >>> default_losses()["token"]
-        {'name': 'token', 'temperature': 4.0}
-    """
-    losses: dict[str, Any] = recipe(DEFAULT_RECIPE)["losses"]
-    return losses
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
@@ -260,7 +261,8 @@ def write_resolved(run: RunConfig) -> None:
     write_text(path, json.dumps(run.model_dump(mode="json"), indent=2) + "\n")
 
 
-def _section(cls: type[S], values: Any, what: str) -> S:
+def parse_section(cls: type[S], values: Any, what: str) -> S:
+    """Check a section of a run file; an unknown key is an error that names the nearest one."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{what}: {values!r} is not a section; expected an object with keys.")
     return parse(cls, dict(values), what)
@@ -279,7 +281,7 @@ def _model(values: Any, key: str) -> ModelSection:
         for name in ("encoder", "decoder")
         if values.get(name) is not None
     }
-    return _section(ModelSection, {**values, **parts}, key)
+    return parse_section(ModelSection, {**values, **parts}, key)
 
 
 def _component(value: Any, what: str) -> ComponentConfig:
@@ -288,7 +290,7 @@ def _component(value: Any, what: str) -> ComponentConfig:
     if not isinstance(value, Mapping):
         raise ConfigError(f'{what}: {value!r} is not a component; expected {{"name": ..., ...}}.')
     given = {key: each for key, each in value.items() if key in ComponentConfig.model_fields}
-    component = _section(ComponentConfig, given, what)
+    component = parse_section(ComponentConfig, given, what)
     beside = {key: each for key, each in value.items() if key not in given}
     twice = sorted(component.kwargs.keys() & beside.keys())
     if twice:
@@ -296,7 +298,8 @@ def _component(value: Any, what: str) -> ComponentConfig:
     return component.model_copy(update={"kwargs": {**component.kwargs, **beside}})
 
 
-def _losses(values: Any) -> dict[str, dict[str, Any]]:
+def losses_section(values: Any) -> dict[str, dict[str, Any]]:
+    """Losses by term, each as {"name": ..., arguments}; those set to null are left out."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"losses: {values!r} is not a section; expected term -> loss.")
     return {term: _loss(term, loss) for term, loss in values.items() if loss is not None}
@@ -323,30 +326,22 @@ def _loss(term: str, loss: Any) -> dict[str, Any]:
     return {"name": term, **loss}
 
 
-def _weights(given: Any, losses: Mapping[str, Any], removed: Mapping[str, Any]) -> dict[str, Any]:
+def weights_section(
+    given: Any,
+    losses: Collection[str],
+    removed: Collection[str] = (),
+    defaults: Mapping[str, float] = DEFAULT_WEIGHTS,
+) -> dict[str, Any]:
     """The given weights, without those of losses set to null, and defaults for the others."""
+    given = {} if given is None else given
     if not isinstance(given, Mapping):
         raise ConfigError(f"weights: {given!r} is not a section; expected term -> weight.")
     terms = {"ce", *losses} if isinstance(given.get("name"), str) else {*given}
     for term in sorted(terms & {*given}):
         if given[term] is None or isinstance(given[term], str):
             raise ConfigError(f"run file: option 'weights.{term}': {given[term]!r} is no weight.")
-    complete = {term: DEFAULT_WEIGHTS.get(term, 1.0) for term in ("ce", *losses)} | dict(given)
+    complete = {term: defaults.get(term, 1.0) for term in ("ce", *losses)} | dict(given)
     return {k: weight for k, weight in complete.items() if k in losses or k not in removed}
-
-
-def make_tokenizer(section: TokenizerSection, data: Splits) -> WordTokenizer:
-    """A saved tokenizer, or one trained on the captions of the training split."""
-    from capdistill.saving import TOKENIZER, saved_file
-    from capdistill.tokenizer import WordTokenizer
-
-    if section.path is None:
-        options = section.model_dump(exclude={"path"})
-        return WordTokenizer.train(data.train.captions, **options)
-    path = Path(section.path)
-    if not path.is_file():
-        path = saved_file(captioner_directory(section.path), TOKENIZER)
-    return WordTokenizer.load(path)
 
 
 def make_captioner(

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capdistill.cli import DONE, INTERRUPTED, PROBLEM, print_result, print_status
 from capdistill.cli.common import (
     MeanTeacherSection,
-    add_data_options,
-    add_generation_options,
-    add_metrics_option,
+    add_run_options,
     captioner_directory,
     data_values,
+    default_losses,
     generation_values,
     metric_names,
     recipe_values,
@@ -28,9 +27,7 @@ from capdistill.cli.runfile import (
     RunConfig,
     TokenizerSection,
     TrainRun,
-    default_losses,
     make_captioner,
-    make_tokenizer,
     override,
     parse_run,
     read_values,
@@ -38,11 +35,11 @@ from capdistill.cli.runfile import (
 )
 from capdistill.errors import ConfigError
 from capdistill.files import user_path
-from capdistill.training.config import TrainConfig
+from capdistill.training.config import DistillConfig, TrainConfig
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
-    from capdistill.tokenizer import Tokenizer
+    from capdistill.tokenizer import Tokenizer, WordTokenizer
     from capdistill.training.history import History
     from capdistill.training.run_directory import Resume
     from capdistill.training.trainer import Trainer
@@ -62,17 +59,6 @@ example:
 _CHECK = """\
 example:
   capdistill check --teacher runs/teacher --student lite0_lstm --data flickr8k"""
-_TRAINING_FLAGS: dict[str, tuple[type, str, str]] = {
-    "epochs": (int, "N", "number of passes over the training images"),
-    "batch_size": (int, "N", "images per batch"),
-    "captions_per_image": (int, "N", "captions of each image per batch (default: as in the data)"),
-    "learning_rate": (float, "X", "peak learning rate"),
-    "seed": (int, "N", "seed of everything random"),
-    "num_workers": (int, "N", "processes that read images"),
-    "device": (str, "NAME", "auto, cpu, cuda, ..."),
-    "precision": (str, "NAME", "auto, bf16, fp16 or fp32"),
-    "monitor": (str, "NAME", "score that decides which epoch is best, such as cider, or loss"),
-}
 
 
 def train_command(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +71,8 @@ def train_command(parser: argparse.ArgumentParser) -> None:
         help="the model: a preset (`capdistill models` lists them) or a saved captioner's "
         "directory, to train it further",
     )
-    _add_run_options(parser)
+    _add_model_options(parser)
+    add_run_options(parser, TrainConfig)
     parser.add_argument(
         "--role",
         choices=["teacher", "student"],
@@ -101,7 +88,7 @@ def distill_command(parser: argparse.ArgumentParser) -> None:
     parser.description = _DISTILL
     parser.usage = "capdistill distill --teacher DIR --student NAME --data PATH --out DIR [options]"
     _add_pair_options(parser)
-    _add_run_options(parser)
+    add_run_options(parser, DistillConfig)
     parser.set_defaults(run=train, run_class=DistillRun, model="student", role="student")
 
 
@@ -110,7 +97,7 @@ def check_command(parser: argparse.ArgumentParser) -> None:
     parser.description = _CHECK
     parser.usage = "capdistill check --teacher DIR --student NAME --data PATH [options]"
     _add_pair_options(parser)
-    _add_run_options(parser, output=False)
+    add_run_options(parser, DistillConfig, output=False)
     parser.set_defaults(
         run=check, run_class=DistillRun, model="student", role="student", out=None, resume=False
     )
@@ -119,10 +106,21 @@ def check_command(parser: argparse.ArgumentParser) -> None:
 def train(options: argparse.Namespace) -> int:
     """Train or distil, and print the result."""
     run, data = _load(options)
-    how = {key: getattr(options, key) for key in ("resume", "overwrite", "accept_changes")}
-    trainer, history = run_training(run, data, **how)
+    trainer, history = run_training(run, data, **directory_options(options))
+    content = result(run, trainer, history)
+    print_result(options, content, lambda: summary(content))
+    return INTERRUPTED if history.interrupted else DONE
+
+
+def directory_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What to do with a run that is in the directory already."""
+    return {key: getattr(options, key) for key in ("resume", "overwrite", "accept_changes")}
+
+
+def result(run: RunConfig, trainer: Trainer, history: History) -> dict[str, Any]:
+    """What came out of a run, as plain values."""
     best = history.best or (history.epochs[-1] if history.epochs else None)
-    content = {
+    return {
         "out": run.out,
         "captioner": str(Path(run.out or "") / "best"),
         "config": str(Path(run.out or "") / NAME),
@@ -132,8 +130,6 @@ def train(options: argparse.Namespace) -> int:
         "epochs": len(history.epochs),
         "best": best and {key: best[key] for key in ("epoch", "train", "val", "scores")},
     }
-    print_result(options, content, lambda: _summary(content))
-    return INTERRUPTED if history.interrupted else DONE
 
 
 def _load(options: argparse.Namespace) -> tuple[RunConfig, Splits]:
@@ -149,12 +145,19 @@ def _load(options: argparse.Namespace) -> tuple[RunConfig, Splits]:
 def run_training(
     run: RunConfig,
     data: Splits,
+    make: Callable[[Any, Splits], Trainer] | None = None,
     *,
     resume: Resume = False,
     overwrite: bool = False,
     accept_changes: bool = False,
 ) -> tuple[Trainer, History]:
     """Make the models, train, and leave the resolved run file in the directory of the run.
+
+    Args:
+        run: The configuration.
+        data: Its data.
+        make: Makes the trainer of the run; `make_trainer` by default.
+        resume, overwrite, accept_changes: As for `Trainer.fit`.
 
     Raises:
         ConfigError: no output directory, or one that cannot be written or holds another run.
@@ -163,7 +166,7 @@ def run_training(
         raise ConfigError("out: no directory for the run was given. Give --out DIR.")
     train = run.data.training_data(data)
     run = _with_captions(run, train)
-    trainer = make_trainer(run, data)
+    trainer = (make or make_trainer)(run, data)
     history = trainer.fit(
         train,
         _validation(data),
@@ -244,9 +247,41 @@ def _words(section: TokenizerSection | None, model: ModelSection, data: Splits) 
     return make_tokenizer(section or TokenizerSection(), data)
 
 
+def make_tokenizer(section: TokenizerSection, data: Splits) -> WordTokenizer:
+    """A saved tokenizer, or one trained on the captions of the training split."""
+    from capdistill.saving import TOKENIZER, saved_file
+    from capdistill.tokenizer import WordTokenizer
+
+    if section.path is None:
+        options = section.model_dump(exclude={"path"})
+        return WordTokenizer.train(data.train.captions, **options)
+    path = Path(section.path)
+    if not path.is_file():
+        path = saved_file(captioner_directory(section.path), TOKENIZER)
+    return WordTokenizer.load(path)
+
+
 def make_run(options: argparse.Namespace) -> RunConfig:
     """Recipe, run file, options and --set to one configuration; what comes later wins."""
     base = recipe_values(options.recipe, options.model, options.role) if options.recipe else {}
+    values = merged_values(options, base)
+    model = options.student if options.model == "student" else options.preset
+    if model is not None:
+        values[options.model] = _with_model(values.get(options.model), model)
+    if options.run_class is DistillRun and values.get("losses") is None:
+        values["losses"] = default_losses()
+    values = override(values, options.set)
+    _drop_weights(values, base.get("weights", {}))
+    run: RunConfig = parse_run(options.run_class, values)
+    return run
+
+
+def merged_values(options: argparse.Namespace, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe, below those of the run file, below the options that were given.
+
+    Raises:
+        ConfigError: the run file belongs to another command.
+    """
     written = _read_run_file(options)
     command = options.run_class.model_fields["command"].default
     if written.get("command", command) != command:
@@ -259,15 +294,7 @@ def make_run(options: argparse.Namespace) -> RunConfig:
         values["losses"] = written["losses"]  # given losses replace all of the recipe's
     for name, each in _from_options(options).items():
         values[name] = _joined(values.get(name), each)
-    model = options.student if options.model == "student" else options.preset
-    if model is not None:
-        values[options.model] = _with_model(values.get(options.model), model)
-    if options.run_class is DistillRun and values.get("losses") is None:
-        values["losses"] = default_losses()
-    values = override(values, options.set)
-    _drop_weights(values, base.get("weights", {}))
-    run: RunConfig = parse_run(options.run_class, values)
-    return run
+    return values
 
 
 def _drop_weights(values: dict[str, Any], of_recipe: Mapping[str, Any]) -> None:
@@ -289,8 +316,8 @@ def _read_run_file(options: argparse.Namespace) -> dict[str, Any]:
 
 def _from_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, as values of a run file."""
-    flags = {name: getattr(options, name) for name in _TRAINING_FLAGS}
-    decoding = {k: v for k, v in generation_values(options).items() if k not in _TRAINING_FLAGS}
+    flags = {name: getattr(options, name) for name in options.flags}
+    decoding = {k: v for k, v in generation_values(options).items() if k not in options.flags}
     weights = {"hub": True, "random": False}.get(options.weights, options.weights)
     given: dict[str, Any] = {
         "data": data_values(options),
@@ -341,68 +368,20 @@ def _add_pair_options(parser: argparse.ArgumentParser) -> None:
         help="the student: a preset (`capdistill models` lists them) or a saved captioner's "
         "directory, to start from its weights",
     )
+    _add_model_options(parser)
 
 
-def _add_run_options(parser: argparse.ArgumentParser, output: bool = True) -> None:
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", metavar="W", help="the encoder's weights: hub (default), random, or a file"
     )
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="a saved tokenizer, or a saved captioner's directory"
     )
-    if output:
-        parser.add_argument(
-            "--out", metavar="DIR", help=f"directory of the run: best/, final/, {NAME}, ..."
-        )
-        parser.add_argument(
-            "--resume",
-            nargs="?",
-            const=True,
-            default=False,
-            choices=["auto"],
-            metavar="auto",
-            help="continue the run in the directory --out; with auto, start it if there is none",
-        )
-        parser.add_argument(
-            "--accept-changes",
-            action="store_true",
-            help="with --resume: continue although losses, weights, teacher or data have changed",
-        )
-        parser.add_argument(
-            "--overwrite",
-            action="store_true",
-            help="replace the results of an earlier run in the directory --out",
-        )
-    _add_settings(parser)
-    add_data_options(parser)
-    group = parser.add_argument_group("training")
-    for name, (kind, metavar, text) in _TRAINING_FLAGS.items():
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, dest=name, type=kind, metavar=metavar, help=text)
-    add_metrics_option(group, ",".join(TrainConfig.model_fields["metrics"].default))
-    purpose = " (how validation generates captions)"
-    add_generation_options(parser, purpose, without=_TRAINING_FLAGS)
 
 
-def _add_settings(parser: Any) -> None:
-    group = parser.add_argument_group("configuration")
-    group.add_argument(
-        "--recipe", metavar="NAME", help="start from the losses, weights and options of a recipe"
-    )
-    group.add_argument(
-        "--config", metavar="FILE", help="start from a run file, such as that of an earlier run"
-    )
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set any key of the run file, e.g. train.patience=3; repeat it for more keys",
-    )
-    parser.settings = [f"train.{name}" for name in TrainConfig.model_fields]
-
-
-def _summary(content: dict[str, Any]) -> str:
+def summary(content: Mapping[str, Any]) -> str:
+    """The result of a run in a few lines."""
     if content["interrupted"]:
         return f"Interrupted. Continue with --resume --out {content['out']}"
     best = content["best"] or {"epoch": None, "scores": {}}
