@@ -24,6 +24,7 @@ from capdistill.feature_cache import (
     cache_trunk,
     data_key,
     default_cache_dir,
+    keeps_frozen_stages,
 )
 from capdistill.files import user_path
 from capdistill.generation.config import GenerationConfig, resolve
@@ -226,8 +227,10 @@ def _readable(loader: Loader, others: bool) -> Iterator[Batch]:
 
 
 def _key(model: nn.Module) -> str | None:
-    """The key of a captioner's cached trunk; None for a model that has none."""
-    return model.encoder.cache_key(trained=False) if isinstance(model, Captioner) else None
+    """The key of a captioner's cached features; None for a model that has none."""
+    if not isinstance(model, Captioner):
+        return None
+    return model.encoder.cache_key(trained=keeps_frozen_stages(model.encoder))
 
 
 def _caches(
@@ -248,8 +251,8 @@ def _caches(
     for model in leaves(teacher):
         name = _key(model)
         if isinstance(model, Captioner) and name is not None and name not in found:
-            encoder = model.encoder
-            found[name] = cache_trunk(encoder, source, key, directory, precision, progress, False)
+            encoder, cut = model.encoder, keeps_frozen_stages(model.encoder)
+            found[name] = cache_trunk(encoder, source, key, directory, precision, progress, cut)
     if not found:
         raise ConfigError(
             "caption: cache_features=True, but the teacher has no encoder that can be cached. Set "
