@@ -21,9 +21,9 @@ from capdistill.errors import CheckpointError, ConfigError
 from capdistill.metrics import CaptionScorer
 from capdistill.outputs import Batch, part
 from capdistill.tokenizer import pad_batch
+from capdistill.training.on_policy import beside
 from capdistill.training.self_critical import (
     PolicyGradient,
-    beside,
     leave_one_out,
     references_of,
     without_recurrent,
@@ -175,6 +175,7 @@ def test_unknown_references_are_an_error_that_names_the_fix() -> None:
         ("cidre", "no score 'cidre'. Did you mean 'cider_d'"),
         ("bleu", "no score 'bleu'. Did you mean 'bleu_4'"),  # a metric with four scores
         ({"cider_d": 1, "rouge": 1}, "no score 'rouge'. Did you mean 'rouge_l'"),
+        ({"cider": 1, "cider_d": 1}, "reward: 'cider_d' was given twice"),
         ({"cider_d": "1"}, "reward: cider_d='1' was given"),
         ({"cider_d": float("inf")}, "reward: cider_d=inf was given"),
         ({}, "Expected the name of a score"),
@@ -185,6 +186,20 @@ def test_a_reward_that_cannot_be_computed_is_refused_at_construction(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         trainer(reward=reward)
+
+
+def test_no_loss_takes_the_place_of_the_reward() -> None:
+    with pytest.raises(ConfigError, match="'reward' is its own term"):
+        trainer(teacher=tiny.make_teacher(), losses={"reward": "token"})
+
+
+def test_the_best_epoch_is_the_one_with_the_best_score_even_if_scores_are_low() -> None:
+    """The loss of validation is 0 in every epoch, so it cannot decide."""
+    scores = iter([0.01, 0.03, 0.02])
+    tested = trainer(epochs=3)
+    tested.score = lambda references, captions: {"cider_d": next(scores)}  # type: ignore[method-assign]
+    history = tested.fit(batches(), batches(1))
+    assert [row["improved"] for row in history.epochs] == [True, True, False]
 
 
 def test_the_reward_stands_in_the_line_of_an_epoch_and_beside_the_bar(

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -274,3 +274,46 @@ def with_frozen_tokens(captioner: Captioner, batch: Batch) -> Batch:
         values = encoder.to_cache(batch.images)
     torch.clear_autocast_cache()
     return replace(batch, cached={**batch.cached, key: values})
+
+
+def beside(first: Batch, second: Batch, pad_id: int) -> Batch:
+    """The captions of two batches of the same images side by side; those of `first` come first.
+
+    Args:
+        first: I * K captions.
+        second: I * k captions, none of them sampled.
+        pad_id: Id of the padding.
+
+    Returns:
+        I * (K + k) captions. The advantages of the second ones are 0.
+    """
+    both, images = (first, second), first.num_images
+    longest = max(batch.input_ids.shape[1] for batch in both)
+
+    def joined(values: Sequence[Tensor]) -> Tensor:  # each (B, T) or (B,)
+        return torch.cat([v.view(images, -1, *v.shape[1:]) for v in values], 1).flatten(0, 1)
+
+    def padded(values: Sequence[Tensor], pad: int) -> Tensor:
+        return joined([F.pad(v, (0, longest - v.shape[1]), value=pad) for v in values])
+
+    def per_caption(name: str, default: float) -> Tensor:
+        given = [getattr(batch, name) for batch in both]
+        rows = [torch.full((len(b.captions),), default, device=b.mask.device) for b in both]
+        return joined([r if g is None else g for g, r in zip(given, rows, strict=True)])
+
+    many, few = first.captions_per_image, second.captions_per_image
+    texts = [
+        text
+        for i in range(images)
+        for text in (*first.captions[i * many :][:many], *second.captions[i * few :][:few])
+    ]
+    weights = None if second.caption_weights is None else per_caption("caption_weights", 1.0)
+    return replace(
+        first,
+        input_ids=padded([batch.input_ids for batch in both], pad_id),
+        mask=padded([batch.mask for batch in both], 0),
+        captions=tuple(texts),
+        sampled=per_caption("sampled", 0.0).bool(),
+        caption_weights=weights,
+        advantages=per_caption("advantages", 0.0),
+    )

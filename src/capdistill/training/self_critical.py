@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -26,7 +25,7 @@ from capdistill.training.distiller import Distiller, Teacher, as_teacher, make_l
 from capdistill.training.history import Row
 from capdistill.training.monitor import Monitor, monitor_key
 from capdistill.training.objective import Weight
-from capdistill.training.on_policy import sample_captions, with_frozen_tokens
+from capdistill.training.on_policy import beside, sample_captions, with_frozen_tokens
 from capdistill.training.weighting import Weighting
 
 REWARD = "reward"
@@ -104,6 +103,8 @@ class SelfCritical(Distiller):
                 f"SelfCritical: the losses {', '.join(built)} read a teacher, but there is none. "
                 "Give teacher=, or leave the losses out."
             )
+        if REWARD in built:
+            raise ConfigError(f"SelfCritical: '{REWARD}' is its own term. Rename the loss.")
         if isinstance(weights, Weighting) or isinstance((weights or {}).get("name"), str):
             raise ConfigError(
                 "SelfCritical: weights that adapt balance terms by their values, but the value of "
@@ -127,6 +128,12 @@ class SelfCritical(Distiller):
             self.rewards = reward_function(self.reward, known)
         else:
             self.rewards = self.reward
+
+    def make_monitor(self) -> Monitor:
+        """As in `Trainer`; low scores rank epochs too: validation has no loss of the reward."""
+        monitor = super().make_monitor()
+        monitor.meaningful = 0.0
+        return monitor
 
     def prepare_batch(self, batch: Batch) -> Batch:
         """The batch with `samples` captions per image that the captioner sampled.
@@ -335,6 +342,8 @@ def reward_weights(reward: str | Mapping[str, float]) -> dict[str, float]:
                 f"reward: the table of paraphrases of '{key}' is not installed (extra coco). "
                 f"Install it, or use '{computed}'."
             )
+        if key in weights:
+            raise ConfigError(f"reward: '{key}' was given twice. Give it once.")
         weights[key] = require_number(f"reward: {name}", weight)
     return weights
 
@@ -362,49 +371,6 @@ def check_rewards(rewards: Any, captions: int) -> Tensor:
             "Expected one finite number per caption, in their order."
         )
     return values
-
-
-def beside(first: Batch, second: Batch, pad_id: int) -> Batch:
-    """The captions of two batches of the same images side by side; those of `first` come first.
-
-    Args:
-        first: I * K captions.
-        second: I * k captions, none of them sampled.
-        pad_id: Id of the padding.
-
-    Returns:
-        I * (K + k) captions. The advantages of the second ones are 0.
-    """
-    both, images = (first, second), first.num_images
-    longest = max(batch.input_ids.shape[1] for batch in both)
-
-    def joined(values: Sequence[Tensor]) -> Tensor:  # each (B, T) or (B,)
-        return torch.cat([v.view(images, -1, *v.shape[1:]) for v in values], 1).flatten(0, 1)
-
-    def padded(values: Sequence[Tensor], pad: int) -> Tensor:
-        return joined([F.pad(v, (0, longest - v.shape[1]), value=pad) for v in values])
-
-    def per_caption(name: str, default: float) -> Tensor:
-        given = [getattr(batch, name) for batch in both]
-        rows = [torch.full((len(b.captions),), default, device=b.mask.device) for b in both]
-        return joined([r if g is None else g for g, r in zip(given, rows, strict=True)])
-
-    many, few = first.captions_per_image, second.captions_per_image
-    texts = [
-        text
-        for i in range(images)
-        for text in (*first.captions[i * many :][:many], *second.captions[i * few :][:few])
-    ]
-    weights = None if second.caption_weights is None else per_caption("caption_weights", 1.0)
-    return replace(
-        first,
-        input_ids=padded([batch.input_ids for batch in both], pad_id),
-        mask=padded([batch.mask for batch in both], 0),
-        captions=tuple(texts),
-        sampled=per_caption("sampled", 0.0).bool(),
-        caption_weights=weights,
-        advantages=per_caption("advantages", 0.0),
-    )
 
 
 def without_recurrent(module: nn.Module) -> Iterator[nn.Module]:
