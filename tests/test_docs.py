@@ -16,7 +16,8 @@ import pytest
 
 from capdistill import data, decoders, encoders, errors, losses, presets
 from capdistill.cli import COMMANDS, make_parser
-from capdistill.cli.runfile import DistillRun, TrainRun, parse_run
+from capdistill.cli.runfile import DistillRun, RunConfig, TrainRun, parse_run
+from capdistill.cli.tune import TuneRun
 from capdistill.evaluation import measure
 from capdistill.evaluation.evaluation import Evaluation
 from capdistill.metrics import DIRECTIONS
@@ -205,14 +206,16 @@ def test_the_table_of_options_has_every_option_with_its_default() -> None:
 @pytest.mark.parametrize("block", [b for b in blocks(ROOT / "docs" / "cli.md") if b.info == "json"])
 def test_run_files_of_the_docs_are_valid(block: Block) -> None:
     values = json.loads(block.body)
-    run = parse_run(DistillRun if "teacher" in values else TrainRun, values)
-    assert run.out is not None
+    kinds: dict[str, type[RunConfig]] = {"reward": TuneRun, "teacher": DistillRun}
+    kind = next((kinds[key] for key in kinds if key in values), TrainRun)
+    assert parse_run(kind, values).out is not None
 
 
 def test_the_table_of_the_run_file_has_every_section() -> None:
     rows = table(ROOT / "docs" / "cli.md", "## The run file")
     sections = {name.strip("` ") for row in rows for name in row[0].split(",")}
-    assert sections == {*TrainRun.model_fields, *DistillRun.model_fields} - {"command"}
+    fields = {key for run in (TrainRun, DistillRun, TuneRun) for key in run.model_fields}
+    assert sections == fields - {"command"}
 
 
 def is_an_error(value: object) -> bool:

@@ -26,6 +26,7 @@ COMMANDS = {
     "check": ("train", "try a teacher, a student and their losses before a long run"),
     "train": ("train", "train a captioner by cross-entropy"),
     "distill": ("demo", "train a student with a teacher"),
+    "tune": ("tune", "train a captioner further on a score of its captions"),
     "evaluate": ("evaluate", "score and measure a saved captioner"),
     "compare": ("evaluate", "compare a student with its teacher and write a report"),
     "caption": ("caption", "caption images"),
@@ -123,6 +124,8 @@ class CommandParser(argparse.ArgumentParser):
         if getattr(options, "paths", None) == []:  # argparse fills no "*" behind an option
             options.paths = [word for word in unknown if word == "-" or not word.startswith("-")]
             unknown = [word for word in unknown if word not in options.paths]
+        if getattr(options, "captioner", "") is None and unknown and unknown[0][0] != "-":
+            options.captioner = unknown.pop(0)  # nor "?"
         if unknown:
             self.error(self._explain(unknown[0]))
         return options, []
