@@ -116,10 +116,13 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(
     assert equal(final_weights(tuned), final_weights(tmp_path))
 
 
-def test_a_teacher_and_a_weighted_reward(teacher: Path, student: Path, tmp_path: Path) -> None:
+def test_a_teacher_and_a_weighted_reward(
+    teacher: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = ["--reward", "cider_d=1,bleu_4=0.5", "--teacher", str(teacher)]
     more += ["--set", "weights.token=0.2", "--set", "losses.token.temperature=2"]
     assert main(tune(student, tmp_path, *more)) == 0
+    assert "  reward  cider_d 1, bleu_4 0.5 of 2 samples per image\n" in capsys.readouterr().err
     written = config_of(tmp_path)
     assert written["reward"] == {"cider_d": 1.0, "bleu_4": 0.5}
     assert written["teacher"] == str(teacher / "best")

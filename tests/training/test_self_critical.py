@@ -210,6 +210,7 @@ def test_the_reward_stands_in_the_line_of_an_epoch_and_beside_the_bar(
     reward = history.epochs[0]["train"]["reward"]
     assert f"epoch 1/1  reward {reward:7.4f}  " in err
     assert "epoch=1, reward=" in err
+    assert "  reward  count_dogs of 5 samples per image" in err
 
 
 @pytest.mark.parametrize("wrong", [[1.0], [math.nan] * 15, ["a"] * 15, None])

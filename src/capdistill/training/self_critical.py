@@ -179,6 +179,15 @@ class SelfCritical(Distiller):
             return sampled
         return beside(sampled, batch, self.captioner.tokenizer.pad_id)
 
+    def describe(self) -> list[str]:
+        """As in `Trainer`, and the reward."""
+        reward = self.reward
+        shown = reward if isinstance(reward, str) else _described(reward)
+        if isinstance(reward, Mapping):
+            shown = ", ".join(f"{name} {weight:g}" for name, weight in reward.items())
+        samples = f"{self.config.samples} samples per image"
+        return [*super().describe(), f"  reward  {shown} of {samples}"]
+
     def _keep_apart(self) -> None:
         """As in `Distiller`; without dropout, what computes in training mode stays quiet."""
         super()._keep_apart()
