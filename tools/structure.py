@@ -28,6 +28,7 @@ TORCH_FREE = (
     "files",
     "generation.config",
     "training.config",
+    "training.recipes",
     "cli",
     "cli.*",
     "data.caption_files",

@@ -10,7 +10,7 @@ from capdistill.cli import make_parser
 from capdistill.cli.runfile import DistillRun, TrainRun, override, parse_run, read_values
 from capdistill.cli.train import make_run
 from capdistill.errors import CapdistillError, ConfigError
-from capdistill.training.config import recipe
+from capdistill.training.recipes import recipe
 
 VALUES: dict[str, Any] = {
     "data": {"format": "sample"},
@@ -286,7 +286,7 @@ def test_a_recipe_is_a_whole_run(role: str, hidden: int) -> None:
     trained = make_run(make_parser().parse_args(["train", *base, "--role", role]))
     assert isinstance(trained, TrainRun)
     assert trained.tokenizer is not None
-    assert trained.tokenizer.min_count == 20
+    assert trained.tokenizer.min_count == 5
     assert trained.model.decoder is not None
     assert trained.model.decoder.kwargs["layers"] == hidden
     distilled = make_run(make_parser().parse_args(["distill", *base, "--teacher", "t"]))

@@ -535,3 +535,32 @@ def test_rewards_and_curricula_read_the_right_captions(
     expected = CaptionScorer(pictures.references, metrics=["cider_d"])
     assert list(found) == list(expected.rewards(["id0", "id0"], ["a red dog", "a dog 0"]))
     assert cd.data.difficulty(train) == dict.fromkeys(pictures.image_ids, 3.0)  # "a dog 0"
+
+
+def test_half_precision_and_cached_features_go_together(
+    pictures: CaptionData, tmp_path: Path
+) -> None:
+    teacher = tiny.make_teacher(trainable=False)
+    options = {"beam_size": 2, "max_length": 4, **QUIET, "precision": "bf16"}
+    cache = {"cache_features": True, "cache_dir": tmp_path / "cache"}
+    cached = cd.teachers.caption(teacher, pictures, tmp_path / "c.jsonl", **cache, **options)
+    assert len(cached) == len(pictures)
+
+
+def test_the_output_of_frozen_stages_cached_by_training_is_used(
+    pictures: CaptionData, tmp_path: Path
+) -> None:
+    tokenizer = cd.WordTokenizer.train(pictures.captions, min_count=1)
+    encoder = cd.encoders.create(
+        "timm", name="test_efficientnet", dim=8, trainable=1, weights=False
+    )
+    decoder = cd.decoders.create("lstm", dim=8, embed=8, hidden=8, layers=1, heads=2)
+    teacher = cd.Captioner(encoder, decoder, tokenizer)
+    cache = {"cache_features": True, "cache_dir": tmp_path / "cache"}
+    cd.Trainer(teacher, **tiny.QUIET, **cache).fit(pictures, epochs=1)
+    written = sorted((tmp_path / "cache").iterdir())
+    options = {"beam_size": 2, "max_length": 4, **QUIET}
+    cached = cd.teachers.caption(teacher, pictures, tmp_path / "c.jsonl", **cache, **options)
+    assert sorted((tmp_path / "cache").iterdir()) == written
+    plain = cd.teachers.caption(teacher, pictures, tmp_path / "d.jsonl", **options)
+    assert [e.captions for e in cached.examples] == [e.captions for e in plain.examples]

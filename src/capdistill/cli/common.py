@@ -14,7 +14,8 @@ from capdistill.cli.data import FORMATS, absolute_paths
 from capdistill.errors import CheckpointError, ConfigError, parse
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
-from capdistill.training.config import TrainConfig, recipe, recipe_models
+from capdistill.training.config import TrainConfig
+from capdistill.training.recipes import recipe, recipe_models
 
 DEFAULT_RECIPE = "kd_2024"  # the source of the default losses
 
@@ -340,7 +341,12 @@ def recipe_values(name: str, section: str = "student", role: str = "student") ->
         UnknownName: there is no such recipe; the message lists the available ones.
     """
     options = recipe(name)
-    values = {key: options.pop(key) for key in ("losses", "weights")}
+    if options.pop("stages", None) is not None and section != "student":
+        raise ConfigError(
+            f"The recipe '{name}' trains a student in stages, from a teacher that is given. Use "
+            f"capdistill distill --recipe {name} --teacher DIR --data PATH --out DIR."
+        )
+    values: dict[str, Any] = {k: options.pop(k) for k in ("losses", "weights") if k in options}
     values = {**(values if section == "student" else {}), "train": options}
     models = recipe_models(name)
     if models is not None:

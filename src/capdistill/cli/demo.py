@@ -166,14 +166,68 @@ def distill_command(parser: argparse.ArgumentParser) -> None:
 
 
 def run_distill(options: argparse.Namespace) -> int:
-    """Distil, or run a whole recipe if a recipe with models and no teacher is given."""
+    """Distil, or run a whole recipe: one with stages, or one with models and no teacher."""
     from capdistill.cli import train
-    from capdistill.training.config import recipe_models
+    from capdistill.training.recipes import recipe, recipe_models
 
+    if options.recipe and options.teacher and "stages" in recipe(options.recipe):
+        return run_staged(options)
     given = options.teacher or options.config or options.student or options.resume is True
     if options.recipe and not given and recipe_models(options.recipe) is not None:
         return run_recipe(options)
     return train.train(options)
+
+
+def run_staged(options: argparse.Namespace) -> int:
+    """Train a student by a recipe with stages, compare it with its teacher, write the report."""
+    from capdistill.cli.common import teacher_directories
+    from capdistill.cli.runfile import DistillRun, make_captioner
+    from capdistill.cli.train import make_run
+    from capdistill.evaluation.comparison import compare
+    from capdistill.runtime import seed_everything
+    from capdistill.teachers import load
+    from capdistill.training.recipes import recipe
+    from capdistill.training.stages import run_stages
+
+    run = make_run(options)
+    assert isinstance(run, DistillRun)
+    if run.out is None:
+        raise ConfigError("out: no directory for the runs was given. Give --out DIR.")
+    teacher: Any = load(teacher_directories(run.teacher, run.out))
+    data = run.data.load()
+    print_status(data.summary())
+    seed_everything(run.train.seed)
+    student = make_captioner(run.student, "student", teacher.tokenizer)
+    out, chosen = user_path(run.out), recipe(options.recipe)
+    given = {name: getattr(run.train, name) for name in run.train.model_fields_set}
+    stages = [{**stage, **given} for stage in chosen.pop("stages")]
+    table = run_stages(
+        student,
+        run.data.training_data(data),
+        data.val,
+        stages=stages,
+        teacher=teacher,
+        out=out,
+        resume="auto" if not options.overwrite else False,
+        overwrite=options.overwrite,
+        **chosen,
+    )
+    if table.interrupted:
+        print_status(f"Interrupted. The same command continues, with --out {out}.")
+        return INTERRUPTED
+    student.save(out / "student")
+    print_status(f"\n{table}\n\nComparing the student with its teacher ...")
+    found = compare(teacher, student, data.val, bootstrap=1000)
+    page = found.save(out / "report")
+    content = {
+        "report": str(page),
+        "captioner": str(out / "student"),
+        "stages": table.to_json()["rows"],
+        **found.to_json(),
+    }
+    ending = f"captioner: {out / 'student'}\nThe report is in {page}"
+    print_result(options, content, lambda: f"{found}\n\n{ending}")
+    return DONE
 
 
 def run_recipe(options: argparse.Namespace) -> int:

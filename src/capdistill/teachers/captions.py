@@ -135,7 +135,7 @@ def caption(
     rows = open_rows(file, about, overwrite)
     missing = _missing(data.image_ids, rows, batch_size)
     if missing:
-        with on_device([teacher], place), autocast(place, precision):
+        with on_device([teacher], place):
             caches: dict[str, Any] = {}
             if cache_features:
                 directory = default_cache_dir() if cache_dir is None else user_path(cache_dir)
@@ -150,7 +150,7 @@ def caption(
                 caches=caches,
                 with_images=not all(_key(model) in caches for model in leaves(teacher)),
             )
-            made = _decode(teacher, loader, data, config, place, rows)
+            made = _decode(teacher, loader, data, config, (place, precision), rows)
             batches = report_progress(made, len(loader), "Captioning", unit="batch", show=progress)
             append_rows(file, batches, rows)
             append_rows(file, [_unreadable(data.subset(missing), rows, loader.skipped)], rows)
@@ -197,7 +197,7 @@ def _decode(
     loader: Loader,
     data: CaptionData,
     config: GenerationConfig,
-    place: torch.device,
+    where: tuple[torch.device, str],
     rows: Mapping[str, Row],
 ) -> Iterator[list[Row]]:
     """Rows of the readable images, batch by batch."""
@@ -205,7 +205,8 @@ def _decode(
     scorer = CaptionScorer(known, metrics=["cider_d"]) if known else None
     names = _file_names(data)
     for batch in _readable(loader, bool(rows)):
-        hypotheses = teacher.generate(batch.to(place), config)
+        with autocast(*where):  # not around the loader, which stacks cached values in float16
+            hypotheses = teacher.generate(batch.to(where[0]), config)
         new = [
             Row.of(image, names[image], hypothesis)
             for image, hypothesis in zip(batch.image_ids, hypotheses, strict=True)

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from capdistill.training.config import DistillConfig as DistillConfig
     from capdistill.training.config import SelfCriticalConfig as SelfCriticalConfig
     from capdistill.training.config import TrainConfig as TrainConfig
-    from capdistill.training.config import recipe as recipe
     from capdistill.training.difficulty import model_difficulty as model_difficulty
     from capdistill.training.distiller import Distiller as Distiller
     from capdistill.training.gradnorm import GradNorm as GradNorm
     from capdistill.training.history import History as History
+    from capdistill.training.recipes import recipe as recipe
     from capdistill.training.self_critical import SelfCritical as SelfCritical
     from capdistill.training.stages import run_stages as run_stages
     from capdistill.training.trainer import Trainer as Trainer
@@ -41,7 +41,7 @@ else:
             "Weighting": "weighting",
             "distill_chain": "chain",
             "model_difficulty": "difficulty",
-            "recipe": "config",
+            "recipe": "recipes",
             "run_stages": "stages",
         },
     )

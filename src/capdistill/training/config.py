@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from capdistill.errors import ConfigError, UnknownName, parse, shortened, suggest
+from capdistill.errors import ConfigError, parse, shortened
 from capdistill.generation.config import GenerationConfig, GenerationOptions, Options
 
 
@@ -319,102 +318,3 @@ class SelfCriticalOptions(DistillOptions, total=False):
 
 # The default weights of the losses: those of the published recipe.
 DEFAULT_WEIGHTS = {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1}
-
-_RECIPES: dict[str, dict[str, Any]] = {
-    "kd_2024": {
-        "losses": {
-            "token": {"name": "token", "temperature": 4.0},
-            "feature": {"name": "feature"},
-            "hidden": {"name": "hidden"},
-        },
-        "weights": DEFAULT_WEIGHTS,
-        "epochs": 30,
-        "batch_size": 16,
-        "captions_per_image": 1,
-        "learning_rate": 2e-4,
-        "encoder_lr_scale": 0.1,
-        "weight_decay": 0.01,
-        "schedule": "cosine_restarts",
-        "label_smoothing": 0.0,
-    },
-    "flickr8k_small": {
-        "losses": {
-            "token": {"name": "token", "temperature": 4.0},
-            "feature": {"name": "feature", "match": "pooled"},
-            "hidden": {"name": "hidden"},
-        },
-        "weights": DEFAULT_WEIGHTS,
-        "epochs": 12,
-        "batch_size": 16,
-        "captions_per_image": 5,
-        "learning_rate": 1.5e-3,
-        "encoder_lr_scale": 1.0,  # only its last stage is trained
-        "weight_decay": 0.05,
-        "schedule": "warmup_cosine",
-        "label_smoothing": 0.1,
-        "cache_features": True,
-        "cache_views": 4,
-        "flip": True,
-    },
-}
-
-# The models of a recipe that is a whole run: a teacher, a student by cross-entropy alone and the
-# same student distilled, on cached features with the last stage of each encoder trained.
-_MODELS: dict[str, dict[str, Any]] = {
-    "flickr8k_small": {
-        "tokenizer": {"min_count": 20},
-        "teacher": {
-            "encoder": ("timm", {"name": "tf_efficientnet_lite2", "dim": 512}),
-            "decoder": ("lstm", {"dim": 512, "hidden": 512, "layers": 2, "dropout": 0.4}),
-        },
-        "student": {
-            "encoder": ("timm", {"name": "tf_efficientnet_lite0", "dim": 256}),
-            "decoder": ("lstm", {"dim": 256, "hidden": 512, "layers": 1, "dropout": 0.4}),
-        },
-        "encoder": {"trainable": 1, "dropout": 0.1},
-    },
-}
-
-
-def recipe(name: str) -> dict[str, Any]:
-    """A recipe by name, as keyword arguments of `Distiller`.
-
-    Example:
-        >>> recipe("kd_2024")["weights"]
-        {'ce': 0.3, 'token': 0.7, 'feature': 0.2, 'hidden': 0.1}
-
-    `Distiller(teacher, student, **recipe("kd_2024"))` uses it. To change an option, write
-    `{**recipe("kd_2024"), "epochs": 10}`.
-
-    - "kd_2024" is the published recipe that this library started from: a ViT-Transformer teacher
-      and a CNN-LSTM student, token KL at T = 4. The numbers it states are expectations, not
-      measurements.
-    - "flickr8k_small" is the recipe behind the table in README.
-
-    Raises:
-        UnknownName: there is no such recipe; the message lists the available ones.
-    """
-    if name not in _RECIPES:
-        raise UnknownName(f"There is no recipe '{name}'. {suggest(name, _RECIPES)}")
-    return copy.deepcopy(_RECIPES[name])
-
-
-def recipe_models(name: str) -> dict[str, Any] | None:
-    """The models of a recipe that is a whole run, as components by name; None for other recipes.
-
-    Example:
-        >>> recipe_models("flickr8k_small")["teacher"]["decoder"][0]
-        'lstm'
-
-    Returns:
-        `{"tokenizer": options of WordTokenizer.train, "teacher": {"encoder": (name, arguments),
-        "decoder": (name, arguments)}, "student": the same}`.
-    """
-    if name not in _MODELS:
-        return None
-    found = copy.deepcopy(_MODELS[name])
-    shared = found.pop("encoder")
-    for role in ("teacher", "student"):
-        kind, arguments = found[role]["encoder"]
-        found[role]["encoder"] = (kind, {**arguments, **shared})
-    return found
