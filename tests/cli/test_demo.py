@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import capdistill as cd
 from capdistill.cli import main
 from capdistill.cli.demo import draw_curves
 from capdistill.evaluation.comparison import Comparison
@@ -86,6 +87,43 @@ def test_a_recipe_of_a_whole_run_trains_teacher_baseline_and_student_and_continu
     capsys.readouterr()
     assert main(command) == 0  # finished runs are not trained again
     assert {role: path.stat().st_mtime_ns for role, path in best.items()} == written
+
+
+def test_a_recipe_with_stages_trains_the_student_of_given_teachers_and_continues(
+    teacher: Path,
+    student: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("capdistill.evaluation.measure.cpu_memory", lambda *_, **__: Memory(1, 1))
+    out = tmp_path / "best"
+    command = ["distill", "--recipe", "best_small", "--teacher", str(teacher), str(student)]
+    command += ["--student", "debug_student", "--data", "sample", "--limit", "3", "--epochs", "1"]
+    command += ["--set", "train.cache_views=1", "--set", "train.flip=false"]
+    command += ["--set", f"train.cache_dir={tmp_path}", "--out", str(out), "--json"]
+    assert main(command) == 0
+    content = json.loads(capsys.readouterr().out)
+    names = ["cross-entropy", "sequences", "self-critical"]
+    assert [row["name"] for row in content["stages"]] == names
+    assert [row["epochs"] for row in content["stages"]] == [1, 1, 1]
+    assert content["models"]["teacher"]["name"].startswith("ensemble of 2")
+    kept = [out / f"{n}-{name}" / "best" / "captioner.json" for n, name in enumerate(names, 1)]
+    written = [path.stat().st_mtime_ns for path in kept]
+    assert main(command) == 0  # finished stages are not trained again
+    assert [path.stat().st_mtime_ns for path in kept] == written
+    saved = cd.Captioner.load(content["captioner"])
+    words = cd.Captioner.load(teacher / "best").tokenizer.vocabulary
+    assert list(saved.tokenizer.vocabulary) == list(words)
+
+
+def test_a_recipe_with_stages_is_no_recipe_for_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["train", "--recipe", "best_small", "--data", "sample", "--out", str(tmp_path)]) == 1
+    )
+    assert "capdistill distill --recipe best_small --teacher DIR" in capsys.readouterr().err
 
 
 def test_the_demo_does_not_replace_runs_of_another_directory_unasked(

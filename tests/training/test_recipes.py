@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from capdistill import Distiller
+from capdistill import Distiller, SelfCritical, Trainer
 from capdistill.errors import UnknownName
-from capdistill.training import recipe
+from capdistill.training import History, recipe, run_stages
 from tests.training import tiny_models as tiny
 
 
@@ -25,3 +28,22 @@ def test_each_call_returns_a_copy_of_the_recipe():
 def test_an_unknown_recipe_is_refused_with_a_suggestion():
     with pytest.raises(UnknownName, match=r"no recipe 'kd_2023'. Did you mean 'kd_2024'"):
         recipe("kd_2023")
+
+
+def test_every_stage_of_the_best_recipe_makes_its_trainer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[Any] = []
+
+    def fit(trainer: Any, *data: Any, **how: Any) -> History:
+        made.append(trainer)
+        return trainer.history
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    monkeypatch.setattr("capdistill.training.stages.caption", lambda teacher, data, *_, **__: data)
+    models = tiny.make_student(), [tiny.make_batch([1, 2])]
+    run_stages(*models, teacher=tiny.make_teacher(), out=tmp_path, **recipe("best_small"))
+    assert [type(trainer) for trainer in made] == [Trainer, Distiller, SelfCritical]
+    assert [trainer.config.learning_rate for trainer in made] == [1.5e-3, 5e-4, 5e-5]
+    assert all(trainer.config.cache_views == 4 for trainer in made)
+    assert made[2].objective.weights == {"reward": 1.0, "token": 0.1}
