@@ -504,17 +504,15 @@ def test_it_combines_with_cached_features_and_accumulation(
 
 def test_images_without_captions_are_learned_from_by_samples(colours: CaptionData) -> None:
     bare = CaptionData(Example.unlabelled(e.image_id, e.path) for e in colours.examples)
-    for share, some in ((0.0, False), (1.0, True)):
-        trainer = Distiller(
-            tiny.make_teacher(),
-            tiny.make_student(),
-            on_policy=share,
-            **OPTIONS,
-            **TOKEN,
-            weights={"ce": 0.0},
-        )
-        history = trainer.fit(bare, epochs=1, log_every=1)
-        assert [row["counts"]["token"] > 0 for row in history.steps] == [some] * 3
+
+    def distiller(share: float) -> Distiller:
+        models, weights = (tiny.make_teacher(), tiny.make_student()), {"ce": 0.0}
+        return Distiller(*models, weights=weights, on_policy=share, **OPTIONS, **TOKEN)
+
+    history = distiller(1.0).fit(bare, epochs=1, log_every=1)
+    assert [row["counts"]["token"] > 0 for row in history.steps] == [True] * 3
+    with pytest.raises(ConfigError, match="no captions, but these terms read them: token"):
+        distiller(0.0).fit(bare, epochs=1)
 
 
 def wrapped() -> Any:
