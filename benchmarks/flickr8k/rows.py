@@ -15,6 +15,7 @@ import torch
 
 import capdistill as cd
 from capdistill.teachers import Ensemble, caption
+from capdistill.training import recipe, run_stages
 
 SEEDS = (0, 1, 2)
 ENCODERS = {
@@ -94,8 +95,10 @@ class Run:
         directory = own if own.exists() else self.out / row / "seed0"
         return cd.Captioner.load(directory / "best")
 
-    def ensemble(self, rows: tuple[str, ...]) -> Ensemble:
-        """The mixture of the best epochs of several rows."""
+    def teacher(self, rows: tuple[str, ...]) -> Any:
+        """The best epoch of a row, or the mixture of those of several."""
+        if len(rows) == 1:
+            return self.load(rows[0])
         return Ensemble({row: self.load(row) for row in rows})
 
     def fit(self, trainer: cd.Trainer, train: Any = None, **options: Any) -> cd.Captioner:
@@ -148,6 +151,30 @@ def member(encoder: str, decoder: tuple[str, dict[str, Any]], **options: Any) ->
     return make
 
 
+def best(teacher: tuple[str, ...]) -> Callable[[Run], cd.Captioner]:
+    """The stages of `recipe("best_small")` after the student by cross-entropy."""
+
+    def make(run: Run) -> cd.Captioner:
+        _, *stages = recipe("best_small")["stages"]
+        student = run.load("student-ce")
+        cache = run.out / "cache"
+        for stage in stages:
+            stage |= {"seed": run.seed, "cache_dir": cache, **run.options}
+            if "captions" in stage:
+                stage["captions"]["cache_dir"] = cache
+        run_stages(
+            student,
+            run.data.train,
+            run.data.val,
+            teacher=run.teacher(teacher),
+            stages=stages,
+            out=run.directory,
+        )
+        return student
+
+    return make
+
+
 def self_critical(start: str, epochs: int = 3, **options: Any) -> Callable[[Run], cd.Captioner]:
     """Self-critical training from another row."""
 
@@ -160,7 +187,7 @@ def self_critical(start: str, epochs: int = 3, **options: Any) -> Callable[[Run]
 
 def ensemble(rows: tuple[str, ...]) -> Callable[[Run], Ensemble]:
     """The mixture of other rows; nothing is trained."""
-    return lambda run: run.ensemble(rows)
+    return lambda run: run.teacher(rows)
 
 
 def further(run: Run) -> cd.Captioner:
@@ -174,8 +201,7 @@ def distilled(
     """From the student by cross-entropy: distillation from an ensemble, or one of its members."""
 
     def make(run: Run) -> cd.Captioner:
-        rows = teacher or TUNED
-        taught = run.ensemble(rows) if len(rows) > 1 else run.load(rows[0])
+        taught = run.teacher(teacher or TUNED)
         trainer = cd.Distiller(taught, run.load("student-ce"), losses=losses, weights=weights)
         return run.fit(trainer, **{**FURTHER, **options})
 
@@ -187,8 +213,7 @@ def sequence(teacher: tuple[str, ...] = (), **options: Any) -> Callable[[Run], c
 
     def make(run: Run) -> cd.Captioner:
         rows = teacher or TUNED
-        taught = run.ensemble(rows) if len(rows) > 1 else run.load(rows[0])
-        train = run.sequences(taught, "+".join(rows))
+        train = run.sequences(run.teacher(rows), "+".join(rows))
         return run.fit(cd.Trainer(run.load("student-ce")), train, **{**FURTHER, **options})
 
     return make
@@ -239,4 +264,10 @@ ROWS: dict[str, Row] = {
         ("student-ce", "ensemble-sc"),
     ),
     "student-sequence": Row("+ sequence-level KD", sequence(), ("student-ce", "ensemble-sc")),
+    "student-best": Row("the best recipe", best(TUNED), ("student-ce", "ensemble-sc")),
+    "student-best-single": Row(
+        "the best recipe, from the best single teacher",
+        best(TUNED[:1]),
+        ("student-ce", TUNED[0]),
+    ),
 }
