@@ -43,9 +43,9 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(
-            f"device='{name}' is not a device. Use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
+            f"device={name!r} is not a device. Use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(

@@ -85,8 +85,12 @@ def write(
     files are then moved into place. Readers look there first (`saved_file`).
 
     Raises:
-        ConfigError: the directory cannot be written.
+        ConfigError: the directory cannot be written, or holds an ensemble.
     """
+    if (directory / ENSEMBLE).is_file():
+        raise ConfigError(
+            f"{directory} holds a saved ensemble. Give another directory for the captioner."
+        )
     state = {
         key.replace(_COMPILED, ""): value.detach().to("cpu", copy=True).contiguous()
         for key, value in model.state_dict().items()
@@ -190,6 +194,10 @@ def read_description(directory: Path) -> Description:
         CheckpointError: the directory holds no captioner, or one of another format.
     """
     path = saved_file(directory, DESCRIPTION)
+    if (directory / ENSEMBLE).is_file() and not path.is_file():
+        raise CheckpointError(
+            f"{directory} holds a saved ensemble. Read it with capdistill.teachers.load(directory)."
+        )
     try:
         content: Description = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != _FORMAT:

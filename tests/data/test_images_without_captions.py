@@ -131,3 +131,14 @@ def test_weights_change_neither_the_choice_nor_the_order_of_captions(
 def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
     with pytest.raises((DataError, ConfigError), match=r"image 'x'"):
         Example("x", "x.png", ["a dog", "a cat"], weights=weights)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"photos", {"dog": "dog.jpg"}])
+def test_what_names_no_files_is_refused(source: object) -> None:
+    with pytest.raises(DataError, match="Give a folder, or a list of files"):
+        Images(source)  # type: ignore[arg-type]
+
+
+def test_an_empty_list_is_not_called_a_folder() -> None:
+    with pytest.raises(DataError, match="the list holds no image"):
+        Images([])

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,10 +21,11 @@ from torch import nn
 import capdistill as cd
 from capdistill.data import CaptionData, Example
 from capdistill.errors import ConfigError, DataError
+from capdistill.files import write_text
 from capdistill.generation import GenerationConfig, Hypothesis
 from capdistill.metrics import CaptionScorer
 from capdistill.outputs import Batch
-from capdistill.teachers import TeacherCaptions, read_captions
+from capdistill.teachers import TeacherCaptions, caption_file, read_captions
 from capdistill.teachers.caption_file import Choice, Row
 from tests.training import tiny_models as tiny
 
@@ -387,7 +389,7 @@ def test_an_image_without_a_usable_caption_keeps_its_own() -> None:
         ({"num_return": 6}, "cannot be chosen among 5 candidates"),
         ({"candidates": 6}, "num_return=6 needs as many beams"),
         ({"mix": -1}, "mix=-1"),
-        ({"mix": 1.0}, "mix, as a share"),
+        ({"mix": 1.0}, "as a share"),
         ({"mix": True}, "mix=True"),
         ({"reweight": 0.0}, "reweight=0.0"),
         ({"beem_size": 3}, "beem_size"),
@@ -564,3 +566,78 @@ def test_the_output_of_frozen_stages_cached_by_training_is_used(
     assert sorted((tmp_path / "cache").iterdir()) == written
     plain = cd.teachers.caption(teacher, pictures, tmp_path / "d.jsonl", **options)
     assert [e.captions for e in cached.examples] == [e.captions for e in plain.examples]
+
+
+def test_files_of_one_stem_are_described_apart(pictures: CaptionData, tmp_path: Path) -> None:
+    teacher = Scripted(script(pictures))
+    for name, beams in (("c.jsonl", 5), ("c.txt", 4)):
+        cd.teachers.caption(teacher, pictures, tmp_path / name, beam_size=beams, **QUIET)
+    read = cd.teachers.caption(teacher, pictures, tmp_path / "c.jsonl", beam_size=5, **QUIET)
+    assert len(read) == 7
+    with pytest.raises(ConfigError, match="beam_size was 4 and is 5"):
+        cd.teachers.caption(teacher, pictures, tmp_path / "c.txt", beam_size=5, **QUIET)
+
+
+def test_old_rows_never_stand_beside_a_new_description(
+    pictures: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, file = Scripted(script(pictures)), tmp_path / "c.jsonl"
+    cd.teachers.caption(teacher, pictures, file, **QUIET)
+
+    def killed(path: Path, text: str) -> None:
+        write_text(path, text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(caption_file, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cd.teachers.caption(teacher, pictures, file, beam_size=4, overwrite=True, **QUIET)
+    monkeypatch.undo()
+    teacher.seen.clear()
+    cd.teachers.caption(teacher, pictures, file, beam_size=4, **QUIET)
+    assert teacher.seen
+
+
+def test_a_directory_is_no_file_of_captions(pictures: CaptionData, tmp_path: Path) -> None:
+    place = tmp_path / "captions"
+    place.mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="is a directory"):
+            cd.teachers.caption(
+                Scripted(script(pictures)), pictures, place, overwrite=overwrite, **QUIET
+            )
+    assert list(tmp_path.glob("*.json")) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"captions": "a dog"},
+        {"captions": [3, 4]},
+        {"log_probs": []},
+        {"lengths": ["4", "4"]},
+        {"cider_d": {}},
+        {"empty": "none"},
+        {"image_id": ["id1"]},
+    ],
+)
+def test_a_row_with_other_types_is_named(
+    pictures: CaptionData, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    file = tmp_path / "c.jsonl"
+    cd.teachers.caption(Scripted(script(pictures)), pictures, file, **QUIET)
+    rows = [json.dumps({**row, **(change if n == 1 else {})}) for n, row in enumerate(lines(file))]
+    file.write_text("\n".join(rows) + "\n")
+    with pytest.raises(DataError, match="row 2 is not a row"):
+        read_captions(file, pictures)
+
+
+@pytest.mark.parametrize("data", [None, [("dog.jpg", ["a dog"])], "photos"])
+def test_captions_are_read_for_data_sets_alone(tmp_path: Path, data: Any) -> None:
+    with pytest.raises(DataError, match=r"read_captions: .* was given as data"):
+        read_captions(tmp_path / "c.jsonl", data)
+
+
+def test_a_share_may_be_a_number_of_numpy() -> None:
+    assert Choice(mix=np.float32(0.5)) == Choice(mix=0.5)
+    with pytest.raises(ConfigError, match="without a decimal point"):
+        Choice(mix=1.0)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -522,3 +523,28 @@ def test_parameters_shared_by_members_count_once():
     member = toy()
     assert Ensemble([member, member]).num_parameters() == member.num_parameters()
     assert mixed().num_parameters() == toy().num_parameters() + reader().num_parameters()
+
+
+@pytest.mark.parametrize("weights", [np.array([3, 1]), torch.tensor([3.0, 1.0]), (3, 1)])
+def test_weights_may_be_an_array(weights: Any):
+    assert Ensemble([toy(), toy()], weights).weights.values() == pytest.approx([0.75, 0.25])
+
+
+def test_a_captioner_does_not_hide_behind_a_saved_ensemble(tmp_path: Path):
+    Ensemble([toy(), toy()]).save(tmp_path)
+    with pytest.raises(ConfigError, match="holds a saved ensemble"):
+        toy().save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"teachers\.load"):
+        Captioner.load(tmp_path)
+
+
+def test_an_ensemble_is_not_read_from_a_captioner(tmp_path: Path):
+    toy().save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"captioner, no ensemble.*teachers\.load"):
+        Ensemble.load(tmp_path)
+
+
+@pytest.mark.parametrize("directory", [None, 3, b"runs"])
+def test_what_is_no_directory_cannot_be_loaded(directory: Any):
+    with pytest.raises(CheckpointError, match="given as a path"):
+        load(directory)

@@ -9,12 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from capdistill import Captioner, Distiller, GenerationConfig, Trainer, WordTokenizer
+from capdistill import (
+    Captioner,
+    Distiller,
+    GenerationConfig,
+    SelfCritical,
+    Trainer,
+    WordTokenizer,
+)
 from capdistill.data import CaptionData, Loader
 from capdistill.errors import ConfigError, DataError
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput
-from capdistill.training import TrainConfig
+from capdistill.runtime import pick_device
+from capdistill.training import GradNorm, LossRatio, TrainConfig, Uncertainty, model_difficulty
 from tests.training import tiny_models as tiny
 
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "batch_size": 2, "epochs": 1}
@@ -172,3 +180,24 @@ def test_objects_print_as_one_line(saveable: Make) -> None:
     assert isinstance(student(batch), CaptionerOutput)
     assert "logits (2, " in shown[2]
     assert repr(distiller.check([batch])).startswith("<CheckReport ready:")
+
+
+@pytest.mark.parametrize("weights", [["ce"], "ce", 0.5])
+def test_weights_of_another_kind_are_refused_everywhere(saveable: Make, weights: Any) -> None:
+    with pytest.raises(ConfigError, match=r"weights: .* was given"):
+        SelfCritical(saveable(), weights=weights)
+    for adaptive in (Uncertainty, GradNorm, LossRatio):
+        with pytest.raises(ConfigError, match=f"{adaptive.__name__}: weights="):
+            adaptive(weights)
+
+
+@pytest.mark.parametrize("model", [None, "runs/teacher", {"one": None}])
+def test_difficulty_is_measured_by_captioners_alone(colours: CaptionData, model: Any) -> None:
+    with pytest.raises(ConfigError, match="model_difficulty: the model is"):
+        model_difficulty(model, colours)
+
+
+@pytest.mark.parametrize("device", [None, 1.5, ["cpu"], "gpu"])
+def test_what_is_no_device_is_refused(device: Any) -> None:
+    with pytest.raises(ConfigError, match="is not a device"):
+        pick_device(device)

@@ -346,3 +346,19 @@ def test_files_of_a_run_are_readable_by_others(
 
 def test_a_trainer_that_has_not_stepped_yet_has_a_state():
     assert Trainer(tiny.make_student(), **tiny.QUIET).state_dict()["step"] == 0
+
+
+def test_a_frozen_encoder_that_was_drawn_anew_gets_the_weights_of_the_run(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    cached: dict[str, Any] = {"cache_features": True, "cache_dir": tmp_path / "cache"}
+
+    first, second = (saveable(seed=seed, trainable=False) for seed in (1, 2))
+    Trainer(first, **{**OPTIONS, **cached, "epochs": 1}).fit(colours, out=tmp_path / "run")
+    trainer = Trainer(second, **{**OPTIONS, **cached, "epochs": 2})
+    with pytest.warns(UserWarning, match="epochs 1 -> 2"):
+        trainer.fit(colours, out=tmp_path / "run", resume=True)
+    frozen = {n: p for n, p in second.named_parameters() if not p.requires_grad}
+    assert frozen
+    for name, value in frozen.items():
+        assert torch.equal(value, dict(first.named_parameters())[name])

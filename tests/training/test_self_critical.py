@@ -24,6 +24,7 @@ from capdistill.tokenizer import pad_batch
 from capdistill.training.on_policy import beside
 from capdistill.training.self_critical import (
     PolicyGradient,
+    check_rewards,
     leave_one_out,
     references_of,
     without_recurrent,
@@ -353,3 +354,34 @@ def test_check_runs_with_and_without_data() -> None:
 def test_what_cannot_be_is_refused_at_construction(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, KeyError), match=message):
         trainer(**options)
+
+
+def test_a_reward_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="every weight is 0"):
+        trainer(reward={"cider_d": 0})
+
+
+@pytest.mark.parametrize("references", [[["a dog"]], "a dog", 3])
+def test_references_without_image_ids_are_refused(references: Any):
+    with pytest.raises(ConfigError, match="references="):
+        trainer(reward="cider_d", references=references)
+
+
+def test_references_may_be_keyed_by_numbers():
+    numbered = {int(image): texts for image, texts in REFERENCES.items()}
+    pair = [trainer(reward="cider_d", references=r) for r in (numbered, REFERENCES)]
+    first, second = (each.rewards(["1"], ["a red dog"]) for each in pair)
+    assert_close(first, second)
+
+
+def test_only_losses_that_read_a_teacher_are_named_where_there_is_none():
+    class Quiet(PolicyGradient):
+        pass
+
+    with pytest.raises(ConfigError, match="losses token read a teacher"):
+        trainer(losses={"quiet": Quiet(), "token": "token"})
+
+
+def test_a_reward_may_carry_gradients():
+    values = torch.ones(4, requires_grad=True)
+    assert not check_rewards(values, 4).requires_grad

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,16 @@ class Images(CaptionData):
                 )
             name = root.name or str(root)
             found = [(path.relative_to(root).as_posix(), path) for path in images_below(root)]
+            if not found:
+                raise DataError(f"Images: {name} holds no image file. Give a folder with images.")
+        elif isinstance(source, (bytes, Mapping)) or not isinstance(source, Iterable):
+            raise DataError(
+                f"Images: {type(source).__name__} was given. Give a folder, or a list of files."
+            )
         else:
             name, found = "images", [(str(path), user_path(path, DataError)) for path in source]
-        if not found:
-            raise DataError(f"Images: {name} holds no image file. Give a folder with images.")
+            if not found:
+                raise DataError("Images: the list holds no image file. Give some, or a folder.")
         super().__init__((Example.unlabelled(*each) for each in found), name=name)
 
 

@@ -7,7 +7,9 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -44,6 +46,7 @@ def read_captions(
         ConfigError: an invalid option, or `keep="cider"` for images without references.
     """
     choice = Choice(num_return, keep, mix, reweight)
+    require_data("read_captions", data)
     file = user_path(path, DataError)
     rows = read_rows(file)
     missing = [image for image in data.image_ids if image not in rows]
@@ -61,6 +64,19 @@ def read_captions(
             report.add(Problem("corrupt image", str(example.path), "", row.error))
         examples.append(choice.example(example, row, counts))
     return TeacherCaptions(examples, dict(counts), name=data.name, report=report)
+
+
+def require_data(function: str, data: object) -> None:
+    """Refuse what is no data set of ours; the rows of the file name its images.
+
+    Raises:
+        DataError: names what was given.
+    """
+    if not isinstance(data, CaptionData):
+        raise DataError(
+            f"{function}: {type(data).__name__} was given as data; expected one split of a "
+            "capdistill data set, such as data.train or cd.data.Images(folder)."
+        )
 
 
 class TeacherCaptions(CaptionData):
@@ -113,10 +129,14 @@ class Choice:
         if self.keep not in (None, *get_args(Keep)):
             hint = suggest(str(self.keep), get_args(Keep))
             raise ConfigError(f"caption: keep={self.keep!r} is unknown. {hint}")
-        if isinstance(self.mix, float):
-            require_number("caption: mix, as a share,", self.mix, 0, below=1)
-        else:
-            require_int("caption: mix", self.mix, 0)
+        share = isinstance(self.mix, Real) and not isinstance(self.mix, (Integral, bool))
+        if share and not 0 <= self.mix < 1:
+            raise ConfigError(
+                f"caption: mix={self.mix} was given as a share; expected a number from 0 to below "
+                "1, or a whole number of references, without a decimal point."
+            )
+        mix = float(self.mix) if share else require_int("caption: mix", self.mix, 0)
+        object.__setattr__(self, "mix", mix)  # NumPy's numbers as Python's
         if self.reweight is not None:
             require_number("caption: reweight", self.reweight, above=0)
 
@@ -216,6 +236,25 @@ class Row:
                 row.lengths.append(len(each.tokens) + 1)
         return row
 
+    def require_types(self) -> None:
+        """Refuse a row that someone else wrote, or that was edited by hand.
+
+        Raises:
+            TypeError: names the field that has another type, or as many values as it should not.
+        """
+        kinds: dict[str, type] = {"captions": str, "log_probs": float, "lengths": int}
+        kinds |= {} if self.cider_d is None else {"cider_d": float}
+        for name, kind in kinds.items():
+            values = getattr(self, name)
+            if not isinstance(values, list) or len(values) != len(self.captions):
+                raise TypeError(f"{name} is no list with a value per caption")
+            if not all(isinstance(v, (int, kind) if kind is float else kind) for v in values):
+                raise TypeError(f"{name} holds something else than {kind.__name__}")
+        if not isinstance(self.image_id, str) or not isinstance(self.error, (str, type(None))):
+            raise TypeError("image_id or error is no text")
+        if not all(isinstance(n, int) for n in (self.duplicates, self.empty, self.unfinished)):
+            raise TypeError("a count is no whole number")
+
     def line(self) -> bytes:
         """The row as JSON."""
         text = json.dumps(asdict(self), ensure_ascii=False)
@@ -228,7 +267,10 @@ def open_rows(file: Path, about: dict[str, Any], overwrite: bool) -> dict[str, R
     Raises:
         ConfigError: it was made with others.
     """
-    side = file.with_suffix(".run.json")
+    jsonl = file.suffix in ("", ".jsonl")
+    side = file.with_suffix(".run.json") if jsonl else file.with_name(f"{file.name}.run.json")
+    if file.is_dir():
+        raise ConfigError(f"{file} is a directory. Give a file, such as {file / 'captions.jsonl'}.")
     if file.exists() and not overwrite:
         try:
             before = json.loads(side.read_text("utf-8"))
@@ -245,6 +287,8 @@ def open_rows(file: Path, about: dict[str, Any], overwrite: bool) -> dict[str, R
                 "caption the images anew."
             )
         return read_rows(file, cut=True)
+    with suppress(OSError):  # what cannot be removed cannot be written either
+        file.unlink()  # first: old rows must never stand beside a new description
     write_text(side, json.dumps(about, indent=2))
     write_text(file, "")
     return {}
@@ -269,6 +313,7 @@ def read_rows(file: Path, cut: bool = False) -> dict[str, Row]:
         try:
             values = json.loads(line)
             row = Row(**{field.name: values[field.name] for field in fields(Row)})
+            row.require_types()
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"{file}, row {number} is not a row that teachers.caption wrote "

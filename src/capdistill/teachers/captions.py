@@ -41,6 +41,7 @@ from capdistill.teachers.caption_file import (
     append_rows,
     open_rows,
     read_captions,
+    require_data,
 )
 from capdistill.teachers.ensemble import leaves
 
@@ -185,11 +186,7 @@ def _require(teacher: Any, data: Any) -> None:
             f"caption: {type(teacher).__name__} is no module with generate(batch) and tokenizer. "
             "Give a capdistill.Captioner, teachers.wrap(...), or an ensemble of them."
         )
-    if not isinstance(data, CaptionData):
-        raise DataError(
-            f"caption: {type(data).__name__} was given as data; expected one split of a "
-            "capdistill data set, such as data.train or cd.data.Images(folder)."
-        )
+    require_data("caption", data)
 
 
 def _decode(

@@ -79,6 +79,11 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
         CheckpointError: there is no ensemble, or one of another format.
     """
     path = directory / ENSEMBLE
+    if saved_file(directory, DESCRIPTION).is_file() and not path.is_file():
+        raise CheckpointError(
+            f"{directory} holds a saved captioner, no ensemble. Read it with "
+            "capdistill.teachers.load(directory)."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:

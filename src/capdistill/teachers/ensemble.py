@@ -278,7 +278,7 @@ def load(
     how: Any = {"tokenizer": tokenizer, "device": device}
     if isinstance(directory, Mapping):
         return Ensemble({name: load(place, **how) for name, place in directory.items()})
-    if not isinstance(directory, (str, Path)):
+    if isinstance(directory, Sequence) and not isinstance(directory, (str, bytes)):
         return Ensemble([load(place, **how) for place in directory])
     several = (user_path(directory, CheckpointError) / ENSEMBLE).is_file()
     cls: type[Captioner | Ensemble] = Ensemble if several else Captioner
@@ -354,11 +354,13 @@ def _normalised(weights: Any, names: Sequence[str]) -> dict[str, float]:
     """Weights by member, with a sum of 1."""
     if weights is None:
         weights = [1.0] * len(names)
+    listed: list[Any] = []
     if isinstance(weights, Mapping):
         for name in weights.keys() - set(names):
             raise ConfigError(f"Ensemble: weights name '{name}'. {suggest(str(name), names)}")
-        weights = [weights.get(name) for name in names]
-    listed = list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else []
+        listed = [weights.get(name) for name in names]
+    elif isinstance(values := getattr(weights, "tolist", lambda: weights)(), Sequence):
+        listed = [] if isinstance(values, str) else list(values)  # arrays and tensors too
     numbers = [float(w) for w in listed if isinstance(w, Real) and not isinstance(w, bool)]
     fits = len(numbers) == len(listed) == len(names)
     if not fits or not all(0 <= w < math.inf for w in numbers) or not 0 < sum(numbers) < math.inf:

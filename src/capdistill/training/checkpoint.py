@@ -180,6 +180,21 @@ def restore(
             callback.load_state_dict(state["callbacks"][key])
 
 
+@torch.no_grad()
+def restore_frozen(stepper: Stepper, state: Mapping[str, Any]) -> None:
+    """Give the frozen parts of the student the weights of a state, before features are cached.
+
+    They differ where a resumed process has drawn new random weights. What does not fit stays as it
+    is; `restore` names it.
+    """
+    own = stepper.objective.state_dict()
+    trained = {n for n, p in stepper.objective.named_parameters() if p.requires_grad}
+    for name, value in strip_prefixes(state["objective"], own).items():
+        frozen = name.startswith("student.") and name not in trained and name in own
+        if frozen and own[name].shape == value.shape:
+            own[name].copy_(value)
+
+
 def _require_same_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     mine = [(group.get("name"), len(group["params"])) for group in optimizer.param_groups]
     theirs = [(group.get("name"), len(group["params"])) for group in saved["param_groups"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from capdistill.compatibility import image_size
 from capdistill.data.curriculum import image_ids, with_mean
@@ -58,12 +58,18 @@ def model_difficulty(
         training leaves out), gets the mean of the others.
 
     Raises:
-        ConfigError: the model gives no logits.
+        ConfigError: no captioner, or one that gives no logits.
         UnknownName: there is no such kind.
         DataError: no image that can be read has a caption.
     """
     if kind not in _KINDS:
         raise UnknownName(f"model_difficulty: no kind {kind!r}. {suggest(str(kind), _KINDS)}")
+    usable = isinstance(model, nn.Module) and hasattr(model, "tokenizer")
+    if not usable:
+        raise ConfigError(
+            f"model_difficulty: the model is {type(model).__name__}. Give a capdistill.Captioner, "
+            "teachers.wrap(...), or an ensemble of them."
+        )
     place = pick_device(device)
     loader = Loader(
         data,

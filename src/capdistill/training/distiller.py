@@ -333,11 +333,7 @@ def complete_weights(weights: Weights | None, losses: Mapping[str, object]) -> W
         >>> complete_weights({"token": 1.0}, {"token": None, "mine": None})
         {'ce': 0.3, 'token': 1.0, 'mine': 1.0}
     """
-    if not (weights is None or isinstance(weights, (Mapping, Weighting))):
-        raise ConfigError(
-            f"weights: {weights!r} was given. Give a mapping of term names to weights, for "
-            'instance weights={"ce": 0.5, "token": 0.5}, or a capdistill.training.Weighting.'
-        )
+    require_weights(weights)
     defaults = {name: DEFAULT_WEIGHTS.get(name, 1.0) for name in ("ce", *losses)}
     if isinstance(weights, Mapping) and isinstance(weights.get("name"), str):
         weights = make_weighting(weights)
@@ -345,6 +341,15 @@ def complete_weights(weights: Weights | None, losses: Mapping[str, object]) -> W
         weights.base = {**defaults, **weights.base}
         return weights
     return {**defaults, **(weights or {})}
+
+
+def require_weights(weights: object) -> None:
+    """Refuse what is neither a mapping nor a `Weighting`."""
+    if not (weights is None or isinstance(weights, (Mapping, Weighting))):
+        raise ConfigError(
+            f"weights: {weights!r} was given. Give a mapping of term names to weights, for "
+            'instance weights={"ce": 0.5, "token": 0.5}, or a capdistill.training.Weighting.'
+        )
 
 
 _WEIGHTINGS: dict[str, type[Weighting]] = {

@@ -21,7 +21,13 @@ from capdistill.metrics.scorer import select
 from capdistill.outputs import Batch, CaptionerOutput
 from capdistill.runtime import autocast
 from capdistill.training.config import SelfCriticalConfig, SelfCriticalOptions
-from capdistill.training.distiller import Distiller, Teacher, as_teacher, make_losses
+from capdistill.training.distiller import (
+    Distiller,
+    Teacher,
+    as_teacher,
+    make_losses,
+    require_weights,
+)
 from capdistill.training.history import Row
 from capdistill.training.monitor import Monitor, monitor_key
 from capdistill.training.objective import Weight
@@ -93,18 +99,25 @@ class SelfCritical(Distiller):
     ) -> None:
         if not callable(reward):
             reward_weights(reward)  # an unknown name is reported before any data are read
+        if not (references is None or isinstance(references, Mapping)):
+            raise ConfigError(
+                f"SelfCritical: references={shortened(references)} was given. Expected a mapping "
+                "of image ids to captions, such as {'dog.jpg': ['a dog runs']}."
+            )
         self.reward, self.references = reward, references
         self.rewards: Reward | None = None
         self._meter = RewardMeter()
         usual = {} if teacher is None else {"token": "token"}
         built = make_losses(usual if losses is None else losses)
-        if teacher is None and any(loss.from_teacher for loss in built.values()):
+        reading = [name for name, loss in built.items() if loss.from_teacher]
+        if teacher is None and reading:
             raise ConfigError(
-                f"SelfCritical: the losses {', '.join(built)} read a teacher, but there is none. "
+                f"SelfCritical: the losses {', '.join(reading)} read a teacher, but there is none. "
                 "Give teacher=, or leave the losses out."
             )
         if REWARD in built:
             raise ConfigError(f"SelfCritical: '{REWARD}' is its own term. Rename the loss.")
+        require_weights(weights)
         if isinstance(weights, Weighting) or isinstance((weights or {}).get("name"), str):
             raise ConfigError(
                 "SelfCritical: weights that adapt balance terms by their values, but the value of "
@@ -124,7 +137,7 @@ class SelfCritical(Distiller):
     def prepare_data(self, train: Any) -> None:
         """Take the references of the training images; documents are counted over all of them."""
         if isinstance(self.reward, (str, Mapping)):
-            known = references_of(train) if self.references is None else self.references
+            known = references_of(train if self.references is None else self.references)
             self.rewards = reward_function(self.reward, known)
         else:
             self.rewards = self.reward
@@ -297,7 +310,7 @@ def references_of(data: Any) -> dict[str, Sequence[str]]:
         ConfigError: the data do not tell the captions of their images.
     """
     if isinstance(data, Mapping):
-        return dict(data)
+        return {str(image): captions for image, captions in data.items()}
     if isinstance(data, Batch):
         k, captions = data.captions_per_image, data.captions
         own = [captions[i * k : (i + 1) * k] for i in range(data.num_images)]
@@ -354,6 +367,10 @@ def reward_weights(reward: str | Mapping[str, float]) -> dict[str, float]:
         if key in weights:
             raise ConfigError(f"reward: '{key}' was given twice. Give it once.")
         weights[key] = require_number(f"reward: {name}", weight)
+    if not any(weights.values()):
+        raise ConfigError(
+            f"reward: every weight is 0 in {shortened(reward)}. Give one that is not."
+        )
     return weights
 
 
@@ -371,7 +388,7 @@ def check_rewards(rewards: Any, captions: int) -> Tensor:
         ConfigError: a reward function returned something else than a finite number per caption.
     """
     try:
-        values = torch.as_tensor(rewards, dtype=torch.float32)
+        values = torch.as_tensor(rewards, dtype=torch.float32).detach()
     except (TypeError, ValueError, RuntimeError):
         values = torch.empty(0)
     if values.shape != (captions,) or not values.isfinite().all():

@@ -28,7 +28,7 @@ from capdistill.training.callbacks import (
     check_callbacks,
     handle_interrupt,
 )
-from capdistill.training.checkpoint import load_state, restore, snapshot
+from capdistill.training.checkpoint import load_state, restore, restore_frozen, snapshot
 from capdistill.training.config import TrainConfig, TrainOptions
 from capdistill.training.decoder_inputs import require_unknown_word
 from capdistill.training.history import EpochMeter, History, Row
@@ -158,6 +158,8 @@ class Trainer(Stepper):
             state = load_state(directory / STATE) if directory is not None and resumes else None
             if directory is not None:
                 check_can_save(self.captioner, directory)
+            if state is not None:
+                restore_frozen(self, state)
             self.prepare_data(train)
             self.train_source, self.val_source = open_sources(self, train, val)
             self.cached = isinstance(self.train_source, Loader) and self.train_source.has_caches

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from capdistill.errors import ConfigError, require_int, require_number
+from capdistill.errors import ConfigError, require_int, require_number, shortened
 
 _ROUNDING = 1e-4  # how far below 0 a divergence may come out
 
@@ -39,6 +39,11 @@ class Weighting(nn.Module):
 
     def __init__(self, weights: Mapping[str, Any] | None = None) -> None:
         super().__init__()
+        if not (weights is None or isinstance(weights, Mapping)):
+            raise ConfigError(
+                f"{type(self).__name__}: weights={shortened(weights)} was given. Expected base "
+                'weights by term, such as {"ce": 0.3, "token": 0.7}, or None for the defaults.'
+            )
         self.base: dict[str, Any] = dict(weights or {})
         self.names: tuple[str, ...] = ()
 
