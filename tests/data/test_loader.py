@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from capdistill.data import CaptionData, Example, Loader
-from capdistill.data.collate import sample_captions
+from capdistill.data.collate import choose_captions
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
 from capdistill.runtime import generator
@@ -228,7 +228,7 @@ def test_ids_are_cut_to_the_length_asked_for(
     st.integers(0, 99),
 )
 def test_captions_repeat_only_when_all_are_used(texts: list[str], k: int, seed: int) -> None:
-    chosen = sample_captions(texts, k, generator(seed))
+    chosen = choose_captions(texts, k, generator(seed))
     counts = Counter(chosen)
     assert len(chosen) == k
     assert max(counts.values()) - min(counts.get(text, 0) for text in texts) <= 1

@@ -134,7 +134,7 @@ class Collator(Dataset[BatchResult]):
         item = self._item(number, problems)
         rng = generator(self.seed, epoch, item.image_id, *([again] if again else []))
         choices = list(zip(item.captions, item.weights or repeat(1.0), strict=False))
-        chosen = sample_captions(choices, self.k, rng if self.train else None)
+        chosen = choose_captions(choices, self.k, rng if self.train else None)
         view = view_of(epoch + again, item.image_id, self.views) if self.views > 1 else self.view
         pixels = self._pixels(number, item, rng, view)  # (3, S, S)
         cached = {
@@ -221,15 +221,15 @@ def usual_captions(data: CaptionData) -> int:
     return min(MAX_CAPTIONS, median_low(counts or [1]))
 
 
-def sample_captions(captions: Sequence[T], k: int, rng: torch.Generator | None = None) -> list[T]:
+def choose_captions(captions: Sequence[T], k: int, rng: torch.Generator | None = None) -> list[T]:
     """k captions, none twice before all are used. Without a generator, the first k.
 
     An image without captions gives none.
 
     Example:
-        >>> sample_captions(["a", "b"], 3)
+        >>> choose_captions(["a", "b"], 3)
         ['a', 'b', 'a']
-        >>> sorted(sample_captions(["a", "b", "c"], 3, generator(0)))
+        >>> sorted(choose_captions(["a", "b", "c"], 3, generator(0)))
         ['a', 'b', 'c']
     """
     chosen: list[T] = []

@@ -151,10 +151,10 @@ def _with_text(hypothesis: Hypothesis, tokenizer: Tokenizer) -> Hypothesis:
     return replace(hypothesis, text=tokenizer.decode(hypothesis.tokens), n_best=others)
 
 
-def _identities(images: Batch | Tensor) -> Iterator[bytes]:
-    """Keys that identify images in any order: their ids, or their pixels."""
+def _identities(images: Batch | Tensor) -> Iterable[str | bytes]:
+    """What identifies images in any order: their ids, or their pixels."""
     if isinstance(images, Batch):
-        return (image.encode() for image in images.image_ids)
+        return images.image_ids
     return (image.cpu().numpy().tobytes() for image in images)
 
 

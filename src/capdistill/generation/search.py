@@ -341,9 +341,10 @@ def row_keys(keys: Tensor, count: int) -> Tensor:
     return _mix(keys[:, None] + _GAMMA * torch.arange(1, count + 1, device=keys.device))
 
 
-def image_keys(images: Iterable[bytes]) -> Tensor:
+def image_keys(images: Iterable[str | bytes]) -> Tensor:
     """An int64 for each image, computed from its id or its pixels."""
-    digests = (hashlib.blake2b(image, digest_size=8).digest() for image in images)
+    contents = (i.encode("utf-8", "surrogatepass") if isinstance(i, str) else i for i in images)
+    digests = (hashlib.blake2b(content, digest_size=8).digest() for content in contents)
     return torch.tensor([int.from_bytes(each, "little", signed=True) for each in digests])
 
 

@@ -66,11 +66,11 @@ class AttentionKD(DistillationLoss):
         """Sum over valid tokens of the KL divergence of the cells of the grid."""
         if self.size is None:
             raise not_built("AttentionKD")
-        mine = self._see(student, "student", batch)
-        theirs = self._see(teacher, "teacher", batch)
+        mine = self._cells(student, "student", batch)
+        theirs = self._cells(teacher, "teacher", batch)
         return attention_divergence(mine, theirs).sum()
 
-    def _see(self, output: CaptionerOutput, role: str, batch: Batch) -> Tensor:
+    def _cells(self, output: CaptionerOutput, role: str, batch: Batch) -> Tensor:
         """(n, h * w) the weight of each cell, for the valid tokens."""
         attention = given("AttentionKD", "attention", role, output.attention)  # (B, T, N)
         rows = valid_rows(attention, batch.target_mask)[..., None]  # (n, N, 1)

@@ -20,7 +20,7 @@ from capdistill.data.dataset import CaptionData, Example
 from capdistill.errors import ConfigError, DataError, require_int, require_number, suggest
 from capdistill.files import user_path, write_text
 from capdistill.generation.hypotheses import Hypothesis
-from capdistill.runtime import stable_hash
+from capdistill.runtime import SAFE_SEED, stable_hash
 
 Keep = Literal["cider", "score"]
 
@@ -182,7 +182,7 @@ class Choice:
         wanted = self.mix
         if isinstance(wanted, float):
             share = captions * wanted / (1 - wanted)
-            wanted = math.floor(share + stable_hash("mix", example.image_id) / 2**63)
+            wanted = math.floor(share + stable_hash("mix", example.image_id) / SAFE_SEED)
         order = sorted(
             enumerate(example.references),
             key=lambda each: (stable_hash("mix", example.image_id, each[0]), each[0]),

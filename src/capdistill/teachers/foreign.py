@@ -20,6 +20,7 @@ from capdistill.errors import ConfigError, IncompatibleModels
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.outputs import (
     FEATURES_ONLY,
+    LOGITS,
     Batch,
     CaptionerOutput,
     DecoderOutput,
@@ -83,7 +84,7 @@ class ForeignTeacher(CaptionGenerator):
         if need == FEATURES_ONLY:
             output = self._run(self._with_known_words(batch), need)
             return CaptionerOutput(features=output.features)
-        return self._run(batch, need or frozenset({"logits"}))
+        return self._run(batch, need or LOGITS)
 
     def _run(self, batch: Batch, needed: frozenset[str]) -> CaptionerOutput:
         output = self.adapt(self.module, batch)

@@ -130,8 +130,7 @@ class TrainConfig(Options):
     @classmethod
     def _needs_no_teacher(cls, values: Any) -> Any:
         """Options that only a teacher gives a meaning are refused by name."""
-        needed = [name for name in DistillOptions.__annotations__ if "policy" in name]
-        given = [name for name in needed if name in values and name not in cls.model_fields]
+        given = [n for n in values if n.startswith("on_policy") and n not in cls.model_fields]
         if given:
             raise ValueError(
                 f"{given[0]}={values[given[0]]!r} was given, but there is no teacher to score the "

@@ -11,8 +11,8 @@ from capdistill.compatibility import image_size
 from capdistill.data.curriculum import image_ids, with_mean
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, UnknownName, suggest
-from capdistill.losses.divergence import cross_entropy
-from capdistill.outputs import Batch
+from capdistill.losses.divergence import cross_entropy, valid_rows
+from capdistill.outputs import LOGITS, Batch
 from capdistill.runtime import autocast, on_device, pick_device
 from capdistill.runtime import progress as report_progress
 
@@ -86,7 +86,7 @@ def model_difficulty(
         for batch in batches:
             batch = batch.to(place)
             with autocast(place, precision):
-                logits = model(batch, need=frozenset({"logits"})).logits
+                logits = model(batch, need=LOGITS).logits
             if logits is None:
                 raise ConfigError("model_difficulty: the model gives no logits to measure.")
             found |= _per_image(logits, batch, kind)
@@ -104,7 +104,7 @@ def _per_image(logits: Tensor, batch: Batch, kind: str) -> dict[str, float]:
         if kind == "loss":
             total = cross_entropy(logits[rows], batch.targets[rows], mask)
         else:
-            log_probs = logits[rows][mask].float().log_softmax(-1)  # (tokens, V)
+            log_probs = valid_rows(logits[rows], mask).log_softmax(-1)  # (tokens, V)
             total = torch.special.entr(log_probs.exp()).sum()
         values[name] = float(total / mask.sum())
     return values

@@ -90,7 +90,7 @@ class GradNorm(Weighting):
         """The factors, as constants of the loss."""
         return self.factor.detach()
 
-    def look(self, means: Mapping[str, Tensor], student: nn.Module) -> None:
+    def observe(self, means: Mapping[str, Tensor], student: nn.Module) -> None:
         """Add the gradients of a micro-batch, and set that of the factors for all so far."""
         if not self._due:
             return

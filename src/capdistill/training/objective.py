@@ -175,7 +175,7 @@ class Objective(nn.Module):
         loss = torch.stack([weights[name] * mean for name, mean in means.items()]).sum()
         if self.weighting is None:
             return loss
-        self.weighting.look(means, self.student)
+        self.weighting.observe(means, self.student)
         present = [name for name, count in counts.items() if count]
         return loss + self.weighting.penalty(self._base, present) / parts
 
@@ -185,7 +185,7 @@ class Objective(nn.Module):
         sums: Mapping[str, float],
         counts: Mapping[str, float],
     ) -> dict[str, float]:
-        """Let the weighting see the terms of a step after it; the step's weights as numbers."""
+        """Let the weighting measure a whole step; returns the weights of the step as numbers."""
         if self.weighting is not None:
             self.weighting.end_step(sums, counts)
         return {n: w.item() if isinstance(w, Tensor) else w for n, w in weights.items()}

@@ -236,7 +236,7 @@ def sample_captions(
         seed=stable_hash(seed, "sampled captions", epoch),
     )
     spec = GenerationSpec.of(config, captioner.tokenizer)
-    keys = image_keys(name.encode("utf-8", "surrogatepass") for name in batch.image_ids)
+    keys = image_keys(batch.image_ids)
     with inference(captioner):
         features = captioner.encode(batch)
         drawn = Sampling(captioner.decoder, features, spec, keys.to(features.device)).run()

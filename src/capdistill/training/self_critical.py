@@ -15,7 +15,7 @@ from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError, UnknownName, require_number, shortened, suggest
 from capdistill.generation.config import GenerationConfig, GenerationSpec
 from capdistill.losses.base import DistillationLoss, given
-from capdistill.losses.divergence import cross_entropy
+from capdistill.losses.divergence import cross_entropy, full
 from capdistill.metrics import DIRECTIONS, CaptionScorer
 from capdistill.metrics.scorer import select
 from capdistill.outputs import Batch, CaptionerOutput
@@ -246,7 +246,7 @@ class PolicyGradient(DistillationLoss):
         self, student: CaptionerOutput, teacher: CaptionerOutput | None, batch: Batch
     ) -> Tensor:
         """Sum over the words of sampled captions; 0 for a batch without any."""
-        logits = given("The reward", "logits", "captioner", student.logits)  # (B, T, V)
+        logits = full(given("The reward", "logits", "captioner", student.logits))  # (B, T, V)
         logits = logits.index_fill(-1, self.get_buffer("banned"), -torch.inf) / self.temperature
         return cross_entropy(logits, batch.targets, batch.sampled_mask, weights=batch.advantages)
 

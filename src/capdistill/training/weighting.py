@@ -77,8 +77,8 @@ class Weighting(nn.Module):
         """What is added to the loss once per step, for the terms that are present in it."""
         return 0.0
 
-    def look(self, means: Mapping[str, Tensor], student: nn.Module) -> None:
-        """See the terms of a micro-batch before its backward pass.
+    def observe(self, means: Mapping[str, Tensor], student: nn.Module) -> None:
+        """Measure the terms of a micro-batch before its backward pass.
 
         Args:
             means: Each term's sum over the micro-batch, divided by its count over the step.
@@ -86,7 +86,7 @@ class Weighting(nn.Module):
         """
 
     def end_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:
-        """See the terms of a whole step after it.
+        """Measure the terms of a whole step after it.
 
         Raises:
             ConfigError: a term is negative: its weight would grow without limit.
@@ -216,9 +216,8 @@ class LossRatio(Weighting):
         window = epoch if self.every is None else step // self.every
         if window == int(self.window):
             return
-        means = self.sums / self.counts.clamp(min=1e-12)
         self.before.copy_(self.last)
-        self.last.copy_(torch.where(self.counts > 0, means, self.last))
+        self.last.copy_(self.sums / self.counts.clamp(min=1e-12))  # 0 for a term without a value
         self.sums.zero_()
         self.counts.zero_()
         self.window.fill_(window)
@@ -228,8 +227,8 @@ class LossRatio(Weighting):
         known = (self.last > 0) & (self.before > 0)
         ratios = self.last / self.before.clamp(min=1e-12) / self.temperature
         shares = ratios.masked_fill(~known, -math.inf).softmax(0)
-        found: list[float] = torch.where(known, known.sum() * shares, 1.0).tolist()
-        return found
+        factors: list[float] = torch.where(known, known.sum() * shares, 1.0).tolist()
+        return factors
 
     def end_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:
         """Add the terms to the window."""
