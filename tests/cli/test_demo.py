@@ -126,6 +126,16 @@ def test_a_recipe_with_stages_is_no_recipe_for_train(
     assert "capdistill distill --recipe best_small --teacher DIR" in capsys.readouterr().err
 
 
+def test_losses_and_weights_of_a_recipe_with_stages_are_not_changed_from_the_command_line(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["distill", "--recipe", "best_small", "--teacher", str(teacher), "--data", "sample"]
+    for setting in ("weights.ce=0.5", "losses.token.temperature=2"):
+        assert main([*command, "--out", str(tmp_path / "new"), "--set", setting]) == 1
+        assert "each stage of 'best_small' has its own" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_demo_does_not_replace_runs_of_another_directory_unasked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,11 +13,11 @@ import torch
 import capdistill as cd
 from capdistill.data import CaptionData
 from capdistill.errors import ConfigError
-from capdistill.training import run_stages
+from capdistill.training import Uncertainty, run_stages
 from tests.training import tiny_models as tiny
 
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "epochs": 2, "batch_size": 3, "learning_rate": 0.01}
-CAPTIONS = {"beam_size": 2, "max_length": 5, "progress": False, "device": "cpu"}
+CAPTIONS = {"beam_size": 2, "max_length": 5}
 STAGES: list[dict[str, Any]] = [
     {"method": "train", "name": "cross-entropy", "epochs": 3},
     {"method": "distill", "captions": CAPTIONS, "losses": {"token": "token"}, "word_dropout": 0.2},
@@ -106,6 +106,9 @@ def test_an_interrupted_recipe_goes_on_where_it_was(
         ([{"method": "train"}, {"method": "train", "epoch": 3}], "stage 2 .*epochs"),
         ([{"method": "train", "losses": {}}], "stage 1 .*losses"),
         ([{"method": "self_critical", "word_dropout": 0.1}], "stage 1 .*word_dropout"),
+        ([{"method": "train", "captions": {"beam_width": 2}}], "stage 1 .*beam_size"),
+        ([{"method": "train", "captions": {"keep": "best"}}], "stage 1 .*keep='best'"),
+        ([{"method": "train", "captions": True}], "stage 1 .*mapping"),
     ],
 )
 def test_a_wrong_stage_is_named_before_anything_is_trained(
@@ -114,6 +117,16 @@ def test_a_wrong_stage_is_named_before_anything_is_trained(
     with pytest.raises(ConfigError, match=message):
         run(tiny.make_student(), colours, tmp_path / "out", stages=stages)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_options_of_all_stages_are_copied_for_each(
+    saveable: Callable[..., cd.Captioner], colours: CaptionData, tmp_path: Path
+) -> None:
+    weights = Uncertainty({"ce": 0.5, "token": 0.5})
+    stages = [{"method": "distill", "name": name, "losses": {"token": "token"}} for name in "ab"]
+    table = run(saveable(), colours, tmp_path, stages=stages, weights=weights)
+    assert [row.epochs for row in table.rows] == [2, 2]
+    assert not weights.names  # the given object belongs to no trainer
 
 
 def test_a_stage_that_learns_from_a_teacher_needs_one(colours: CaptionData, tmp_path: Path) -> None:

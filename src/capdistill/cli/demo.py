@@ -181,8 +181,8 @@ def run_distill(options: argparse.Namespace) -> int:
 def run_staged(options: argparse.Namespace) -> int:
     """Train a student by a recipe with stages, compare it with its teacher, write the report."""
     from capdistill.cli.common import teacher_directories
-    from capdistill.cli.runfile import DistillRun, make_captioner
-    from capdistill.cli.train import make_run
+    from capdistill.cli.runfile import DistillRun, make_captioner, override
+    from capdistill.cli.train import make_run, merged_values
     from capdistill.evaluation.comparison import compare
     from capdistill.runtime import seed_everything
     from capdistill.teachers import load
@@ -193,6 +193,12 @@ def run_staged(options: argparse.Namespace) -> int:
     assert isinstance(run, DistillRun)
     if run.out is None:
         raise ConfigError("out: no directory for the runs was given. Give --out DIR.")
+    changed = override(merged_values(options, {}), options.set).keys() & {"losses", "weights"}
+    if changed:
+        raise ConfigError(
+            f"{', '.join(sorted(changed))}: each stage of '{options.recipe}' has its own. Change "
+            "them in Python: capdistill.training.run_stages(**recipe(name))."
+        )
     teacher: Any = load(teacher_directories(run.teacher, run.out))
     data = run.data.load()
     print_status(data.summary())

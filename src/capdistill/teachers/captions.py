@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from capdistill.teachers.caption_file import (
     read_captions,
     require_data,
 )
-from capdistill.teachers.ensemble import leaves
+from capdistill.teachers.ensemble import Ensemble, leaves
 
 
 def caption(
@@ -156,6 +157,29 @@ def caption(
             append_rows(file, batches, rows)
             append_rows(file, [_unreadable(data.subset(missing), rows, loader.skipped)], rows)
     return read_captions(file, data, **asdict(choice))
+
+
+def check_options(**arguments: Any) -> None:
+    """Refuse invalid arguments of `caption`, long before it is called.
+
+    Example:
+        >>> check_options(beam_size=3, num_return=5)
+        Traceback (most recent call last):
+        ...
+        capdistill.errors.ConfigError: caption: num_return=5 captions cannot be chosen among \
+        3 candidates. Give a larger beam_size= or candidates=.
+
+    Args:
+        arguments: Those beside teacher, data and path.
+
+    Raises:
+        ConfigError: as `caption` would.
+    """
+    bound = inspect.signature(caption).bind(None, None, "", **arguments)
+    bound.apply_defaults()
+    given = bound.arguments
+    choice = Choice(*(given[each.name] for each in fields(Choice)))
+    _decoding(choice, given["candidates"], given["generation"], given["options"])
 
 
 def _decoding(
@@ -272,7 +296,9 @@ def _about(
         "format": "capdistill.captions/1",
         "teacher": str(getattr(teacher, "name", type(teacher).__name__)),
         "weights of the teacher": hash_weights(teacher.state_dict()),
-        "mixture": [f"{m.mixing} {m.weights}" for m in teacher.modules() if hasattr(m, "mixing")],
+        "mixture": [
+            f"{m.mixing} {m.weights}" for m in teacher.modules() if isinstance(m, Ensemble)
+        ],
         "vocabulary": describe_tokenizer(teacher.tokenizer)["vocabulary"],
         "data": f"{len(data)} images, {digest.hexdigest()}",
         "precision": precision,

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from capdistill.captioner import Captioner
 from capdistill.errors import CapdistillError, ConfigError, shortened, suggest
 from capdistill.files import user_path, write_text
-from capdistill.teachers.captions import caption
+from capdistill.teachers.captions import caption, check_options
 from capdistill.training.chain import ChainRow, ChainTable, history_row
 from capdistill.training.distiller import Distiller, Teacher, as_teacher
 from capdistill.training.run_directory import Resume
@@ -66,7 +66,8 @@ def run_stages(
             "self_critical" (`SelfCritical`). "name": of its directory; the method by default.
             "losses" and "weights": as for that trainer; `reward` too, for the last. "captions":
             the stage learns from the teacher's captions, with these arguments of
-            `capdistill.teachers.caption`. Everything else is an option of its trainer.
+            `capdistill.teachers.caption`; device, precision, cache_dir and progress are those of
+            the trainer by default. Everything else is an option of its trainer.
         out: Directory of the stages, and of the returned table in stages.json.
         teacher: As for `Distiller`; not needed if no stage reads it. A stage of "self_critical"
             with `"losses": {}` reads none.
@@ -85,14 +86,12 @@ def run_stages(
     for number, stage in enumerate(listed, 1):
         _make(number, stage, student, taught, options)
     directory, rows = user_path(out), list[ChainRow]()
-    table = ChainTable(())
     for number, stage in enumerate(listed, 1):
         place = f"{number}-{stage['name']}"
-        data = train
+        trainer, data = _make(number, stage, student, taught, options), train
         if "captions" in stage:
-            file = directory / f"{place}.jsonl"
-            data = caption(taught, train, file, overwrite=overwrite, **stage["captions"])
-        trainer = _make(number, stage, student, taught, options)
+            how = {**_shared(trainer), "overwrite": overwrite, **stage["captions"]}
+            data = caption(taught, train, directory / f"{place}.jsonl", **how)
         begun = "auto" if resume is True and number > 1 else resume
         history = trainer.fit(data, val, out=directory / place, resume=begun, overwrite=overwrite)
         rows.append(history_row(student, number, place, history, name=stage["name"]))
@@ -101,6 +100,13 @@ def run_stages(
         if history.interrupted:
             break
     return table
+
+
+def _shared(trainer: Trainer) -> dict[str, Any]:
+    """The options of a trainer that its captioning has too."""
+    config = trainer.config
+    same = {name: getattr(config, name) for name in ("device", "precision", "cache_dir")}
+    return {**same, "progress": config.progress is not False}
 
 
 def _checked(stages: Any) -> list[dict[str, Any]]:
@@ -140,9 +146,11 @@ def _make(
             teacher although there is none.
     """
     left_out = ("method", "name", "captions")
-    chosen = copy.deepcopy({k: v for k, v in stage.items() if k not in left_out})
-    method, chosen = stage["method"], {**options, **chosen}
+    own = {name: value for name, value in stage.items() if name not in left_out}
+    method, chosen = stage["method"], copy.deepcopy({**options, **own})
     try:
+        if "captions" in stage:
+            check_options(**stage["captions"])
         if teacher is None and (method == "distill" or "captions" in stage):
             raise ConfigError("it learns from a teacher, but there is none. Give teacher=.")
         if method == "train":
