@@ -201,7 +201,8 @@ def require_named_teachers(losses: Mapping[str, DistillationLoss], teacher: nn.M
             raise ConfigError(
                 f"losses: '{term}' needs {needed}, which {len(names)} teachers do not have in "
                 f'common. Name one of them: {{"name": ..., "teacher": "{names[0]}"}}, or '
-                f"loss.teacher = '{names[0]}' (teachers: {', '.join(names)})."
+                f"loss.teacher = '{names[0]}' (teachers: {', '.join(names)}). Or leave the loss "
+                'out: losses={"token": {"name": "token"}} learns from the mixture alone.'
             )
 
 

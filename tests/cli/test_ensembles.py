@@ -82,3 +82,11 @@ def test_no_teacher_of_several_is_replaced_by_the_run(
     command = ["distill", "--teacher", str(teacher), str(student), "--student", "debug_student"]
     message = refused([*command, *TINY, "--out", str(student)], capsys)
     assert "the teacher's own directory" in message
+
+
+def test_a_misspelt_kind_of_teacher_is_no_missing_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["distill", "--student", "debug_student", *TINY, "--out", str(tmp_path / "run")]
+    told = refused([*command, "--set", "teacher.name=mean_techer"], capsys)
+    assert "Did you mean 'mean_teacher'?" in told

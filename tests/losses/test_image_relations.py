@@ -246,3 +246,16 @@ def test_contrastive_projections_are_made_once_for_a_pair():
 def test_options_that_mean_nothing_are_refused(kind, options, message):
     with pytest.raises(ConfigError, match=message):
         kind(**options)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_fewer_than_three_images_have_no_relations_and_it_is_said_once(caplog, images):
+    student, teacher, batch = example(images)
+    loss = built(RelationalKD)
+    with caplog.at_level(logging.WARNING):
+        totals = [loss(student, teacher, batch) for _ in range(2)]
+        built(RelationalKD).eval()(student, teacher, batch)  # as in validation
+    assert totals == [0, 0]
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("capdistill")]
+    assert len(said) == 1
+    assert "fewer than three images" in said[0]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capdistill.errors import DataError, UnknownName
+from capdistill.errors import ConfigError, DataError, UnknownName
 from capdistill.metrics import CaptionScorer, DocumentFrequencies, Metric
 
 NAMES = ["bleu", "rouge_l", "cider_d", "meteor_nltk", "meteor_1_5_nopara"]
@@ -116,3 +116,24 @@ def test_a_metric_of_the_users_own_sees_each_caption_with_its_references() -> No
     scorer = CaptionScorer(REFERENCES, metrics=["bleu", own])
     ids, texts = ["b", "b", "a"], ["a red car", "a car", "A dog runs."]
     assert scorer.rewards(ids, texts, "known").tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("weight", ["1", None, float("nan"), True])
+def test_weights_are_finite_numbers(weight: Any) -> None:
+    scorer = CaptionScorer({"a": ["a dog"]}, metrics=["cider_d"])
+    with pytest.raises(ConfigError, match="the weight of 'cider_d'"):
+        scorer.rewards(["a"], ["a dog"], {"cider_d": weight})
+
+
+@pytest.mark.parametrize("score", [None, {}, 3, ["cider_d"]])
+def test_a_score_has_a_name(score: Any) -> None:
+    scorer = CaptionScorer({"a": ["a dog"]}, metrics=["cider_d"])
+    with pytest.raises(ConfigError, match="score="):
+        scorer.rewards(["a"], ["a dog"], score)
+
+
+@pytest.mark.parametrize(("ids", "texts"), [("a", ["a dog"]), (["a"], "x"), (None, None)])
+def test_captions_and_ids_are_lists(ids: Any, texts: Any) -> None:
+    scorer = CaptionScorer({"a": ["a dog"]}, metrics=["cider_d"])
+    with pytest.raises(DataError, match="expected a list of them"):
+        scorer.rewards(ids, texts)

@@ -12,10 +12,11 @@ import torch
 
 import capdistill as cd
 from capdistill.data import CaptionData
-from capdistill.errors import ConfigError
+from capdistill.errors import CheckpointError, ConfigError
 from capdistill.training import Uncertainty, run_stages
 from tests.training import tiny_models as tiny
 
+Make = Callable[..., cd.Captioner]
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "epochs": 2, "batch_size": 3, "learning_rate": 0.01}
 CAPTIONS = {"beam_size": 2, "max_length": 5}
 STAGES: list[dict[str, Any]] = [
@@ -133,3 +134,34 @@ def test_a_stage_that_learns_from_a_teacher_needs_one(colours: CaptionData, tmp_
     for stage in ({"method": "distill"}, {"method": "train", "captions": CAPTIONS}):
         with pytest.raises(ConfigError, match="Give teacher="):
             run(tiny.make_student(), colours, tmp_path, stages=[stage], teacher=None)
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        (True, "expected a mapping"),
+        ({"path": "captions.jsonl"}, "argument 'path'. Leave it out"),
+        ({"beam_sise": 3}, "beam_size"),
+        ({"keep": "cidr"}, "keep='cidr'"),
+        ({"num_return": 9, "beam_size": 2}, "num_return=9"),
+    ],
+)
+def test_captions_of_a_late_stage_are_checked_before_anything_is_trained(
+    saveable: Make, colours: CaptionData, tmp_path: Path, captions: Any, message: str
+) -> None:
+    stages = [STAGES[0], {"method": "train", "name": "late", "captions": captions}]
+    with pytest.raises(ConfigError, match=rf"stage 2 \('late'\): .*{message}"):
+        run(saveable(), colours, tmp_path / "out", stages=stages)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_that_cannot_go_on_is_named_and_goes_on_with_the_changes(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    run(saveable(), colours, tmp_path, stages=STAGES[:1])
+    shorter = colours.subset(4)
+    with pytest.raises(CheckpointError, match=r"stage 1 \('cross-entropy'\): .*accept_changes"):
+        run(saveable(), shorter, tmp_path, stages=STAGES[:1])
+    with pytest.warns(UserWarning, match="continues with changes"):
+        table = run(saveable(), shorter, tmp_path, stages=STAGES[:1], accept_changes=True)
+    assert table.rows[0].epochs == 3

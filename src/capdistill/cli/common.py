@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from capdistill.cli.data import FORMATS, absolute_paths
-from capdistill.errors import CheckpointError, ConfigError, parse
+from capdistill.errors import CheckpointError, ConfigError, UnknownName, parse, suggest
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
 from capdistill.training.config import TrainConfig
@@ -255,8 +256,14 @@ Teachers = Annotated[
 
 def teacher_section(values: Any) -> Any:
     """The section `teacher` as it was given; an average of the student itself is checked."""
-    own = isinstance(values, Mapping) and values.get("name") == "mean_teacher"
-    return parse(MeanTeacherSection, dict(values), "teacher") if own else values
+    if not isinstance(values, Mapping) or not {"name"} <= {*values} <= {"name", "decay"}:
+        return values
+    name = str(values["name"])
+    if name == "mean_teacher":
+        return parse(MeanTeacherSection, dict(values), "teacher")
+    if "decay" in values or not os.path.exists(os.path.expanduser(name)):
+        raise UnknownName(f"teacher: there is no '{name}'. {suggest(name, ['mean_teacher'])}")
+    return values
 
 
 def teacher_directories(teacher: Any, out: str | None) -> Any:

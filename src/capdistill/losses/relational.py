@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from capdistill.losses.base import DistillationLoss, check_factors
 from capdistill.losses.divergence import SHORTEST, huber_distance
 from capdistill.losses.feature import feature_width, pooled_features
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
+
+logger = logging.getLogger(__name__)
 
 
 class RelationalKD(DistillationLoss):
@@ -22,7 +26,8 @@ class RelationalKD(DistillationLoss):
     The sum is the number of images times the means over pairs and over triples. It relates the
     images of a batch (`couples_batch`): with accumulation it sees one micro-batch at a time, and
     large batches tell more. Two images have no angles and one distance, which is always 1: fewer
-    than three images teach nothing. Time and memory grow with the cube of their number.
+    than three images teach nothing, which is logged once. Time and memory grow with the cube of
+    their number.
 
     Example:
         >>> loss = RelationalKD(angle=1.0)
@@ -47,6 +52,7 @@ class RelationalKD(DistillationLoss):
 
     def __init__(self, distance: float = 1.0, angle: float = 2.0) -> None:
         super().__init__()
+        self._warned = False
         self.distance, self.angle = check_factors("RelationalKD", distance=distance, angle=angle)
 
     def build(self, student: ModelSpec, teacher: ModelSpec) -> None:
@@ -60,6 +66,12 @@ class RelationalKD(DistillationLoss):
 
     def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
         """Number of images times the mean distances over pairs and triples of images."""
+        if self.training and batch.num_images < 3 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "RelationalKD: a batch of fewer than three images has no angles, and its distances "
+                "are all alike: it adds 0. Use a larger batch_size."
+            )
         mine = pooled_features("RelationalKD", student, "student")  # (I, D)
         with torch.autocast(mine.device.type, enabled=False):
             ours = _relations(mine)

@@ -14,6 +14,7 @@ from capdistill.errors import (
     ConfigError,
     DataError,
     UnknownName,
+    require_number,
     require_text,
     shortened,
     suggest,
@@ -103,6 +104,9 @@ def align_many(
         DataError: more or fewer captions than ids, an id that is not in `images`, or a caption
             that is neither text nor a list of tokens.
     """
+    for what, given in {"captions": captions, "image ids": image_ids}.items():
+        if isinstance(given, (str, Mapping)) or not hasattr(given, "__len__"):
+            raise DataError(f"The {what} are {shortened(given)}; expected a list of them.")
     foreign = [image for image in dict.fromkeys(image_ids) if image not in images]
     if foreign or len(image_ids) != len(captions):
         raise DataError(
@@ -110,6 +114,30 @@ def align_many(
             f"{first(foreign)}. Give each caption the id of an image that has references."
         )
     return [checked_caption(c, image) for c, image in zip(captions, image_ids, strict=True)]
+
+
+def score_weights(score: Any, directions: Mapping[str, Any]) -> dict[str, float]:
+    """A score, or scores with weights, as a mapping.
+
+    Args:
+        score: A name, or name -> weight.
+        directions: The scores that there are.
+
+    Raises:
+        UnknownName: there is no such score.
+        ConfigError: no score, or a weight that is no finite number.
+    """
+    weights = {score: 1.0} if isinstance(score, str) else score
+    if not isinstance(weights, Mapping) or not weights:
+        raise ConfigError(
+            f"rewards: score={shortened(score)} was given; expected a score such as 'cider_d', or "
+            "scores with weights such as {'cider_d': 1.0, 'bleu_4': 0.5}."
+        )
+    for name, weight in weights.items():
+        if name not in directions:
+            raise UnknownName(f"rewards: no score '{name}'. {suggest(str(name), directions)}")
+        require_number(f"rewards: the weight of '{name}'", weight)
+    return dict(weights)
 
 
 def checked_caption(caption: Any, image: Any) -> Caption:

@@ -23,6 +23,7 @@ from capdistill.metrics.base import (
     checked_caption,
     first,
     prepare,
+    score_weights,
     tokens_of,
 )
 from capdistill.metrics.bleu_rouge_meteor import Bleu, MeteorNltk, RougeL
@@ -198,11 +199,9 @@ class CaptionScorer:
         Raises:
             DataError: ids without references, more captions than ids, or a caption that is no text.
             UnknownName: a score that this scorer does not compute.
+            ConfigError: no score, or a weight that is no finite number.
         """
-        weights = {score: 1.0} if isinstance(score, str) else dict(score)
-        for name in weights:
-            if name not in self.directions:
-                raise UnknownName(f"rewards: no score '{name}'. {suggest(name, self.directions)}")
+        weights = score_weights(score, self.directions)
         given = align_many(captions, image_ids, self._references)
         found = self._single_scores(given, image_ids, weights) if given else {}
         terms = [weights[name] * np.array(found[name]) for name in weights if given]

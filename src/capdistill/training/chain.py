@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def distill_chain(
     stages: Sequence[Mapping[str, Any]] | None = None,
     resume: Resume = "auto",
     overwrite: bool = False,
+    accept_changes: bool = False,
     **options: Unpack[DistillOptions],
 ) -> ChainTable:
     """Distil every model from the one before it: a large gap in several smaller steps.
@@ -148,6 +150,7 @@ def distill_chain(
         resume: "auto" goes on where an earlier call stopped: complete stages are loaded, an
             incomplete one is continued. True needs the first stage to exist.
         overwrite: Start anew, whatever is in the directories of the stages.
+        accept_changes: Resume a stage although its teacher, losses or data have changed.
         options: Fields of `DistillConfig`, for all stages.
 
     Raises:
@@ -169,7 +172,9 @@ def distill_chain(
         run = runs.pop(0)  # the memory of a stage ends with it
         place = file.with_name(f"{number}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', student.name)}")
         begun = "auto" if resume is True and number > 1 else resume
-        history = run.fit(train, val, out=place, resume=begun, overwrite=overwrite)
+        how: Any = {"overwrite": overwrite, "accept_changes": accept_changes}
+        with naming(f"distill_chain: stage {number} ('{student.name}')"):
+            history = run.fit(train, val, out=place, resume=begun, **how)
         if number == 1:
             about = _measured(run)
             scores = _known_scores(file, about)
@@ -183,6 +188,15 @@ def distill_chain(
         if history.interrupted:
             break
     return table
+
+
+@contextmanager
+def naming(stage: str) -> Iterator[None]:
+    """Begin the errors of the block with the stage that they belong to."""
+    try:
+        yield
+    except CapdistillError as error:
+        raise type(error)(f"{stage}: {error}") from error
 
 
 def _checked(models: Any) -> tuple[nn.Module, list[Captioner]]:
@@ -224,12 +238,8 @@ def _make(
     for number, (student, differing) in enumerate(zip(students, stages, strict=True), 1):
         chosen = {**common, **differing}
         losses, weights = copy.deepcopy((chosen.pop("losses"), chosen.pop("weights")))
-        try:
+        with naming(f"distill_chain: stage {number} ('{student.name}')"):
             made.append(Distiller(teacher, student, losses, weights, **chosen))
-        except CapdistillError as error:
-            raise type(error)(f"distill_chain: stage {number} ('{student.name}'): {error}") from (
-                error
-            )
         teacher = student
     return made
 

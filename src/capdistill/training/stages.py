@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from capdistill.captioner import Captioner
-from capdistill.errors import CapdistillError, ConfigError, shortened, suggest
+from capdistill.errors import ConfigError, shortened, suggest
 from capdistill.files import user_path, write_text
+from capdistill.teachers.caption_file import require_data
 from capdistill.teachers.captions import caption, check_options
-from capdistill.training.chain import ChainRow, ChainTable, history_row
+from capdistill.training.chain import ChainRow, ChainTable, history_row, naming
 from capdistill.training.distiller import Distiller, Teacher, as_teacher
 from capdistill.training.run_directory import Resume
 from capdistill.training.self_critical import SelfCritical
@@ -33,6 +34,7 @@ def run_stages(
     teacher: Teacher | None = None,
     resume: Resume = "auto",
     overwrite: bool = False,
+    accept_changes: bool = False,
     **options: Any,
 ) -> ChainTable:
     """Train one student in several stages: each begins with the best weights of the one before.
@@ -74,6 +76,7 @@ def run_stages(
         resume: "auto" goes on where an earlier call stopped: complete stages are loaded, an
             incomplete one is continued. True needs the first stage to exist.
         overwrite: Start anew, whatever is in the directories of the stages.
+        accept_changes: Resume a stage although its teacher, losses or data have changed.
         options: Options of the trainers, for all stages; those of a stage override them.
 
     Raises:
@@ -84,16 +87,21 @@ def run_stages(
     taught = None if teacher is None else as_teacher(teacher)
     listed = _checked(stages)
     for number, stage in enumerate(listed, 1):
-        _make(number, stage, student, taught, options)
+        with naming(f"run_stages: stage {number} ('{stage['name']}')"):
+            _make(stage, student, taught, options)
+            if "captions" in stage:
+                require_data("captions", train)
     directory, rows = user_path(out), list[ChainRow]()
     for number, stage in enumerate(listed, 1):
         place = f"{number}-{stage['name']}"
-        trainer, data = _make(number, stage, student, taught, options), train
-        if "captions" in stage:
-            how = {**_shared(trainer), "overwrite": overwrite, **stage["captions"]}
-            data = caption(taught, train, directory / f"{place}.jsonl", **how)
-        begun = "auto" if resume is True and number > 1 else resume
-        history = trainer.fit(data, val, out=directory / place, resume=begun, overwrite=overwrite)
+        how: Any = {"overwrite": overwrite, "accept_changes": accept_changes}
+        with naming(f"run_stages: stage {number} ('{stage['name']}')"):
+            trainer, data = _make(stage, student, taught, options), train
+            if "captions" in stage:
+                given = {**_shared(trainer), "overwrite": overwrite, **stage["captions"]}
+                data = caption(taught, train, directory / f"{place}.jsonl", **given)
+            begun = "auto" if resume is True and number > 1 else resume
+            history = trainer.fit(data, val, out=directory / place, resume=begun, **how)
         rows.append(history_row(student, number, place, history, name=stage["name"]))
         table = ChainTable(tuple(rows), history.interrupted)
         write_text(directory / TABLE, json.dumps(table.to_json(), indent=2))
@@ -133,7 +141,6 @@ def _checked(stages: Any) -> list[dict[str, Any]]:
 
 
 def _make(
-    number: int,
     stage: Mapping[str, Any],
     student: Captioner,
     teacher: Any,
@@ -142,14 +149,19 @@ def _make(
     """The trainer of a stage.
 
     Raises:
-        ConfigError: what the trainer refuses, with the number of the stage; a stage that needs a
-            teacher although there is none.
+        ConfigError: what the trainer or `caption` refuses; a stage that needs a teacher although
+            there is none.
     """
     left_out = ("method", "name", "captions")
     own = {name: value for name, value in stage.items() if name not in left_out}
     method, chosen = stage["method"], copy.deepcopy({**options, **own})
     try:
         if "captions" in stage:
+            if not isinstance(stage["captions"], Mapping):
+                raise ConfigError(
+                    f"captions={shortened(stage['captions'])} was given; expected a mapping of "
+                    'arguments of capdistill.teachers.caption, such as {"beam_size": 5}.'
+                )
             check_options(**stage["captions"])
         if teacher is None and (method == "distill" or "captions" in stage):
             raise ConfigError("it learns from a teacher, but there is none. Give teacher=.")
@@ -159,6 +171,5 @@ def _make(
             return Distiller(teacher, student, **chosen)
         silent = chosen.get("losses") == {}
         return SelfCritical(student, teacher=None if silent else teacher, **chosen)
-    except (CapdistillError, TypeError) as error:
-        kind = type(error) if isinstance(error, CapdistillError) else ConfigError
-        raise kind(f"run_stages: stage {number} ('{stage['name']}'): {error}") from error
+    except TypeError as error:  # an argument that the stage sets itself
+        raise ConfigError(f"{error}. Leave it out.") from error
