@@ -21,9 +21,10 @@ def ensemble(data) -> Ensemble:
     return Ensemble(members).eval()
 
 
-def test_size_and_time_are_those_of_all_members(data, ensemble):
+def test_size_and_time_are_those_of_all_members(data, ensemble, monkeypatch):
     options = {"metrics": ["bleu"], "device": "cpu", "precision": "fp32", "progress": False}
     found = cd.evaluate(ensemble, data, **options)
+    monkeypatch.setattr("capdistill.evaluation.measure.cpu_memory", lambda *_, **__: found.memory)
     each = [cd.evaluate(member, data, **options) for member in ensemble.members.values()]
     assert found.name == "ensemble of 2: teacher, student"
     assert found.parameters == sum(one.parameters for one in each)

@@ -92,8 +92,13 @@ def test_splitmix64_gives_its_published_numbers():
 
 
 def test_keys_are_a_function_of_the_bytes():
-    one, two, again = image_keys([b"a", b"b", b"a"]).tolist()
-    assert one == again != two
+    one, two, again, name = image_keys([b"a", b"b", b"a", "a"]).tolist()
+    assert one == again == name != two
+
+
+def test_a_file_name_that_is_not_utf_8_has_a_key():
+    one, other = image_keys(["\udcff.jpg", "\udcfe.jpg"]).tolist()
+    assert one != other
 
 
 def test_the_last_number_below_one_draws_a_possible_word():

@@ -95,6 +95,17 @@ def test_the_term_is_the_log_probability_times_the_advantage() -> None:
     assert PolicyGradient().count(batch) == 5.0
 
 
+def test_the_term_of_half_precision_logits_is_computed_in_float32() -> None:
+    batch = tiny.make_batch([3, 2, 1])
+    sampled = torch.ones(len(batch.captions), dtype=torch.bool)
+    batch = replace(batch, sampled=sampled, advantages=torch.linspace(-1, 1, len(sampled)))
+    logits = 8 * torch.randn(*batch.targets.shape, len(tiny.TOKENIZER)).bfloat16()
+    loss = PolicyGradient((0,), temperature=0.7)
+    half, full = (loss(cd.CaptionerOutput(each), None, batch) for each in (logits, logits.float()))
+    assert half.dtype == torch.float32
+    assert torch.equal(half, full)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_gradient_is_that_of_the_expected_reward(temperature: float) -> None:
     """Enumerate every caption of at most two words, with the probability it is sampled with."""

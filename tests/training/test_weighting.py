@@ -282,6 +282,19 @@ def test_a_term_that_is_absent_leaves_its_weight_alone(kind: str) -> None:
     assert all(math.isfinite(trainer.step(batch)["loss"]) for batch in BATCHES * 3)
 
 
+def test_loss_ratio_compares_only_windows_that_both_had_the_term() -> None:
+    weighting = LossRatio(every=1)
+    weighting.build(["ce", "some"], torch.nn.Linear(1, 1))
+    for step, some in enumerate([4.0, 3.0, None]):
+        weighting.start_step(step, 0, 1.0)
+        present = {"ce": 1.0} if some is None else {"ce": 1.0, "some": some}
+        weighting.end_step(present, {"ce": 1.0, "some": float(some is not None)})
+    for step in (3, 4):
+        weighting.start_step(step, 0, 1.0)
+        assert weighting.factors()[1] == 1.0
+        weighting.end_step({"ce": 1.0, "some": 1.0}, {"ce": 1.0, "some": 1.0})
+
+
 def test_base_weights_may_be_schedules_and_terms_of_weight_0_are_not_built() -> None:
     fade = {"schedule": "linear", "first": 1.0, "last": 0.0}
     weighting = Uncertainty({"ce": 1.0, "token": fade, "hidden": 0.0})
