@@ -82,6 +82,8 @@ def require_data(function: str, data: object) -> None:
 class TeacherCaptions(CaptionData):
     """Images with a teacher's captions to train on; `references` are still the human ones.
 
+    The references of an image without human captions are the captions that it is trained on.
+
     Attributes:
         counts: "captions" of the teacher and "mixed" human ones that are trained on; candidates
             dropped as "duplicates", "empty" or "unfinished"; images "without" any candidate left
