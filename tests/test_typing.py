@@ -36,8 +36,17 @@ text: str = student.caption("dog.jpg", beam_size=3)
 texts: list[str] = student.caption(["dog.jpg"])
 tokens: tuple[str, ...] = student.caption("dog.jpg", details=True).tokens
 table: dict[str, object] = cd.compare(teacher, student, data.val).to_json()
+history = cd.Distiller(teacher, student, on_policy=0.3).fit(data.train, on_policy=(0.0, 0.5))
+tuned = cd.SelfCritical(student, {"cider_d": 1.0}, teacher={"one": teacher}, samples=3)
+history = tuned.fit(data.train, epochs=1, samples=4)
+captioned = cd.teachers.caption(cd.teachers.Ensemble([teacher]), data.train, "c.jsonl", beam_size=5)
+history = cd.Trainer(student).fit(cd.data.Curriculum(captioned, "rarity"), ema_decay=0.99)
 
 cd.TokenKD(temprature=2)  # WRONG
+cd.SelfCritical(student, sampels=3)  # WRONG
+cd.Distiller(teacher, student, on_polcy=0.3)  # WRONG
+tuned.fit(data.train, sampels=3)  # WRONG
+cd.teachers.caption(teacher, data.train, "c.jsonl", keep="best")  # WRONG
 distiller.fit(data.train, epoch=1)  # WRONG
 cd.Trainer(student, epochs="3")  # WRONG
 cd.Distiller(teacher, student, learning_rat=1e-3)  # WRONG

@@ -29,7 +29,7 @@ from capdistill.training.callbacks import (
     handle_interrupt,
 )
 from capdistill.training.checkpoint import load_state, restore, restore_frozen, snapshot
-from capdistill.training.config import TrainConfig, TrainOptions
+from capdistill.training.config import SelfCriticalOptions, TrainConfig, TrainOptions
 from capdistill.training.decoder_inputs import require_unknown_word
 from capdistill.training.history import EpochMeter, History, Row
 from capdistill.training.monitor import BestEpoch, Monitor, monitor_key
@@ -122,7 +122,7 @@ class Trainer(Stepper):
         overwrite: bool = False,
         accept_changes: bool = False,
         callbacks: Sequence[Any] = (),
-        **options: Unpack[TrainOptions],
+        **options: Unpack[SelfCriticalOptions],  # of all trainers; others' are refused
     ) -> History:
         """Train for the configured epochs, validating after each.
 
