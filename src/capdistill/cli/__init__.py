@@ -124,7 +124,7 @@ class CommandParser(argparse.ArgumentParser):
         if getattr(options, "paths", None) == []:  # argparse fills no "*" behind an option
             options.paths = [word for word in unknown if word == "-" or not word.startswith("-")]
             unknown = [word for word in unknown if word not in options.paths]
-        if getattr(options, "captioner", "") is None and unknown and unknown[0][0] != "-":
+        if getattr(options, "captioner", "") is None and unknown and not unknown[0].startswith("-"):
             options.captioner = unknown.pop(0)  # nor "?"
         if unknown:
             self.error(self._explain(unknown[0]))

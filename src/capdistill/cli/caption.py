@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from capdistill.cli.common import (
     generation_values,
 )
 from capdistill.cli.data import parse_data
+from capdistill.data.image_names import images_below
 from capdistill.errors import ConfigError, DataError
 from capdistill.files import printable, user_path
 
@@ -41,7 +41,6 @@ images that are named. A run that was stopped continues. Otherwise they are prin
 
 Each line of the output is an image and its caption, separated by a tab. With --details or
 --num-return there is a line per caption: image, rank, score, log-probability, caption."""
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _EVERY = 100  # images between two lines of progress
 
 
@@ -169,28 +168,14 @@ def image_paths(given: Iterable[str]) -> list[str]:
             named = [line.rstrip("\r\n") for line in sys.stdin]
             found = image_paths(line for line in named if line not in ("", "-"))
         elif user_path(each, DataError).is_dir():
-            found = _images_below(user_path(each))
+            found = [str(path) for path in images_below(user_path(each))]
         else:
             found = [each]
         if not found:
             where = "The list on stdin" if each == "-" else f"The folder {each}"
-            kinds = ", ".join(IMAGE_SUFFIXES)
-            raise DataError(f"{where} holds no image. Expected files such as photo.jpg ({kinds}).")
+            raise DataError(f"{where} holds no image. Expected files such as photo.jpg.")
         paths += found
     return paths
-
-
-def _images_below(folder: Path) -> list[str]:
-    """The images in a folder and its subfolders, sorted; hidden ones are left out."""
-    found = []
-    for directory, inner, names in os.walk(folder):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        found += [
-            os.path.join(directory, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
-    return sorted(found)
 
 
 def caption_files(
