@@ -172,6 +172,8 @@ def test_references_are_those_of_the_training_data() -> None:
         for batch in batches(1)
         for image, text in zip(batch.image_ids, batch.captions, strict=True)
     }
+    for source in (cd.data.Curriculum(data), cd.data.Loader(data, tiny.TOKENIZER, image_size=8)):
+        assert references_of(source) == data.references
     with pytest.raises(ConfigError, match="references="):
         references_of(object())
 

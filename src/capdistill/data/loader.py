@@ -137,6 +137,11 @@ class Loader:
         self._busy = False
 
     @property
+    def data(self) -> Any:
+        """The data set that is read; within a `Curriculum`, the one that it orders."""
+        return self.collator.data
+
+    @property
     def has_caches(self) -> bool:
         """Whether its batches carry cached features."""
         return bool(self.collator.caches)

@@ -217,7 +217,7 @@ def identity(stepper: Stepper, train: Source | None, val: Source | None = None) 
 
 def _data_digest(source: Source) -> str:
     """Number of images, and a digest of their ids and captions if available."""
-    data = source.collator.data if isinstance(source, Loader) else getattr(source, "batches", None)
+    data = source.data if isinstance(source, Loader) else getattr(source, "batches", None)
     curriculum = getattr(source, "curriculum", None)
     order = "" if curriculum is None else f", {curriculum!r} {_digest([str(curriculum.ranking)])}"
     if isinstance(data, CaptionData):

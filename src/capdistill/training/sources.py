@@ -127,7 +127,7 @@ def require_captions(stepper: Stepper, first: Batch, train: Source, val: Source 
 
 
 def _without_captions(source: Source) -> bool:
-    data = source.collator.data if isinstance(source, Loader) else None
+    data = source.data if isinstance(source, Loader) else None
     return isinstance(data, CaptionData) and not any(e.captions for e in data.examples)
 
 

@@ -155,7 +155,7 @@ def _workers(trial: Trial) -> int:
     """Number of workers that `fit` uses for reading."""
     given, source = trial.config.num_workers, trial.source
     if given is None and isinstance(source, Loader) and not trial.config.cache_images:
-        return default_num_workers(source.collator.data, source.batch_size)
+        return default_num_workers(source.data, source.batch_size)
     return given or 0
 
 
