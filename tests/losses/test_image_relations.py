@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -150,6 +151,21 @@ def contrastive_oracle(loss, student, teacher):
         cosines = torch.stack([F.cosine_similarity(mine[i], each, 0) for each in theirs])
         total = total - (cosines / loss.tau).log_softmax(0)[i]
     return total
+
+
+def test_a_repeated_image_is_no_negative_of_itself():
+    student, teacher, batch = example(4)
+    batch = replace(batch, image_ids=("a", "b", "a", "c"))
+    loss = built(ContrastiveKD, dim=5, tau=0.5)
+    mine = F.normalize(loss.student_projector(student.features.mean(1)), dim=-1)
+    theirs = F.normalize(loss.teacher_projector(teacher.features.mean(1)), dim=-1)
+    cosines = (mine @ theirs.T / 0.5).tolist()
+    others = {0: (0, 1, 3), 1: (0, 1, 2, 3), 2: (1, 2, 3), 3: (0, 1, 2, 3)}
+    expected = sum(
+        math.log(sum(math.exp(cosines[i][j]) for j in seen)) - cosines[i][i]
+        for i, seen in others.items()
+    )
+    assert loss(student, teacher, batch).item() == pytest.approx(expected)
 
 
 @property_test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ class ContrastiveKD(DistillationLoss):
     The mean over the visual tokens of each model is projected by one trained linear layer and
     scaled to length 1. An image adds the cross-entropy of its cosines with all the teacher's
     vectors, divided by tau, and its own as the answer. The other images of the batch are the
-    negatives (`couples_batch`): with accumulation these are those of one micro-batch. One image
-    alone adds 0, which is logged once.
+    negatives (`couples_batch`): with accumulation these are those of one micro-batch. An image that
+    a curriculum repeats is no negative of itself. One image alone adds 0, which is logged once.
 
     Example:
         >>> spec = dict(tokens=4, prefix_tokens=0, grid=None, hidden_dims=(), vocabulary=("a",),
@@ -91,6 +92,8 @@ class ContrastiveKD(DistillationLoss):
         ours = _unit(self.student_projector(mine)), _unit(self.teacher_projector(theirs))
         with torch.autocast(mine.device.type, enabled=False):
             logits = ours[0] @ ours[1].T / self.tau  # (I, I)
+        if len(set(batch.image_ids)) < batch.num_images:
+            logits = logits.masked_fill(_repeated(batch.image_ids).to(logits.device), -torch.inf)
         own = torch.arange(len(logits), device=logits.device)
         every = torch.ones_like(own, dtype=torch.bool)
         return cross_entropy(logits[None], own[None], every[None])
@@ -98,6 +101,12 @@ class ContrastiveKD(DistillationLoss):
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"dim={self.dim}, tau={self.tau}"
+
+
+def _repeated(ids: Sequence[str]) -> Tensor:
+    """(I, I) True for two places that hold the same image."""
+    same = torch.tensor([[one == other for other in ids] for one in ids])
+    return same.fill_diagonal_(False)
 
 
 def _unit(vectors: Tensor) -> Tensor:
