@@ -11,7 +11,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -305,14 +305,26 @@ def refusal(cls: type[BaseModel], error: ValidationError, what: str) -> ConfigEr
 def _explain(cls: type[BaseModel], problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = suggest(name, cls.model_fields)
+        known = suggest(str(problem["loc"][-1]), _options_at(cls, problem["loc"][:-1]))
         return f"there is no option '{name}' (given: {problem['input']!r}). {known}"
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        known = ", ".join(_options_at(cls, problem["loc"]))
+        return f"option '{name}' was given {problem['input']!r}: expected an object with {known}."
     if problem["type"] == "missing":
         return f"option '{name}' must be given."
     if problem["type"] == "value_error" and not name:
         return str(problem["ctx"]["error"])
     reason = problem["msg"].removeprefix("Value error, ").rstrip(".")
     return f"option '{name}' was given {problem['input']!r}: {reason}."
+
+
+def _options_at(cls: Any, path: Iterable[Any]) -> list[str]:
+    """The names of the options of a configuration, or of a section within it."""
+    for part in path:
+        field = getattr(cls, "model_fields", {}).get(part)
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        cls = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+    return list(getattr(cls, "model_fields", {}))
 
 
 Requirement = tuple[Callable[[Any], bool], str]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +309,17 @@ def test_another_preset_replaces_the_model_of_a_recipe_or_run_file() -> None:
     run = make_run(make_parser().parse_args(["distill", *base, "--student", "debug_student"]))
     assert isinstance(run, DistillRun)
     assert (run.student.preset, run.student.encoder) == ("debug_student", None)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"curriculum": "rarity"}, "expected an object with difficulty, "),
+        ({"teacher_captions": "c.jsonl"}, "expected an object with path, "),
+        ({"teacher_captions": {"path": "c.jsonl", "kep": "cider"}}, "Did you mean 'keep'?"),
+    ],
+)
+def test_a_section_within_data_names_its_own_options(data: dict[str, Any], message: str) -> None:
+    values = {"data": {"format": "sample", **data}, "model": {"preset": "debug_student"}}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_run(TrainRun, {**values, "out": "run"})

@@ -606,6 +606,8 @@ def test_a_directory_is_no_file_of_captions(pictures: CaptionData, tmp_path: Pat
                 Scripted(script(pictures)), pictures, place, overwrite=overwrite, **QUIET
             )
     assert list(tmp_path.glob("*.json")) == []
+    with pytest.raises(ConfigError, match="is a directory"):
+        cd.teachers.caption(Scripted(script(pictures)), pictures, ".", **QUIET)
 
 
 @pytest.mark.parametrize(

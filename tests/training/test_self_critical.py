@@ -167,6 +167,8 @@ def test_the_reward_is_the_score_of_the_sampled_captions() -> None:
 def test_references_are_those_of_the_training_data() -> None:
     data = cd.data.sample().train.subset(3)
     assert references_of(data) == data.references
+    loader = cd.data.Loader(cd.data.Curriculum(data), tiny.TOKENIZER, image_size=8, epochs=1)
+    assert references_of(loader) == data.references
     assert references_of(batches(1)) == {
         image: (text,)
         for batch in batches(1)

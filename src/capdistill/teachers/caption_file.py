@@ -269,10 +269,10 @@ def open_rows(file: Path, about: dict[str, Any], overwrite: bool) -> dict[str, R
     Raises:
         ConfigError: it was made with others.
     """
-    jsonl = file.suffix in ("", ".jsonl")
-    side = file.with_suffix(".run.json") if jsonl else file.with_name(f"{file.name}.run.json")
     if file.is_dir():
         raise ConfigError(f"{file} is a directory. Give a file, such as {file / 'captions.jsonl'}.")
+    jsonl = file.suffix in ("", ".jsonl")
+    side = file.with_suffix(".run.json") if jsonl else file.with_name(f"{file.name}.run.json")
     if file.exists() and not overwrite:
         try:
             before = json.loads(side.read_text("utf-8"))

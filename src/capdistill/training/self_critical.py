@@ -319,8 +319,9 @@ def references_of(data: Any) -> dict[str, Sequence[str]]:
         return {image: texts for batch in data for image, texts in references_of(batch).items()}
     if isinstance(getattr(data, "references", None), Mapping):
         return dict(data.references)
-    if hasattr(data, "data"):
-        return references_of(data.data)
+    inner = getattr(data, "data", getattr(data, "collator", None))  # a curriculum, or a loader
+    if inner is not None:
+        return references_of(inner)
     raise ConfigError(
         f"SelfCritical: {type(data).__name__} does not tell the captions of its images. Train on a "
         "capdistill data set or a list of batches, or give references={image id: captions}."
