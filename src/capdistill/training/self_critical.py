@@ -319,9 +319,8 @@ def references_of(data: Any) -> dict[str, Sequence[str]]:
         return {image: texts for batch in data for image, texts in references_of(batch).items()}
     if isinstance(getattr(data, "references", None), Mapping):
         return dict(data.references)
-    inner = getattr(data, "data", getattr(data, "collator", None))  # a curriculum, or a loader
-    if inner is not None:
-        return references_of(inner)
+    if hasattr(data, "data"):  # a curriculum, or a loader
+        return references_of(data.data)
     raise ConfigError(
         f"SelfCritical: {type(data).__name__} does not tell the captions of its images. Train on a "
         "capdistill data set or a list of batches, or give references={image id: captions}."
