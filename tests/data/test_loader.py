@@ -264,6 +264,7 @@ def test_stores_ride_along_and_images_stay_unread(
     assert batch.images.shape == (6, 3, 0, 0)
     assert batch.cached["f"][:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert loader.skipped.counts == {"no cached features": 5}
+    assert "what could not be read was left out" in str(loader.skipped)
 
 
 class Pairs(torch.utils.data.Dataset[Any]):

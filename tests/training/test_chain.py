@@ -292,3 +292,15 @@ def test_all_stages_are_checked_before_the_first_begins(
     with pytest.raises(IncompatibleModels, match=r"stage 2 \('small'\).*the vocabularies differ"):
         chain([teacher, assistant, student], colours, tmp_path)
     assert list(tmp_path.glob("?-*")) == []
+
+
+def test_a_stage_that_cannot_go_on_is_named_and_goes_on_with_the_changes(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    chain(models(saveable), colours, tmp_path, epochs=1)
+    other = [tiny.make_teacher(9), *models(saveable)[1:]]
+    with pytest.raises(CheckpointError, match=r"stage 1 \('.*'\): .*accept_changes"):
+        chain(other, colours, tmp_path, epochs=1)
+    with pytest.warns(UserWarning, match="continues with changes"):
+        table = chain(other, colours, tmp_path, epochs=1, accept_changes=True)
+    assert len(table.rows) == len(other)

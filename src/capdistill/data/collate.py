@@ -333,7 +333,7 @@ def _features(cache: Any, key: str, item: Item) -> Tensor:
     try:
         tokens: Tensor = cache[item.image_id]  # (N, D0)
     except KeyError as error:
-        reason = f"{item.image_id} in {key}"
+        reason = f"the cache {key[:12]} lacks it; what could not be read was left out there"
         raise _UnusableError("no cached features", item.place, reason) from error
     return tokens
 
