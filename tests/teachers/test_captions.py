@@ -274,6 +274,7 @@ def test_data_without_any_readable_image_are_an_error(tmp_path: Path) -> None:
     data = CaptionData([Example("a", tmp_path / "a.jpg", ["a dog"])])
     with pytest.raises(DataError, match="None of the 1 images can be used"):
         cd.teachers.caption(Scripted({}), data, tmp_path / "c.jsonl", **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jpg"]
 
 
 def test_a_folder_reads_the_file(pictures: CaptionData, tmp_path: Path) -> None:

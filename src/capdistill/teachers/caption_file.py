@@ -263,6 +263,20 @@ class Row:
         return (text + "\n").encode("utf-8", "backslashreplace")
 
 
+def description_of(file: Path) -> Path:
+    """The file beside it that says how it was made."""
+    jsonl = file.suffix in ("", ".jsonl")
+    return file.with_suffix(".run.json") if jsonl else file.with_name(f"{file.name}.run.json")
+
+
+def remove_if_empty(file: Path) -> None:
+    """Leave nothing behind where no image could be captioned."""
+    with suppress(OSError):
+        if not file.stat().st_size:
+            file.unlink()
+            description_of(file).unlink()
+
+
 def open_rows(file: Path, about: dict[str, Any], overwrite: bool) -> dict[str, Row]:
     """The rows that a file has, for the same teacher, options and data.
 
@@ -271,8 +285,7 @@ def open_rows(file: Path, about: dict[str, Any], overwrite: bool) -> dict[str, R
     """
     if file.is_dir():
         raise ConfigError(f"{file} is a directory. Give a file, such as {file / 'captions.jsonl'}.")
-    jsonl = file.suffix in ("", ".jsonl")
-    side = file.with_suffix(".run.json") if jsonl else file.with_name(f"{file.name}.run.json")
+    side = description_of(file)
     if file.exists() and not overwrite:
         try:
             before = json.loads(side.read_text("utf-8"))

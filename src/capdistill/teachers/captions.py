@@ -42,6 +42,7 @@ from capdistill.teachers.caption_file import (
     append_rows,
     open_rows,
     read_captions,
+    remove_if_empty,
     require_data,
 )
 from capdistill.teachers.ensemble import Ensemble, leaves
@@ -154,7 +155,11 @@ def caption(
             )
             made = _decode(teacher, loader, data, config, (place, precision), rows)
             batches = report_progress(made, len(loader), "Captioning", unit="batch", show=progress)
-            append_rows(file, batches, rows)
+            try:
+                append_rows(file, batches, rows)
+            except DataError:  # no readable image
+                remove_if_empty(file)
+                raise
             append_rows(file, [_unreadable(data.subset(missing), rows, loader.skipped)], rows)
     return read_captions(file, data, **asdict(choice))
 
