@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from capdistill import Distiller, SelfCritical, Trainer
+from capdistill.data import CaptionData
 from capdistill.errors import UnknownName
 from capdistill.training import History, recipe, run_stages
 from tests.training import tiny_models as tiny
@@ -31,7 +32,7 @@ def test_an_unknown_recipe_is_refused_with_a_suggestion():
 
 
 def test_every_stage_of_the_best_recipe_makes_its_trainer(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, colours: CaptionData
 ) -> None:
     made: list[Any] = []
 
@@ -41,7 +42,7 @@ def test_every_stage_of_the_best_recipe_makes_its_trainer(
 
     monkeypatch.setattr(Trainer, "fit", fit)
     monkeypatch.setattr("capdistill.training.stages.caption", lambda teacher, data, *_, **__: data)
-    models = tiny.make_student(), [tiny.make_batch([1, 2])]
+    models = tiny.make_student(), colours
     run_stages(*models, teacher=tiny.make_teacher(), out=tmp_path, **recipe("best_small"))
     assert [type(trainer) for trainer in made] == [Trainer, Distiller, SelfCritical]
     assert [trainer.config.learning_rate for trainer in made] == [1.5e-3, 5e-4, 5e-5]
