@@ -12,6 +12,7 @@ from capdistill.errors import ConfigError
 from capdistill.losses.base import check_schedule, scheduled
 from capdistill.training.run_directory import options_of
 from tests.losses.toy_pair import STUDENT, TEACHER, make_batch, make_output
+from tests.training import tiny_models as tiny
 
 LOSSES = ["token", "reverse_kl", "jsd", "decoupled", "top_k", "dist"]
 each_loss = pytest.mark.parametrize("name", LOSSES)
@@ -98,7 +99,17 @@ def test_a_run_follows_the_schedule_and_writes_it_down(tmp_path):
     distiller = cd.Distiller(teacher, student, losses, progress=False, batch_size=4)
     seen.clear()
     distiller.fit(data.train.subset(8), epochs=2, out=tmp_path)
-    assert seen == [0.0, 0.25, 0.5, 0.75]
+    assert sorted({*seen}) == [0.0, 0.25, 0.5, 0.75, 1.0]  # the last for the row of the epoch
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["losses"]["soft"] == {"name": "token", "temperature": [8, 2]}
     assert "falling" in run["losses"]["mine"]["temperature"]
+
+
+def test_the_history_records_a_temperature_that_changes() -> None:
+    batches = [tiny.make_batch([1, 2, 3], first=3 * i) for i in range(2)]
+    losses = {"soft": {"name": "token", "temperature": [8, 2]}, "fixed": "token"}
+    distiller = cd.Distiller(tiny.make_teacher(), tiny.make_student(), losses, **tiny.QUIET)
+    history = distiller.fit(batches, epochs=2, log_every=1)
+    expected = [{"soft": {"temperature": value}} for value in (8.0, 6.5, 5.0, 3.5)]
+    assert [row["settings"] for row in history.steps] == expected
+    assert [row["settings"]["soft"]["temperature"] for row in history.epochs] == [5.0, 2.0]

@@ -74,6 +74,10 @@ class DistillationLoss(nn.Module):
         """Number of valid tokens, or of images, that the sum runs over."""
         return float(batch.target_mask.sum()) if self.per == "token" else float(batch.num_images)
 
+    def settings(self, progress: float) -> dict[str, float]:
+        """Numbers that a schedule of this loss moves, by name, at `progress`: for the history."""
+        return {}
+
     @abstractmethod
     def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:
         """Scalar float32 sum; gradients reach the student and the projectors only."""

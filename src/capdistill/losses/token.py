@@ -61,8 +61,14 @@ class LogitsLoss(DistillationLoss):
         name = type(self).__name__
         ours = given(name, "logits", "student", student.logits)  # (B, T, V)
         theirs = given(name, "logits", "teacher", teacher.logits)
-        now = scheduled(self._temperature, self.temperature, self.progress, positive=True)
+        now = self._temperature_at(self.progress)
         return now**2 * self.divergence(ours, theirs, batch, now)
+
+    def settings(self, progress: float) -> dict[str, float]:
+        """The temperature at `progress`, if it changes over the run."""
+        if isinstance(self.temperature, (int, float)):
+            return {}
+        return {"temperature": self._temperature_at(progress)}
 
     @abstractmethod
     def divergence(
@@ -73,6 +79,9 @@ class LogitsLoss(DistillationLoss):
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"temperature={self.temperature}"
+
+    def _temperature_at(self, progress: float) -> float:
+        return scheduled(self._temperature, self.temperature, progress, positive=True)
 
     @property
     def _temperature(self) -> str:

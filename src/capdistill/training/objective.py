@@ -202,6 +202,11 @@ class Objective(nn.Module):
         factor = self.weighting.factors()[list(self.weights).index(name)]
         return base * (factor.item() if isinstance(factor, Tensor) else factor)
 
+    def settings(self, progress: float) -> dict[str, dict[str, float]]:
+        """What schedules inside the losses have reached: term -> {name: value}, if any."""
+        found = {name: loss.settings(progress) for name, loss in self._losses()}
+        return {name: values for name, values in found.items() if values}
+
     def _base_weight(self, name: str, progress: float) -> float:
         return scheduled(f"weights: '{name}'", self.weights[name], progress)
 

@@ -190,6 +190,7 @@ class Stepper:
         counts = self.objective.counts(*batches)
         scale = self.scaler.get_scale()
         weights = self.objective.start_step(self.progress, self.step_count, self.epoch, scale)
+        settings = self.objective.settings(self.progress)
 
         # Forward and backward, one micro-batch after the other.
         optimizer.zero_grad(set_to_none=True)
@@ -238,6 +239,7 @@ class Stepper:
             "epoch": self.epoch,
             **step.summary(),
             "weights": in_force,
+            "settings": settings,
             "counts": counts,
             "learning_rates": rates,
             "gradient_norm": norm_value,

@@ -226,6 +226,7 @@ class Trainer(Stepper):
             "step": self.step_count,
             **self.meter.row(),
             "weights": {n: self.objective.weight(n, self.progress) for n in self.objective.weights},
+            "settings": self.objective.settings(self.progress),
             "skipped": len(skipped_images(self.train_source)),
             "val": {},
             "scores": {},
