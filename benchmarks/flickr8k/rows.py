@@ -111,6 +111,7 @@ class Run:
             resume="auto",
             **chosen,
         )
+        stop_if(trainer.history.interrupted)
         return trainer.captioner
 
     def sequences(self, teacher: Any, name: str, num_return: int = 3, **options: Any) -> Any:
@@ -141,6 +142,12 @@ class Row:
     seeds: tuple[int, ...] = SEEDS
 
 
+def stop_if(interrupted: bool) -> None:
+    """End here: an interrupted run has no result yet."""
+    if interrupted:
+        raise SystemExit("Interrupted. The same command continues.")
+
+
 def member(encoder: str, decoder: tuple[str, dict[str, Any]], **options: Any) -> Callable[..., Any]:
     """A member of the ensemble, by cross-entropy."""
 
@@ -162,7 +169,7 @@ def best(teacher: tuple[str, ...]) -> Callable[[Run], cd.Captioner]:
             stage |= {"seed": run.seed, "cache_dir": cache, **run.options}
             if "captions" in stage:
                 stage["captions"]["cache_dir"] = cache
-        run_stages(
+        table = run_stages(
             student,
             run.data.train,
             run.data.val,
@@ -170,6 +177,7 @@ def best(teacher: tuple[str, ...]) -> Callable[[Run], cd.Captioner]:
             stages=stages,
             out=run.directory,
         )
+        stop_if(table.interrupted)
         return student
 
     return make
