@@ -91,9 +91,7 @@ class Run:
 
     def load(self, row: str) -> cd.Captioner:
         """The best epoch of another row: of this seed if that row has it, else of its only one."""
-        own = self.out / row / f"seed{self.seed}"
-        directory = own if own.exists() else self.out / row / "seed0"
-        return cd.Captioner.load(directory / "best")
+        return cd.Captioner.load(self.out / row / f"seed{seed_of(row, self.seed)}" / "best")
 
     def teacher(self, rows: tuple[str, ...]) -> Any:
         """The best epoch of a row, or the mixture of those of several."""
@@ -140,6 +138,12 @@ class Row:
     make: Callable[[Run], Any]
     needs: tuple[str, ...] = ()
     seeds: tuple[int, ...] = SEEDS
+
+
+def seed_of(row: str, seed: int) -> int:
+    """The seed of a row that goes with a seed of another: the same if it has it, else its first."""
+    seeds = ROWS[row].seeds
+    return seed if seed in seeds else seeds[0]
 
 
 def stop_if(interrupted: bool) -> None:

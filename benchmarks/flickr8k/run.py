@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rows import ROWS, Run
+from rows import ROWS, Run, seed_of
 
 import capdistill as cd
 
@@ -59,22 +58,26 @@ def make(name: str, seed: int | None, data: Any, options: argparse.Namespace) ->
     if result.exists():
         return dict(json.loads(result.read_text()))
     for needed in row.needs:
-        seeds = ROWS[needed].seeds
-        make(needed, seed if seed in seeds else seeds[0], data, options)
+        make(needed, seed_of(needed, seed), data, options)
     print(f"== {name}, seed {seed}: {row.title}", flush=True)
-    began = time.perf_counter()
     model = row.make(run)
     found = {
         "row": name,
         "title": row.title,
         "seed": seed,
-        "minutes": (time.perf_counter() - began) / 60,
+        "minutes": minutes(run.directory),
         "parameters": model.num_parameters(),
         **{search: evaluated(model, data, how) for search, how in SEARCHES.items()},
     }
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(found, indent=1))
     return found
+
+
+def minutes(directory: Path) -> float:
+    """Minutes of all epochs below a directory, in however many sessions they were trained."""
+    histories = map(cd.training.History.load, directory.rglob("history.jsonl"))
+    return sum(epoch["seconds"] for history in histories for epoch in history.epochs) / 60
 
 
 def evaluated(model: Any, data: Any, how: dict[str, Any]) -> dict[str, Any]:

@@ -130,9 +130,9 @@ def recipe(name: str) -> dict[str, Any]:
       and a CNN-LSTM student, token KL at T = 4. The numbers it states are expectations, not
       measurements.
     - "flickr8k_small" is one distillation on Flickr8k, from a teacher that it trains too.
-    - "best_small" is the best recipe for a small student that was measured (docs/results.md):
-      cross-entropy, then captions and words of the teacher, then self-critical training with the
-      teacher as regulariser. Its teacher, best an ensemble, must be given.
+    - "best_small" trains a small student in stages: cross-entropy, then captions and words of the
+      teacher, then self-critical training with the teacher as regulariser. Its teacher, best an
+      ensemble, must be given. It has not been measured yet.
 
     Raises:
         UnknownName: there is no such recipe; the message lists the available ones.
