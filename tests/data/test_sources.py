@@ -191,10 +191,12 @@ def test_asking_for_the_default_does_not_fix_it() -> None:
 def test_a_closed_loader_starts_its_workers_anew(
     colours: CaptionData, tokenizer: WordTokenizer
 ) -> None:
+    others = set(multiprocessing.active_children())  # of loaders that other tests made
     loader = Loader(colours, tokenizer, image_size=8, batch_size=2, num_workers=1)
     before = [batch.image_ids for batch in loader]
+    assert len(set(multiprocessing.active_children()) - others) == 1
     loader.close()
-    assert not multiprocessing.active_children()
+    assert not set(multiprocessing.active_children()) - others
     assert [batch.image_ids for batch in loader] == before
 
 
