@@ -174,18 +174,30 @@ class Loader:
         """
         indices = self._batch_indices(n)[start:]
         seen, first_cause = 0, None
-        for batch, problems, cause in self._results(indices):
-            for problem in problems:
-                self.skipped.add(problem)
+        for batch, _, cause in self.read(indices):
             first_cause = first_cause or cause
-            if problems and self.errors == "raise":
-                raise DataError(f"{problems[0]}. {FIX}") from cause
             if batch is not None:
                 seen += 1
                 yield batch
         if indices and not seen and start == 0:
             none = f"None of the {self.num_images} images can be used."
             raise DataError(f"{none}\n{self.skipped}") from first_cause
+
+    def read(self, indices: list[BatchIndex]) -> Iterator[BatchResult]:
+        """The batches of the given images, one result for each index; problems are recorded.
+
+        Args:
+            indices: Epoch and numbers of the images, one per batch.
+
+        Raises:
+            DataError: an image cannot be used and `errors` is "raise".
+        """
+        for result in self._results(indices):
+            for problem in result.problems:
+                self.skipped.add(problem)
+            if result.problems and self.errors == "raise":
+                raise DataError(f"{result.problems[0]}. {FIX}") from result.cause
+            yield result
 
     def first_batch(self) -> Batch | None:
         """The first usable batch of epoch 0, read in this process: no worker is started."""
