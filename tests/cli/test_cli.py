@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,16 @@ def test_ctrl_c_is_exit_code_130(
     monkeypatch.setattr("capdistill.presets.table", interrupt)
     assert main(["models"]) == 130
     assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_sigterm_outside_a_run_is_exit_code_143(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("capdistill.presets.table", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    handler = signal.getsignal(signal.SIGTERM)
+    assert main(["models"]) == 143
+    assert capsys.readouterr().err == "Terminated.\n"
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 @pytest.mark.filterwarnings("default")

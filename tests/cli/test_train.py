@@ -235,18 +235,25 @@ def test_metrics_and_the_monitored_score_are_options(
 
 
 @pytest.mark.filterwarnings("default")
-def test_ctrl_c_saves_says_how_to_go_on_and_is_exit_code_130(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_code(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
 ) -> None:
     step = Trainer.step
 
     def interrupted(self: Trainer, *batches: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         return step(self, *batches)
 
+    handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(Trainer, "step", interrupted)
     command = ["train", "--preset", "debug_student", *TINY, "--out", str(tmp_path)]
-    assert main(command) == 130
+    assert main(command) == code
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert f"--resume --out {tmp_path}" in capsys.readouterr().out
     assert (tmp_path / "state.pt").exists()
 

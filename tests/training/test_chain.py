@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {
     "batch_size": 2,
     "epochs": 2,
     "learning_rate": 0.01,
-    "save_every_steps": 1,
+    "save_every": 1,
 }
 
 

@@ -448,7 +448,7 @@ def test_auto_resumes_a_run_that_was_killed_while_it_saved(
 
 
 @pytest.mark.parametrize(
-    ("option", "states"), [({"save_every_steps": 2}, [0, 2, 3, 4]), ({}, [0, 0, 3, 3])]
+    ("option", "states"), [({"save_every": 2}, [0, 2, 3, 4]), ({}, [0, 0, 3, 3])]
 )
 def test_the_state_is_saved_every_so_many_steps(
     saveable: Make, colours: CaptionData, tmp_path: Path, option: Any, states: list[int]
@@ -473,10 +473,51 @@ def test_the_state_is_saved_every_so_many_minutes(
             saved.append(load_state(tmp_path / "state.pt")["step"])
             trainer.checkpoints.saved -= 61  # a minute goes by
 
-    distiller(saveable(), epochs=1, save_every_minutes=1.0).fit(
+    distiller(saveable(), epochs=1, save_every="1min").fit(
         colours, out=tmp_path, callbacks=[Look()]
     )
     assert saved == [0, 1, 2]
+
+
+def test_as_many_earlier_states_as_asked_for_are_kept(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    def steps(folder: Path) -> dict[str, int]:
+        return {path.name: load_state(path)["step"] for path in folder.glob("state*.pt")}
+
+    distiller(saveable(), epochs=2, save_every=1, keep=3).fit(colours, out=tmp_path)
+    names = ["state.previous.3.pt", "state.previous.2.pt", "state.previous.pt", "state.pt"]
+    assert steps(tmp_path) == dict(zip(names, [4, 5, 6, 6], strict=True))  # 6 again: an epoch ended
+    for name in names[1:]:
+        (tmp_path / name).write_bytes(b"PK damaged")
+    with pytest.warns(UserWarning, match=r"continuing from .*previous\.3\.pt, after step 4"):
+        distiller(saveable(), epochs=2, keep=1).fit(colours, out=tmp_path, resume=True)
+    assert steps(tmp_path) == {"state.pt": 6, "state.previous.pt": 4}
+    distiller(saveable(), epochs=1, keep=4, save_every=1).fit(colours, out=tmp_path, overwrite=True)
+    assert len(steps(tmp_path)) == 5
+
+
+class Improving:
+    """Every epoch is the best so far."""
+
+    def on_epoch(self, trainer: Any, row: Any) -> None:
+        row["improved"] = True
+
+
+def test_as_many_best_captioners_as_asked_for_are_kept(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    def bests() -> set[str]:
+        return {path.name for path in tmp_path.glob("best*")}
+
+    trainer = distiller(saveable(), epochs=3, keep_best=2, monitor="loss")
+    trainer.fit(colours, colours, out=tmp_path, callbacks=[Improving()])
+    assert bests() == {"best", "best-epoch-2", "best-epoch-3"}
+    last, before = (Captioner.load(tmp_path / f"best-epoch-{n}").state_dict() for n in (3, 2))
+    assert tiny.same_bits(last, Captioner.load(tmp_path / "best").state_dict())
+    assert not tiny.same_bits(last, before)
+    distiller(saveable(), epochs=1).fit(colours, out=tmp_path, overwrite=True)
+    assert bests() == {"best"}
 
 
 RUN = """
@@ -500,7 +541,7 @@ class Kill:
         if row["step"] == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
-options = {**tiny.QUIET, "batch_size": 2, "epochs": 2, "learning_rate": 0.01, "save_every_steps": 2}
+options = {**tiny.QUIET, "batch_size": 2, "epochs": 2, "learning_rate": 0.01, "save_every": 2}
 Distiller(tiny.make_teacher(), student, **options).fit(
     data, data, out=out, resume=resume, callbacks=[Kill()]
 )
@@ -584,7 +625,7 @@ def test_a_kill_between_history_and_state_leaves_one_row_per_epoch(
         raise Killed
 
     data = [tiny.make_batch([1, 2]), tiny.make_batch([2, 1], first=2)]
-    options = {**OPTIONS, "save_every_steps": 1}
+    options = {**OPTIONS, "save_every": 1}
     with monkeypatch.context() as patch:
         patch.setattr("capdistill.training.callbacks.Checkpoints.on_epoch", killed)
         with pytest.raises(Killed):

@@ -1,6 +1,7 @@
 """The command `capdistill`: the Python API on the command line.
 
-Exit codes: 0 done, 1 a problem that the message names, 2 a wrong command line, 130 interrupted.
+Exit codes: 0 done, 1 a problem that the message names, 2 a wrong command line, 130 interrupted by
+Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import difflib
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 from capdistill import __version__
@@ -32,7 +36,7 @@ COMMANDS = {
     "caption": ("caption", "caption images"),
     "score": ("evaluate", "score caption files, as the COCO tool does"),
 }
-DONE, PROBLEM, INTERRUPTED = 0, 1, 130
+DONE, PROBLEM = 0, 1
 _CLOSING = """\
 example:
   capdistill demo
@@ -60,11 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(printable(parser.format_help()), end="", flush=True)
             return DONE
         name, debug = f"capdistill {options.command}", options.debug
-        with _plain_warnings():
+        with _plain_warnings(), _sigterm_as_interrupt():
             return int(options.run(options))
+    except _Terminated:
+        print_status("Terminated.")
+        return interrupted(signal.SIGTERM)
     except KeyboardInterrupt:
         print_status("Interrupted.")
-        return INTERRUPTED
+        return interrupted(signal.SIGINT)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         _abandon_output()
         return PROBLEM
@@ -75,6 +82,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _abandon_output()  # a full disk under our output would fail again at exit
         print_status(f"{name}: {_as_options(str(error))}")
         return PROBLEM
+
+
+def interrupted(number: int | None) -> int:
+    """The exit code of a command that a signal ended, as shells count it.
+
+    Example:
+        >>> interrupted(signal.SIGTERM), interrupted(None)
+        (143, 130)
+
+    Args:
+        number: Number of the signal; Ctrl-C where it is not known.
+    """
+    return 128 + (number or signal.SIGINT)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came where no run could heed it."""
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Inside the block SIGTERM ends the command like Ctrl-C; files are cleaned up."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capdistill.cli import DONE, INTERRUPTED, print_result, print_status
+from capdistill.cli import DONE, interrupted, print_result, print_status
 from capdistill.errors import ConfigError, MissingExtra
 from capdistill.files import user_path
 
@@ -104,9 +104,9 @@ def _run(options: argparse.Namespace) -> int:
     overwrite = options.overwrite or _is_a_demo(out)
     for role in runs:
         open_directory(out / role, resume=False, overwrite=overwrite)
-    models = _train_all(runs, data, overwrite=overwrite)
+    models, number = _train_all(runs, data, overwrite=overwrite)
     if models is None:
-        return INTERRUPTED
+        return interrupted(number)
     print_status("\nComparing the three models on the held-out photos ...")
     same: dict[str, Any] = {key: _TRAINING[key] for key in ("device", "precision")}
     same |= draw_curves({role: out / role for role in runs})
@@ -220,7 +220,7 @@ def run_staged(options: argparse.Namespace) -> int:
     )
     if table.interrupted:
         print_status(f"Interrupted. The same command continues, with --out {out}.")
-        return INTERRUPTED
+        return interrupted(table.signal)
     student.save(out / "student")
     print_status(f"\n{table}\n\nComparing the student with its teacher ...")
     found = compare(teacher, student, data.val, bootstrap=1000)
@@ -245,10 +245,10 @@ def run_recipe(options: argparse.Namespace) -> int:
     print_status(data.summary())
     out = user_path(options.out)
     resume: Resume = "auto" if not options.overwrite else False
-    models = _train_all(runs, data, resume=resume, overwrite=options.overwrite)
+    models, number = _train_all(runs, data, resume=resume, overwrite=options.overwrite)
     if models is None:
         print_status(f"Interrupted. The same command continues, with --out {out}.")
-        return INTERRUPTED
+        return interrupted(number)
     print_status("\nComparing the three models ...")
     found = compare(
         models["teacher"], models["student"], data.val, models["baseline"], bootstrap=1000
@@ -286,8 +286,8 @@ def _train_all(
     *,
     resume: Resume = False,
     overwrite: bool = False,
-) -> dict[str, Captioner] | None:
-    """Train the models in their order; None if one was interrupted."""
+) -> tuple[dict[str, Captioner] | None, int | None]:
+    """Train the models in their order; None and the signal's number if one was interrupted."""
     from capdistill.cli.train import run_training
 
     titles = {
@@ -300,11 +300,11 @@ def _train_all(
         print_status(f"\n{titles[role]} ({run.train.epochs} epochs) ...")
         trainer, history = run_training(run, data, resume=resume, overwrite=overwrite)
         if history.interrupted:
-            return None
+            return None, history.signal
         first, last = (history.epochs[i]["train"]["terms"]["ce"]["raw"] for i in (0, -1))
         print_status(f"cross-entropy per word on the training captions: {first:.2f} -> {last:.2f}")
         models[role] = trainer.captioner
-    return models
+    return models, None
 
 
 def draw_curves(directories: dict[str, Path]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capdistill.cli import DONE, INTERRUPTED, PROBLEM, print_result, print_status
+from capdistill.cli import DONE, PROBLEM, interrupted, print_result, print_status
 from capdistill.cli.common import (
     MeanTeacherSection,
     add_run_options,
@@ -109,7 +109,7 @@ def train(options: argparse.Namespace) -> int:
     trainer, history = run_training(run, data, **directory_options(options))
     content = result(run, trainer, history)
     print_result(options, content, lambda: summary(content))
-    return INTERRUPTED if history.interrupted else DONE
+    return interrupted(history.signal) if history.interrupted else DONE
 
 
 def directory_options(options: argparse.Namespace) -> dict[str, Any]:

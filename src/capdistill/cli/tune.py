@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from capdistill.cli import DONE, INTERRUPTED, print_result, print_status
+from capdistill.cli import DONE, interrupted, print_result, print_status
 from capdistill.cli.common import (
     TRAINING_FLAGS,
     MeanTeacherSection,
@@ -137,7 +137,7 @@ def tune(options: argparse.Namespace) -> int:
     rewards = mean_rewards(history)
     content = {**result(run, trainer, history), "reward": rewards}
     print_result(options, content, lambda: _summary(content))
-    return INTERRUPTED if history.interrupted else DONE
+    return interrupted(history.signal) if history.interrupted else DONE
 
 
 def _load(options: argparse.Namespace) -> tuple[TuneRun, Splits]:

@@ -7,6 +7,7 @@ Callbacks with `state_dict` and `load_state_dict` are part of the state of a run
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import threading
@@ -26,10 +27,10 @@ from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import printable
 from capdistill.saving import WEIGHTS, saved_file
 from capdistill.training.checkpoint import save_state
-from capdistill.training.config import TrainConfig
+from capdistill.training.config import NEVER, Interval, TrainConfig
 from capdistill.training.history import History, Row
 from capdistill.training.monitor import LOSS, Monitor
-from capdistill.training.run_directory import STATE
+from capdistill.training.run_directory import BEST_OF, STATE, kept_bests
 from capdistill.weights import load_exactly, read_state_dict
 
 _PROBLEMS = 20  # most images named in a warning
@@ -121,20 +122,24 @@ class Checkpoints:
     Args:
         out: Directory of the run, or None.
         monitor: Selects the best epoch; None without validation.
-        every_steps, every_minutes: When the state is also saved within an epoch.
+        every: How often the state is also saved within an epoch.
+        keep: Earlier states that are kept.
+        keep_best: Best captioners that are kept.
     """
 
     def __init__(
         self,
         out: Path | None,
         monitor: Monitor | None = None,
-        every_steps: int | None = None,
-        every_minutes: float | None = None,
+        every: Interval = NEVER,
+        keep: int = 1,
+        keep_best: int = 1,
     ) -> None:
-        self.out, self.monitor = out, monitor
-        self.every_steps, self.every_minutes = every_steps, every_minutes
+        self.out, self.monitor, self.every = out, monitor, every
+        self.keep, self.keep_best = keep, keep_best
         self.best: dict[str, torch.Tensor] | None = None  # kept here only without a directory
         self.saved = time.monotonic()
+        self.has_saved = False
 
     def on_fit_start(self, trainer: Run) -> None:
         """Load the best student so far, which is needed at the end.
@@ -153,10 +158,9 @@ class Checkpoints:
 
     def on_step(self, trainer: Run, row: Row) -> None:
         """Save the state within an epoch, by steps or by time."""
-        due = self.every_steps is not None and row["step"] % self.every_steps == 0
-        if self.every_minutes is not None:
-            due |= time.monotonic() - self.saved > 60 * self.every_minutes
-        if due:
+        steps, seconds = self.every
+        due = steps is not None and row["step"] % steps == 0
+        if due or (seconds is not None and time.monotonic() - self.saved > seconds):
             self.save(trainer)
 
     def on_epoch(self, trainer: Run, row: Row) -> None:
@@ -167,12 +171,23 @@ class Checkpoints:
                     self.best = _copy_weights(trainer.captioner)
                 else:
                     trainer.captioner.save(self.out / "best")
+                    self._keep_best(trainer.captioner, row["epoch"] + 1)
         self.save(trainer)
+
+    def _keep_best(self, captioner: Captioner, epoch: int) -> None:
+        """Save the captioner under its epoch too, and remove those that are too many."""
+        if self.out is None or self.keep_best == 1:
+            return
+        captioner.save(self.out / f"{BEST_OF}{epoch}")
+        epochs = {int(path.name.removeprefix(BEST_OF)): path for path in kept_bests(self.out)}
+        for number in sorted(epochs)[: -self.keep_best]:
+            shutil.rmtree(epochs[number])
 
     def save(self, trainer: Run) -> None:
         """Write what a resumed run needs."""
         if self.out is not None:
-            save_state(self.out / STATE, trainer.state_dict())
+            first, self.has_saved = not self.has_saved, True
+            save_state(self.out / STATE, trainer.state_dict(), self.keep, check=first)
         self.saved = time.monotonic()
 
     def on_fit_end(self, trainer: Run) -> None:
@@ -314,28 +329,33 @@ def _describe_end(trainer: Run, monitor: Monitor | None) -> Iterator[str]:
 
 
 @contextmanager
-def handle_interrupt(notice: Callable[[], bool]) -> Iterator[None]:
+def handle_interrupt(notice: Callable[[int], bool]) -> Iterator[None]:
     """Inside the block Ctrl-C and SIGTERM call `notice`; the handlers before come back after it.
 
     Outside the main thread, where Python forbids handlers, nothing is changed.
 
     Example:
         >>> asked = []
-        >>> with handle_interrupt(lambda: not asked and not asked.append("once")):
+        >>> with handle_interrupt(lambda number: not asked and not asked.append(number)):
         ...     signal.raise_signal(signal.SIGINT)
-        >>> asked
-        ['once']
+        >>> asked == [signal.SIGINT]
+        True
 
     Args:
-        notice: Returns whether the request is heeded; if not, it is a KeyboardInterrupt.
+        notice: Takes the number of the signal and returns whether the request is heeded; if not,
+            the handler before is called, or it is a KeyboardInterrupt.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if not notice():
-            raise KeyboardInterrupt
+        if notice(number):
+            return
+        earlier = before[signal.Signals(number)]
+        if callable(earlier):
+            earlier(number, frame)
+        raise KeyboardInterrupt
 
     kinds = (signal.SIGINT, signal.SIGTERM)
     before = {kind: signal.signal(kind, ask) for kind in kinds}

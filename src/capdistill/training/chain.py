@@ -75,10 +75,12 @@ class ChainTable:
     Args:
         rows: The teacher, then every model whose stage has begun.
         interrupted: Whether the last of them was interrupted; the same call goes on with it.
+        signal: Number of the signal that interrupted it, or None.
     """
 
     rows: tuple[ChainRow, ...]
     interrupted: bool = False
+    signal: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: format, `interrupted`, and `rows` with the fields of `ChainRow`."""
@@ -183,7 +185,7 @@ def distill_chain(
             name = str(getattr(teacher, "name", type(teacher).__name__))
             rows.append(ChainRow(name, _size(teacher), scores=scores or {}))
         rows.append(history_row(student, number, place.name, history))
-        table = ChainTable(tuple(rows), history.interrupted)
+        table = ChainTable(tuple(rows), history.interrupted, history.signal)
         write_text(file, json.dumps({**table.to_json(), "teacher": about}, indent=2, default=str))
         if history.interrupted:
             break

@@ -18,7 +18,13 @@ from capdistill.data.loader import Source, skipped_images
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import write_atomically
 from capdistill.training.optim import make_schedule
-from capdistill.training.run_directory import PREVIOUS, UNFINISHED, is_plain
+from capdistill.training.run_directory import (
+    PREVIOUS,
+    UNFINISHED,
+    is_plain,
+    previous_state,
+    previous_states,
+)
 from capdistill.training.sources import captions_per_image
 from capdistill.training.step import Stepper
 from capdistill.weights import load_exactly, strip_prefixes
@@ -26,17 +32,45 @@ from capdistill.weights import load_exactly, strip_prefixes
 _FORMAT = "capdistill.training/2"
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state atomically; the one before stays beside it as `.previous`.
+def save_state(path: Path, state: dict[str, Any], keep: int = 1, check: bool = False) -> None:
+    """Write a training state atomically; the ones before stay beside it as `.previous`.
+
+    Args:
+        path: The file.
+        state: From `snapshot`.
+        keep: How many earlier states are kept.
+        check: Remove earlier states that cannot be read, lest they take the place of good ones.
 
     Raises:
         ConfigError: it cannot be written; the existing file is unchanged.
     """
     fresh = path.with_name(UNFINISHED)
     write_atomically(fresh, lambda temporary: _dump({"format": _FORMAT, **state}, temporary))
-    if path.exists():
-        path.replace(path.with_name(PREVIOUS))
+    if check:
+        _remove_damaged(path)
+    _shift(path, keep)
     fresh.replace(path)
+
+
+def _remove_damaged(path: Path) -> None:
+    for each in (path, *previous_states(path.parent)):
+        try:
+            _read(each)
+        except CheckpointError:
+            each.unlink(missing_ok=True)
+
+
+def _shift(path: Path, keep: int) -> None:
+    """Make room for a new state: every earlier one moves one place on, those beyond `keep` go."""
+    for number, old in enumerate(previous_states(path.parent), 1):
+        if number > keep:
+            old.unlink(missing_ok=True)
+        else:
+            old.replace(path.with_name(previous_state(number)))  # no gaps
+    for number in range(keep if path.exists() else 0, 0, -1):
+        younger = path if number == 1 else path.with_name(previous_state(number - 1))
+        if younger.exists():
+            younger.replace(path.with_name(previous_state(number)))
 
 
 def _dump(content: dict[str, Any], path: Path) -> None:
@@ -47,13 +81,14 @@ def _dump(content: dict[str, Any], path: Path) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a training state; if it is truncated, read the previous one, with a warning.
+    """Read a training state; if it is damaged, read the latest one that is not, with a warning.
 
     Raises:
         CheckpointError: no readable state; names each file and what is wrong with it.
     """
     problems: list[str] = []
-    for candidate in (path, path.with_name(PREVIOUS)):
+    others = previous_states(path.parent) or [path.with_name(PREVIOUS)]
+    for candidate in (path, *others):
         try:
             state = _read(candidate)
         except CheckpointError as error:
@@ -95,8 +130,9 @@ _HARMLESS = frozenset(
         "cache_dir",
         "eval_batch_size",
         "log_every",
-        "save_every_steps",
-        "save_every_minutes",
+        "save_every",
+        "keep",
+        "keep_best",
         "progress",
     }
 )

@@ -3,14 +3,64 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from capdistill.errors import ConfigError, parse, shortened
+from capdistill.errors import ConfigError, is_count, parse, shortened
 from capdistill.generation.config import GenerationConfig, GenerationOptions, Options
+
+
+class Interval(NamedTuple):
+    """How often something happens: after so many steps or so many seconds; never if both are None.
+
+    Args:
+        steps: Number of steps.
+        seconds: Number of seconds.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+NEVER = Interval()
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+_TIME = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(s|min|h)")
+
+
+def parse_interval(value: object) -> Interval:
+    """A number of steps, or a time as text, as an interval.
+
+    Example:
+        >>> parse_interval(500), parse_interval("1.5h").seconds
+        (Interval(steps=500, seconds=None), 5400.0)
+        >>> parse_interval("10 minutes")
+        Traceback (most recent call last):
+        ...
+        ValueError: expected a number of steps, such as 500, or a time in s, min or h, such as \
+'10min'; or None
+
+    Args:
+        value: A whole number of at least 1, text, or None.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if value is None:
+        return NEVER
+    if is_count(value):
+        return Interval(steps=int(value))  # type: ignore[call-overload]
+    match = _TIME.fullmatch(value) if isinstance(value, str) else None
+    seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
+    if not seconds:
+        raise ValueError(
+            "expected a number of steps, such as 500, or a time in s, min or h, such as '10min'; "
+            "or None"
+        )
+    return Interval(seconds=seconds)
 
 
 class TrainConfig(Options):
@@ -65,8 +115,10 @@ class TrainConfig(Options):
         eval_batch_size: Images per batch in validation.
         generation: Decoding in validation: a `GenerationConfig` or its options. None is greedy.
         log_every: Steps between two rows of the history.
-        save_every_steps: Steps between two saves of the training state within an epoch, or None.
-        save_every_minutes: Minutes between two such saves, or None.
+        save_every: When the training state is saved within an epoch, besides at its end: after so
+            many steps (500), or so much time ("30s", "10min", "2h"). None does not.
+        keep: Earlier states kept beside state.pt: state.previous.pt, state.previous.2.pt, ...
+        keep_best: Best captioners kept: best/ and, above 1, earlier ones as best-epoch-N/.
         progress: Progress bar and summaries. None shows a bar on a terminal and lines elsewhere.
     """
 
@@ -103,9 +155,16 @@ class TrainConfig(Options):
     eval_batch_size: int = Field(64, ge=1)
     generation: GenerationConfig | None = None
     log_every: int = Field(10, ge=1)
-    save_every_steps: int | None = Field(None, ge=1)
-    save_every_minutes: float | None = Field(10.0, gt=0)
+    save_every: int | str | None = "10min"
+    keep: int = Field(1, ge=1, le=10_000)
+    keep_best: int = Field(1, ge=1, le=10_000)
     progress: bool | None = None
+
+    @field_validator("save_every", mode="before")
+    @classmethod
+    def _is_an_interval(cls, value: Any) -> Any:
+        parse_interval(value)
+        return value
 
     @field_validator("cache_dir", mode="before")
     @classmethod
@@ -202,8 +261,9 @@ class TrainOptions(GenerationOptions, total=False):
     eval_batch_size: int
     generation: GenerationConfig | Mapping[str, Any] | None
     log_every: int
-    save_every_steps: int | None
-    save_every_minutes: float | None
+    save_every: int | str | None
+    keep: int
+    keep_best: int
     progress: bool | None
 
 

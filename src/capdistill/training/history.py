@@ -47,6 +47,7 @@ class History:
 
     Attributes:
         interrupted: Whether the run was interrupted (Ctrl-C or SIGTERM) before its end.
+        signal: Number of the signal that asked for it in this process, or None.
         stopped: Why the run ended, in words; None while it continues.
     """
 
@@ -59,6 +60,7 @@ class History:
         self.path = None if path is None else Path(path)
         self.rows: list[Row] = []
         self.interrupted = False
+        self.signal: int | None = None
         self.stopped: str | None = None
         if self.path is not None:
             rows = [] if keep_until is None else _read_until(self.path, keep_until)

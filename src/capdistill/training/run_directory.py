@@ -33,6 +33,7 @@ from capdistill.training.step import Stepper
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
 UNFINISHED = "state.new.pt"  # of a writer that was killed before it became the state
+BEST_OF = "best-epoch-"  # a best captioner that is kept beside best/, by its epoch from 1
 _RESULTS = (STATE, PREVIOUS, "best", "final")  # a new run replaces these only with overwrite=True
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}|\.check\..+")
 LIBRARIES = ("capdistill", "torch", "torchvision", "timm", "numpy", "pydantic", "nltk")
@@ -86,10 +87,45 @@ def open_directory(
 
 def clear_directory(out: Path, keep_results: bool) -> None:
     """Remove temporary files of interrupted writers and, for a new run, all an earlier one left."""
+    old = [] if keep_results else [*previous_states(out), *kept_bests(out)]
     for path in out.iterdir() if out.is_dir() else ():
-        stale = _TEMPORARY.fullmatch(path.name) is not None or path.name == UNFINISHED
+        stale = (
+            path in old or _TEMPORARY.fullmatch(path.name) is not None or path.name == UNFINISHED
+        )
         if stale or (not keep_results and path.name in (*_RESULTS, "run.json", "history.jsonl")):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def previous_state(number: int) -> str:
+    """The name of the state that was saved `number` saves before the last.
+
+    Example:
+        >>> previous_state(1), previous_state(2)
+        ('state.previous.pt', 'state.previous.2.pt')
+    """
+    return PREVIOUS if number == 1 else f"state.previous.{number}.pt"
+
+
+def previous_states(out: Path) -> list[Path]:
+    """The earlier states in the directory of a run, the latest first."""
+    numbers = {int(m[1] or 1): path for m, path in _matching(out, _PREVIOUS)}
+    return [numbers[number] for number in sorted(numbers)]
+
+
+def kept_bests(out: Path) -> list[Path]:
+    """The best captioners that are kept beside best/."""
+    return [path for _, path in _matching(out, _KEPT_BEST) if path.is_dir()]
+
+
+_PREVIOUS = re.compile(r"state\.previous(?:\.([0-9]{1,6}))?\.pt")
+_KEPT_BEST = re.compile(rf"{BEST_OF}[0-9]{{1,9}}")
+
+
+def _matching(out: Path, name: re.Pattern[str]) -> Iterator[tuple[re.Match[str], Path]]:
+    for path in out.iterdir() if out.is_dir() else ():
+        match = name.fullmatch(path.name)
+        if match:
+            yield match, path
 
 
 def check_can_save(captioner: Captioner, out: Path) -> None:

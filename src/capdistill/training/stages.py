@@ -103,7 +103,7 @@ def run_stages(
             begun = "auto" if resume is True and number > 1 else resume
             history = trainer.fit(data, val, out=directory / place, resume=begun, **how)
         rows.append(history_row(student, number, place, history, name=stage["name"]))
-        table = ChainTable(tuple(rows), history.interrupted)
+        table = ChainTable(tuple(rows), history.interrupted, history.signal)
         write_text(directory / TABLE, json.dumps(table.to_json(), indent=2))
         if history.interrupted:
             break

@@ -29,7 +29,12 @@ from capdistill.training.callbacks import (
     handle_interrupt,
 )
 from capdistill.training.checkpoint import load_state, restore, restore_frozen, snapshot
-from capdistill.training.config import SelfCriticalOptions, TrainConfig, TrainOptions
+from capdistill.training.config import (
+    SelfCriticalOptions,
+    TrainConfig,
+    TrainOptions,
+    parse_interval,
+)
 from capdistill.training.decoder_inputs import require_unknown_word
 from capdistill.training.history import EpochMeter, History, Row
 from capdistill.training.monitor import BestEpoch, Monitor, monitor_key
@@ -273,9 +278,8 @@ class Trainer(Stepper):
         config = self.config
         best = [] if monitor is None else [BestEpoch(monitor)]
         self._progress = Progress(config.progress, monitor)
-        self.checkpoints = Checkpoints(
-            out, monitor, config.save_every_steps, config.save_every_minutes
-        )
+        every = parse_interval(config.save_every)
+        self.checkpoints = Checkpoints(out, monitor, every, config.keep, config.keep_best)
         files = [Recorder(), self._progress, self.checkpoints]
         return [*best, SkippedImages(), *callbacks, *files]
 
@@ -307,8 +311,9 @@ class Trainer(Stepper):
     def _session(self) -> Iterator[None]:
         """Training mode, and Ctrl-C asks for a stop; afterwards the captioner can be used."""
 
-        def stop_soon() -> bool:
+        def stop_soon(number: int) -> bool:
             first, self.history.interrupted = not self.history.interrupted, True
+            self.history.signal = self.history.signal or number
             return first
 
         try:
