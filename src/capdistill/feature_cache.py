@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from capdistill.data.collate import FeatureCache, open_features
-from capdistill.data.loader import Source
+from capdistill.data.source import Source
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError
 from capdistill.files import write_atomically, write_text

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capdistill.data import CaptionData, Example, Loader
+from capdistill.data import CaptionData, Example, Loader, sample
 from capdistill.data.collate import choose_captions
+from capdistill.data.source import FixedBatches, numbered_batches, part_of
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
 from capdistill.runtime import generator
@@ -364,3 +365,48 @@ def test_the_first_usable_image_decides_where_there_are_no_records(
 
     (batch,) = Loader(Theirs(), tokenizer, image_size=8, train=True)
     assert batch.captions_per_image == 3
+
+
+# -- parts of several ranks -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_parts_of_all_ranks_are_the_batches_of_one_loader(ranks: int) -> None:
+    data, tokenizer = sample().train.subset(11), WordTokenizer.train(sample().train.captions)
+    how: dict[str, Any] = {"image_size": 16, "train": True, "seed": 3}
+    whole = Loader(data, tokenizer, batch_size=2 * ranks, **how)
+    parts = [Loader(data, tokenizer, batch_size=2, **how).for_rank(r, ranks) for r in range(ranks)]
+    for start in (0, 1):
+        read = [list(part.numbered(2, start)) for part in parts]
+        assert {len(batches) for batches in read} == {len(whole) - start}
+        for place, batch in enumerate(whole.epoch(2, start)):
+            mine = [batches[place] for batches in read]
+            assert sum((b.image_ids for b in mine if b), ()) == batch.image_ids
+            assert sum((b.captions for b in mine if b), ()) == batch.captions
+    assert len(parts[0]) == len(whole)
+
+
+def test_a_rank_without_images_in_the_last_batch_has_a_place_without_a_batch() -> None:
+    data, tokenizer = sample().train.subset(5), WordTokenizer.train(sample().train.captions)
+    part = Loader(data, tokenizer, image_size=16, batch_size=2).for_rank(1, 2)
+    assert [b and b.num_images for b in part.numbered(0)] == [2, None]
+    assert [b.num_images for b in part.epoch(0)] == [2]
+
+
+def test_of_a_source_that_knows_no_ranks_each_rank_takes_every_nth_batch() -> None:
+    data, tokenizer = sample().train.subset(5), WordTokenizer.train(sample().train.captions)
+    batches = list(Loader(data, tokenizer, image_size=16, batch_size=1))
+    parts = [part_of(FixedBatches(batches), rank, 2) for rank in (0, 1)]
+    ids = [[b and b.image_ids[0] for b in numbered_batches(part, 0)] for part in parts]
+    names = [batch.image_ids[0] for batch in batches]
+    assert ids == [names[0::2], [names[1], names[3], None]]
+    assert [b.image_ids[0] for b in parts[1].epoch(0, start=1)] == [names[3]]
+    assert part_of(parts[0], 0, 2) is parts[0]
+    assert len(parts[1]) == 3
+
+
+def test_a_batch_without_a_readable_image_keeps_its_number() -> None:
+    bad = [("none.jpg", "a dog"), ("none.jpg", "a dog"), (torch.zeros(3, 9, 9), "a cat")]
+    loader = Loader(bad, WordTokenizer(["a", "dog", "cat"]), image_size=8, batch_size=1)
+    assert [b and b.image_ids for b in loader.numbered(0)] == [None, None, ("2",)]
+    assert [b and b.image_ids for b in loader.numbered(0, start=1)] == [None, ("2",)]

@@ -13,7 +13,8 @@ import torch
 
 from capdistill import runtime
 from capdistill.data import CaptionData, Loader, Splits
-from capdistill.data.loader import FixedBatches, make_source
+from capdistill.data.loader import make_source
+from capdistill.data.source import FixedBatches
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch, require_unique_ids
 from capdistill.runtime import default_num_workers

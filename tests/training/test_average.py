@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.averaging import WeightAverage
 from capdistill.data import CaptionData
-from capdistill.data.loader import FixedBatches
+from capdistill.data.source import FixedBatches
 from capdistill.errors import ConfigError
 from tests.training import tiny_models as tiny
 

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.cli.runfile import TrainRun, parse_run
 from capdistill.data import CaptionData
-from capdistill.data.loader import FixedBatches
+from capdistill.data.source import FixedBatches
 from capdistill.errors import ConfigError
 from capdistill.outputs import Batch, DecoderOutput
 from capdistill.runtime import evaluating

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.data import CaptionData
 from capdistill.data.collate import FeatureCache
-from capdistill.data.loader import FixedBatches
+from capdistill.data.source import FixedBatches
 from capdistill.errors import ConfigError, DataError
 from capdistill.feature_cache import cache_trunk
 from tests.training import tiny_models as tiny

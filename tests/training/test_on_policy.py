@@ -19,7 +19,7 @@ import capdistill as cd
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.cli.runfile import DistillRun, TrainRun, parse_run
 from capdistill.data import CaptionData, Curriculum, Example
-from capdistill.data.loader import FixedBatches
+from capdistill.data.source import FixedBatches
 from capdistill.decoders.base import Decoder, DecoderState
 from capdistill.errors import ConfigError
 from capdistill.generation.search import image_keys, row_keys, uniforms

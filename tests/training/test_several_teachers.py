@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import capdistill as cd
 from capdistill import Captioner, Distiller, SelfCritical
 from capdistill.data import CaptionData
-from capdistill.data.loader import FixedBatches
+from capdistill.data.source import FixedBatches
 from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels
 from capdistill.outputs import Batch, CaptionerOutput, select_images
 from capdistill.teachers import Ensemble, wrap

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import suppress
-from itertools import islice
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -16,6 +15,7 @@ from capdistill.data.caption_files import FIX, DataReport, Policy, pluralize
 from capdistill.data.collate import BatchIndex, BatchResult, Collator, SupportsEncode
 from capdistill.data.curriculum import Curriculum
 from capdistill.data.dataset import Splits
+from capdistill.data.source import FixedBatches, Source
 from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.outputs import Batch
 from capdistill.runtime import (
@@ -135,6 +135,21 @@ class Loader:
         self.num_workers = num_workers or 0
         self._pool: DataLoader[BatchResult] | None = None
         self._busy = False
+        self.rank, self.world_size = 0, 1
+
+    def for_rank(self, rank: int, world_size: int) -> Loader:
+        """The same images in the same order, of which each rank reads its part of every batch.
+
+        `batch_size` is then that of a rank: batch i of all ranks together is batch i of a single
+        loader of `batch_size * world_size`. Where images are left over, the parts are about equal.
+
+        Args:
+            rank: Number of this process.
+            world_size: Number of processes that share the images.
+        """
+        mine = copy.copy(self)
+        mine.rank, mine.world_size, mine._pool, mine._busy = rank, world_size, None, False
+        return mine
 
     @property
     def data(self) -> Any:
@@ -148,13 +163,14 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches per epoch if every image can be read."""
-        return -(-self.num_images // self.batch_size)
+        return -(-self.num_images // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
 
     def __repr__(self) -> str:
         order = "shuffled" if self.train else "in order"
+        order += f", part {self.rank + 1} of {self.world_size}" if self.world_size > 1 else ""
         return (
             f"<Loader {pluralize(self.num_images, 'image')} at {self.collator.image_size} px, "
             f"{len(self)} batches of {self.batch_size}, {order}, num_workers={self.num_workers}>"
@@ -172,14 +188,20 @@ class Loader:
                 cause is the error that a data set or transform raised.
             ConfigError: workers that are not forked need a data set that can be pickled.
         """
+        return (batch for batch in self.numbered(n, start) if batch is not None)
+
+    def numbered(self, n: int, start: int = 0) -> Iterator[Batch | None]:
+        """As `epoch`, with None in the place of a batch of which no image can be used.
+
+        Batch i is the same whatever cannot be read, and all ranks have equally many.
+        """
         indices = self._batch_indices(n)[start:]
         seen, first_cause = 0, None
         for batch, _, cause in self.read(indices):
             first_cause = first_cause or cause
-            if batch is not None:
-                seen += 1
-                yield batch
-        if indices and not seen and start == 0:
+            seen += batch is not None
+            yield batch
+        if indices and not seen and start == 0 and self.world_size == 1:
             none = f"None of the {self.num_images} images can be used."
             raise DataError(f"{none}\n{self.skipped}") from first_cause
 
@@ -212,13 +234,20 @@ class Loader:
         self._pool = None
 
     def _batch_indices(self, epoch: int) -> list[BatchIndex]:
-        order, size = list(range(self.num_images)), self.batch_size
+        order = list(range(self.num_images))
         if self.curriculum is not None:
             order = self.curriculum.order(self.seed, epoch, self.epochs)
         elif self.train:
             rng = generator(self.seed, "order", epoch)
             order = torch.randperm(self.num_images, generator=rng).tolist()
-        return [(epoch, tuple(order[i : i + size])) for i in range(0, len(order), size)]
+        size = self.batch_size * self.world_size
+        whole = (order[i : i + size] for i in range(0, len(order), size))
+        return [(epoch, self._part(numbers)) for numbers in whole]
+
+    def _part(self, numbers: list[int]) -> tuple[int, ...]:
+        """What this rank reads of the images of a batch; nothing, where they are few."""
+        each = -(-len(numbers) // self.world_size)
+        return tuple(numbers[self.rank * each : (self.rank + 1) * each])
 
     def _results(self, indices: list[BatchIndex]) -> Iterator[BatchResult]:
         if self.num_workers == 0:
@@ -292,80 +321,6 @@ def _require_between(minimum: int, maximum: int, **numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None:
             require_int(f"Loader: {name}", number, minimum, maximum)
-
-
-class Source(Protocol):
-    """Epochs of batches."""
-
-    @property
-    def skipped(self) -> Any:
-        """Images that could not be read, named."""
-
-    def __len__(self) -> int:
-        """Maximum number of batches per epoch."""
-
-    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch n; those before number `start` are not read."""
-
-
-def skipped_images(source: Any) -> Sequence[Any]:
-    """The images that a source skipped so far; your own source may not record them.
-
-    Example:
-        >>> skipped_images(object())
-        ()
-    """
-    return getattr(source, "skipped", None) or ()
-
-
-class FixedBatches:
-    """Ready-made batches, the same in every epoch.
-
-    Args:
-        batches: An iterable of `Batch` that can be iterated several times.
-
-    Raises:
-        ConfigError: a one-shot iterator, which would be empty in the second epoch.
-        DataError: no batch at all.
-    """
-
-    skipped: tuple[str, ...] = ()
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        if iter(batches) is batches:
-            raise ConfigError(
-                "The batches come from a one-shot iterator, which would be empty in the second "
-                "epoch. Give a list, or an object whose __iter__ starts from the beginning."
-            )
-        self.batches = batches
-        self.length = _count(batches)
-        if not self.length:
-            raise DataError("There is no batch in the data. Give at least one.")
-
-    def __len__(self) -> int:
-        return self.length
-
-    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
-        """The batches, in their order.
-
-        Raises:
-            ConfigError: one of them is not a `Batch`.
-        """
-        for batch in islice(self.batches, start, None):
-            if not isinstance(batch, Batch):
-                raise ConfigError(
-                    f"The data yield {type(batch).__name__}, but training data without a length "
-                    "and items must yield capdistill.Batch. Give those, or a data set of "
-                    "(image, captions)."
-                )
-            yield batch
-
-
-def _count(batches: Iterable[Batch]) -> int:
-    if isinstance(batches, Sized):
-        with suppress(TypeError):  # a DataLoader is sized, unless its data set is a stream
-            return len(batches)
-    return sum(1 for _ in batches)
 
 
 def make_source(data: Any, tokenizer: Tokenizer, *, image_size: int, **options: Any) -> Source:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from capdistill.captioner import Captioner
-from capdistill.data.loader import Source, skipped_images
+from capdistill.data.source import Source, skipped_images
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import printable
 from capdistill.saving import WEIGHTS, saved_file

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from capdistill.data.loader import Source, skipped_images
+from capdistill.data.source import Source, skipped_images
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import write_atomically
 from capdistill.training.optim import make_schedule

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
 from capdistill.data.dataset import CaptionData
-from capdistill.data.loader import Loader, Source
+from capdistill.data.loader import Loader
+from capdistill.data.source import Source
 from capdistill.errors import ConfigError
 from capdistill.files import user_path, write_text
 from capdistill.losses.schedules import NamedSchedule, as_data

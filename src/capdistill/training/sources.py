@@ -12,7 +12,8 @@ from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
 from capdistill.data.collate import FeatureCache
 from capdistill.data.dataset import CaptionData
-from capdistill.data.loader import FixedBatches, Loader, Source, make_source
+from capdistill.data.loader import Loader, make_source
+from capdistill.data.source import FixedBatches, Source
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError
 from capdistill.feature_cache import (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
-from capdistill.data.loader import Source, skipped_images
+from capdistill.data.source import Source, skipped_images
 from capdistill.errors import ConfigError, NotFiniteLoss
 from capdistill.metrics import CaptionScorer, Metric
 from capdistill.outputs import Batch, CaptionerOutput, LossTerm, require_batches

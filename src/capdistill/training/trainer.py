@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Unpack
 
 from capdistill.captioner import Captioner
-from capdistill.data.loader import Loader, skipped_images
+from capdistill.data.loader import Loader
+from capdistill.data.source import skipped_images
 from capdistill.errors import ConfigError, require_bool
 from capdistill.outputs import Batch
 from capdistill.runtime import evaluating, require_single_process, seed_everything
@@ -58,7 +59,7 @@ from capdistill.training.sources import (
 from capdistill.training.step import Stepper
 
 if TYPE_CHECKING:
-    from capdistill.data.loader import Source
+    from capdistill.data.source import Source
     from capdistill.training.check import CheckReport
 
 

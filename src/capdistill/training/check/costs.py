@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from capdistill.compatibility import image_size
-from capdistill.data.loader import FixedBatches, Loader, Source
+from capdistill.data.loader import Loader
+from capdistill.data.source import FixedBatches, Source
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
 from capdistill.runtime import autocast, default_num_workers, require_picklable, worker_start_method

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
 from capdistill.compatibility import probe_batch, teachers_of
-from capdistill.data.loader import Source
+from capdistill.data.source import Source
 from capdistill.outputs import Batch
 from capdistill.runtime import seed_everything
 from capdistill.teachers.ensemble import leaves

@@ -1,0 +1,140 @@
+"""Sources of batches: the contract of `fit`'s data, ready-made batches, the part of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import suppress
+from itertools import islice
+from typing import Any, Protocol
+
+from capdistill.errors import ConfigError, DataError
+from capdistill.outputs import Batch
+
+
+class Source(Protocol):
+    """Epochs of batches."""
+
+    @property
+    def skipped(self) -> Any:
+        """Images that could not be read, named."""
+
+    def __len__(self) -> int:
+        """Maximum number of batches per epoch."""
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch n; those before number `start` are not read."""
+
+
+class EveryNth:
+    """The batches of a source that one of several ranks takes: every `world_size`-th.
+
+    All ranks read the source, and have equally many places; None where the source has ended.
+    """
+
+    def __init__(self, source: Source, rank: int, world_size: int) -> None:
+        self.source, self.rank, self.world_size = source, rank, world_size
+
+    def __getattr__(self, name: str) -> Any:  # what else the source knows: its skipped images
+        if name == "source":  # a copy that is not complete
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.world_size)
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of this rank."""
+        return (batch for batch in self.numbered(n, start) if batch is not None)
+
+    def numbered(self, n: int, start: int = 0) -> Iterator[Batch | None]:
+        """The batches of this rank by number."""
+        batches = numbered_batches(self.source, n, start * self.world_size)
+        while group := list(islice(batches, self.world_size)):
+            yield group[self.rank] if self.rank < len(group) else None
+
+
+def part_of(source: Source, rank: int, world_size: int) -> Source:
+    """What a rank reads of a source.
+
+    A source may have `for_rank(rank, world_size)`, which returns its part, as `Loader` does. Of any
+    other, every rank reads all batches and takes each `world_size`-th.
+
+    Example:
+        >>> len(part_of(FixedBatches(["first", "second", "third"]), rank=1, world_size=2))
+        2
+
+    Args:
+        source: The whole, or what this function returned.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+    if world_size == 1 or getattr(source, "world_size", 1) == world_size:
+        return source
+    split = getattr(source, "for_rank", None)
+    return EveryNth(source, rank, world_size) if split is None else split(rank, world_size)
+
+
+def numbered_batches(source: Source, n: int, start: int = 0) -> Iterator[Batch | None]:
+    """The batches of an epoch by number; None where a source with `numbered` left one out."""
+    own = getattr(source, "numbered", None)
+    return source.epoch(n, start) if own is None else own(n, start)
+
+
+def skipped_images(source: Any) -> Sequence[Any]:
+    """The images that a source skipped so far; your own source may not record them.
+
+    Example:
+        >>> skipped_images(object())
+        ()
+    """
+    return getattr(source, "skipped", None) or ()
+
+
+class FixedBatches:
+    """Ready-made batches, the same in every epoch.
+
+    Args:
+        batches: An iterable of `Batch` that can be iterated several times.
+
+    Raises:
+        ConfigError: a one-shot iterator, which would be empty in the second epoch.
+        DataError: no batch at all.
+    """
+
+    skipped: tuple[str, ...] = ()
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        if iter(batches) is batches:
+            raise ConfigError(
+                "The batches come from a one-shot iterator, which would be empty in the second "
+                "epoch. Give a list, or an object whose __iter__ starts from the beginning."
+            )
+        self.batches = batches
+        self.length = _count(batches)
+        if not self.length:
+            raise DataError("There is no batch in the data. Give at least one.")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
+        """The batches, in their order.
+
+        Raises:
+            ConfigError: one of them is not a `Batch`.
+        """
+        for batch in islice(self.batches, start, None):
+            if not isinstance(batch, Batch):
+                raise ConfigError(
+                    f"The data yield {type(batch).__name__}, but training data without a length "
+                    "and items must yield capdistill.Batch. Give those, or a data set of "
+                    "(image, captions)."
+                )
+            yield batch
+
+
+def _count(batches: Iterable[Batch]) -> int:
+    if isinstance(batches, Sized):
+        with suppress(TypeError):  # a DataLoader is sized, unless its data set is a stream
+            return len(batches)
+    return sum(1 for _ in batches)
