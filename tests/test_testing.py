@@ -10,7 +10,8 @@ from torch import nn
 import capdistill as cd
 from capdistill.decoders.base import DecoderState
 from capdistill.losses.base import Projector
-from capdistill.losses.divergence import cosine_distance, kl_divergence, squared_distance
+from capdistill.losses.distances import cosine_distance, squared_distance
+from capdistill.losses.divergence import kl_divergence
 from capdistill.outputs import DecoderOutput
 from capdistill.testing import check_decoder, check_encoder, check_loss
 from tests.decoders.decoder_cases import FORMS, make

@@ -1,5 +1,7 @@
 """Law 2: divergences in float32 log-space, masked first. Oracles: float64, torch.nn.functional."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,12 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from capdistill.losses import divergence
 from capdistill.losses.divergence import (
-    cosine_distance,
+    by_autograd,
     cross_entropy,
+    decoupled_divergence,
+    jensen_shannon_divergence,
     kl_divergence,
-    normalised_distance,
-    squared_distance,
+    reverse_kl_divergence,
+    sum_over_rows,
+    top_k_divergence,
     valid_rows,
 )
 
@@ -156,70 +162,6 @@ def test_no_valid_token_gives_zero_and_zero_gradients(dtype):
         assert gradient.eq(0).all()
 
 
-@property_test
-@given(seed=st.integers(0, 10**6), rows=st.integers(1, 4), width=st.integers(2, 9))
-def test_distances_of_vectors_equal_torch(seed, rows, width):
-    student, teacher = draw(seed, rows, width), draw(seed + 1, rows, width)
-
-    def mse(x, y):
-        return F.mse_loss(x, y, reduction="none").mean(1).sum()
-
-    def normalise(x):
-        return F.layer_norm(x, [width], eps=0.0)
-
-    oracles = {
-        squared_distance: lambda x: mse(x, teacher),
-        normalised_distance: lambda x: mse(normalise(x), normalise(teacher)),
-        cosine_distance: lambda x: (1 - F.cosine_similarity(x, teacher)).sum(),
-    }
-    for function, oracle in oracles.items():
-        assert function(student, teacher).shape == (rows,)
-        found = grad_of(lambda x, f=function: f(x, teacher).sum(), student)
-        assert_close(found, grad_of(oracle, student))
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1e-2, 1.0, 1e3, 1e6])
-@pytest.mark.parametrize("offset", [0.0, 0.5])
-def test_scale_and_offset_do_not_count_once_vectors_are_layer_normalised(scale, offset):
-    x, y = draw(0, 4, 16), draw(1, 4, 16)
-    expected = normalised_distance(x, y)
-    assert_close(normalised_distance(scale * x + offset * scale, y), expected)
-    assert_close(normalised_distance(x, scale * y), expected)
-    assert_close(normalised_distance((scale * x).float(), x.float()), torch.zeros(4))
-
-
-def test_a_spread_below_the_floor_counts_as_the_floor():
-    x = draw(0, 1, 8)
-    x = (x - x.mean()) / x.std(correction=0)
-    assert_close(normalised_distance(1e-5 * x, x), torch.tensor([0.81], dtype=x.dtype))
-
-
-@pytest.mark.parametrize("function", [squared_distance, normalised_distance, cosine_distance])
-def test_a_vector_is_at_no_distance_from_itself(function):
-    vector = draw(0, 5, 8, dtype=torch.float32)
-    value, gradient = grad_of(lambda x: function(x, vector).sum(), vector)
-    assert value.abs() < 1e-5
-    assert gradient.abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("function", [squared_distance, normalised_distance, cosine_distance])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_zero_vector_has_a_finite_distance_and_gradient(function, dtype):
-    zero, target = torch.zeros(1, 4, dtype=dtype), torch.tensor([[3.0, 4.0, 0.0, 0.0]])
-    for mine, theirs in ((zero, target), (target, zero), (zero, zero)):
-        value, gradient = grad_of(lambda x, y=theirs: function(x, y).sum(), mine)
-        assert value.isfinite()
-        assert gradient.abs().max() <= 1e4
-
-
-@pytest.mark.parametrize("function", [squared_distance, normalised_distance, cosine_distance])
-def test_the_targets_get_no_gradient(function):
-    student, teacher = draw(0, 2, 4).requires_grad_(), draw(1, 2, 4).requires_grad_()
-    function(student, teacher).sum().backward()
-    assert student.grad is not None
-    assert teacher.grad is None
-
-
 def test_the_teachers_logits_get_no_gradient():
     student, teacher = draw(0, 1, 1, 4).requires_grad_(), draw(1, 1, 1, 4).requires_grad_()
     kl_divergence(student, teacher, ONE).backward()
@@ -230,3 +172,121 @@ def test_the_teachers_logits_get_no_gradient():
 def test_a_mask_of_another_shape_is_refused_with_both_shapes():
     with pytest.raises(ValueError, match=r"mask is \(2, 3\).*values are \(3, 2, 4\).*\(3, 2\)"):
         valid_rows(torch.zeros(3, 2, 4), torch.ones(2, 3, dtype=torch.bool))
+
+
+# -- chunks of rows ------------------------------------------------------------------------------
+
+
+def log_probs(logits, mask, temperature=2.0):
+    return F.log_softmax(logits[mask] / temperature, -1)
+
+
+def kl(target, other):
+    return (target.exp() * (target - other)).sum()
+
+
+def reverse(student, teacher, mask):
+    return kl(log_probs(student, mask), log_probs(teacher, mask))
+
+
+def jensen_shannon(student, teacher, mask):
+    mine, theirs = log_probs(student, mask), log_probs(teacher, mask)
+    mixed = (0.3 * theirs.exp() + 0.7 * mine.exp()).log()
+    return 0.3 * kl(theirs, mixed) + 0.7 * kl(mine, mixed)
+
+
+def decoupled(student, teacher, mask):
+    mine, theirs = log_probs(student, mask).exp(), log_probs(teacher, mask).exp()
+    is_target = F.one_hot(TARGETS[mask], mine.shape[-1]).bool()
+    p, q = (each[is_target] for each in (theirs, mine))
+    tckd = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum()
+    others = [each[~is_target].view(len(p), -1) for each in (theirs, mine)]
+    return tckd + 8 * kl(*((e / e.sum(1, keepdim=True)).log() for e in others))
+
+
+def top_three(student, teacher, mask):
+    mine, theirs = log_probs(student, mask).exp(), log_probs(teacher, mask).exp()
+    index = theirs.topk(3).indices
+    chosen = [each.gather(1, index) for each in (theirs, mine)]
+    return kl(*(torch.cat([e, 1 - e.sum(1, keepdim=True)], 1).log() for e in chosen))
+
+
+def weighted_cross_entropy(student, teacher, mask):
+    each = F.cross_entropy(student.transpose(1, 2), TARGETS, reduction="none", label_smoothing=0.2)
+    return (each * WEIGHTS[:, None])[mask].sum()
+
+
+TARGETS, WEIGHTS = torch.arange(12).view(3, 4) % 7, torch.tensor([0.5, 0.0, 2.0])
+CHUNKED = {
+    "kl": (lambda s, t, m: kl_divergence(s, t, m, 2.0), lambda s, t, m: kl_oracle(s, t, m, 2.0)),
+    "reverse": (lambda s, t, m: reverse_kl_divergence(s, t, m, 2.0), reverse),
+    "jsd": (lambda s, t, m: jensen_shannon_divergence(s, t, m, 0.3, 2.0), jensen_shannon),
+    "dkd": (lambda s, t, m: decoupled_divergence(s, t, TARGETS, m, 1.0, 8.0, 2.0), decoupled),
+    "top_k": (lambda s, t, m: top_k_divergence(s, t, m, 3, 2.0), top_three),
+    "ce": (lambda s, t, m: cross_entropy(s, TARGETS, m, 0.2, WEIGHTS), weighted_cross_entropy),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize(("rows", "factor"), [(1, 1.0), (2, 0.25), (100, 3.0)])
+def test_chunks_of_rows_give_the_value_and_gradient_of_the_formula(name, rows, factor, monkeypatch):
+    monkeypatch.setitem(divergence.CHUNK, "cpu", 7 * rows)
+    student, teacher = draw(0, 3, 4, 7), draw(1, 3, 4, 7)
+    mask = draw(2, 3, 4) > -1
+    found, oracle = CHUNKED[name]
+    mine = grad_of(lambda s: factor * found(s, teacher, mask), student)
+    assert_close(mine, grad_of(lambda s: factor * oracle(s, teacher, mask), student))
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_beside_the_logits_only_their_gradient_is_kept(name, dtype, monkeypatch):
+    monkeypatch.setitem(divergence.CHUNK, "cpu", 7)
+    student, teacher = draw(0, 3, 4, 7, dtype=dtype).requires_grad_(), draw(1, 3, 4, 7, dtype=dtype)
+    saved = []
+
+    def pack(tensor):
+        tensor = tensor.detach()  # an output that its own node holds would never be freed
+        saved.append(weakref.ref(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        total = CHUNKED[name][0](student, teacher, torch.ones(3, 4, dtype=torch.bool))
+    kept = {each().data_ptr(): each() for each in saved if each() is not None}
+    others = kept.keys() - {student.data_ptr(), teacher.data_ptr()}
+    assert student.data_ptr() in kept
+    assert sum(kept[each].numel() for each in others) <= 2 * TARGETS.numel()
+    gradients = [f.gradient for f in nodes(total.grad_fn) if hasattr(f, "gradient")]
+    assert [each is None for each in gradients] == [dtype == torch.float16]
+
+
+def nodes(root):
+    """The node of an autograd graph and all that it leads to."""
+    return [root, *(n for child, _ in root.next_functions if child for n in nodes(child))]
+
+
+def test_small_gradients_survive_loss_scaling_in_fp16():
+    """Probabilities near 1e-9 are below what fp16 can hold, times 2**16 they are not."""
+    logits = torch.zeros(1, 1, 3, dtype=torch.float16)
+    logits[..., 0] = 20
+    _, gradient = grad_of(lambda s: 2**16 * cross_entropy(s, torch.tensor([[0]]), ONE), logits)
+    expected = 2**16 * logits[0, 0].double().softmax(-1)[1:]
+    assert_close(gradient[0, 0, 1:].double(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_a_graph_that_is_kept_gives_the_gradient_again(name):
+    student, teacher = draw(0, 3, 4, 7).requires_grad_(), draw(1, 3, 4, 7)
+    total = CHUNKED[name][0](student, teacher, torch.ones(3, 4, dtype=torch.bool))
+    first, again = (torch.autograd.grad(total, student, retain_graph=True) for _ in range(2))
+    assert_close(first, again, rtol=0, atol=0)
+    assert first[0].any()
+
+
+def test_a_second_derivative_is_refused_instead_of_being_wrong():
+    student, weight = draw(0, 1, 2, 3).requires_grad_(), torch.ones(()).requires_grad_()
+    square = by_autograd(lambda rows: rows.square().sum())
+    total = weight * sum_over_rows(square, torch.ones(1, 2).bool(), student)
+    (slope,) = torch.autograd.grad(total, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from capdistill.errors import IncompatibleModels
 from capdistill.losses.base import DistillationLoss, given, not_built
-from capdistill.losses.divergence import attention_divergence, valid_rows
+from capdistill.losses.distances import attention_divergence
+from capdistill.losses.divergence import valid_rows
 from capdistill.losses.feature import grid_cells, require_grid, smaller_grid
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from capdistill.errors import require_int, require_number
 from capdistill.losses.base import DistillationLoss, Projector, not_built, same_pair
-from capdistill.losses.divergence import SHORTEST, cross_entropy
+from capdistill.losses.distances import SHORTEST
+from capdistill.losses.divergence import cross_entropy
 from capdistill.losses.feature import feature_width, pooled_features
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 

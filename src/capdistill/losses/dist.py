@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from capdistill.losses.base import Schedule, check_factors
-from capdistill.losses.divergence import correlation_distance, valid_rows
+from capdistill.losses.distances import correlation_distance
+from capdistill.losses.divergence import by_autograd, sum_over_rows, valid_rows
 from capdistill.losses.token import LogitsLoss
 from capdistill.outputs import Batch
 
@@ -23,7 +26,8 @@ class DistKD(LogitsLoss):
     of intra over the vocabulary: divided by the count, both are means, as published. It is scaled
     by T². Intra relates the tokens of a batch (`couples_batch`): padding changes nothing, but over
     several micro-batches the term is the mean of theirs, weighted by their tokens, and intra sees
-    the tokens of one at a time. With gamma = 0 splitting a batch changes nothing.
+    the tokens of one at a time. With gamma = 0 splitting a batch changes nothing, and logits are
+    read in chunks, as by the other losses on words.
 
     Example:
         >>> DistKD(gamma=0.5)
@@ -53,14 +57,23 @@ class DistKD(LogitsLoss):
     ) -> Tensor:
         """The sum of both distances over the tokens."""
         mask = batch.target_mask
+        if not self.gamma:
+            return sum_over_rows(by_autograd(self._inter(temperature)), mask, student, teacher)
         mine = (valid_rows(student, mask) / temperature).softmax(-1)  # (n, V)
         with torch.no_grad():
             theirs = (valid_rows(teacher, mask) / temperature).softmax(-1)
         inter = correlation_distance(mine, theirs, 1).sum()
-        if not self.gamma:
-            return self.beta * inter
         intra = correlation_distance(mine, theirs, 0).mean()  # over the vocabulary
         return self.beta * inter + self.gamma * len(mine) * intra
+
+    def _inter(self, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """The sum of inter over rows (n, V) of the logits; without intra, rows can be split."""
+
+        def value(student: Tensor, teacher: Tensor) -> Tensor:
+            mine, theirs = ((each / temperature).softmax(-1) for each in (student, teacher))
+            return self.beta * correlation_distance(mine, theirs, 1).sum()
+
+        return value
 
     def extra_repr(self) -> str:
         """What `print` shows."""

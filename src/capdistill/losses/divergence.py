@@ -1,17 +1,23 @@
 """The divergences that the losses use: how far the student is from its target.
 
-All are computed in float32 (float64 stays float64). Token-level divergences first select the valid
-tokens (`valid_rows`), so padding affects neither the value nor the gradient, and a batch without a
-valid token gives 0 with zero gradients. No gradient flows into the target.
+All are computed in float32 (float64 stays float64), on the valid tokens alone: padding affects
+neither the value nor the gradient, and a batch without a valid token gives 0 with zero gradients.
+No gradient flows into the target. Logits are read in chunks of rows, each with its gradient
+(`sum_over_rows`): beside the logits and their gradient, a large vocabulary takes hardly any memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-SHORTEST = 1e-4  # lower bound on the length or standard deviation of a vector
+CHUNK = {"cpu": 2**18}  # numbers in a chunk: what the cache of a CPU holds ...
+LARGE_CHUNK = 2**21  # ... and fewer, larger kernels on any other device
 
 
 def kl_divergence(
@@ -41,10 +47,12 @@ def kl_divergence(
     Source:
         Hinton, Vinyals, Dean (2015), section 2.
     """
-    student = F.log_softmax(valid_rows(student_logits, mask) / temperature, -1)  # (n, V)
-    with torch.no_grad():
-        teacher = F.log_softmax(valid_rows(teacher_logits, mask) / temperature, -1)  # (n, V)
-    return _kl(student, teacher)
+
+    def part(student: Tensor, teacher: Tensor) -> Part:
+        mine, theirs = (F.log_softmax(each / temperature, -1) for each in (student, teacher))
+        return _kl(mine, theirs), lambda: (mine.exp() - theirs.exp_()).div_(temperature)
+
+    return sum_over_rows(part, mask, student_logits, teacher_logits)
 
 
 def _kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -73,12 +81,23 @@ def reverse_kl_divergence(
     Source:
         Gu et al. (2024), MiniLLM, section 2.
     """
-    student = F.log_softmax(valid_rows(student_logits, mask) / temperature, -1)  # (n, V)
-    weight = student.exp()
-    with torch.no_grad():  # the derivatives of the logarithm add up to that of sum(weight) = 1
-        teacher = F.log_softmax(valid_rows(teacher_logits, mask) / temperature, -1)  # (n, V)
-        gap = (student - teacher).masked_fill_(weight == 0, 0)
-    return (weight * gap).sum()
+
+    def part(student: Tensor, teacher: Tensor) -> Part:
+        mine, theirs = (F.log_softmax(each / temperature, -1) for each in (student, teacher))
+        weight = mine.exp()
+        gap = mine.sub_(theirs).masked_fill_(weight == 0, 0)
+        return (weight * gap).sum(), lambda: _slope(weight, gap).div_(temperature)
+
+    return sum_over_rows(part, mask, student_logits, teacher_logits)
+
+
+def _slope(weight: Tensor, gap: Tensor) -> Tensor:
+    """The gradient of sum(weight * gap) on the logits whose softmax is `weight` (n, V).
+
+    It is that of a fixed gap: the derivatives of the logarithms in the gap add up to that of
+    sum(weight), which is 1.
+    """
+    return weight * (gap - (weight * gap).sum(-1, keepdim=True))
 
 
 def jensen_shannon_divergence(
@@ -111,14 +130,17 @@ def jensen_shannon_divergence(
     if beta in (0.0, 1.0):
         limit = kl_divergence if beta == 0 else reverse_kl_divergence
         return limit(student_logits, teacher_logits, mask, temperature)
-    student = (valid_rows(student_logits, mask) / temperature).softmax(-1)  # (n, V)
-    with torch.no_grad():  # as in `reverse_kl_divergence`; the derivatives of log M cancel, too
-        teacher = (valid_rows(teacher_logits, mask) / temperature).softmax(-1)  # (n, V)
-        tiny = torch.finfo(teacher.dtype).tiny  # 0 * log 0 would be nan
-        mixed = teacher.lerp(student, 1 - beta).clamp_(min=tiny)
-        fixed = (teacher * (teacher / mixed).clamp_(min=tiny).log_()).sum()
-        gap = (student / mixed).clamp_(min=tiny).log_()
-    return (1 - beta) * (student * gap).sum() + beta * fixed
+
+    def part(student: Tensor, teacher: Tensor) -> Part:
+        mine, theirs = ((each / temperature).softmax(-1) for each in (student, teacher))
+        tiny = torch.finfo(mine.dtype).tiny  # 0 * log 0 would be nan
+        mixed = theirs.lerp(mine, 1 - beta).clamp_(min=tiny)
+        gap = (mine / mixed).clamp_(min=tiny).log_()
+        of_teacher = (theirs * (theirs / mixed).clamp_(min=tiny).log_()).sum()
+        total = (1 - beta) * (mine * gap).sum() + beta * of_teacher
+        return total, lambda: _slope(mine, gap).mul_((1 - beta) / temperature)
+
+    return sum_over_rows(part, mask, student_logits, teacher_logits)
 
 
 def decoupled_divergence(
@@ -151,12 +173,14 @@ def decoupled_divergence(
     Source:
         Zhao et al. (2022), Decoupled Knowledge Distillation, section 3.
     """
-    index = targets[mask][:, None]  # (n, 1)
-    student = _split(valid_rows(student_logits, mask) / temperature, index)
-    with torch.no_grad():
-        teacher = _split(valid_rows(teacher_logits, mask) / temperature, index)
-    target_term, other_term = map(_kl, student, teacher)
-    return alpha * target_term + beta * other_term
+
+    def value(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        mine, theirs = (_split(each / temperature, targets) for each in (student, teacher))
+        target_term, other_term = map(_kl, mine, theirs)
+        return alpha * target_term + beta * other_term
+
+    index = targets[..., None]
+    return sum_over_rows(by_autograd(value), mask, student_logits, teacher_logits, index)
 
 
 def _split(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,12 +221,13 @@ def top_k_divergence(
     """
     if k >= teacher_logits.shape[-1]:
         return kl_divergence(student_logits, teacher_logits, mask, temperature)
-    rows = valid_rows(student_logits, mask) / temperature  # (n, V)
-    with torch.no_grad():
-        targets = valid_rows(teacher_logits, mask) / temperature
-        index = targets.topk(k, sorted=False).indices  # (n, k)
-        teacher = _entries(targets, index, bucket)
-    return _kl(_entries(rows, index, bucket), teacher)
+
+    def value(student: Tensor, teacher: Tensor) -> Tensor:
+        index = teacher.topk(k, sorted=False).indices  # (n, k)
+        mine, theirs = (_entries(e / temperature, index, bucket) for e in (student, teacher))
+        return _kl(mine, theirs)
+
+    return sum_over_rows(by_autograd(value), mask, student_logits, teacher_logits)
 
 
 def _entries(logits: Tensor, index: Tensor, bucket: bool) -> Tensor:
@@ -212,68 +237,6 @@ def _entries(logits: Tensor, index: Tensor, bucket: bool) -> Tensor:
         rest = logits.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
         chosen = torch.cat([chosen, rest], -1)
     return F.log_softmax(chosen, -1)
-
-
-def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of vectors of weights >= 0, which are made to add up to 1.
-
-    First 1e-4 is added to every weight. This bounds the gradient where the student's weight is 0,
-    and vectors of zeros become uniform.
-
-    Example:
-        >>> attention_divergence(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.25, 0.75]])) < 1e-6
-        tensor([True])
-
-    Arguments and result are those of `squared_distance`.
-    """
-    mine, theirs = (full(each) + SHORTEST for each in (student, teacher.detach()))
-    mine, theirs = (each / each.sum(-1, keepdim=True) for each in (mine, theirs))
-    return (theirs * (theirs.log() - mine.log())).sum(-1)
-
-
-def correlation_distance(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor:
-    """1 - Pearson's correlation along a dimension of non-negative values, in [0, 2].
-
-    Where the teacher does not vary there is nothing to match: the distance is 0. A standard
-    deviation below 1e-4 of the mean counts as none; one of the student as 1e-4 of the mean.
-
-    Example:
-        >>> x = torch.tensor([[0.1, 0.2, 0.7]])
-        >>> bool(correlation_distance(x, 3 * x) < 1e-6), correlation_distance(x, 0 * x)
-        (True, tensor([0.]))
-
-    Args:
-        student, teacher: Probabilities, of one shape.
-        dim: The dimension that the result lacks.
-
-    Source:
-        Huang et al. (2022), DIST; `torch.corrcoef`.
-    """
-    mine, _ = _standardised(full(student), dim)
-    theirs, varies = _standardised(full(teacher.detach()), dim)
-    size = max(student.shape[dim], 1)
-    return (1 - (mine * theirs).sum(dim) / size).masked_fill(~varies, 0)
-
-
-def _standardised(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Deviations from the mean over their standard deviation, and whether that is large enough."""
-    size = max(x.shape[dim], 1)
-    mean = x.sum(dim, keepdim=True) / size
-    scale = mean.detach().clamp(min=1e-30)  # the squares of small probabilities would underflow
-    centred = (x - mean) / scale
-    variance = centred.square().sum(dim, keepdim=True) / size
-    varies = variance.detach().squeeze(dim) > SHORTEST**2
-    return centred * variance.clamp(min=SHORTEST**2).rsqrt(), varies
-
-
-def huber_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Huber's distance with delta = 1, entry by entry; `torch.nn.functional.huber_loss`.
-
-    Example:
-        >>> huber_distance(torch.tensor([0.5, 3.0]), torch.zeros(2))
-        tensor([0.1250, 2.5000])
-    """
-    return F.huber_loss(full(student), full(teacher.detach()), reduction="none")
 
 
 def cross_entropy(
@@ -303,76 +266,24 @@ def cross_entropy(
     Source:
         `torch.nn.functional.cross_entropy`; Szegedy et al. (2016), section 7, for the smoothing.
     """
-    rows, goals = valid_rows(logits, mask), targets[mask]  # (n, V), (n,)
-    if weights is None:
-        return F.cross_entropy(rows, goals, reduction="sum", label_smoothing=label_smoothing)
-    each = F.cross_entropy(rows, goals, reduction="none", label_smoothing=label_smoothing)
-    return (each * weights[:, None].expand(mask.shape)[mask]).sum()
 
+    def part(rows: Tensor, goals: Tensor, *factors: Tensor) -> Part:
+        log_probs = F.log_softmax(rows, -1)
+        each = F.nll_loss(log_probs, goals, reduction="none")
+        if label_smoothing:
+            each = (1 - label_smoothing) * each - label_smoothing * log_probs.mean(-1)
 
-def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference, averaged over the width.
+        def slope() -> Tensor:
+            found = log_probs.exp_().sub_(label_smoothing / rows.shape[-1])
+            found.scatter_add_(
+                -1, goals[:, None], rows.new_full((len(rows), 1), label_smoothing - 1)
+            )
+            return found.mul_(factors[0][:, None]) if factors else found
 
-    Example:
-        >>> squared_distance(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
-        tensor([5.])
+        return (each * factors[0] if factors else each).sum(), slope
 
-    Args:
-        student: (..., D), the valid vectors.
-        teacher: (..., D).
-
-    Returns:
-        (...) one value per vector.
-
-    Source:
-        `torch.nn.functional.mse_loss`.
-    """
-    return (full(student) - full(teacher.detach())).square().mean(-1)
-
-
-def normalised_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """`squared_distance` of the layer-normalised vectors (without an affine part).
-
-    The result does not depend on scale and offset of a vector. A standard deviation below 1e-4
-    (over the width) is treated as 1e-4, which bounds the gradient of a constant vector.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 2.0, 4.0]])
-        >>> bool(normalised_distance(1e-3 * x, x) < 1e-9)
-        True
-
-    Arguments and result are those of `squared_distance`.
-
-    Source:
-        Ba, Kiros, Hinton (2016); `torch.nn.functional.layer_norm`.
-    """
-    return squared_distance(_layer_normed(full(student)), _layer_normed(full(teacher.detach())))
-
-
-def _layer_normed(x: Tensor) -> Tensor:
-    """`layer_norm` with a lower bound instead of an epsilon, which would depend on the scale."""
-    centred = x - x.mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True)
-    return centred * variance.clamp(min=SHORTEST**2).rsqrt()
-
-
-def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine, in [0, 2].
-
-    A vector shorter than 1e-4 is treated as having that length. A zero vector then has distance 1
-    and a bounded gradient.
-
-    Example:
-        >>> cosine_distance(torch.eye(2), torch.tensor([[0.0, 2.0], [0.0, 2.0]]))
-        tensor([1., 0.])
-
-    Arguments and result are those of `squared_distance`.
-
-    Source:
-        `torch.nn.functional.cosine_similarity`.
-    """
-    cosine = F.cosine_similarity(full(student), full(teacher.detach()), dim=-1, eps=SHORTEST)
-    return 1 - cosine
+    others = () if weights is None else (weights[:, None].expand(mask.shape),)
+    return sum_over_rows(part, mask, logits, targets, *others)
 
 
 def valid_rows(values: Tensor, mask: Tensor) -> Tensor:
@@ -389,13 +300,108 @@ def valid_rows(values: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: the mask does not fit.
     """
+    return full(values.flatten(0, -2).index_select(0, _index(values, mask)))
+
+
+def _index(values: Tensor, mask: Tensor) -> Tensor:
+    """The valid rows of values (B, T, W), (n,), once B and T are one dimension."""
     if mask.shape != values.shape[:-1]:
         raise ValueError(
             f"The mask is {tuple(mask.shape)} but the values are {tuple(values.shape)}; "
             f"the mask must be {tuple(values.shape[:-1])}. Use `batch.target_mask`."
         )
-    index = mask.flatten().nonzero().squeeze(1)  # (n,)
-    return full(values.flatten(0, -2).index_select(0, index))
+    return mask.flatten().nonzero().squeeze(1)
+
+
+Part = tuple[Tensor, Callable[[], Tensor]]  # a sum over rows; computes its gradient on the logits
+
+
+def sum_over_rows(
+    part: Callable[..., Part], mask: Tensor, logits: Tensor, *others: Tensor
+) -> Tensor:
+    """The sum of a function over the valid rows, computed chunk by chunk.
+
+    The gradient is computed along with the value, while a chunk is at hand, and is all that is kept
+    for the backward pass; in fp16, where it could underflow before it is scaled, it is computed in
+    the backward pass. There are no second derivatives.
+
+    Example:
+        >>> logits = torch.ones(1, 2, 3, requires_grad=True)
+        >>> mask = torch.tensor([[True, False]])
+        >>> sum_over_rows(lambda x: (x.square().sum(), lambda: 2 * x), mask, logits).backward()
+        >>> logits.grad.tolist()
+        [[[2.0, 2.0, 2.0], [0.0, 0.0, 0.0]]]
+
+    Args:
+        part: Takes rows (n, V) of the logits and of each of `others`, in full precision. Returns a
+            sum over the rows, and a function that returns its gradient on the rows of the logits.
+        mask: (B, T) True where a token is real.
+        logits: (B, T, V).
+        others: (B, T, ...) tensors that get no gradient.
+
+    Raises:
+        ValueError: the mask does not fit.
+    """
+    size = CHUNK.get(logits.device.type, LARGE_CHUNK) // max(logits.shape[-1], 1)
+    chunks = torch.split(_index(logits, mask), max(size, 1))
+    rows = [each.detach().flatten(0, mask.ndim - 1) for each in others]
+    return _SumOverRows.apply(part, chunks, logits.flatten(0, -2), *rows)  # type: ignore
+
+
+def by_autograd(value: Callable[..., Tensor]) -> Callable[..., Part]:
+    """A function for `sum_over_rows` whose gradient autograd finds.
+
+    Example:
+        >>> total, slope = by_autograd(lambda x: x.square().sum())(torch.ones(2))
+        >>> slope()
+        tensor([2., 2.])
+    """
+
+    def part(rows: Tensor, *others: Tensor) -> Part:
+        with torch.enable_grad():
+            rows = rows.detach().requires_grad_()
+            total = value(rows, *others)
+        return total.detach(), lambda: torch.autograd.grad(total, rows)[0]
+
+    return part
+
+
+class _SumOverRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, part: Callable[..., Part], chunks: tuple[Tensor, ...], *tensors: Tensor
+    ) -> Tensor:
+        ctx.part, ctx.chunks = part, chunks
+        ctx.save_for_backward(*tensors)
+        keep = ctx.needs_input_grad[2] and tensors[0].dtype != torch.float16
+        ctx.gradient = torch.zeros_like(tensors[0]) if keep else None
+        sums = []
+        for chunk in chunks:
+            total, slope = part(*_rows(tensors, chunk))
+            sums.append(total)
+            if keep:
+                ctx.gradient.index_copy_(0, chunk, slope().to(ctx.gradient.dtype))
+        return torch.stack(sums).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, gradient = ctx.saved_tensors, ctx.gradient
+        ctx.gradient = None  # changed below; if the graph is kept, it is computed again
+        if gradient is None:
+            gradient = torch.zeros_like(tensors[0])
+            for chunk in ctx.chunks:
+                _, slope = ctx.part(*_rows(tensors, chunk))
+                gradient.index_copy_(0, chunk, (slope() * factor).to(gradient.dtype))
+        else:
+            gradient.mul_(factor)
+        return None, None, gradient, *(None for _ in tensors[1:])
+
+
+def _rows(tensors: tuple[Tensor, ...], index: Tensor) -> list[Tensor]:
+    """Rows of each tensor: numbers in full precision, ids as they are."""
+    rows = [each.index_select(0, index) for each in tensors]
+    return [full(each) if each.is_floating_point() else each for each in rows]
 
 
 def full(values: Tensor) -> Tensor:

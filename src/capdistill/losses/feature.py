@@ -10,7 +10,8 @@ from torch import Tensor
 
 from capdistill.errors import ConfigError, IncompatibleModels, suggest
 from capdistill.losses.base import DistillationLoss, Projector, given, not_built, same_pair
-from capdistill.losses.divergence import full, normalised_distance
+from capdistill.losses.distances import normalised_distance
+from capdistill.losses.divergence import full
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from capdistill.errors import ConfigError, IncompatibleModels, suggest
 from capdistill.losses.base import DistillationLoss, Projector, given, not_built, same_pair
-from capdistill.losses.divergence import cosine_distance, squared_distance, valid_rows
+from capdistill.losses.distances import cosine_distance, squared_distance
+from capdistill.losses.divergence import valid_rows
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 
 Pairs = list[tuple[int, int]]

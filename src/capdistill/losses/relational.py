@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from capdistill.losses.base import DistillationLoss, check_factors
-from capdistill.losses.divergence import SHORTEST, huber_distance
+from capdistill.losses.distances import SHORTEST, huber_distance
 from capdistill.losses.feature import feature_width, pooled_features
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 
