@@ -291,3 +291,39 @@ def _to(output: CaptionerOutput, device: torch.device) -> CaptionerOutput:
         attention=move(output.attention),
         mask=move(output.mask),
     )
+
+
+def require_apart(teacher: nn.Module, objective: nn.Module) -> None:
+    """What is trained, student and losses, may share frozen modules with the teacher, no others.
+
+    Raises:
+        ConfigError: it shares trainable parameters; names them.
+    """
+    theirs = {key for p in teacher.parameters() for key in _memory(p)}
+    shared = [
+        n for n, p in objective.named_parameters() if p.requires_grad and theirs & {*_memory(p)}
+    ]
+    if shared:
+        raise ConfigError(
+            "Parameters of the teacher would be trained, because the student or a loss contains "
+            f"them: {', '.join(shared[:5])}{' ...' if len(shared) > 5 else ''}. Give the student "
+            "or the loss a copy (copy.deepcopy), or freeze them with requires_grad_(False)."
+        )
+
+
+def _memory(parameter: nn.Parameter) -> tuple[tuple[str, int], ...]:
+    """What two parameters have in common if training one changes the other."""
+    place = parameter.untyped_storage().data_ptr()
+    return (("object", id(parameter)), *([("memory", place)] if place else []))
+
+
+def shared_modules(teacher: nn.Module, objective: nn.Module) -> list[nn.Module]:
+    """Modules of the student or the losses that are also part of the teacher.
+
+    Example:
+        >>> encoder = nn.Linear(1, 1)
+        >>> shared_modules(nn.Sequential(encoder, nn.ReLU()), nn.Sequential(encoder)) == [encoder]
+        True
+    """
+    theirs = set(teacher.modules())
+    return [module for module in objective.modules() if module in theirs]

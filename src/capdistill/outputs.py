@@ -46,6 +46,8 @@ class Batch:
             count alike; None weighs all alike.
         advantages: (B,) rewards of sampled captions relative to a baseline, or None; see
             `SelfCritical`.
+        views: I numbers, the view of each image that is shown: 0 is its centre, the others are
+            fixed random crops. None if it is none of these, such as a new crop in every epoch.
 
     Raises:
         DataError: the numbers of images, captions, ids and references do not fit; a caption or
@@ -62,6 +64,7 @@ class Batch:
     sampled: Tensor | None = None
     caption_weights: Tensor | None = None
     advantages: Tensor | None = None
+    views: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         images, captions = self.num_images, self.input_ids.shape[0]
@@ -79,6 +82,8 @@ class Batch:
             )
         if isinstance(self.image_ids, str) or not all(isinstance(i, str) for i in self.image_ids):
             raise DataError(f"Batch: image_ids are {shortened(self.image_ids)}; expected strings.")
+        if self.views is not None and len(self.views) != images:
+            raise DataError(f"Batch: views has {len(self.views)} numbers for {images} images.")
         k = captions // images
         for row, caption in enumerate(self.captions):
             if type(caption) is not str or caption.rstrip().endswith(PRINTED_ENDS):
@@ -350,6 +355,7 @@ def select_images(batch: Batch, images: Sequence[int]) -> Batch:
         image_ids=tuple(batch.image_ids[image] for image in chosen),
         references=references and tuple(references[image] for image in chosen),
         cached={key: tokens[chosen] for key, tokens in batch.cached.items()},
+        views=batch.views and tuple(batch.views[image] for image in chosen),
         **{name: None if value is None else value[rows] for name, value in values.items()},
     )
 

@@ -333,6 +333,7 @@ def double_batch(batch: Batch) -> Batch:
     named = {name: getattr(batch, name) for name in ("images", "input_ids", "mask")}
     return replace(
         batch,
+        views=batch.views and batch.views * 2,
         **{name: torch.cat([tensor] * 2) for name, tensor in named.items()},
         captions=batch.captions * 2,
         image_ids=batch.image_ids * 2,

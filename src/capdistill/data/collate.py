@@ -141,7 +141,8 @@ class Collator(Dataset[BatchResult]):
             key: _features(cache[view] if self.views > 1 else cache, key, item)  # (N, D0)
             for key, cache in self.caches.items()
         }
-        return _Sample(item, chosen, pixels, cached)
+        by_chance = self.views == 1 and not view and (self.random_crop or self.flip)
+        return _Sample(item, chosen, pixels, cached, None if by_chance else view)
 
     def _item(self, number: int, problems: list[Problem]) -> Item:
         if isinstance(self.data, CaptionData):
@@ -192,6 +193,7 @@ class Collator(Dataset[BatchResult]):
         without = torch.tensor([not sample.chosen for sample in samples])  # (I,)
         mask[without.repeat_interleave(self.k), 1:] = False  # no caption, hence no targets
         weighted = any(sample.item.weights for sample in samples)
+        views = [sample.view for sample in samples if sample.view is not None]
         return Batch(
             images=torch.stack([sample.pixels for sample in samples]),  # (I, 3, S, S)
             input_ids=ids,
@@ -204,6 +206,7 @@ class Collator(Dataset[BatchResult]):
                 key: torch.stack([sample.cached[key] for sample in samples])  # (I, N, D0)
                 for key in self.caches
             },
+            views=tuple(views) if len(views) == len(samples) else None,
         )
 
 
@@ -256,6 +259,7 @@ class _Sample(NamedTuple):
     chosen: list[tuple[str, float]]
     pixels: Tensor
     cached: dict[str, Tensor]
+    view: int | None
 
 
 class _UnusableError(Exception):

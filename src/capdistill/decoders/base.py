@@ -123,6 +123,19 @@ class Decoder(nn.Module):
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """One word per row, (R,), to logits (R, V) of the next and the state after it."""
 
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """The matrix (V, H) and the bias (V,), or None, that turn `hidden[-1]` into logits.
+
+        Override it where that is how logits are made; cached targets of a teacher need it.
+
+        Raises:
+            ConfigError: the decoder does not say.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no output_layer(), which gives the matrix and the bias "
+            "that turn hidden[-1] into logits. Define it to cache the targets of a teacher."
+        )
+
 
 def require_decoder(decoder: Decoder) -> None:
     """Check that a decoder has the attributes of its contract.

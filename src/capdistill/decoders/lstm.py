@@ -186,8 +186,11 @@ class LSTMDecoder(Decoder):
 
     def score(self, x: Tensor) -> Tensor:
         """(B, T, E or H) to logits (B, T, V)."""
-        weight = self.embedding.weight if self.tied else self.vocabulary_output.weight
-        return F.linear(self.drop(x), weight, self.bias)
+        return F.linear(self.drop(x), *self.output_layer())
+
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """The embedding, if tied, or a matrix of its own; and the bias."""
+        return (self.embedding if self.tied else self.vocabulary_output).weight, self.bias
 
 
 def run_cell(

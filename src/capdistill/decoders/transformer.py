@@ -173,7 +173,11 @@ class TransformerDecoder(Decoder):
 
     def score(self, x: Tensor) -> Tensor:
         """(B, T, W) to logits (B, T, V) by the embedding matrix."""
-        return F.linear(self.drop(x), self.embedding.weight)
+        return F.linear(self.drop(x), *self.output_layer())
+
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """The embedding, without a bias."""
+        return self.embedding.weight, None
 
 
 def fold(x: Tensor, beams: int) -> Tensor:

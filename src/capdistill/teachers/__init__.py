@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from capdistill.registry import lazy_exports
 
 if TYPE_CHECKING:
+    from capdistill.teachers.cached import CachedTeacher as CachedTeacher
+    from capdistill.teachers.cached_targets import cache as cache
     from capdistill.teachers.caption_file import TeacherCaptions as TeacherCaptions
     from capdistill.teachers.caption_file import read_captions as read_captions
     from capdistill.teachers.captions import caption as caption
@@ -20,10 +22,12 @@ else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
         {
+            "CachedTeacher": "cached",
             "Ensemble": "ensemble",
             "ForeignTeacher": "foreign",
             "MeanTeacher": "mean_teacher",
             "TeacherCaptions": "caption_file",
+            "cache": "cached_targets",
             "caption": "captions",
             "load": "ensemble",
             "normalised": "foreign",

@@ -142,7 +142,9 @@ def caption(
             caches: dict[str, Any] = {}
             if cache_features:
                 directory = default_cache_dir() if cache_dir is None else user_path(cache_dir)
-                caches = _caches(teacher, data, batch_size, directory, precision, progress)
+                caches = trunk_caches(
+                    teacher, data, directory, precision, batch_size=batch_size, progress=progress
+                )
             loader = Loader(
                 data.subset(missing),
                 teacher.tokenizer,
@@ -151,7 +153,7 @@ def caption(
                 captions_per_image=1,
                 num_workers=num_workers,
                 caches=caches,
-                with_images=not all(_key(model) in caches for model in leaves(teacher)),
+                with_images=not all(cache_key(model) in caches for model in leaves(teacher)),
             )
             made = _decode(teacher, loader, data, config, (place, precision), rows)
             batches = report_progress(made, len(loader), "Captioning", unit="batch", show=progress)
@@ -253,36 +255,59 @@ def _readable(loader: Loader, others: bool) -> Iterator[Batch]:
             raise
 
 
-def _key(model: nn.Module) -> str | None:
+def cache_key(model: nn.Module) -> str | None:
     """The key of a captioner's cached features; None for a model that has none."""
     if not isinstance(model, Captioner):
         return None
     return model.encoder.cache_key(trained=keeps_frozen_stages(model.encoder))
 
 
-def _caches(
+def trunk_caches(
     teacher: Any,
     data: CaptionData,
-    batch_size: int,
     directory: Path,
     precision: str,
-    progress: bool,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    size: int | None = None,
+    view: int = 0,
+    flip: bool = False,
 ) -> dict[str, Any]:
-    """The cached features of every captioner in the teacher, by the key of its encoder."""
+    """The cached features of every captioner in the teacher, by the key of its encoder.
+
+    Args:
+        teacher: On the device to encode on.
+        data: The images.
+        directory, precision, progress: As for `cache_trunk`.
+        batch_size: Images per batch.
+        size: Side in pixels of the images; by default that of the largest that a member reads.
+        view, flip: The view of each image, as for `Loader`.
+
+    Raises:
+        ConfigError: no encoder has anything that can be cached.
+    """
     found: dict[str, Any] = {}
-    size = image_size(teacher)
+    size = image_size(teacher) if size is None else size
     source = Loader(
-        data, teacher.tokenizer, image_size=size, batch_size=batch_size, captions_per_image=1
+        data,
+        teacher.tokenizer,
+        image_size=size,
+        batch_size=batch_size,
+        captions_per_image=1,
+        view=view,
+        flip=flip,
     )
     key = data_key(data, source, size)
+    key = f"{key} view {view} flip {flip}" if view else key
     for model in leaves(teacher):
-        name = _key(model)
+        name = cache_key(model)
         if isinstance(model, Captioner) and name is not None and name not in found:
             encoder, cut = model.encoder, keeps_frozen_stages(model.encoder)
             found[name] = cache_trunk(encoder, source, key, directory, precision, progress, cut)
     if not found:
         raise ConfigError(
-            "caption: cache_features=True, but the teacher has no encoder that can be cached. Set "
+            "cache_features=True, but the teacher has no encoder that can be cached. Set "
             "cache_features=False."
         )
     return found

@@ -38,8 +38,7 @@ def write(directory: Path, members: Mapping[str, Any], about: Mapping[str, Any])
             {"name": name, "directory": _write_member(member, directory, number)}
             for number, (name, member) in enumerate(members.items(), 1)
         ]
-        content = {"format": _FORMAT, **about, "members": listed}
-        write_text(directory / ENSEMBLE, json.dumps(content, indent=2))
+        write_list(directory, about, {each["name"]: each["directory"] for each in listed})
         kept = {member["directory"] for member in listed}
         for path in directory.iterdir():
             if path.is_dir() and path.name not in kept and _description(path).is_file():
@@ -49,6 +48,19 @@ def write(directory: Path, members: Mapping[str, Any], about: Mapping[str, Any])
             f"Cannot write {directory}: {error.strerror or error}. Give a directory that exists or "
             "can be created, is writable and has space."
         ) from error
+
+
+def write_list(directory: Path, about: Mapping[str, Any], members: Mapping[str, str]) -> None:
+    """Write the file that lists the members of an ensemble.
+
+    Args:
+        directory: The directory.
+        about: As for `write`.
+        members: Name -> name of its directory within.
+    """
+    listed = [{"name": name, "directory": place} for name, place in members.items()]
+    content = {"format": _FORMAT, **about, "members": listed}
+    write_text(directory / ENSEMBLE, json.dumps(content, indent=2))
 
 
 def _write_member(member: Any, directory: Path, number: int) -> str:

@@ -23,6 +23,7 @@ from capdistill.losses.token import first_difference
 from capdistill.outputs import LOGITS, Batch, CaptionerOutput, ModelSpec, select_images
 from capdistill.runtime import SAFE_SEED, stable_hash
 from capdistill.saving import ENSEMBLE
+from capdistill.teachers.cached import CachedTeacher, is_cached
 from capdistill.teachers.directory import read, write
 from capdistill.teachers.mixing import EnsembleDecoder, EnsembleFeatures, mixture
 from capdistill.tokenizer import Tokenizer
@@ -255,8 +256,8 @@ def load(
     *,
     tokenizer: Tokenizer | None = None,
     device: str | torch.device = "cpu",
-) -> Captioner | Ensemble:
-    """A saved captioner or ensemble, whichever the directory holds; of several, an ensemble.
+) -> Captioner | Ensemble | CachedTeacher:
+    """A saved captioner or ensemble, or cached targets of one; of several, an ensemble.
 
     Example:
         >>> import tempfile, capdistill as cd
@@ -280,7 +281,10 @@ def load(
         return Ensemble({name: load(place, **how) for name, place in directory.items()})
     if isinstance(directory, Sequence) and not isinstance(directory, (str, bytes)):
         return Ensemble([load(place, **how) for place in directory])
-    several = (user_path(directory, CheckpointError) / ENSEMBLE).is_file()
+    place = user_path(directory, CheckpointError)
+    if is_cached(place):
+        return CachedTeacher(place, tokenizer).to(device)
+    several = (place / ENSEMBLE).is_file()
     cls: type[Captioner | Ensemble] = Ensemble if several else Captioner
     return cls.load(directory, **how)
 

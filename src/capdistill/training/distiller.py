@@ -16,15 +16,25 @@ from capdistill.compatibility import (
     checked_forward,
     checked_teaching,
     probe_batch,
+    require_apart,
     require_named_teachers,
     require_one_vocabulary,
     require_scalars,
+    shared_modules,
     teacher_specs,
+    teachers_of,
 )
 from capdistill.errors import ConfigError, UnknownName, suggest
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import autocast, evaluating, seeded
+from capdistill.teachers.cached import (
+    CachedTeacher,
+    cached_parts,
+    made_up_targets,
+    no_samples,
+    require_kept,
+)
 from capdistill.teachers.ensemble import Ensemble, leaves
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, DistillOptions
 from capdistill.training.gradnorm import GradNorm
@@ -53,10 +63,10 @@ class Distiller(Trainer):
         ['ce', 'token']
 
     Args:
-        teacher: A captioner, or the result of `capdistill.teachers.wrap`. It runs in evaluation
-            mode and without gradients; its flags are restored afterwards. Several are a mapping of
-            names to teachers, or a `capdistill.teachers.Ensemble`: losses of logits then read
-            their mixture, and any loss reads the one that it names.
+        teacher: A captioner, or what `capdistill.teachers.wrap` or `cache` returned. It runs in
+            evaluation mode and without gradients; its flags are restored afterwards. Several are a
+            mapping of names to teachers, or a `capdistill.teachers.Ensemble`: losses of logits then
+            read their mixture, and any loss reads the one that it names.
         student: The captioner that is trained.
         losses: Term name -> loss, or a registered name, or {"name": ..., arguments}. By default
             token, feature and hidden. "teacher" among the arguments names one of several teachers.
@@ -106,6 +116,7 @@ class Distiller(Trainer):
         self._followers = self._find_followers()
         if self.teacher is not None:
             require_named_teachers(self._losses, self.teacher)
+            require_kept(self._losses, teachers_of(self.teacher))
         self._keep_apart()
         self._built = False
         self.check_options()
@@ -201,6 +212,8 @@ class Distiller(Trainer):
         if self.config.samples_on_policy:
             weighs = "ce" in self.objective.weights
             require_scored(self._losses, self.config.on_policy, cross_entropy=weighs)
+            for cached in cached_parts(self.teacher):
+                raise ConfigError(f"on_policy={self.config.on_policy}: {no_samples(cached)}")
 
     def _keep_apart(self) -> None:
         if self.teacher is not None:
@@ -237,10 +250,10 @@ class Distiller(Trainer):
         A foreign teacher is tried on the first real batch: it may not accept a made-up one.
         """
         batch = probe_batch(self.captioner, self.models)
-        if self.teacher is None or all(
-            isinstance(each, Captioner) for each in leaves(self.teacher)
-        ):
-            self._try_losses(batch)
+        ours = (Captioner, CachedTeacher)
+        if self.teacher is None or all(isinstance(each, ours) for each in leaves(self.teacher)):
+            with made_up_targets(self.teacher):
+                self._try_losses(batch)
         else:
             checked_forward(self.captioner, batch, self.objective.needed_outputs)
 
@@ -378,39 +391,3 @@ def make_weighting(values: Mapping[str, Any]) -> Weighting:
     options = {key: value for key, value in values.items() if key in kind.options}
     base = {k: value for k, value in values.items() if k not in (*kind.options, "name")}
     return kind(base, **options)
-
-
-def require_apart(teacher: nn.Module, objective: nn.Module) -> None:
-    """What is trained, student and losses, may share frozen modules with the teacher, no others.
-
-    Raises:
-        ConfigError: it shares trainable parameters; names them.
-    """
-    theirs = {key for p in teacher.parameters() for key in _memory(p)}
-    shared = [
-        n for n, p in objective.named_parameters() if p.requires_grad and theirs & {*_memory(p)}
-    ]
-    if shared:
-        raise ConfigError(
-            "Parameters of the teacher would be trained, because the student or a loss contains "
-            f"them: {', '.join(shared[:5])}{' ...' if len(shared) > 5 else ''}. Give the student "
-            "or the loss a copy (copy.deepcopy), or freeze them with requires_grad_(False)."
-        )
-
-
-def _memory(parameter: nn.Parameter) -> tuple[tuple[str, int], ...]:
-    """What two parameters have in common if training one changes the other."""
-    place = parameter.untyped_storage().data_ptr()
-    return (("object", id(parameter)), *([("memory", place)] if place else []))
-
-
-def shared_modules(teacher: nn.Module, objective: nn.Module) -> list[nn.Module]:
-    """Modules of the student or the losses that are also part of the teacher.
-
-    Example:
-        >>> encoder = nn.Linear(1, 1)
-        >>> shared_modules(nn.Sequential(encoder, nn.ReLU()), nn.Sequential(encoder)) == [encoder]
-        True
-    """
-    theirs = set(teacher.modules())
-    return [module for module in objective.modules() if module in theirs]

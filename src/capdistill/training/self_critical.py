@@ -20,6 +20,7 @@ from capdistill.metrics import DIRECTIONS, CaptionScorer
 from capdistill.metrics.scorer import select
 from capdistill.outputs import Batch, CaptionerOutput
 from capdistill.runtime import autocast
+from capdistill.teachers.cached import cached_parts, no_samples
 from capdistill.training.config import SelfCriticalConfig, SelfCriticalOptions
 from capdistill.training.distiller import (
     Distiller,
@@ -124,6 +125,8 @@ class SelfCritical(Distiller):
                 "the reward's term may be negative and is near 0 on average. Give plain weights."
             )
         module = None if teacher is None else as_teacher(teacher)
+        for cached in cached_parts(module):
+            raise ConfigError(f"SelfCritical: {no_samples(cached)}")
         self._start(module, captioner, config, options)
         banned = GenerationSpec.of(GenerationConfig(), captioner.tokenizer).banned
         gradient = PolicyGradient(banned, self.config.sample_temperature)

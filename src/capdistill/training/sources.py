@@ -25,6 +25,7 @@ from capdistill.feature_cache import (
 from capdistill.files import user_path
 from capdistill.outputs import Batch
 from capdistill.runtime import evaluating
+from capdistill.teachers.cached import CachedTeacher, cached_parts
 from capdistill.teachers.ensemble import leaves
 from capdistill.teachers.mean_teacher import MeanTeacher
 from capdistill.training.config import TrainConfig
@@ -78,8 +79,11 @@ def require_usable(stepper: Stepper, train: Source, val: Source | None) -> Batch
 
     Raises:
         DataError: no image can be used.
-        ConfigError: validation batches without references.
+        ConfigError: validation batches without references, or cached targets of other views.
     """
+    for cached in [part for model in stepper.models for part in cached_parts(model)]:
+        for source in (train, val):
+            cached.require(source)
     if val is not None:
         ready = isinstance(val, FixedBatches) and isinstance(val.batches, (list, tuple))
         found = list(val.epoch(0)) if ready else [_first_batch(val)]
@@ -277,8 +281,9 @@ def is_changed(model: Any, trained: Captioner) -> bool:
 
 
 def captioners(stepper: Stepper) -> list[Any]:
-    """The models that read a batch, with the members of an ensemble in its place."""
-    return [leaf for model in stepper.models for leaf in leaves(model)]
+    """The models that read images, with the members of an ensemble in its place."""
+    parts = [leaf for model in stepper.models for leaf in leaves(model)]
+    return [part for part in parts if not isinstance(part, CachedTeacher)]
 
 
 def _is_cacheable(model: Any, trained: Captioner) -> bool:

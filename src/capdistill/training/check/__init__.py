@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from capdistill.errors import CapdistillError
+from capdistill.teachers.cached import made_up_targets
 from capdistill.training.check.costs import check_data, check_memory, check_options, check_time
 from capdistill.training.check.models import (
     check_outputs,
@@ -56,7 +57,7 @@ def check_training(trainer: Stepper, train: Any = None, val: Any = None) -> Chec
         Rows with a finding and, if needed, a fix. A problem is a row, never an exception.
     """
     rows: list[CheckRow] = []
-    with restoring_state(trainer):
+    with restoring_state(trainer), made_up_targets(*trainer.models):
         if not _attempt(rows, "options", check_options, trainer, val):
             return CheckReport(tuple(rows))
         trial = Trial(trainer, trainer.config, made_up_batch(trainer))

@@ -1,0 +1,347 @@
+"""`CachedTeacher`: what a teacher predicts for each caption of a data set, read from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capdistill.data.dataset import CaptionData
+from capdistill.data.loader import Loader
+from capdistill.errors import CheckpointError, ConfigError, DataError, shortened
+from capdistill.files import user_path
+from capdistill.generation.decode import CaptionGenerator
+from capdistill.losses.base import DistillationLoss
+from capdistill.losses.hidden import HiddenKD
+from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
+from capdistill.saving import find_tokenizer
+from capdistill.teachers.cached_store import ABOUT, Store
+from capdistill.tokenizer import Tokenizer
+from capdistill.weights import read_state_dict
+
+OUTPUT = "output.safetensors"
+_ANEW = "Call capdistill.teachers.cache(teacher, data, directory) again, which adds what is missing"
+
+
+class CachedTeacher(CaptionGenerator):
+    """A teacher whose targets `capdistill.teachers.cache` wrote to a directory.
+
+    It takes the teacher's place in a `Distiller`, alone or among several, and does not run the
+    teacher: it reads the vector before the vocabulary projection at every word (float16) and
+    multiplies it by the teacher's output matrix. The logits are those of the teacher up to the
+    rounding of that vector, so divergences at any temperature are, too. Batches must show the views
+    of the images and the captions that were cached.
+
+    Example:
+        >>> import capdistill as cd, tempfile
+        >>> data = cd.data.sample()
+        >>> tokenizer = cd.WordTokenizer.train(data.train.captions, min_count=2)
+        >>> teacher, student = (cd.Captioner.create(f"debug_{role}", tokenizer=tokenizer)
+        ...                     for role in ("teacher", "student"))
+        >>> train = data.train.subset(4)
+        >>> cached = cd.teachers.cache(teacher, train, tempfile.mkdtemp(), progress=False)
+        >>> cached
+        CachedTeacher 'debug_teacher': hidden, logits of 4 images
+        >>> distiller = cd.Distiller(cached, student, losses={"token": "token"}, augment=False,
+        ...                          progress=False)
+        >>> distiller.fit(train, epochs=1, batch_size=2).epochs[0]["step"]
+        2
+
+    Args:
+        directory: As given to `cache`.
+        tokenizer: The teacher's tokenizer, unless it is a `WordTokenizer`.
+
+    Attributes:
+        outputs: What it gives of "logits", "hidden" (the last entry alone), "features" and
+            "attention".
+        made_up: While it is True, batches need not have targets: they get zeros. Checks of shapes
+            use it.
+
+    Raises:
+        CheckpointError: no such directory, or damaged files.
+    """
+
+    def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__()
+        self.directory = user_path(directory, CheckpointError)
+        self.store = Store(self.directory)
+        content = self.store.content
+        self.tokenizer = find_tokenizer(self.directory, content, tokenizer)
+        self.name = str(content["name"])
+        weights = read_state_dict(self.directory / OUTPUT)
+        self.weight = nn.Parameter(weights["weight"], requires_grad=False)  # (V, H)
+        bias = weights.get("bias")
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # (V,)
+        key = bytes.fromhex(content["about"]["weights of the teacher"])
+        self.register_buffer("teacher", torch.tensor(list(key), dtype=torch.uint8))
+        self.outputs = frozenset({"logits", *self.store.columns})
+        self.made_up = False
+        self._maps: dict[str, np.ndarray[Any, Any]] = {}
+        self.eval()
+
+    def __repr__(self) -> str:
+        return (
+            f"CachedTeacher '{self.name}': {', '.join(sorted(self.outputs))} of "
+            f"{len(self.store.index.entries):,} images"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_maps": {}}  # files are opened again
+
+    def forward(self, batch: Batch, need: frozenset[str] = frozenset()) -> CaptionerOutput:
+        """The targets of a batch, aligned with `batch.targets`.
+
+        Args:
+            batch: Captions and views that were cached.
+            need: As for `Captioner`; logits if nothing is named.
+
+        Raises:
+            ConfigError: captions sampled from the student, views that change by chance, or outputs
+                that were not kept.
+            DataError: a caption of the batch was not cached.
+        """
+        if need - self.outputs:
+            raise ConfigError(self.lack(need))
+        device = self.weight.device
+        found: dict[str, Any] = {}
+        if need & {"logits", "hidden", "attention"} or not need:
+            places = None if self.made_up else self._places(batch)
+            for name in ("hidden", "attention"):
+                if name in need or (name == "hidden" and ("logits" in need or not need)):
+                    found[name] = self._tokens(name, batch, places).to(device, non_blocking=True)
+        if "features" in need:
+            found["features"] = self._features(batch).to(device, non_blocking=True)
+        found = {name: value.to(self.weight.dtype) for name, value in found.items()}
+        hidden = found.pop("hidden", None)
+        logits = F.linear(hidden, self.weight, self.bias) if "logits" in need or not need else None
+        states = (hidden,) if "hidden" in need else None
+        return CaptionerOutput(logits=logits, hidden=states, mask=batch.target_mask, **found)
+
+    def _places(self, batch: Batch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """For each target token: its row in the arrays, and its place among the B * (T - 1)."""
+        views, k = self._views(batch), batch.captions_per_image
+        rows, length = batch.targets.shape
+        starts, lengths = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        for row, caption in enumerate(batch.captions):
+            image_id, view = batch.image_ids[row // k], views[row // k]
+            found = self.store.index.rows(image_id, view, caption)
+            if found is not None:
+                starts[row], lengths[row] = found
+            elif caption:  # an image without captions has an empty one, which is no target
+                raise self._missing(image_id, view, caption)
+        if batch.mask.device.type == "cpu":
+            self._require_lengths(batch, lengths)
+        lengths = np.minimum(lengths, length)  # a shorter beginning has the same targets
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        begins = np.arange(rows) * length
+        return np.repeat(starts, lengths) + within, np.repeat(begins, lengths) + within
+
+    def _views(self, batch: Batch) -> tuple[int, ...]:
+        if batch.sampled is not None:
+            raise ConfigError(no_samples(self))
+        if batch.views is None:
+            raise ConfigError(
+                f"'{self.name}' has cached targets of fixed views of the images, but the batch "
+                "does not say which views it shows: they are cropped or mirrored at random. Set "
+                "augment=False and flip=False, or cache_features=True with cache_views= as cached; "
+                "in batches of your own, give Batch(views=...)."
+            )
+        return batch.views
+
+    def _require_lengths(self, batch: Batch, lengths: np.ndarray[Any, Any]) -> None:
+        short = batch.target_mask.sum(1).numpy() > lengths
+        if short.any():
+            row = int(short.nonzero()[0][0])
+            text = shortened(batch.captions[row])
+            if not lengths[row]:
+                raise self._missing(batch.image_ids[row // batch.captions_per_image], 0, text)
+            raise DataError(
+                f"'{self.name}' has {lengths[row]} cached targets of the caption {text}, but the "
+                f"batch has {int(batch.target_mask[row].sum())}. The student's tokenizer splits it "
+                "differently; give both models one tokenizer."
+            )
+
+    def _missing(self, image_id: str, view: int, caption: str) -> DataError:
+        reason = self.store.index.errors.get(image_id)
+        if reason is not None:
+            return DataError(f"'{self.name}': image '{image_id}' could not be read ({reason}).")
+        return DataError(
+            f"'{self.name}' has no cached targets of image '{image_id}', view {view}, caption "
+            f"{shortened(caption)}. {_ANEW}."
+        )
+
+    def _map(self, name: str) -> np.ndarray[Any, Any]:
+        if name not in self._maps:
+            self._maps[name] = self.store.array(name)
+        return self._maps[name]
+
+    def _tokens(
+        self, name: str, batch: Batch, places: tuple[np.ndarray[Any, Any], ...] | None
+    ) -> Tensor:
+        """(B, T - 1, W) float16 values of a token array, 0 in the padding."""
+        rows, length = batch.targets.shape
+        width = self.store.columns[name].width
+        values = np.zeros((rows * length, width), np.float16)
+        if places is not None:
+            values[places[1]] = self._map(name)[places[0]]
+        return torch.from_numpy(values).view(rows, length, width)
+
+    def _features(self, batch: Batch) -> Tensor:
+        """(I, N, D) float16 features."""
+        spec, images = self.spec(), batch.num_images
+        values = np.zeros((images, self.store.columns["features"].width), np.float16)
+        if not self.made_up:
+            places = []
+            for image_id, view in zip(batch.image_ids, self._views(batch), strict=True):
+                row = self.store.index.image_row(image_id, view)
+                if row is None:
+                    raise self._missing(image_id, view, "(any)")
+                places.append(row)
+            values[:] = self._map("features")[places]
+        return torch.from_numpy(values).view(images, spec.tokens or 0, spec.feature_dim or 0)
+
+    def lack(self, needs: Iterable[str]) -> str:
+        """The message about outputs that are needed and were not kept."""
+        lacking = sorted({*needs} - self.outputs)
+        kept = ", ".join(f'"{name}"' for name in lacking)
+        return (
+            f"'{self.name}' has no cached {', '.join(lacking)}. Keep it: "
+            f"capdistill.teachers.cache(teacher, data, directory, keep=[{kept}], overwrite=True)."
+        )
+
+    def require(self, source: Any) -> None:
+        """Check that it has the targets of all batches of a source, as far as that can be known.
+
+        Raises:
+            ConfigError: other views, or images that change by chance.
+            DataError: captions that were not cached, or that the loader's tokenizer splits
+                differently.
+        """
+        if not isinstance(source, Loader) or not isinstance(source.data, CaptionData):
+            return  # each batch is checked when it is read
+        collator, index, data = source.collator, self.store.index, source.data
+        views = collator.views
+        chance = views == 1 and not collator.view and (collator.random_crop or collator.flip)
+        mirrored = bool(self.store.content["about"]["flip"])
+        if chance or (views > 1 and collator.flip != mirrored):
+            raise ConfigError(
+                f"'{self.name}' has cached targets of fixed views (mirrored: {mirrored}), but the "
+                f"training images are {'cropped or mirrored at random' if chance else 'mirrored'} "
+                f"(mirrored: {collator.flip}). Set augment=False and flip=False; or give "
+                "cache_views= and flip= to capdistill.teachers.cache as to fit, with "
+                "cache_features=True."
+            )
+        wanted = (
+            (e, e.captions if source.train else e.captions[: collator.k]) for e in data.examples
+        )
+        lacking = [
+            example.image_id
+            for example, captions in wanted
+            if example.image_id not in index.errors
+            and captions
+            and not index.has(example.image_id, captions, max(views, collator.view + 1))
+        ]
+        if lacking:
+            more = "" if source.train else " Validation images are cached by val=data.val."
+            raise DataError(
+                f"'{self.name}' lacks cached targets of {len(lacking)} of {len(data)} images of "
+                f"{data.name}, such as '{lacking[0]}' ({views} views). {_ANEW}.{more}"
+            )
+        for caption in islice((c for e in data.examples for c in e.captions), 100):
+            theirs, mine = collator.tokenizer.encode(caption), self.tokenizer.encode(caption)
+            if theirs != mine:
+                raise DataError(
+                    f"'{self.name}': its tokenizer splits {shortened(caption)} into {mine}, the "
+                    f"student's into {theirs}. Give both models one tokenizer."
+                )
+
+    def spec(self, batch: Batch | None = None) -> ModelSpec:
+        """The specification of what is kept."""
+        about: Mapping[str, Any] = self.store.content["spec"]
+        grid = about["grid"]
+        return ModelSpec(
+            feature_dim=about["feature_dim"],
+            tokens=about["tokens"],
+            prefix_tokens=about["prefix_tokens"],
+            grid=None if grid is None else (grid[0], grid[1]),
+            hidden_dims=(self.weight.shape[1],),
+            vocabulary=self.tokenizer.vocabulary,
+            has_attention="attention" in self.outputs,
+            name=self.name,
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the teacher read: the student's batches get it too."""
+        return int(self.store.content["about"]["image_size"])
+
+    def decoding(self, images: Batch | Tensor) -> NoReturn:
+        """Not possible: there are targets of the cached captions alone."""
+        raise ConfigError(
+            f"'{self.name}' has cached targets and cannot caption images. Give the teacher itself."
+        )
+
+
+def is_cached(directory: Path) -> bool:
+    """Whether a directory holds cached targets."""
+    return (directory / ABOUT).is_file()
+
+
+def cached_parts(model: nn.Module | None) -> list[CachedTeacher]:
+    """The cached teachers in a model."""
+    parts = [] if model is None else model.modules()
+    return [part for part in parts if isinstance(part, CachedTeacher)]
+
+
+def no_samples(cached: CachedTeacher) -> str:
+    """The message about captions that were not known when the targets were cached."""
+    return (
+        f"'{cached.name}' has cached targets of the captions of the data, but captions that are "
+        "sampled from the student are new in every step. Give the teacher itself."
+    )
+
+
+def require_kept(losses: Mapping[str, DistillationLoss], teachers: Mapping[str, nn.Module]) -> None:
+    """Refuse losses that need more of a cached teacher than it keeps.
+
+    Args:
+        losses: By term.
+        teachers: Those that a loss may name; the only one is read by losses that name none.
+
+    Raises:
+        ConfigError: with the fix.
+    """
+    for term, loss in losses.items():
+        only = next(iter(teachers)) if len(teachers) == 1 else None
+        teacher = teachers.get(loss.teacher or only or "")
+        if not isinstance(teacher, CachedTeacher) or not loss.from_teacher:
+            continue
+        if loss.needs - teacher.outputs:
+            other = ', or compare fewer: match="pooled"' if "attention" in loss.needs else ""
+            raise ConfigError(f"losses: '{term}': {teacher.lack(loss.needs)[:-1]}{other}.")
+        if isinstance(loss, HiddenKD) and loss.layers not in ("last", {-1: -1}):
+            raise ConfigError(
+                f"losses: '{term}' pairs layers {loss.layers!r}, but '{teacher.name}' keeps the "
+                'last hidden vector alone. Use layers="last", or give the teacher itself.'
+            )
+
+
+@contextmanager
+def made_up_targets(*models: nn.Module | None) -> Iterator[None]:
+    """Inside the block, cached teachers give zeros for batches that were never cached."""
+    parts = [part for model in models for part in cached_parts(model)]
+    before = [part.made_up for part in parts]
+    try:
+        for part in parts:
+            part.made_up = True
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.made_up = value

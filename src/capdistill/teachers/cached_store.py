@@ -1,0 +1,357 @@
+"""The files of cached targets: arrays that grow row by row, and the index of their rows.
+
+A row is appended to the arrays first and to the index afterwards, so what the index lists is
+complete whenever the writer was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
+
+from capdistill.errors import CheckpointError, ConfigError
+from capdistill.files import write_text
+
+FORMAT = "capdistill.targets/1"
+ABOUT, INDEX = "targets.json", "index.jsonl"
+
+
+class Column(NamedTuple):
+    """An array on disk, with one row per target token or per image and view.
+
+    Args:
+        name: Name of its file.
+        dtype: NumPy's name of the type.
+        width: Values per row.
+        per: What has a row.
+    """
+
+    name: str
+    dtype: str
+    width: int
+    per: Literal["token", "image"] = "token"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.width * np.dtype(self.dtype).itemsize
+
+    def file(self, directory: Path) -> Path:
+        """Where it is."""
+        return directory / f"{self.name}.{self.dtype}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the index: captions of an image, each in the same views.
+
+    Args:
+        image_id: The id of the image.
+        size: Bytes of its file, 0 if it has none.
+        captions: The texts.
+        lengths: Target tokens of each.
+        tokens: First row of the first caption, for each view; the others follow it.
+        images: The row of the image, for each view.
+        error: Why it could not be read; it then has no rows.
+    """
+
+    image_id: str
+    size: int
+    captions: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+    error: str | None = None
+
+    @classmethod
+    def parse(cls, text: bytes) -> Line:
+        """The line that `asdict` gave.
+
+        Raises:
+            TypeError, ValueError, KeyError: it is none.
+        """
+        line = cls(**json.loads(text))
+        numbers = [line.size, *line.lengths, *line.tokens, *line.images]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise TypeError("a number is no whole number >= 0")
+        texts = [line.image_id, *line.captions]
+        if not all(type(text) is str for text in texts) or len(line.captions) != len(line.lengths):
+            raise TypeError("captions and lengths do not fit")
+        if len(line.tokens) != len(line.images):
+            raise TypeError("views of tokens and images differ")
+        return line
+
+    def ends(self) -> tuple[int, int]:
+        """The first token row and the first image row behind it."""
+        block = sum(self.lengths)
+        return max(self.tokens, default=-block) + block, max(self.images, default=-1) + 1
+
+
+class Entry(NamedTuple):
+    """Where the targets of an image are: first rows per view, and each caption's within them."""
+
+    tokens: list[int]
+    images: list[int]
+    captions: dict[str, tuple[int, int]]  # offset, length
+
+
+class Index:
+    """Image id, view and caption -> rows.
+
+    Example:
+        >>> index = Index([Line("a", 9, ["dog", "cat"], [2, 3], tokens=[0, 5], images=[0, 1])])
+        >>> index.rows("a", 1, "cat"), index.has("a", ["dog"], views=2), index.rows("a", 0, "cow")
+        ((7, 3), True, None)
+    """
+
+    def __init__(self, lines: Iterable[Line] = ()) -> None:
+        self.entries: dict[str, list[Entry]] = {}
+        self.sizes: dict[str, int] = {}
+        self.errors: dict[str, str] = {}
+        self.ends = (0, 0)  # rows of tokens, rows of images
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: Line) -> None:
+        """Take a line; it hides what earlier ones say of the same captions."""
+        if line.error is not None:
+            self.errors[line.image_id] = line.error
+            return
+        self.errors.pop(line.image_id, None)
+        self.sizes[line.image_id] = line.size
+        offsets = np.cumsum([0, *line.lengths]).tolist()
+        places = zip(offsets, line.lengths, strict=False)
+        entry = Entry(line.tokens, line.images, dict(zip(line.captions, places, strict=True)))
+        self.entries.setdefault(line.image_id, []).insert(0, entry)
+        tokens, images = line.ends()
+        self.ends = max(self.ends[0], tokens), max(self.ends[1], images)
+
+    def rows(self, image_id: str, view: int, caption: str) -> tuple[int, int] | None:
+        """First row and number of rows of a caption's tokens; None if it is not there."""
+        for entry in self.entries.get(image_id, ()):
+            place = entry.captions.get(caption)
+            if place is not None and view < len(entry.tokens):
+                return entry.tokens[view] + place[0], place[1]
+        return None
+
+    def image_row(self, image_id: str, view: int) -> int | None:
+        """The row of an image."""
+        entries = self.entries.get(image_id, ())
+        return next((each.images[view] for each in entries if view < len(each.images)), None)
+
+    def has(self, image_id: str, captions: Iterable[str], views: int) -> bool:
+        """Whether all these captions are there, in views 0 to `views` - 1."""
+        if self.image_row(image_id, views - 1) is None:
+            return False
+        return all(self.rows(image_id, views - 1, caption) for caption in captions)
+
+
+class Store:
+    """A directory of cached targets.
+
+    Args:
+        directory: Holds targets.json, the index and the arrays.
+
+    Attributes:
+        content: What targets.json says: "about", whatever the targets depend on, and more.
+        columns: The arrays by name.
+        index: Their rows.
+
+    Raises:
+        CheckpointError: there are no such files, or they are damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.content = read_content(directory)
+        self.columns = {c[0]: Column(*c) for c in self.content["columns"]}
+        self.index = Index()
+        self.reload()
+
+    def reload(self, cut: bool = False) -> None:
+        """Read the index. `cut` removes what a killed writer left incomplete behind it."""
+        path = self.directory / INDEX
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+        rows = self._whole_rows()
+        lines: list[Line] = []
+        good = 0
+        for text in data.splitlines(keepends=True):
+            try:
+                line = Line.parse(text)
+            except (ValueError, TypeError, KeyError) as error:
+                if not text.endswith(b"\n"):
+                    break  # the writer was killed
+                raise CheckpointError(
+                    f"{path}, line {len(lines) + 1} is not one that teachers.cache wrote "
+                    f"({type(error).__name__}: {error}). Cache the targets anew, with "
+                    "overwrite=True."
+                ) from error
+            if not text.endswith(b"\n") or any(
+                end > count for end, count in zip(line.ends(), rows, strict=True)
+            ):
+                break
+            lines.append(line)
+            good += len(text)
+        self.index = Index(lines)
+        if cut:
+            self._cut(good)
+
+    def _whole_rows(self) -> tuple[int, int]:
+        """Rows of tokens and of images that every array has."""
+        found: dict[str, int] = {"token": 2**62, "image": 2**62}
+        for column in self.columns.values():
+            path = column.file(self.directory)
+            size = path.stat().st_size if path.exists() else 0
+            found[column.per] = min(found[column.per], size // column.row_bytes)
+        return found["token"], found["image"]
+
+    def _cut(self, index_bytes: int) -> None:
+        os.truncate(self.directory / INDEX, index_bytes)
+        for column in self.columns.values():
+            rows = self.index.ends[0 if column.per == "token" else 1]
+            path = column.file(self.directory)
+            path.touch()
+            os.truncate(path, rows * column.row_bytes)
+
+    def append(self, lines: Sequence[Line], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Add rows to the arrays, then the lines that list them. Only within `locked`."""
+        for name, column in self.columns.items():
+            if name in arrays:
+                values = np.ascontiguousarray(arrays[name], dtype=column.dtype)
+                _append(column.file(self.directory), values.tobytes())
+        text = "".join(json.dumps(asdict(line)) + "\n" for line in lines)
+        _append(self.directory / INDEX, text.encode())
+        for line in lines:
+            self.index.add(line)
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """The memory map of an array, (rows, width)."""
+        column = self.columns[name]
+        rows = self.index.ends[0 if column.per == "token" else 1]
+        if not rows:
+            return np.zeros((0, column.width), column.dtype)
+        path = column.file(self.directory)
+        return np.asarray(np.memmap(path, column.dtype, "r", shape=(rows, column.width)))
+
+
+def read_content(directory: Path) -> dict[str, Any]:
+    """What targets.json holds.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of another format.
+    """
+    path = directory / ABOUT
+    try:
+        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}")
+        for each in content["columns"]:
+            column = Column(*each)
+            if column.file(directory).parent != directory or column.row_bytes < 1:
+                raise ValueError(f"column {column.name!r}")
+        content["about"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not describe cached targets ({type(error).__name__}: {error}). Expected "
+            f"a directory that capdistill.teachers.cache wrote, with format '{FORMAT}'."
+        ) from error
+    return content
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Only one process at a time is inside the block; others wait for it.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / INDEX, "ab") as stream:
+            _lock(stream)
+            yield
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write {directory}: {error.strerror or error}. Give a directory that exists or "
+            "can be created, is writable and has space; what was written is kept, and the same "
+            "call continues it."
+        ) from error
+
+
+def _lock(stream: IO[bytes]) -> None:
+    """Wait for the exclusive right to write; released when the file is closed."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        return
+    fcntl.flock(stream, fcntl.LOCK_EX)
+
+
+def start(
+    directory: Path, content: Mapping[str, Any], overwrite: bool, files: Mapping[str, Any]
+) -> Store:
+    """The store for these targets: a new one, or the one that is there, to be completed.
+
+    Args:
+        directory: Locked.
+        content: "about" decides whether what is there may be kept.
+        overwrite: Start anew, whatever is there.
+        files: Name -> function that writes a further file.
+
+    Raises:
+        ConfigError: what is there was made differently; the message says how.
+    """
+    index = directory / INDEX
+    if (directory / ABOUT).exists() and not overwrite:
+        _require_same(directory, content["about"])
+    elif index.stat().st_size and not overwrite:
+        raise ConfigError(
+            f"{directory} holds rows, but no {ABOUT}, which says how they were made. Give another "
+            "directory, or overwrite=True to replace them."
+        )
+    else:
+        os.truncate(index, 0)  # first: old rows must never stand beside a new description
+        for name, write in files.items():
+            write(directory / name)
+        write_text(directory / ABOUT, json.dumps({"format": FORMAT, **content}, indent=2))
+    store = Store(directory)
+    store.reload(cut=True)
+    return store
+
+
+def _require_same(directory: Path, about: Mapping[str, Any]) -> None:
+    try:
+        before = read_content(directory)["about"]
+    except CheckpointError as error:
+        raise ConfigError(
+            f"{error} Give another directory, or overwrite=True to replace what it holds."
+        ) from error
+    different = [key for key in {**about, **before} if about.get(key) != before.get(key)]
+    if different:
+        changes = ", ".join(_change(key, before.get(key), about.get(key)) for key in different)
+        raise ConfigError(
+            f"The targets in {directory} were made differently: {changes}. Give another directory, "
+            "or overwrite=True to cache them anew."
+        )
+
+
+def _change(key: str, before: object, now: object) -> str:
+    short = all(len(str(value)) < 40 for value in (before, now))
+    return f"{key} was {before!r} and is {now!r}" if short else f"other {key}"
+
+
+def _append(path: Path, data: bytes) -> None:
+    with open(path, "ab") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,150 @@
+"""`cache`: run a teacher once over a data set and keep its targets on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from capdistill.captioner import Captioner
+from capdistill.compatibility import image_size as largest_size
+from capdistill.data.dataset import CaptionData
+from capdistill.errors import ConfigError, require_bool, require_int, suggest
+from capdistill.feature_cache import default_cache_dir
+from capdistill.files import user_path
+from capdistill.runtime import pick_device, pick_precision
+from capdistill.teachers.cached import CachedTeacher
+from capdistill.teachers.cached_writer import Writer
+from capdistill.teachers.caption_file import require_data
+from capdistill.teachers.ensemble import Ensemble
+from capdistill.teachers.mean_teacher import MeanTeacher
+
+KEPT = ("features", "attention")
+
+
+def cache(
+    teacher: Any,
+    data: CaptionData,
+    directory: str | Path,
+    *,
+    val: CaptionData | None = None,
+    cache_views: int = 1,
+    flip: bool = False,
+    keep: Iterable[str] = (),
+    image_size: int | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    cache_features: bool = False,
+    cache_dir: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> CachedTeacher | Ensemble:
+    """Run a teacher once over every image, view and caption, and keep its targets.
+
+    For each target token the vector before the vocabulary projection is kept in float16; logits are
+    made of it by the teacher's output matrix when they are read. A run that was killed continues
+    where it stopped, and captions, images or views that were added later are added to the files.
+    If all are there, nothing is computed. Of several processes that ask for the same directory, one
+    writes, and the others wait for it.
+
+    Example:
+        >>> import capdistill as cd, tempfile
+        >>> train = cd.data.sample().train.subset(3)
+        >>> tokenizer = cd.WordTokenizer.train(train.captions, min_count=1)
+        >>> members = [cd.Captioner.create(f"debug_{role}", tokenizer=tokenizer)
+        ...            for role in ("teacher", "student")]
+        >>> ensemble = cd.teachers.Ensemble(members, weights=[2, 1])
+        >>> cached = cache(ensemble, train, tempfile.mkdtemp(), cache_views=2, progress=False)
+        >>> cached.members["debug_student"]
+        CachedTeacher 'debug_student': hidden, logits of 3 images
+
+    Args:
+        teacher: A captioner, or an ensemble of captioners: its members are cached one by one, in
+            directories within, and the result is an ensemble of them with the same weights and
+            mixing.
+        data: The training images with all captions that may be trained on, such as `data.train` or
+            what `caption` and `read_captions` return.
+        directory: Where the files are. Runs on other captions of the same images may share it.
+        val: The validation images, for the losses that validation shows; their centre alone.
+        cache_views, flip: As given to `fit`: the views of each training image, and whether views
+            beside the centre are mirrored.
+        keep: What losses read besides logits and the last hidden vector: "features" (of
+            `FeatureKD`, 2 N D bytes per image and view), "attention" (2 N bytes per token).
+        image_size: Side in pixels of the images; by default that of the largest that a member
+            reads, as in a run with the teacher itself.
+        batch_size: Images per batch.
+        num_workers: Processes that read images.
+        device, precision, cache_features, cache_dir: As in `TrainConfig`; the cached features of a
+            run with the same teacher, images and precision are used.
+        overwrite: Start anew, whatever the directory holds.
+        progress: Show progress.
+
+    Raises:
+        ConfigError: an invalid option; a teacher of another kind; or the directory holds targets
+            of another teacher, precision, ... (the message says what differs).
+        DataError: data of another kind, no readable image, or an image that has changed.
+
+    Source:
+        Hinton, Vinyals, Dean (2015), section 2, for the targets; that they need not be computed
+        more than once: Shen, Xing (2022), A Fast Knowledge Distillation Framework for Visual
+        Recognition, section 3.
+    """
+    _require(teacher, data, val)
+    kept = _kept(keep)
+    for name, value in {"cache_views": cache_views, "batch_size": batch_size}.items():
+        require_int(f"cache: {name}", value, 1, 10_000)
+    flags = {"flip": flip, "cache_features": cache_features, "overwrite": overwrite}
+    for name, flag in flags.items():
+        require_bool(f"cache: {name}", flag)
+    place = pick_device(device)
+    writer = Writer(
+        image_size=largest_size(teacher) if image_size is None else image_size,
+        flip=flip,
+        kept=kept,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=place,
+        precision=pick_precision(place, precision),
+        trunks=_trunk_directory(cache_dir) if cache_features else None,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    parts = [(data, cache_views), *([] if val is None else [(val, 1)])]
+    return writer.run(teacher, parts, user_path(directory))
+
+
+def _require(teacher: Any, data: Any, val: Any) -> None:
+    require_data("cache", data)
+    if val is not None:
+        require_data("cache", val)
+    members = list(teacher.members.values()) if isinstance(teacher, Ensemble) else [teacher]
+    for member in members:
+        if isinstance(member, Ensemble):
+            _require(member, data, val)
+        elif isinstance(member, MeanTeacher):
+            raise ConfigError(
+                "cache: a MeanTeacher changes with every step of the student, so its targets "
+                "cannot be kept. Give the teacher itself to the distiller."
+            )
+        elif not isinstance(member, Captioner):
+            raise ConfigError(
+                f"cache: {type(member).__name__} was given. Give a capdistill.Captioner, or an "
+                "ensemble of such: targets are kept as hidden vectors and made into logits by the "
+                "output matrix, which a wrapped captioner does not show."
+            )
+        else:
+            member.decoder.output_layer()  # says what is missing
+
+
+def _kept(keep: Iterable[str]) -> frozenset[str]:
+    names = [keep] if isinstance(keep, str) else list(keep)
+    for name in names:
+        if name not in KEPT:
+            raise ConfigError(f"cache: keep={name!r} is unknown. {suggest(str(name), KEPT)}")
+    return frozenset(names)
+
+
+def _trunk_directory(cache_dir: str | Path | None) -> Path:
+    return default_cache_dir() if cache_dir is None else user_path(cache_dir)

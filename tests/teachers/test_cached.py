@@ -1,0 +1,328 @@
+"""Cached targets: equal to those of the live teacher, in its place, whatever the batch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import capdistill as cd
+from capdistill.data import CaptionData, Example, Loader
+from capdistill.errors import CheckpointError, ConfigError, DataError
+from capdistill.losses.divergence import kl_divergence
+from capdistill.outputs import Batch, part
+from capdistill.teachers import CachedTeacher, Ensemble, cache
+from capdistill.teachers.cached_store import INDEX
+from tests.training import tiny_models as tiny
+
+QUIET = tiny.QUIET
+HALF = 2.0**-11  # relative error of float16
+TEXTS = ("a red dog", "one lime cat a", "blue", "a cat", "a lime dog a cat")
+
+
+def pictures(folder: Path, count: int, first: int = 0) -> CaptionData:
+    """Pictures with one to four captions, larger than the models' images."""
+    folder.mkdir(exist_ok=True)
+    examples = []
+    chance = torch.Generator().manual_seed(first)
+    for n in range(first, first + count):
+        path = folder / f"{n}.png"
+        pixels = torch.randint(256, (14, 11, 3), generator=chance, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+        examples.append(Example(f"id{n}", path, [TEXTS[(n + c) % 5] for c in range(1 + n % 4)]))
+    return CaptionData(examples, name="pictures")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> CaptionData:
+    return pictures(tmp_path / "pictures", 6)
+
+
+def batches(data: CaptionData, epoch: int = 0, **options: Any) -> list[Batch]:
+    how: dict[str, Any] = {"image_size": tiny.SIDE, "batch_size": 3, "captions_per_image": 2}
+    loader = Loader(data, tiny.TOKENIZER, **{**how, "train": True, "crop": False, **options})
+    return list(loader.epoch(epoch))
+
+
+def members() -> dict[str, cd.Captioner]:
+    return {"one": tiny.make_teacher(), "other": tiny.make_student(3)}
+
+
+def gradient(student: Tensor, teacher: Tensor, batch: Batch, temperature: float) -> Tensor:
+    logits = student.clone().requires_grad_()
+    kl_divergence(logits, teacher, batch.target_mask, temperature).backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("kind", ["captioner", "ensemble", "confidence"])
+def test_divergence_and_gradient_are_those_of_the_live_teacher(
+    data: CaptionData, tmp_path: Path, temperature: float, kind: str
+) -> None:
+    live: Any = tiny.make_teacher()
+    if kind != "captioner":
+        live = Ensemble(members(), [2, 1], "confidence" if kind == "confidence" else "fixed")
+    cached = cache(live.eval(), data, tmp_path / "targets", **QUIET)
+    student = tiny.make_student().eval()
+    for batch in batches(data):
+        with torch.no_grad():
+            expected, found = live(batch).logits, cached(batch).logits
+            ours = student(batch).logits
+        mask = batch.target_mask
+        assert (found - expected)[mask].abs().max() < 8 * HALF * expected[mask].abs().max()
+        values = [kl_divergence(ours, theirs, mask, temperature) for theirs in (expected, found)]
+        assert values[1] == pytest.approx(values[0].item(), rel=4 * HALF, abs=1e-6)
+        one, other = (gradient(ours, theirs, batch, temperature) for theirs in (expected, found))
+        assert (one - other).abs().max() < 4 * HALF * one.abs().max()
+
+
+@pytest.mark.parametrize("epoch", range(3))
+def test_each_view_has_its_own_targets(data: CaptionData, tmp_path: Path, epoch: int) -> None:
+    live = tiny.make_teacher().eval()
+    cached = cache(live, data, tmp_path / "targets", cache_views=3, flip=True, **QUIET)
+    for batch in batches(data, epoch, views=3, flip=True):
+        with torch.no_grad():
+            gap = (live(batch).logits - cached(batch).logits)[batch.target_mask].abs().max()
+            centre = replace(batch, views=(0,) * batch.num_images)
+            other = (live(batch).logits - cached(centre).logits)[batch.target_mask].abs().max()
+        assert gap < 5e-3
+        assert other > 10 * gap or batch.views == centre.views
+
+
+def test_draw_features_hidden_and_named_members_are_those_of_the_live_ensemble(
+    data: CaptionData, tmp_path: Path
+) -> None:
+    live = Ensemble(members(), [2, 1], "draw").eval()
+    keep = ["features", "attention"]
+    cached = cache(live, data, tmp_path / "targets", keep=keep, **QUIET)
+    assert isinstance(cached, Ensemble)
+    needs = {"other": frozenset({"features", "hidden", "attention"})}
+    for batch in batches(data):
+        with torch.no_grad():
+            expected, found = (each.outputs(batch, needs, draw=(5, 1)) for each in (live, cached))
+        mask = batch.target_mask
+        torch.testing.assert_close(found.logits[mask], expected.logits[mask], rtol=0, atol=5e-3)
+        mine, theirs = found.of("other"), expected.of("other")
+        torch.testing.assert_close(mine.features, theirs.features, rtol=2 * HALF, atol=1e-4)
+        for name in ("attention", "hidden"):
+            one, other = getattr(mine, name), getattr(theirs, name)
+            one, other = (e[-1] if isinstance(e, tuple) else e for e in (one, other))
+            torch.testing.assert_close(one[mask], other[mask], rtol=2 * HALF, atol=1e-4)
+
+
+def test_padding_and_splitting_a_batch_change_nothing(data: CaptionData, tmp_path: Path) -> None:
+    cached = cache(tiny.make_teacher(), data, tmp_path / "targets", keep=["features"], **QUIET)
+    need = frozenset({"logits", "hidden", "features"})
+    (batch,) = batches(data, batch_size=6)
+    whole, padded = cached(batch, need), cached(tiny.pad(batch, 4), need)
+    length = batch.targets.shape[1]
+    assert torch.equal(
+        padded.logits[:, :length][batch.target_mask], whole.logits[batch.target_mask]
+    )
+    for image in range(batch.num_images):
+        alone, rows = cached(part(batch, image, image + 1), need), slice(2 * image, 2 * image + 2)
+        assert torch.equal(alone.hidden[-1], whole.hidden[-1][rows])
+        torch.testing.assert_close(alone.logits, whole.logits[rows])
+        assert torch.equal(alone.features[0], whole.features[image])
+
+
+def test_a_run_from_cached_targets_follows_the_live_one(data: CaptionData, tmp_path: Path) -> None:
+    val = pictures(tmp_path / "pictures", 3, first=20)
+    teacher = tiny.make_teacher(trainable=False)
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 2, "cache_features": True}
+    options |= {"cache_views": 2, "flip": True, "cache_dir": tmp_path / "maps", "patience": None}
+    options |= {"word_dropout": 0.2, "monitor": "loss", "metrics": ("bleu",), **QUIET}
+    targets = {"cache_views": 2, "flip": True, "val": val, **QUIET}
+    targets |= {"cache_features": True, "cache_dir": tmp_path / "maps"}
+    cached = cache(teacher, data, tmp_path / "targets", **targets)
+    losses = {"token": {"name": "token", "temperature": 2.0}, "hidden": "hidden"}
+    rows = []
+    for each in (teacher, cached):
+        student = tiny.make_student(trainable=False)
+        distiller = cd.Distiller(each, student, losses=losses, **options)
+        rows.append(distiller.fit(data, val).epochs)
+    for live, other in zip(*rows, strict=True):
+        for role in ("train", "val"):
+            found, expected = other[role]["terms"], live[role]["terms"]
+            for term in ("token", "hidden", "ce"):
+                assert found[term]["raw"] == pytest.approx(expected[term]["raw"], rel=5e-3), term
+
+
+def test_losses_that_need_more_are_refused_with_the_fix(data: CaptionData, tmp_path: Path) -> None:
+    cached = cache(tiny.make_teacher(), data, tmp_path / "targets", **QUIET)
+    student = tiny.make_student()
+    feature = {"feature": {"name": "feature", "match": "pooled"}}
+    with pytest.raises(ConfigError, match=r'no cached features.*keep=\["features"\]'):
+        cd.Distiller(cached, student, losses=feature, **QUIET)
+    uniform = {"hidden": {"name": "hidden", "layers": "uniform"}}
+    with pytest.raises(ConfigError, match=r'keeps the last hidden vector alone.*layers="last"'):
+        cd.Distiller({"a": cached}, student, losses=uniform, **QUIET)
+    with pytest.raises(ConfigError, match=r"cannot caption images"):
+        cached.generate(batches(data)[0])
+    with pytest.raises(ConfigError, match=r"keep='feature' is unknown.*features"):
+        cache(tiny.make_teacher(), data, tmp_path / "targets", keep="feature", **QUIET)
+
+
+def test_sampled_captions_are_refused_at_construction(data: CaptionData, tmp_path: Path) -> None:
+    cached = cache(Ensemble(members()), data, tmp_path / "targets", **QUIET)
+    token = {"token": "token"}
+    with pytest.raises(ConfigError, match=r"on_policy=0.5.*new in every step"):
+        cd.Distiller(cached, tiny.make_student(), losses=token, on_policy=0.5, **QUIET)
+    with pytest.raises(ConfigError, match=r"SelfCritical.*Give the teacher itself"):
+        cd.SelfCritical(tiny.make_student(), teacher=cached, **QUIET)
+
+
+def test_other_images_captions_and_views_are_refused_before_the_first_step(
+    data: CaptionData, tmp_path: Path
+) -> None:
+    cached = cache(tiny.make_teacher(), data, tmp_path / "targets", **QUIET)
+    make: Any = lambda: cd.Distiller(  # noqa: E731
+        cached, tiny.make_student(trainable=False), losses={"token": "token"}, **QUIET
+    )
+    with pytest.raises(ConfigError, match=r"at random.*augment=False"):
+        make().fit(data, epochs=1, cache_features=False, augment=True)
+    with pytest.raises(ConfigError, match=r"mirrored: False.*flip="):
+        make().fit(data, epochs=1, cache_views=2, flip=True, cache_dir=tmp_path)
+    with pytest.raises(DataError, match=r"lacks cached targets of 6 of 6 .*\(2 views\)"):
+        make().fit(data, epochs=1, cache_views=2, cache_dir=tmp_path)
+    more = pictures(tmp_path / "pictures", 1, first=9)
+    with pytest.raises(DataError, match=r"of 1 of 1 images.*val=data.val"):
+        make().fit(data, more, epochs=1, augment=False)
+    other = replace(batches(data)[0], captions=("a new one",) * 6)
+    with pytest.raises(DataError, match=r"no cached targets of image.*'a new one'"):
+        cached(other)
+    assert make().check(data).ok
+
+
+def test_a_directory_of_other_targets_is_refused_with_what_differs(
+    data: CaptionData, tmp_path: Path
+) -> None:
+    place = tmp_path / "targets"
+    teacher = tiny.make_teacher()
+    cache(teacher, data, place, **QUIET)
+    with pytest.raises(ConfigError, match=r"other weights of the teacher.*overwrite=True"):
+        cache(tiny.make_teacher(5), data, place, **QUIET)
+    with pytest.raises(ConfigError, match=r"flip was False and is True"):
+        cache(teacher, data, place, flip=True, **QUIET)
+    (data.examples[2].path).write_bytes(data.examples[3].path.read_bytes() + b"0")
+    with pytest.raises(DataError, match=r"'id2'.*bytes when the targets"):
+        cache(teacher, data, place, **QUIET)
+    found = cache(tiny.make_teacher(5), data, place, overwrite=True, **QUIET)
+    live = tiny.make_teacher(5).eval()
+    batch = batches(data)[0]
+    with torch.no_grad():
+        gap = (live(batch).logits - found(batch).logits)[batch.target_mask].abs().max()
+    assert gap < 5e-3
+
+
+def test_what_is_missing_is_added_and_nothing_is_done_twice(
+    data: CaptionData, tmp_path: Path
+) -> None:
+    place, teacher = tmp_path / "targets", tiny.make_teacher()
+    seen: Any = teacher.encoder
+    cache(teacher, data.subset(2), place, **QUIET)
+    before = seen.seen
+    cache(teacher, data.subset(3), place, **QUIET)
+    assert seen.seen == before + 1
+    others = CaptionData(Example(e.image_id, e.path, ["a red cat"]) for e in data.examples)
+    cached = cache(teacher, others, place, **QUIET)
+    before = seen.seen
+    cached = cache(teacher, data.subset(3), place, **QUIET)
+    assert seen.seen == before
+    whole = cache(teacher, data.subset(3), tmp_path / "again", **QUIET)
+    batch = batches(data.subset(3))[0]
+    torch.testing.assert_close(cached(batch).logits, whole(batch).logits)
+    cached = cache(teacher, data.subset(3), place, cache_views=2, **QUIET)
+    assert seen.seen == before + 3 + 6
+    cached(replace(batch, views=(1, 0, 1)))
+
+
+def test_unreadable_images_are_left_out_as_in_training(data: CaptionData, tmp_path: Path) -> None:
+    data.examples[1].path.write_bytes(b"nothing")
+    teacher = tiny.make_teacher()
+    cached = cache(teacher, data, tmp_path / "targets", batch_size=1, **QUIET)
+    cache(teacher, data, tmp_path / "targets", **QUIET)
+    distiller = cd.Distiller(cached, tiny.make_student(), losses={"token": "token"}, **QUIET)
+    with pytest.warns(UserWarning, match="1 images could not be used"):
+        history = distiller.fit(data, epochs=1, augment=False, batch_size=2)
+    assert history.epochs[0]["skipped"] == 1
+
+
+def test_the_directory_alone_gives_the_teacher(data: CaptionData, tmp_path: Path) -> None:
+    live = Ensemble(members(), [2, 1], "confidence")
+    cached: Any = cache(live, data, tmp_path / "targets", **QUIET)
+    loaded: Any = cd.teachers.load(tmp_path / "targets")
+    batch = batches(data)[0]
+    assert torch.equal(cached(batch).logits, loaded(batch).logits)
+    assert loaded.weights == cached.weights
+    assert isinstance(loaded.members["one"], CachedTeacher)
+    with pytest.raises(CheckpointError, match=r"does not describe cached targets"):
+        CachedTeacher(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["a line that has no end", "rows without a line", "lost rows"])
+def test_what_a_killed_writer_left_is_cut_and_completed(
+    data: CaptionData, tmp_path: Path, left: str
+) -> None:
+    teacher = tiny.make_teacher()
+    whole = cache(teacher, data, tmp_path / "whole", batch_size=2, **QUIET)
+    place = tmp_path / "targets"
+    cache(teacher, data.subset(4), place, batch_size=2, **QUIET)
+    index, hidden = place / INDEX, place / "hidden.float16"
+    if left == "a line that has no end":
+        index.write_bytes(index.read_bytes()[:-20])
+    elif left == "rows without a line":
+        hidden.write_bytes(hidden.read_bytes() + b"12345")
+    else:
+        os.truncate(hidden, hidden.stat().st_size - 4)
+    found = cache(teacher, data, place, batch_size=2, **QUIET)
+    for batch in batches(data):
+        torch.testing.assert_close(found(batch).logits, whole(batch).logits)
+
+
+def test_damaged_files_are_named(data: CaptionData, tmp_path: Path) -> None:
+    place = tmp_path / "targets"
+    cache(tiny.make_teacher(), data, place, **QUIET)
+    index = place / INDEX
+    index.write_bytes(b'{"image_id": 3}\n' + index.read_bytes())
+    with pytest.raises(CheckpointError, match=r"index.jsonl, line 1 is not one"):
+        CachedTeacher(place)
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.teachers.test_cached import *
+torch.set_num_threads(1)
+data = pictures(Path({folder!r}) / "pictures", 24)
+cache(tiny.make_teacher(), data, Path({folder!r}) / "killed", batch_size=1, **QUIET)
+"""
+
+
+@pytest.mark.slow  # a process of its own
+def test_a_killed_writer_is_continued_to_the_same_targets(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[2])
+    script = KILLED.format(root=root, folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", script])
+    index = tmp_path / "killed" / INDEX
+    while process.poll() is None and not (index.exists() and index.read_bytes().count(b"\n") > 3):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    data = pictures(tmp_path / "pictures", 24)
+    teacher = tiny.make_teacher()
+    found = cache(teacher, data, tmp_path / "killed", batch_size=1, **QUIET)
+    whole = cache(teacher, data, tmp_path / "whole", batch_size=1, **QUIET)
+    for batch in batches(data):
+        assert torch.equal(found(batch).logits, whole(batch).logits)
