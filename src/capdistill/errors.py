@@ -22,6 +22,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "IncompatibleModels",
+    "LossSpike",
     "MissingExtra",
     "NotFiniteLoss",
     "PluginError",
@@ -74,7 +75,11 @@ class DataError(CapdistillError, ValueError):
 
 
 class NotFiniteLoss(CapdistillError, FloatingPointError):
-    """A loss that became NaN or infinite in training; names the step and the term."""
+    """A loss that became NaN or infinite in training; names the step, the term and the images."""
+
+
+class LossSpike(CapdistillError, ArithmeticError):
+    """A loss that jumped in training; names the step and the images."""
 
 
 def suggest(name: str, available: Iterable[str]) -> str:

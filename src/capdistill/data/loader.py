@@ -276,7 +276,7 @@ class Loader:
             sampler=indices,
             num_workers=self.num_workers,
             collate_fn=_unchanged,
-            worker_init_fn=_ignore_ctrl_c,
+            worker_init_fn=_ignore_signals,
             persistent_workers=True,
             multiprocessing_context=self._start_method,
             generator=torch.Generator(),  # leaves the global generator unchanged
@@ -299,8 +299,9 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process finishes its step
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process finishes its step
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _length(data: Any) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from capdistill.training.config import TrainConfig as TrainConfig
     from capdistill.training.difficulty import model_difficulty as model_difficulty
     from capdistill.training.distiller import Distiller as Distiller
+    from capdistill.training.failed_step import replay_step as replay_step
     from capdistill.training.gradnorm import GradNorm as GradNorm
     from capdistill.training.history import History as History
     from capdistill.training.recipes import recipe as recipe
@@ -42,6 +43,7 @@ else:
             "distill_chain": "chain",
             "model_difficulty": "difficulty",
             "recipe": "recipes",
+            "replay_step": "failed_step",
             "run_stages": "stages",
         },
     )

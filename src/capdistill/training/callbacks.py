@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -82,11 +82,11 @@ def check_callbacks(callbacks: Any) -> None:
 
 
 class Recorder:
-    """Write the first and every `log_every`-th step, every epoch and the end to the history."""
+    """Write the first and every `log_every`-th step, spikes and every epoch to the history."""
 
     def on_step(self, trainer: Run, row: Row) -> None:
-        """Write the row of every `log_every`-th step."""
-        if row["step"] % trainer.config.log_every == 0 or row["step"] == 1:
+        """Write the row of every `log_every`-th step, and of every spike."""
+        if row["step"] % trainer.config.log_every == 0 or row["step"] == 1 or row["spike"]:
             trainer.history.append(row)
 
     def on_epoch(self, trainer: Run, row: Row) -> None:
@@ -99,6 +99,14 @@ class SkippedImages:
 
     def __init__(self) -> None:
         self.known: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was reported before."""
+        return {"known": sorted(self.known)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.known = set(state["known"])
 
     def on_epoch(self, trainer: Run, row: Row) -> None:
         """Report the images that were not reported before."""

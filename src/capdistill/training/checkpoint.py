@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
-import random
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from capdistill.data.source import Source, skipped_images
+from capdistill.data.caption_files import Problem
+from capdistill.data.loader import Loader
+from capdistill.data.source import Source
 from capdistill.errors import CheckpointError, ConfigError
-from capdistill.files import write_atomically
 from capdistill.training.optim import make_schedule
+from capdistill.training.random_state import random_state, restore_random
 from capdistill.training.run_directory import (
     PREVIOUS,
     UNFINISHED,
@@ -26,10 +25,11 @@ from capdistill.training.run_directory import (
     previous_states,
 )
 from capdistill.training.sources import captions_per_image
+from capdistill.training.state_file import read_file, write_file
 from capdistill.training.step import Stepper
 from capdistill.weights import load_exactly, strip_prefixes
 
-_FORMAT = "capdistill.training/2"
+_FORMAT = "capdistill.training/3"
 
 
 def save_state(path: Path, state: dict[str, Any], keep: int = 1, check: bool = False) -> None:
@@ -45,7 +45,7 @@ def save_state(path: Path, state: dict[str, Any], keep: int = 1, check: bool = F
         ConfigError: it cannot be written; the existing file is unchanged.
     """
     fresh = path.with_name(UNFINISHED)
-    write_atomically(fresh, lambda temporary: _dump({"format": _FORMAT, **state}, temporary))
+    write_file(fresh, state, _FORMAT)
     if check:
         _remove_damaged(path)
     _shift(path, keep)
@@ -55,7 +55,7 @@ def save_state(path: Path, state: dict[str, Any], keep: int = 1, check: bool = F
 def _remove_damaged(path: Path) -> None:
     for each in (path, *previous_states(path.parent)):
         try:
-            _read(each)
+            read_file(each, _FORMAT)
         except CheckpointError:
             each.unlink(missing_ok=True)
 
@@ -73,13 +73,6 @@ def _shift(path: Path, keep: int) -> None:
             younger.replace(path.with_name(previous_state(number)))
 
 
-def _dump(content: dict[str, Any], path: Path) -> None:
-    try:
-        torch.save(content, path)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"{error}".split("\n")[0]) from error
-
-
 def load_state(path: Path) -> dict[str, Any]:
     """Read a training state; if it is damaged, read the latest one that is not, with a warning.
 
@@ -90,13 +83,13 @@ def load_state(path: Path) -> dict[str, Any]:
     others = previous_states(path.parent) or [path.with_name(PREVIOUS)]
     for candidate in (path, *others):
         try:
-            state = _read(candidate)
+            state = read_file(candidate, _FORMAT)
         except CheckpointError as error:
             problems.append(str(error))
             continue
         if problems:
             warnings.warn(
-                f"{problems[0]}; continuing from {candidate}, after step {state['step']}.",
+                f"{problems[0]}; continuing from {candidate}, after step {state.get('step')}.",
                 stacklevel=2,
             )
         return state
@@ -104,21 +97,6 @@ def load_state(path: Path) -> dict[str, Any]:
         "There is no training state to resume: " + "; ".join(problems) + ". "
         "Give the directory of a run (out=), start again with resume=False, or use resume='auto'."
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is truncated or not a training state")
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{path} cannot be read ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is not a training state of this version of capdistill")
-    return state
 
 
 # Options that may differ between two parts of a run without changing what is trained.
@@ -161,10 +139,10 @@ def snapshot(
         "random": random_state(),
         "epoch": stepper.epoch,
         "step": stepper.step_count,
-        "skipped_steps": stepper.skipped_steps,
+        "guard": stepper.guard.state_dict(),
         "meter": stepper.meter.state_dict(),
         "averages": {name: each.state_dict() for name, each in stepper.averages.items()},
-        "skipped": len(skipped_images(train)),
+        "skipped": [list(astuple(problem)) for problem in _reported(train)],
         "config": stepper.config.model_dump(),
         "identity": dict(who),
         "position": _position(stepper, train),
@@ -209,11 +187,19 @@ def restore(
     stepper.scaler.load_state_dict(state["scaler"])
     restore_random(state["random"])
     stepper.epoch, stepper.step_count = state["epoch"], state["step"]
-    stepper.skipped_steps = state["skipped_steps"]
+    stepper.guard.load_state_dict(state["guard"])
     stepper.meter.load_state_dict(state["meter"])
     for key, callback in _stateful(callbacks):
         if key in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][key])
+    if isinstance(train, Loader):
+        for problem in state["skipped"]:
+            train.skipped.add(Problem(*problem))
+
+
+def _reported(train: Source | None) -> list[Problem]:
+    """The images that a loader has skipped so far; it will not meet all of them again."""
+    return list(train.skipped) if isinstance(train, Loader) else []
 
 
 @torch.no_grad()
@@ -275,12 +261,12 @@ def _position(stepper: Stepper, train: Source | None) -> dict[str, Any]:
 
 
 def _require_same_position(now: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Within an epoch, numbers of batches tell which images are done: they must mean the same."""
+    """Within an epoch, the position tells which images are done: it must mean the same."""
     before = state["position"]
     names = sorted({*now, *before})
     pairs = [(name, before.get(name), now.get(name)) for name in names]
     changed = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
-    if state["meter"]["batches"] and changed:
+    if state["meter"]["position"] and changed:
         raise CheckpointError(
             f"The run was interrupted within epoch {state['epoch'] + 1}, after "
             f"{state['meter']['images']} images, and would now divide the epoch differently "
@@ -336,26 +322,3 @@ def _callback_states(callbacks: Sequence[Any]) -> Iterator[tuple[str, Any]]:
                 f"Given: {state!r:.200}"
             )
         yield key, state
-
-
-def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, here and on CUDA devices."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, list(words), gauss],
-        "numpy": [numpy_state[0], numpy_state[1].tolist(), *map(float, numpy_state[2:])],
-    }
-
-
-def restore_random(state: Mapping[str, Any]) -> None:
-    """Continue drawing where `random_state` was taken."""
-    torch.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), int(position), int(has_gauss), cached))
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -115,6 +115,8 @@ class TrainConfig(Options):
         eval_batch_size: Images per batch in validation.
         generation: Decoding in validation: a `GenerationConfig` or its options. None is greedy.
         log_every: Steps between two rows of the history.
+        on_spike: What happens at a step whose loss lies far above those before (see `StepGuard`):
+            "skip" leaves it out, "stop" ends the run with `LossSpike`. None does not look for any.
         save_every: When the training state is saved within an epoch, besides at its end: after so
             many steps (500), or so much time ("30s", "10min", "2h"). None does not.
         keep: Earlier states kept beside state.pt: state.previous.pt, state.previous.2.pt, ...
@@ -155,6 +157,7 @@ class TrainConfig(Options):
     eval_batch_size: int = Field(64, ge=1)
     generation: GenerationConfig | None = None
     log_every: int = Field(10, ge=1)
+    on_spike: Literal["skip", "stop"] | None = None
     save_every: int | str | None = "10min"
     keep: int = Field(1, ge=1, le=10_000)
     keep_best: int = Field(1, ge=1, le=10_000)
@@ -261,6 +264,7 @@ class TrainOptions(GenerationOptions, total=False):
     eval_batch_size: int
     generation: GenerationConfig | Mapping[str, Any] | None
     log_every: int
+    on_spike: Literal["skip", "stop"] | None
     save_every: int | str | None
     keep: int
     keep_best: int

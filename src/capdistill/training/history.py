@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from capdistill.errors import ConfigError
 from capdistill.files import finite_or_none, write_text
+from capdistill.outputs import Batch
+from capdistill.training.guard import Verdict
 
 Row = dict[str, Any]
 
@@ -22,13 +24,14 @@ class History:
 
     - Step rows: `loss`, `terms` (each raw and weighted), `weights` and `learning_rates` (of that
       step), `gradient_norm` (before clipping), `skipped_steps` (in a row, by loss scaling),
-      `seconds`, `images`, `captions`, `images_per_second`.
+      `spike` (whether it was skipped because the loss jumped), `seconds`, `images`, `captions`,
+      `images_per_second`.
     - Epoch rows: `train` (`loss` and `terms`), `val` (the same, with the number of `images` it
       covers and of those `skipped`; empty without validation data), `weights` (at the end of the
       epoch), `scores`, `improved` and `best` (with validation data), `images`, `skipped`,
       `problems` (images that could not be used, named in the epoch that met them first),
-      `skipped_steps`, `running_statistics` (micro-batches of one image whose batch norms used
-      running statistics), `images_per_second`, `seconds`.
+      `skipped_steps`, `spikes`, `running_statistics` (micro-batches of one image whose batch norms
+      used running statistics), `images_per_second`, `seconds`.
     - The last row, of kind "end", holds `stopped`: why the run ended, and `interrupted`.
 
     On disk NaN is null.
@@ -200,18 +203,29 @@ class EpochMeter(LossMeter):
     """Progress within the current epoch, from which an interrupted run can continue.
 
     Attributes:
-        images, batches: Trained on so far in this epoch.
+        images: Trained on so far in this epoch.
+        position: Number of the batch with which the epoch goes on; those without any usable image
+            count too.
         skipped_steps: Steps that loss scaling skipped because the gradient overflowed.
+        spikes: Steps that were skipped because the loss jumped; see `on_spike`.
         running_statistics: Micro-batches whose batch norms had one value per channel, and used
             their running statistics.
     """
 
-    COUNTERS = ("images", "batches", "skipped_steps", "running_statistics")
+    COUNTERS = ("images", "position", "skipped_steps", "spikes", "running_statistics")
 
     def __init__(self) -> None:
         super().__init__()
-        self.images = self.batches = self.skipped_steps = self.running_statistics = 0
+        self.images = self.position = self.skipped_steps = self.spikes = 0
+        self.running_statistics = 0
         self.began = time.perf_counter()
+
+    def count(self, batches: Sequence[Batch], verdict: Verdict) -> None:
+        """Count the micro-batches of a step, and the step if it was skipped."""
+        for batch in batches:
+            self.images += batch.num_images
+        self.skipped_steps += verdict == "overflow"
+        self.spikes += verdict == "spike"
 
     @property
     def seconds(self) -> float:
@@ -225,6 +239,7 @@ class EpochMeter(LossMeter):
             "images": self.images,
             "images_per_second": self.images / self.seconds,
             "skipped_steps": self.skipped_steps,
+            "spikes": self.spikes,
             "running_statistics": self.running_statistics,
         }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
 from capdistill.data.source import Source, skipped_images
-from capdistill.errors import ConfigError, NotFiniteLoss
+from capdistill.errors import ConfigError, LossSpike, NotFiniteLoss
 from capdistill.metrics import CaptionScorer, Metric
 from capdistill.outputs import Batch, CaptionerOutput, LossTerm, require_batches
 from capdistill.runtime import (
@@ -28,6 +28,7 @@ from capdistill.runtime import (
 )
 from capdistill.training.config import TrainConfig
 from capdistill.training.decoder_inputs import noisy_inputs, require_unknown_word
+from capdistill.training.guard import StepGuard, Verdict
 from capdistill.training.history import EpochMeter, LossMeter, Row
 from capdistill.training.monitor import Monitor
 from capdistill.training.objective import Objective
@@ -39,8 +40,6 @@ from capdistill.training.validation import (
     measured,
     with_trunk_tokens,
 )
-
-MAX_SKIPPED_STEPS = 10  # in a row; loss scaling needs a few at the start of a run, not more
 
 
 class Stepper:
@@ -73,7 +72,7 @@ class Stepper:
         self._steps_per_epoch: int | None = None
         self._first_step = True  # of the optimizer: what is not trained is reported then
         self.step_count = 0
-        self.skipped_steps = 0  # in a row
+        self.guard = StepGuard()
         self.epoch = 0
         self.meter = EpochMeter()
         self.metrics: Sequence[str | Metric] | None = None
@@ -175,6 +174,7 @@ class Stepper:
 
         Raises:
             NotFiniteLoss: a term or the gradient is NaN or infinite; nothing was updated.
+            LossSpike: the loss jumped, see `on_spike`; nothing was updated.
         """
         began = time.perf_counter()
         require_batches("step", micro_batches)
@@ -212,14 +212,15 @@ class Stepper:
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         *values, norm_value = torch.stack([*(v.float() for v in sums.values()), norm]).tolist()
         totals = dict(zip(sums, values, strict=True))
-        self._require_finite(totals, norm_value)
+        verdict = self._judge(micro_batches, totals, norm_value, weights, counts)
 
-        # Update; loss scaling skips a step whose gradient overflowed.
+        # Update; loss scaling itself skips a step whose gradient overflowed.
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        self.scaler.step(optimizer)
+        if verdict != "spike":
+            self.scaler.step(optimizer)
         self.scaler.update()
         in_force = self.objective.end_step(weights, totals, counts)
-        if math.isfinite(norm_value):
+        if verdict == "good":
             self.schedule.step()
             for average in self.averages.values():
                 average.update()
@@ -228,8 +229,7 @@ class Stepper:
 
         images = sum(batch.num_images for batch in batches)
         self.meter.add(totals, in_force, counts)
-        self.meter.images += images
-        self.meter.batches += len(batches)
+        self.meter.count(micro_batches, verdict)
         step = LossMeter()
         step.add(totals, in_force, counts)
         seconds = time.perf_counter() - began
@@ -243,7 +243,8 @@ class Stepper:
             "counts": counts,
             "learning_rates": rates,
             "gradient_norm": norm_value,
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": self.guard.skipped_steps,
+            "spike": verdict == "spike",
             "images": images,
             "captions": sum(len(batch.captions) for batch in batches),
             "seconds": seconds,
@@ -308,27 +309,26 @@ class Stepper:
             with batch_norms_in_eval(self.objective):
                 return self.objective(batch, teacher, input_fn, progress)  # type: ignore[no-any-return]
 
-    def _require_finite(self, totals: Mapping[str, float], norm: float) -> None:
-        bad = {name: value for name, value in totals.items() if not math.isfinite(value)}
-        if not bad and not math.isfinite(norm):
-            self.skipped_steps += 1
-            self.meter.skipped_steps += 1
-            if not self.scaler.is_enabled() or self.skipped_steps >= MAX_SKIPPED_STEPS:
-                bad = {"the gradient": norm}
-        elif not bad:
-            self.skipped_steps = 0
-        if not bad:
-            return
-        self.scaler.update()  # forgets the gradients it looked at
-        self.objective.zero_grad(set_to_none=True)
-        values = ", ".join(f"{name} is {value}" for name, value in bad.items())
-        repeated = self.scaler.is_enabled() and "the gradient" in bad
-        raise NotFiniteLoss(
-            f"Step {self.step_count + 1} (epoch {self.epoch + 1}): {values}"
-            + (f" for {self.skipped_steps} steps in a row" if repeated else "")
-            + ". The weights were not changed by this step and the last checkpoint is intact. Try "
-            "a smaller learning_rate, max_grad_norm=, or precision='fp32'."
-        )
+    def _judge(
+        self,
+        batches: Sequence[Batch],
+        totals: Mapping[str, float],
+        norm: float,
+        weights: Mapping[str, float | Tensor],
+        counts: Mapping[str, float],
+    ) -> Verdict:
+        """Whether the step may change the weights; if it ends the run, gradients are removed."""
+        watched = self.config.on_spike is not None
+        loss = sum(float(weights[n]) * totals[n] / (counts[n] or 1.0) for n in totals if watched)
+        where = f"Step {self.step_count + 1} (epoch {self.epoch + 1})"
+        images = [image_id for batch in batches for image_id in batch.image_ids]
+        scaled, on_spike = self.scaler.is_enabled(), self.config.on_spike
+        try:
+            return self.guard.judge(totals, norm, loss, scaled, on_spike, where, images)
+        except (NotFiniteLoss, LossSpike):
+            self.scaler.update()  # forgets the gradients it looked at
+            self.objective.zero_grad(set_to_none=True)
+            raise
 
     # -- validation -----------------------------------------------------------------------------
 

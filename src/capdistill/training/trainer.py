@@ -37,6 +37,8 @@ from capdistill.training.config import (
     parse_interval,
 )
 from capdistill.training.decoder_inputs import require_unknown_word
+from capdistill.training.failed_step import kept_if_it_fails
+from capdistill.training.guard import StepGuard
 from capdistill.training.history import EpochMeter, History, Row
 from capdistill.training.monitor import BestEpoch, Monitor, monitor_key
 from capdistill.training.objective import Objective
@@ -113,7 +115,6 @@ class Trainer(Stepper):
         self.val_source: Source | None = None
         self.stopping = False
         self._identity: dict[str, Any] | None = None
-        self._batches_are_lost = False
         self.cached = False  # whether the training batches carry cached features
 
     # -- a run ----------------------------------------------------------------------------------
@@ -152,7 +153,9 @@ class Trainer(Stepper):
             ConfigError: invalid options or data, or an `out` that holds a run or is not writable.
             DataError: no usable image.
             CheckpointError: nothing to resume, or a state of another run.
-            NotFiniteLoss: a loss became NaN; the last good checkpoint stays.
+            NotFiniteLoss: a loss became NaN; the last good checkpoint stays, and the step is in
+                failed_step.pt, from which `replay_step` runs it again.
+            LossSpike: the loss jumped and `on_spike` is "stop"; the same.
         """
         check_callbacks(callbacks)
         with self._options(options):
@@ -175,9 +178,9 @@ class Trainer(Stepper):
             self.steps_per_epoch = math.ceil(
                 number_of_batches(self.train_source) / self.config.accumulation_steps
             )
-            self.epoch = self.step_count = self.skipped_steps = 0
-            self.meter = EpochMeter()
-            self.stopping = self._batches_are_lost = False
+            self.epoch = self.step_count = 0
+            self.meter, self.guard = EpochMeter(), StepGuard()
+            self.stopping = False
             self.history = History()
             chose = state is not None and "BestEpoch.0" in state["callbacks"]
             monitored = monitor if val is not None or chose else None
@@ -200,7 +203,8 @@ class Trainer(Stepper):
             with self._session():
                 while self.epoch < self.config.epochs and not self.stopping:
                     for micro_batches in self._groups():
-                        row = self.step(*micro_batches)
+                        with kept_if_it_fails(self, micro_batches):
+                            row = self.step(*micro_batches)
                         self._emit("on_step", row)
                         if self.history.interrupted:
                             break
@@ -215,14 +219,15 @@ class Trainer(Stepper):
     def _groups(self) -> Iterator[list[Batch]]:
         """The epoch's batches that are not done, in groups of micro-batches; the last is short.
 
-        Where unreadable images emptied whole batches, numbers of batches do not tell their places.
+        A batch without any usable image (None) keeps its place, so that all others keep theirs.
         """
         assert self.train_source is not None
-        done = self.meter.batches
-        start, rest = (0, done) if self._batches_are_lost else (done, 0)
-        batches = islice(self.train_source.epoch(self.epoch, start), rest, None)
-        while group := list(islice(batches, self.config.accumulation_steps)):
-            yield group
+        numbered = getattr(self.train_source, "numbered", self.train_source.epoch)
+        places = iter(numbered(self.epoch, self.meter.position))
+        while group := list(islice(places, self.config.accumulation_steps)):
+            self.meter.position += len(group)
+            if batches := [batch for batch in group if batch is not None]:
+                yield batches
 
     def _finish_epoch(self) -> None:
         """Validate; then the callbacks choose the best, write the history and save."""
@@ -406,4 +411,3 @@ class Trainer(Stepper):
             self.make_ready()
         who = self._identity or identity(self, self.train_source, self.val_source)
         restore(self, state, self.train_source, self.callbacks, who, accept_changes)
-        self._batches_are_lost = bool(state["skipped"])
