@@ -1,43 +1,40 @@
-"""Features of a frozen trunk on disk: one memory map for each encoder and set of images."""
+"""Outputs of frozen trunks: every image is encoded once and kept in a memory map on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from capdistill.data.collate import FeatureCache, open_features
+from capdistill.data.collate import STORED_AS, BatchIndex, FeatureCache
+from capdistill.data.image_keys import images_key
+from capdistill.data.loader import Loader
 from capdistill.data.source import Source
 from capdistill.encoders.base import Encoder
-from capdistill.errors import ConfigError
-from capdistill.files import write_atomically, write_text
+from capdistill.errors import ConfigError, DataError
+from capdistill.feature_files import (
+    DONE,
+    FORMAT,
+    UNREADABLE,
+    CacheFiles,
+    CacheType,
+    kind_of,
+    marks_file,
+    read_index,
+)
+from capdistill.files import write_text
+from capdistill.progress import progress as report_progress
 from capdistill.runtime import autocast, evaluating
-from capdistill.runtime import progress as report_progress
 
-_FORMAT = "capdistill.features/1"
-
-
-def default_cache_dir() -> Path:
-    """The default directory of cached features, in the user's cache directory.
-
-    Raises:
-        ConfigError: there is no home directory.
-    """
-    root = os.environ.get("XDG_CACHE_HOME")
-    try:
-        home = Path(root) if root else Path.home() / ".cache"
-    except RuntimeError as error:  # HOME is not set and the user has no entry
-        raise ConfigError(
-            "Cached features need a directory, but this user has no home directory. Give "
-            "cache_dir=, or set cache_features=False."
-        ) from error
-    return home / "capdistill" / "features"
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_EXPONENT = {"fp16": 0x7C00, "bf16": 0x7F80}
 
 
 def keeps_frozen_stages(encoder: Encoder, changed: bool = False) -> bool:
@@ -54,20 +51,44 @@ def keeps_frozen_stages(encoder: Encoder, changed: bool = False) -> bool:
     return changed or (not encoder.trunk_frozen and encoder.cache_key() is not None)
 
 
+def data_key(data: Any, source: Source, image_size: int, directory: Path) -> str:
+    """A key for the images of a data set, at a size in pixels.
+
+    Args:
+        data: Images in files are known by their bytes, wherever they lie and whenever they were
+            written. Those of any other data set are read and their pixels hashed.
+        source: Gives those pixels.
+        image_size: Side in pixels.
+        directory: Where the hashes of files are remembered.
+    """
+    examples = getattr(data, "examples", None)
+    if examples is not None:
+        return f"{image_size} {images_key(examples, directory)}"
+    digest = hashlib.sha256(str(image_size).encode())
+    for batch in source.epoch(0):
+        digest.update(f"{batch.image_ids}".encode())
+        digest.update(batch.images.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def cache_trunk(
     encoder: Encoder,
-    source: Source,
+    source: Loader,
     data_key: str,
     directory: Path,
     precision: str,
     progress: bool = False,
     trained: bool = True,
+    dtype: CacheType = "fp16",
 ) -> FeatureCache:
-    """Encode every image of a source once, or open what an earlier run wrote.
+    """Encode every image of a loader once, or open what an earlier run wrote.
+
+    Several processes of one run each encode a part of the images; all of them call this function.
+    What a process that was killed has encoded is kept.
 
     Args:
         encoder: Has frozen stages.
-        source: Batches of images without augmentation.
+        source: Loads the images in order, without augmentation.
         data_key: Identifies the images and their size; with the encoder's `cache_key` it is the
             key.
         directory: Directory of the memory maps.
@@ -75,89 +96,205 @@ def cache_trunk(
         progress: Show progress: a bar on a terminal, occasional lines elsewhere.
         trained: Whether the encoder's other stages run at every step; otherwise its whole trunk is
             cached.
+        dtype: Type of the cached values: "fp16", or "bf16" for values beyond 65504.
 
     Raises:
-        ConfigError: the directory cannot be written, or tokens do not fit in float16.
+        ConfigError: the directory cannot be written, or values are not finite in that type.
+        DataError: no image can be read.
     """
-    about = f"{encoder.cache_key(trained)} {data_key} {precision}"
-    path = directory / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.f16"
-    return _open_cache(path) or _write_cache(encoder, source, path, precision, progress, trained)
+    about = f"{encoder.cache_key(trained)} {data_key} {precision} {dtype}"
+    name = hashlib.sha256(about.encode()).hexdigest()[:32]
+    path = directory / f"{name}.{dtype}"
+    cache = _open_cache(path)
+    if cache is not None:
+        return cache
+    try:
+        with evaluating(encoder), torch.no_grad():
+            return _Caching(encoder, source, path, precision, trained, progress).run()
+    except (OSError, ConfigError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise ConfigError(
+            f"Cannot write {path}: {cause.strerror or cause}. cache_dir= sets where features are "
+            "cached. What was written stays there, and the next run continues."
+        ) from error
 
 
 def _open_cache(path: Path) -> FeatureCache | None:
     """The cache that an earlier run wrote, if it is complete."""
+    index = read_index(path.with_suffix(".json"))
     try:
-        index = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         ids, shape = index["image_ids"], (len(index["image_ids"]), *index["shape"])
-        whole = index["format"] == _FORMAT and path.stat().st_size == 2 * int(np.prod(shape))
-    except (OSError, ValueError, LookupError, TypeError):
+        whole = index["complete"] and path.stat().st_size == 2 * int(np.prod(shape))
+        for row in index["unreadable"]:
+            ids[row] = None
+    except (OSError, LookupError, TypeError):
         return None
-    return FeatureCache(open_features(path, shape), ids) if whole else None
+    if not whole:
+        return None
+    marks_file(path).unlink(missing_ok=True)  # of a process killed at the last moment
+    return FeatureCache(np.memmap(path, STORED_AS[kind_of(path)], "r", shape=shape), ids)
 
 
-def _write_cache(
-    encoder: Encoder, source: Source, path: Path, precision: str, progress: bool, trained: bool
-) -> FeatureCache:
-    """Write the tokens, then the index, which makes them valid."""
-    index: dict[str, Any] = {"format": _FORMAT, "image_ids": [], "shape": []}
+class _Caching:
+    """Writes one cache, in this process and in the others of the run."""
 
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            values = _encoded(encoder, source, precision, trained)
-            for ids, tokens in report_progress(
-                values, len(source), "Caching features", unit="batch", show=progress
-            ):
-                index["image_ids"] += ids
-                index["shape"] = tokens.shape[1:]
-                file.write(tokens.tobytes())
+    def __init__(
+        self,
+        encoder: Encoder,
+        source: Loader,
+        path: Path,
+        precision: str,
+        trained: bool,
+        progress: bool,
+    ) -> None:
+        self.encoder, self.source, self.path = encoder, source, path
+        self.precision, self.trained, self.show = precision, trained, progress
+        self.device = next(encoder.parameters()).device
+        self.image_ids = list(source.collator.image_ids)
+        self.files: CacheFiles | None = None  # opened once the shape of the values is known
 
-    try:
-        write_atomically(path, write)
-        write_text(path.with_suffix(".json"), json.dumps(index))
-    except ConfigError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        raise ConfigError(f"{error} cache_dir= sets where features are cached.") from error
-    return FeatureCache(
-        open_features(path, (len(index["image_ids"]), *index["shape"])), index["image_ids"]
-    )
+    def run(self) -> FeatureCache:
+        """Encode what is missing: first the part of this process, then what the others left."""
+        size, images = self.source.batch_size, len(self.image_ids)
+        batches = [(0, tuple(range(i, min(i + size, images)))) for i in range(0, images, size)]
+        rank, ranks = _rank()
+        first, last = (len(batches) * i // ranks for i in (rank, rank + 1))
+        try:
+            self._encode_missing(batches[first:last])
+            if self.files is not None:
+                self.files.flush()
+            _wait_for_others()
+            self._encode_missing(batches)  # none is left where all see the same files
+            if self.files is None:
+                none = f"None of the {images} images can be used."
+                raise DataError(f"{none}\n{self.source.skipped}")
+            self.files.flush()
+            marks, shape = self.files.marks(), self.files.shape
+            _wait_for_others()
+        finally:
+            if self.files is not None:
+                self.files.close()
+        unreadable = np.flatnonzero(marks == UNREADABLE).tolist()
+        self._write_index(shape, {"complete": True, "unreadable": unreadable})
+        cache = _open_cache(self.path)
+        assert cache is not None
+        return cache
+
+    def _encode_missing(self, batches: Sequence[BatchIndex]) -> None:
+        shape = read_index(self.path.with_suffix(".json")).get("shape")
+        if self.files is None and shape is not None:
+            self.files = self._open(tuple(shape))
+        marks = np.zeros(len(self.image_ids)) if self.files is None else self.files.marks()
+        missing = [batch for batch in batches if not marks[list(batch[1])].all()]
+        for encoded in report_progress(
+            self._encoded(missing),
+            sum(len(numbers) for _, numbers in missing),
+            "Caching features",
+            show=self.show and _rank()[0] == 0,
+            size=lambda each: len(each.numbers),
+        ):
+            self._write(encoded)
+
+    def _encoded(self, batches: Sequence[BatchIndex]) -> Iterator[_Encoded]:
+        """One batch behind: the device encodes the next while this one is copied and written."""
+        last: _Encoded | None = None
+        for (_, numbers), (batch, _, _) in zip(batches, self.source.read([*batches]), strict=True):
+            encoded = _Encoded(numbers)
+            if batch is not None:
+                with autocast(self.device, self.precision):
+                    values = self.encoder.to_cache(batch.images.to(self.device), self.trained)
+                host, ready = _to_host(values.to(_DTYPES[kind_of(self.path)]))
+                encoded = _Encoded(numbers, batch.image_ids, host, ready)
+            if last is not None:
+                yield last
+            last = encoded
+        if last is not None:
+            yield last
+
+    def _write(self, encoded: _Encoded) -> None:
+        numbers, ids, values = encoded.numbers, encoded.image_ids, encoded.values
+        if values is None:
+            if self.files is not None:  # else it is read again when the shape is known
+                self.files.write(numbers[0], None, np.full(len(numbers), UNREADABLE, np.uint8))
+            return
+        encoded.ready()
+        block = bits = values.contiguous().view(torch.int16).numpy()  # (I, ...)
+        self._require_finite(ids, bits)
+        if self.files is None:
+            self.files = self._open(tuple(bits.shape[1:]))
+        given = set(ids)
+        readable = np.array([self.image_ids[number] in given for number in numbers])
+        if len(ids) < len(numbers):
+            block = np.zeros((len(numbers), *bits.shape[1:]), np.int16)
+            block[readable] = bits
+        self.files.write(numbers[0], block, np.where(readable, DONE, UNREADABLE).astype(np.uint8))
+
+    def _require_finite(self, ids: Sequence[str], bits: np.ndarray[Any, Any]) -> None:
+        """Refuse infinity and NaN, whose exponent bits are all set."""
+        kind = kind_of(self.path)
+        exponent = np.int16(_EXPONENT[kind])
+        bad = (bits & exponent) == exponent
+        if not bad.any():
+            return
+        names = [name for name, each in zip(ids, bad, strict=True) if each.any()]
+        if self.files is not None:
+            self.files.remove()
+            self.files = None
+        limit, fix = " or larger than 65504", "Set cache_dtype='bf16', or, if they are NaN, "
+        if kind == "bf16":
+            limit, fix = "", "Set "
+        raise ConfigError(
+            f"cache_features=True keeps values as {kind}, but those of {', '.join(names[:5])} are "
+            f"NaN{limit}. {fix}cache_features=False for this encoder."
+        )
+
+    def _open(self, shape: tuple[int, ...]) -> CacheFiles:
+        if not self.path.with_suffix(".json").exists():
+            self._write_index(shape, {"complete": False})
+        return CacheFiles(self.path, len(self.image_ids), shape)
+
+    def _write_index(self, shape: tuple[int, ...], more: dict[str, Any]) -> None:
+        index = {
+            "format": FORMAT,
+            "encoder": str(getattr(self.encoder, "name", type(self.encoder).__name__)),
+            "data": str(getattr(self.source.data, "name", type(self.source.data).__name__)),
+            "image_ids": self.image_ids,
+            "shape": shape,
+            **more,
+        }
+        write_text(self.path.with_suffix(".json"), json.dumps(index))
 
 
-def _encoded(
-    encoder: Encoder, source: Source, precision: str, trained: bool
-) -> Iterator[tuple[tuple[str, ...], np.ndarray[Any, Any]]]:
-    """Ids and float16 values (I, ...) of every readable image."""
-    device = next(encoder.parameters()).device
-    for batch in source.epoch(0):
-        with evaluating(encoder), torch.no_grad(), autocast(device, precision):
-            tokens = encoder.to_cache(batch.images.to(device), trained).half()
-        finite = tokens.isfinite().flatten(1).all(1)
-        if not finite.all():
-            bad = (~finite).nonzero().flatten().tolist()
-            names = [batch.image_ids[i] for i in bad]
-            raise ConfigError(
-                f"cache_features=True keeps tokens as float16, but those of {', '.join(names[:5])} "
-                "are NaN or larger than 65504. Set cache_features=False for this encoder."
-            )
-        yield batch.image_ids, tokens.cpu().numpy()
+@dataclass(frozen=True)
+class _Encoded:
+    """Numbers of a batch's images, and the values (I, ...) of those that could be read."""
+
+    numbers: Sequence[int]
+    image_ids: Sequence[str] = ()
+    values: Tensor | None = None
+    ready: Callable[[], object] = bool  # wait until the values have arrived
 
 
-def data_key(data: Any, source: Source, image_size: int) -> str:
-    """A key for the images of a data set, at a size in pixels.
+def _to_host(values: Tensor) -> tuple[Tensor, Callable[[], object]]:
+    """A copy in this machine's memory, and a function that waits for it."""
+    if values.device.type != "cuda":
+        return values.cpu(), bool
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+    return host, arrived.synchronize
 
-    Files are known by name, size and modification time. Images of any other data set are read and
-    hashed.
-    """
-    digest = hashlib.sha256(str(image_size).encode())
-    examples = getattr(data, "examples", None)
-    if examples is None:
-        for batch in source.epoch(0):
-            digest.update(f"{batch.image_ids}".encode())
-            digest.update(batch.images.contiguous().numpy().data)
-        return digest.hexdigest()
-    for example in examples:
-        path = Path(example.path)
-        status = path.stat() if path.exists() else None
-        stamp = (status.st_size, status.st_mtime_ns) if status else None
-        digest.update(f"{example.image_id} {path.absolute()} {stamp}\n".encode())
-    return digest.hexdigest()
+
+def _rank() -> tuple[int, int]:
+    """The number of this process and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _wait_for_others() -> None:
+    if _rank()[1] > 1:
+        torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""Devices, precision, seeds, evaluation mode, progress and workers."""
+"""Devices, precision, seeds, evaluation mode and workers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ import os
 import pickle
 import random
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from capdistill.errors import ConfigError, shortened
-from capdistill.files import printable
-
-T = TypeVar("T")
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -219,54 +215,6 @@ def on_device(models: Iterable[object], device: torch.device) -> Iterator[None]:
     finally:
         for module, origin in zip(modules, origins, strict=True):
             module.to(origin)
-
-
-def progress(
-    items: Iterable[T],
-    total: int | None,
-    what: str,
-    *,
-    unit: str = "image",
-    show: bool = True,
-    seconds: float = 10.0,
-) -> Iterator[T]:
-    """Yield the items, showing a bar on a terminal and occasional lines elsewhere.
-
-    Both go to standard error. A loop shorter than `seconds` prints no line.
-
-    Example:
-        >>> sum(progress([1, 2, 3], 3, "Encoding", show=False))
-        6
-
-    Args:
-        items: The items of the loop.
-        total: The number of items, if known.
-        what: The work, such as "Encoding images".
-        unit: Name of an item.
-        show: False shows nothing.
-        seconds: The least time between two lines.
-    """
-    stream = sys.stderr
-    if not show or stream is None:
-        yield from items
-        return
-    if stream.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(items, total=total, desc=what, unit=unit, dynamic_ncols=True, leave=False)
-        return
-    of = f" of {total:,}" if total else ""
-    units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
-    last, printed, count = time.monotonic(), False, 0
-    for count, item in enumerate(items, start=1):
-        yield item
-        if time.monotonic() - last >= seconds:
-            share = f" ({count / total:.0%})" if total else ""
-            line = f"{what}: {count:,}{of} {units}{share}"
-            print(printable(line, stream), file=stream, flush=True)
-            last, printed = time.monotonic(), True
-    if printed:
-        print(printable(f"{what}: {count:,} {units}, done", stream), file=stream, flush=True)
 
 
 def worker_start_method(given: str | None) -> str:

@@ -111,7 +111,7 @@ def test_teacher_student_and_an_earlier_run_share_one_cache(data, tokenizer, tmp
         max_length=4,
     )
     assert len(fitted) == len(data)
-    assert len(list(tmp_path.glob("*.f16"))) == 1
+    assert len(list(tmp_path.glob("*.fp16"))) == 1
 
 
 @pytest.mark.parametrize("trainable", ["none", "all"])

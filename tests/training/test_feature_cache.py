@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.data import CaptionData
 from capdistill.data.collate import FeatureCache
-from capdistill.data.source import FixedBatches
+from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
 from capdistill.feature_cache import cache_trunk
 from tests.training import tiny_models as tiny
@@ -38,6 +38,10 @@ def fit(captioner: Captioner, data: Any, folder: Path, **options: Any) -> Traine
 
 def cached(captioner: Captioner, data: Any, folder: Path, **options: Any) -> Trainer:
     return fit(captioner, data, folder, cache_features=True, **options)
+
+
+def loader(data: Any, batch_size: int = 2) -> Loader:
+    return Loader(data, tiny.TOKENIZER, image_size=tiny.SIDE, batch_size=batch_size)
 
 
 def losses(trainer: Trainer) -> list[float]:
@@ -63,7 +67,7 @@ def test_a_pair_is_distilled_from_two_caches(colours: CaptionData, tmp_path: Pat
         distiller.fit(colours)
         rows.append(losses_of_terms(distiller))
     assert_close(rows[0], rows[1], rtol=5e-3, atol=1e-3)
-    assert len(list(tmp_path.glob("*.f16"))) == 2
+    assert len(list(tmp_path.glob("*.fp16"))) == 2
 
 
 def test_a_teachers_trunk_is_cached_however_it_was_trained(
@@ -122,12 +126,12 @@ def test_cached_tokens_never_reach_a_trunk_with_other_weights(
 class Noise(Dataset[Any]):
     """Pictures without files; two data sets differ in nothing but the pixels."""
 
-    def __init__(self, seed: int) -> None:
-        chance = torch.Generator().manual_seed(seed)
-        self.images = torch.randint(256, (4, 3, 8, 8), generator=chance, dtype=torch.uint8)
+    def __init__(self, seed: int, images: int = 4) -> None:
+        chance, shape = torch.Generator().manual_seed(seed), (images, 3, 8, 8)
+        self.images = torch.randint(256, shape, generator=chance, dtype=torch.uint8)
 
     def __len__(self) -> int:
-        return 4
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         return self.images[index], "a red dog"
@@ -190,7 +194,7 @@ def test_a_cache_that_is_not_whole_is_made_anew(
     colours: CaptionData, tmp_path: Path, harm: str
 ) -> None:
     good = cached(frozen(), colours, tmp_path)
-    [tokens], [index] = tmp_path.glob("*.f16"), tmp_path.glob("*.json")
+    [tokens], [index] = tmp_path.glob("*.fp16"), tmp_path.glob("*.json")
     if harm == "no index":
         index.unlink()
     elif harm == "half an index":
@@ -201,7 +205,7 @@ def test_a_cache_that_is_not_whole_is_made_anew(
     again = frozen()
     assert losses(cached(again, colours, tmp_path)) == losses(good)
     assert again.encoder.seen == 6
-    assert {path.suffix for path in tmp_path.iterdir()} == {".f16", ".json", ""}  # "": pictures/
+    assert {path.suffix for path in tmp_path.iterdir()} == {".fp16", ".json", ""}  # "": pictures/
 
 
 def test_a_cache_directory_that_cannot_be_written_is_a_clear_error(
@@ -218,14 +222,14 @@ def test_tokens_that_do_not_fit_in_float16_are_refused_by_name(
 ) -> None:
     encoder = tiny.Patches(trainable=False)
     torch.nn.init.constant_(encoder.conv.bias, value)
-    source = FixedBatches([tiny.make_batch([2, 1], first=3)])
-    with pytest.raises(ConfigError, match=r"of 3, 4 are NaN or larger than 65504"):
+    source = loader(Noise(1))
+    with pytest.raises(ConfigError, match=r"of 0, 1 are NaN or larger than 65504"):
         cache_trunk(encoder, source, "key", tmp_path, "fp32")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_first_batch_may_be_short(tmp_path: Path) -> None:
-    source = FixedBatches([tiny.make_batch([2]), tiny.make_batch([2, 1, 1], first=1)])
+def test_the_last_batch_may_be_short(tmp_path: Path) -> None:
+    source = loader(Noise(1), batch_size=3)
     encoder = tiny.Patches(trainable=False)
     store = cache_trunk(encoder, source, "key", tmp_path, "fp32")
     for batch in source.epoch(0):
@@ -236,7 +240,7 @@ def test_the_first_batch_may_be_short(tmp_path: Path) -> None:
 
 
 def test_a_store_goes_to_a_worker_as_a_name_not_as_its_content(tmp_path: Path) -> None:
-    source = FixedBatches([tiny.make_batch([1] * 40, first=n) for n in (0, 40)])
+    source = loader(Noise(1, images=80), batch_size=40)
     store = cache_trunk(tiny.Patches(trainable=False), source, "key", tmp_path, "fp32")
     sent = pickle.dumps(store)
     assert len(sent) < store.tokens.nbytes

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
-from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -110,6 +109,13 @@ class Collator(Dataset[BatchResult]):
                 problems.append(error.problem)
                 cause = cause or _portable(error.__cause__)
         return BatchResult(self._collate(samples) if samples else None, problems, cause)
+
+    @property
+    def image_ids(self) -> Sequence[str]:
+        """The ids of all images, in the order of the data set."""
+        if isinstance(self.data, CaptionData):
+            return self.data.image_ids
+        return [str(i) for i in range(self.num_images)] if self.ids is None else self.ids
 
     @property
     def k(self) -> int:
@@ -342,20 +348,26 @@ def _features(cache: Any, key: str, item: Item) -> Tensor:
     return tokens
 
 
+# numpy has no bfloat16: its bits are kept as integers
+STORED_AS: dict[str, Any] = {"fp16": np.float16, "bf16": np.int16}
+
+
 class FeatureCache:
-    """Trunk tokens by image id.
+    """Cached values of a frozen trunk by image id.
 
     Args:
-        tokens: (images, N, D0) float16; a memory map is reopened in every worker.
-        image_ids: In the order of the rows.
+        tokens: (images, ...) float16, or the bits of bfloat16 as int16; a memory map is reopened in
+            every worker.
+        image_ids: In the order of the rows; None for a row without an image.
     """
 
-    def __init__(self, tokens: np.ndarray[Any, Any], image_ids: Iterable[str]) -> None:
+    def __init__(self, tokens: np.ndarray[Any, Any], image_ids: Iterable[str | None]) -> None:
         self.tokens = tokens
-        self.rows = {image_id: row for row, image_id in enumerate(image_ids)}
+        self.rows = {name: row for row, name in enumerate(image_ids) if name is not None}
 
     def __getitem__(self, image_id: str) -> Tensor:
-        return torch.from_numpy(np.array(self.tokens[self.rows[image_id]]))  # (N, D0)
+        value = torch.from_numpy(np.array(self.tokens[self.rows[image_id]]))  # (...)
+        return value.view(torch.bfloat16) if value.dtype == torch.int16 else value
 
     def __contains__(self, image_id: object) -> bool:
         return image_id in self.rows
@@ -367,14 +379,11 @@ class FeatureCache:
         """A memory map is pickled as the name of its file, without its content."""
         if not isinstance(self.tokens, np.memmap):
             return vars(self)
-        return {"rows": self.rows, "file": self.tokens.filename, "shape": self.tokens.shape}
+        shape, kind = self.tokens.shape, self.tokens.dtype.name
+        return {"rows": self.rows, "file": self.tokens.filename, "shape": shape, "kind": kind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "file" in state:
-            state["tokens"] = open_features(state.pop("file"), state.pop("shape"))
+            file, kind, shape = (state.pop(key) for key in ("file", "kind", "shape"))
+            state["tokens"] = np.memmap(file, kind, "r", shape=shape)
         vars(self).update(state)
-
-
-def open_features(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """The memory map of cached features, (images, N, D0) float16."""
-    return np.memmap(path, np.float16, "r", shape=shape)

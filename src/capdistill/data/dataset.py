@@ -24,7 +24,8 @@ from capdistill.data.image_names import Finder
 from capdistill.errors import DataError, require_int, require_number
 from capdistill.files import user_path
 from capdistill.outputs import require_unique_ids
-from capdistill.runtime import progress, stable_hash
+from capdistill.progress import progress
+from capdistill.runtime import stable_hash
 
 
 @dataclass(frozen=True, init=False)

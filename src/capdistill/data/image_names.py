@@ -1,16 +1,38 @@
-"""Image files: those that a name in a caption file may mean, and those below a folder."""
+"""Image files: those that a name in a caption file may mean, those below a folder, other places."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 Finder = Callable[[str], list[Path]]
 
 _PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SUFFIXES = {*_PHOTOS, ".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm"}
+
+
+class StoredImage(ABC):
+    """An image that is no file of its own, but lies in a larger file or in another data set.
+
+    It stands where a path does: in `Example.path`, and as an argument of `read_image`. `str` gives
+    its name in messages.
+    """
+
+    @abstractmethod
+    def load(self) -> Any:
+        """The image in a form that `read_image` takes: its bytes, an image of Pillow, ..."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """A hash of the content. It is the same wherever the image is stored."""
+
+    def stamp(self) -> Sequence[int] | None:
+        """Numbers that change when the image may have changed; None if nothing tells."""
+        return None
 
 
 def image_finder(*roots: Path) -> Finder:

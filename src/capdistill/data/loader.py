@@ -206,14 +206,7 @@ class Loader:
             raise DataError(f"{none}\n{self.skipped}") from first_cause
 
     def read(self, indices: list[BatchIndex]) -> Iterator[BatchResult]:
-        """The batches of the given images, one result for each index; problems are recorded.
-
-        Args:
-            indices: Epoch and numbers of the images, one per batch.
-
-        Raises:
-            DataError: an image cannot be used and `errors` is "raise".
-        """
+        """One result for each index (epoch and numbers of images); problems are recorded."""
         for result in self._results(indices):
             for problem in result.problems:
                 self.skipped.add(problem)

@@ -10,7 +10,7 @@ from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size as largest_size
 from capdistill.data.dataset import CaptionData
 from capdistill.errors import ConfigError, require_bool, require_int, suggest
-from capdistill.feature_cache import default_cache_dir
+from capdistill.feature_files import default_cache_dir
 from capdistill.files import user_path
 from capdistill.runtime import pick_device, pick_precision
 from capdistill.teachers.cached import CachedTeacher

@@ -20,8 +20,8 @@ from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
 from capdistill.files import write_atomically
 from capdistill.outputs import Batch
+from capdistill.progress import progress as report_progress
 from capdistill.runtime import autocast, on_device
-from capdistill.runtime import progress as report_progress
 from capdistill.saving import TOKENIZER, describe_tokenizer, hash_weights
 from capdistill.teachers.cached import OUTPUT, CachedTeacher
 from capdistill.teachers.cached_store import Column, Line, Store, locked, start

@@ -24,15 +24,15 @@ from capdistill.errors import ConfigError, DataError, require_bool, require_int
 from capdistill.feature_cache import (
     cache_trunk,
     data_key,
-    default_cache_dir,
     keeps_frozen_stages,
 )
+from capdistill.feature_files import default_cache_dir
 from capdistill.files import user_path
 from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.metrics import CaptionScorer
 from capdistill.outputs import Batch
+from capdistill.progress import progress as report_progress
 from capdistill.runtime import autocast, on_device, pick_device, pick_precision
-from capdistill.runtime import progress as report_progress
 from capdistill.saving import describe_tokenizer, hash_weights
 from capdistill.teachers.caption_file import (
     Choice,
@@ -298,7 +298,7 @@ def trunk_caches(
         view=view,
         flip=flip,
     )
-    key = data_key(data, source, size)
+    key = data_key(data, source, size, directory)
     key = f"{key} view {view} flip {flip}" if view else key
     for model in leaves(teacher):
         name = cache_key(model)

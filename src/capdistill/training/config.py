@@ -110,6 +110,8 @@ class TrainConfig(Options):
             most 4 GB.
         cache_views: Views of a training image that `cache_features` encodes: the centre crop and
             random crops (mirrored with `flip`). The epochs use them in turn.
+        cache_dtype: Type of the cached values: "fp16", or "bf16" for an encoder whose values exceed
+            65504 (with an eighth of the precision).
         cache_dir: Directory of cached features; by default a folder of the user's cache directory.
         errors: "skip" reports unreadable images and continues; "raise" stops at the first.
         eval_batch_size: Images per batch in validation.
@@ -152,6 +154,7 @@ class TrainConfig(Options):
     cache_images: bool = False
     cache_features: bool | None = None
     cache_views: int = Field(1, ge=1, le=10_000)
+    cache_dtype: Literal["fp16", "bf16"] = "fp16"
     cache_dir: str | None = None
     errors: Literal["skip", "raise"] = "skip"
     eval_batch_size: int = Field(64, ge=1)
@@ -259,6 +262,7 @@ class TrainOptions(GenerationOptions, total=False):
     cache_images: bool
     cache_features: bool | None
     cache_views: int
+    cache_dtype: Literal["fp16", "bf16"]
     cache_dir: str | os.PathLike[str] | None
     errors: Literal["skip", "raise"]
     eval_batch_size: int

@@ -13,8 +13,8 @@ from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, UnknownName, suggest
 from capdistill.losses.divergence import cross_entropy, valid_rows
 from capdistill.outputs import LOGITS, Batch
+from capdistill.progress import progress as report_progress
 from capdistill.runtime import autocast, on_device, pick_device
-from capdistill.runtime import progress as report_progress
 
 _KINDS = ("loss", "entropy")
 

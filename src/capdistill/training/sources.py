@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from capdistill.errors import ConfigError, DataError
 from capdistill.feature_cache import (
     cache_trunk,
     data_key,
-    default_cache_dir,
     keeps_frozen_stages,
 )
+from capdistill.feature_files import default_cache_dir
 from capdistill.files import user_path
 from capdistill.outputs import Batch
 from capdistill.runtime import evaluating
@@ -257,7 +258,7 @@ def _source(stepper: Stepper, data: Any, cached: bool, **options: Any) -> Source
 
 def _views(
     stepper: Stepper, data: Any, views: int, size: int, options: dict[str, Any]
-) -> Iterator[tuple[Source, str]]:
+) -> Iterator[tuple[Loader, str]]:
     """A source of every view of the images, each once, with its part of the cache key."""
     config = stepper.config
     plain = {**options, "train": False, "batch_size": config.eval_batch_size}
@@ -271,7 +272,7 @@ def _views(
                 "cache_features=True needs a data set, but ready-made batches were given. Give "
                 "the data set they come from, or set cache_features=False."
             )
-        key = key or data_key(data, source, size)
+        key = key or data_key(data, source, size, cache_directory(config))
         yield source, f"{key} view {view} flip {config.flip}" if view else key
 
 
@@ -303,12 +304,16 @@ def _cached_bytes(encoder: Encoder) -> int:
         return 2 * encoder.to_cache(black).numel()
 
 
+def cache_directory(config: TrainConfig) -> Path:
+    """The directory of cached features."""
+    return default_cache_dir() if config.cache_dir is None else user_path(config.cache_dir)
+
+
 def _caches(
-    stepper: Stepper, models: list[Any], views: list[tuple[Source, str]]
+    stepper: Stepper, models: list[Any], views: list[tuple[Loader, str]]
 ) -> dict[str, FeatureCache | list[FeatureCache]]:
     """Cached features by fingerprint; with several views, one cache per view."""
-    given = stepper.config.cache_dir
-    directory = default_cache_dir() if given is None else user_path(given)
+    config, directory = stepper.config, cache_directory(stepper.config)
     if not models:
         raise ConfigError(
             "cache_features=True but no encoder has frozen stages that can be cached. Create "
@@ -320,9 +325,9 @@ def _caches(
         trained = keeps_frozen_stages(encoder, is_changed(model, stepper.captioner))
         key = encoder.cache_key(trained)
         if key not in caches:
-            show = stepper.config.progress is not False
+            show, kind = config.progress is not False, config.cache_dtype
             made = [
-                cache_trunk(encoder, *view, directory, stepper.precision, show, trained)
+                cache_trunk(encoder, *view, directory, stepper.precision, show, trained, kind)
                 for view in views
             ]
             caches[key] = made if len(made) > 1 else made[0]

@@ -1,0 +1,227 @@
+"""The files of cached features: complete or continued, by any number of processes, never wrong."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.data import Dataset
+
+from capdistill import feature_cache, feature_files
+from capdistill.data.collate import FeatureCache
+from capdistill.data.loader import Loader
+from capdistill.errors import ConfigError, DataError
+from capdistill.feature_cache import cache_trunk
+from tests.training import tiny_models as tiny
+
+IMAGES, BATCH = 11, 2
+
+
+class Noise(Dataset[Any]):
+    """Images of noise; those whose numbers are given cannot be read."""
+
+    def __init__(self, unreadable: tuple[int, ...] = ()) -> None:
+        chance, shape = torch.Generator().manual_seed(3), (IMAGES, 3, 8, 8)
+        self.images = torch.randint(256, shape, generator=chance, dtype=torch.uint8)
+        self.unreadable = unreadable
+
+    def __len__(self) -> int:
+        return IMAGES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        if index in self.unreadable:
+            raise OSError("a broken disk")
+        return self.images[index], "a red dog"
+
+
+class Encoder(tiny.Patches):
+    """Calls a function before it encodes a batch, with the number of images seen before."""
+
+    def __init__(self, before: Any = None, **options: Any) -> None:
+        torch.manual_seed(1)
+        super().__init__(trainable=False, **options)
+        self.before = before
+
+    def trunk(self, images: Tensor) -> Tensor:
+        if self.before is not None:
+            self.before(self.seen)
+        return super().trunk(images)
+
+
+def cache(folder: Path, encoder: Encoder | None = None, **options: Any) -> FeatureCache:
+    data = options.pop("data", Noise())
+    source = Loader(data, tiny.TOKENIZER, image_size=tiny.SIDE, batch_size=BATCH)
+    return cache_trunk(encoder or Encoder(), source, "key", folder, "fp32", **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def kill_at(images: int) -> Any:
+    def before(seen: int) -> None:
+        if seen >= images:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return before
+
+
+@pytest.mark.parametrize("unreadable", [(), (1, 4, 5)])
+@pytest.mark.parametrize("killed_at", [0, 2, 6])
+def test_a_killed_caching_continues_and_its_files_are_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, unreadable: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(feature_files, "SECONDS", 0.0)
+    options: dict[str, Any] = {"data": Noise(unreadable)}
+    whole = cache(tmp_path / "whole", **options)
+    part = tmp_path / "part"
+    process = multiprocessing.get_context("fork").Process(
+        target=cache, args=(part, Encoder(kill_at(killed_at))), kwargs=options
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not any(name.endswith(".done") for name in contents(tmp_path / "whole"))
+    encoder = Encoder()
+    again = cache(part, encoder, **options)
+    assert contents(part) == contents(tmp_path / "whole")
+    assert again.rows == whole.rows
+    # What was marked is not encoded again; the device is one batch ahead of the disk.
+    assert encoder.seen <= IMAGES - len(unreadable) - max(killed_at - 2 * BATCH, 0)
+    complete = Encoder()
+    cache(part, complete, **options)
+    assert complete.seen == 0
+
+
+def test_ctrl_c_keeps_all_that_was_written(tmp_path: Path) -> None:
+    def stop(seen: int) -> None:
+        if seen == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache(tmp_path, Encoder(stop))
+    encoder = Encoder()
+    cache(tmp_path, encoder)
+    assert encoder.seen == IMAGES - 6  # the fourth batch was encoded, but not written yet
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_share_the_work_and_the_files_are_those_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    cache(tmp_path / "one")
+    barrier, local = threading.Barrier(ranks), threading.local()
+    monkeypatch.setattr(feature_cache, "_rank", lambda: (getattr(local, "rank", 0), ranks))
+    monkeypatch.setattr(feature_cache, "_wait_for_others", barrier.wait)
+    encoders, caches = [Encoder() for _ in range(ranks)], {}
+
+    def work(rank: int) -> None:
+        local.rank = rank
+        caches[rank] = cache(tmp_path / "many", encoders[rank])
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    assert sum(encoder.seen for encoder in encoders) == IMAGES
+    assert all(len(caches[rank]) == IMAGES for rank in range(ranks))
+
+
+def test_a_rank_encodes_what_others_left_on_disks_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache(tmp_path / "one")
+    monkeypatch.setattr(feature_cache, "_rank", lambda: (1, 2))
+    monkeypatch.setattr(feature_cache, "_wait_for_others", lambda: None)
+    cache(tmp_path / "own")
+    assert contents(tmp_path / "own") == contents(tmp_path / "one")
+
+
+def test_bfloat16_keeps_what_float16_cannot(tmp_path: Path) -> None:
+    encoder = Encoder()
+    torch.nn.init.constant_(encoder.conv.bias, 1e5)
+    with pytest.raises(ConfigError, match=r"larger than 65504. Set cache_dtype='bf16'"):
+        cache(tmp_path, encoder)
+    assert list(tmp_path.iterdir()) == []
+    store = cache(tmp_path, encoder, dtype="bf16")
+    assert store["3"].dtype == torch.bfloat16
+    expected = encoder.trunk(Noise().images[3:4])[0].to(torch.bfloat16)
+    assert_close(store["3"], expected, rtol=0, atol=0)
+    torch.nn.init.constant_(encoder.conv.bias, float("inf"))
+    with pytest.raises(ConfigError, match=r"bf16.*are NaN. Set cache_features=False"):
+        cache(tmp_path, encoder, dtype="bf16")
+
+
+@pytest.mark.parametrize("value", [65504.0, -65504.0, 6e-8, 0.0])
+def test_the_extremes_of_float16_are_kept(tmp_path: Path, value: float) -> None:
+    class Constant(Encoder):
+        def trunk(self, images: Tensor) -> Tensor:
+            return torch.full((len(images), 4, 5), value)
+
+    assert torch.equal(cache(tmp_path, Constant())["0"], torch.full((4, 5), value).half())
+
+
+def test_images_that_cannot_be_read_are_no_rows(tmp_path: Path) -> None:
+    store = cache(tmp_path, data=Noise((0, 1, 7)))
+    assert sorted(store.rows.values()) == [2, 3, 4, 5, 6, 8, 9, 10]
+    with pytest.raises(DataError, match="None of the 11 images can be used"):
+        cache(tmp_path / "none", data=Noise(tuple(range(IMAGES))))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_disk_that_is_too_small_is_reported_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(feature_files.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ConfigError, match=r"need 0\.0 GB.*Set cache_dir="):
+        cache(tmp_path)
+
+
+def test_a_full_disk_is_a_clear_error_and_the_work_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_files, "SECONDS", 0.0)
+    write, calls = feature_files.CacheFiles.write, []
+
+    def full(self: Any, *arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_files.CacheFiles, "write", full)
+        with pytest.raises(ConfigError, match=r"No space left.*cache_dir=.*next run continues"):
+            cache(tmp_path)
+    encoder = Encoder()
+    assert np.isfinite(cache(tmp_path, encoder).tokens).all()
+    assert encoder.seen == IMAGES - 2 * BATCH
+
+
+def test_caches_are_listed_and_cleared_and_other_files_stay(tmp_path: Path) -> None:
+    def stop(seen: int) -> None:
+        if seen == 4:
+            raise KeyboardInterrupt
+
+    (tmp_path / "notes.json").write_text("mine")
+    cache(tmp_path, dtype="bf16")
+    with pytest.raises(KeyboardInterrupt):
+        cache(tmp_path, Encoder(stop))
+    listed = {entry.path.suffix: entry for entry in feature_files.list_caches(tmp_path)}
+    assert (listed[".bf16"].images, listed[".bf16"].done) == (IMAGES, IMAGES)
+    assert (listed[".fp16"].images, listed[".fp16"].done) == (IMAGES, 2)
+    assert (listed[".fp16"].encoder, listed[".fp16"].data) == ("Encoder", "Noise")
+    assert feature_files.clear_caches(tmp_path) == sum(each.bytes for each in listed.values())
+    assert list(contents(tmp_path)) == ["notes.json"]
