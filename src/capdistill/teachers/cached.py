@@ -109,23 +109,32 @@ class CachedTeacher(CaptionGenerator):
         """
         if need - self.outputs:
             raise ConfigError(self.lack(need))
-        device = self.weight.device
         found: dict[str, Any] = {}
         if need & {"logits", "hidden", "attention"} or not need:
-            places = None if self.made_up else self._places(batch)
-            for name in ("hidden", "attention"):
-                if name in need or (name == "hidden" and ("logits" in need or not need)):
-                    found[name] = self._tokens(name, batch, places).to(device, non_blocking=True)
+            rows, places = self._places(batch)
+            index = torch.from_numpy(places).to(self.weight.device)
+
+            def spread(values: Tensor) -> Tensor:  # (n, W) to (B, T - 1, W), 0 in the padding
+                size = batch.targets.shape
+                padded = values.new_zeros(size[0] * size[1], values.shape[1])
+                return padded.index_copy_(0, index, values).view(*size, -1)
+
+            if need & {"logits", "hidden"} or not need:
+                hidden = self._read("hidden", rows)  # (n, H)
+                if "hidden" in need:
+                    found["hidden"] = (spread(hidden),)
+                if "logits" in need or not need:
+                    found["logits"] = spread(F.linear(hidden, self.weight, self.bias))
+            if "attention" in need:
+                found["attention"] = spread(self._read("attention", rows))
         if "features" in need:
-            found["features"] = self._features(batch).to(device, non_blocking=True)
-        found = {name: value.to(self.weight.dtype) for name, value in found.items()}
-        hidden = found.pop("hidden", None)
-        logits = F.linear(hidden, self.weight, self.bias) if "logits" in need or not need else None
-        states = (hidden,) if "hidden" in need else None
-        return CaptionerOutput(logits=logits, hidden=states, mask=batch.target_mask, **found)
+            found["features"] = self._features(batch)
+        return CaptionerOutput(mask=batch.target_mask, **found)
 
     def _places(self, batch: Batch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """For each target token: its row in the arrays, and its place among the B * (T - 1)."""
+        if self.made_up:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
         views, k = self._views(batch), batch.captions_per_image
         rows, length = batch.targets.shape
         starts, lengths = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
@@ -177,35 +186,26 @@ class CachedTeacher(CaptionGenerator):
             f"{shortened(caption)}. {_ANEW}."
         )
 
-    def _map(self, name: str) -> np.ndarray[Any, Any]:
+    def _read(self, name: str, rows: np.ndarray[Any, Any] | list[int]) -> Tensor:
+        """(n, W) rows of an array, on the device."""
         if name not in self._maps:
             self._maps[name] = self.store.array(name)
-        return self._maps[name]
-
-    def _tokens(
-        self, name: str, batch: Batch, places: tuple[np.ndarray[Any, Any], ...] | None
-    ) -> Tensor:
-        """(B, T - 1, W) float16 values of a token array, 0 in the padding."""
-        rows, length = batch.targets.shape
-        width = self.store.columns[name].width
-        values = np.zeros((rows * length, width), np.float16)
-        if places is not None:
-            values[places[1]] = self._map(name)[places[0]]
-        return torch.from_numpy(values).view(rows, length, width)
+        values = torch.from_numpy(self._maps[name][rows])
+        return values.to(self.weight.device, non_blocking=True).to(self.weight.dtype)
 
     def _features(self, batch: Batch) -> Tensor:
-        """(I, N, D) float16 features."""
-        spec, images = self.spec(), batch.num_images
-        values = np.zeros((images, self.store.columns["features"].width), np.float16)
-        if not self.made_up:
-            places = []
-            for image_id, view in zip(batch.image_ids, self._views(batch), strict=True):
-                row = self.store.index.image_row(image_id, view)
-                if row is None:
-                    raise self._missing(image_id, view, "(any)")
-                places.append(row)
-            values[:] = self._map("features")[places]
-        return torch.from_numpy(values).view(images, spec.tokens or 0, spec.feature_dim or 0)
+        """(I, N, D) features."""
+        spec = self.spec()
+        shape = batch.num_images, spec.tokens or 0, spec.feature_dim or 0
+        if self.made_up:
+            return self.weight.new_zeros(shape)
+        rows = []
+        for image_id, view in zip(batch.image_ids, self._views(batch), strict=True):
+            row = self.store.index.image_row(image_id, view)
+            if row is None:
+                raise self._missing(image_id, view, "(any)")
+            rows.append(row)
+        return self._read("features", rows).view(shape)
 
     def lack(self, needs: Iterable[str]) -> str:
         """The message about outputs that are needed and were not kept."""
