@@ -324,7 +324,7 @@ def draw_curves(directories: dict[str, Path]) -> dict[str, Any]:
 
 
 def _ending(comparison: Comparison, data: Splits, out: Path, page: Path, seconds: float) -> str:
-    photo = data.val.examples[0].path
+    photo = Path(str(data.val.examples[0].path))
     sample = comparison.samples[0]
     captions = [f"  {role}: {caption}" for role, caption in sample.captions.items()]
     command = [*_program(), "caption", str(out / "student" / "best"), str(photo)]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from capdistill.data.folder import Images as Images
     from capdistill.data.images import read_image as read_image
     from capdistill.data.loader import Loader as Loader
+    from capdistill.data.rows import Rows as Rows
 else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
@@ -42,6 +43,7 @@ else:
             "Karpathy": "coco",
             "Loader": "loader",
             "Problem": "caption_files",
+            "Rows": "rows",
             "Splits": "dataset",
             "difficulty": "curriculum",
             "read_image": "images",

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from capdistill.data.caption_files import pluralize
 from capdistill.data.collate import image_ids_of
 from capdistill.data.dataset import CaptionData, Splits
+from capdistill.data.rows import accept_rows
 from capdistill.errors import (
     ConfigError,
     DataError,
@@ -80,6 +81,7 @@ class Curriculum(Dataset[Any]):
         start: float = 0.3,
         until: float = 0.5,
     ) -> None:
+        data = accept_rows(data)
         _require_data(data)
         if pacing not in _PACINGS:
             raise UnknownName(f"Curriculum: no pacing {pacing!r}. {suggest(str(pacing), _PACINGS)}")
@@ -201,6 +203,7 @@ def difficulty(data: Any, kind: str | Callable[[str], float] = "length") -> dict
     Source:
         Platanios et al. (2019), the difficulty metrics sentence length and word rarity.
     """
+    data = accept_rows(data)
     _require_data(data)
     return _measure(data, kind)
 

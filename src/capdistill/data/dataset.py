@@ -20,7 +20,7 @@ from capdistill.data.caption_files import (
     pluralize,
     require_caption,
 )
-from capdistill.data.image_names import Finder
+from capdistill.data.image_names import Finder, StoredImage
 from capdistill.errors import DataError, require_int, require_number
 from capdistill.files import user_path
 from capdistill.outputs import require_unique_ids
@@ -41,7 +41,7 @@ class Example:
 
     Args:
         image_id: The name of the image in its data set.
-        path: The image file. It is opened when the image is read.
+        path: The image file, or its place in a larger one. It is opened when the image is read.
         captions: The raw captions to train on, at least one.
         references: The raw captions to score against; by default `captions`.
         weights: The weight of each of `captions` in the cross-entropy; by default 1.
@@ -53,7 +53,7 @@ class Example:
     """
 
     image_id: str
-    path: Path
+    path: Path | StoredImage
     captions: tuple[str, ...]
     references: tuple[str, ...]
     weights: tuple[float, ...] | None
@@ -61,7 +61,7 @@ class Example:
     def __init__(
         self,
         image_id: str | int,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | StoredImage,
         captions: Sequence[str],
         references: Sequence[str] | None = None,
         weights: Sequence[float] | None = None,
@@ -72,7 +72,7 @@ class Example:
         texts = _checked_texts(captions, "caption", name)
         values = {
             "image_id": name,
-            "path": path if isinstance(path, Path) else user_path(path, DataError),
+            "path": path if isinstance(path, (Path, StoredImage)) else user_path(path, DataError),
             "captions": texts,
             "references": texts,
             "weights": None if weights is None else _checked_weights(weights, len(texts), name),
@@ -83,7 +83,7 @@ class Example:
             object.__setattr__(self, key, value)
 
     @classmethod
-    def unlabelled(cls, image_id: str | int, path: str | os.PathLike[str]) -> Example:
+    def unlabelled(cls, image_id: str | int, path: str | os.PathLike[str] | StoredImage) -> Example:
         """An image without captions, for losses that read images alone."""
         example = cls(image_id, path, ["no caption"])
         for key in ("captions", "references"):

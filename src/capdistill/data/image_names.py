@@ -30,6 +30,14 @@ class StoredImage(ABC):
     def digest(self) -> str:
         """A hash of the content. It is the same wherever the image is stored."""
 
+    def stat(self) -> Any:
+        """As `Path.stat`, where the size is known.
+
+        Raises:
+            OSError: it is not.
+        """
+        raise FileNotFoundError(f"{self} is no file of its own.")
+
     def stamp(self) -> Sequence[int] | None:
         """Numbers that change when the image may have changed; None if nothing tells."""
         return None

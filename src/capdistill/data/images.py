@@ -7,7 +7,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, TypeAlias
 
 import numpy as np
@@ -18,12 +18,15 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from capdistill.data.caption_files import Policy
+from capdistill.data.image_names import StoredImage
 from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.files import user_path
 from capdistill.runtime import generator, stable_hash
 
 Encoded: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | IO[bytes]"
-ImageSource: TypeAlias = "Encoded | Image.Image | npt.NDArray[Any] | Tensor"
+ImageSource: TypeAlias = (
+    "Encoded | Image.Image | npt.NDArray[Any] | Tensor | StoredImage | Mapping[str, Any]"
+)
 
 MAX_BYTES = 2**28  # bytes of an image file
 MAX_PIXELS = 2**27  # pixels of a decoded image
@@ -56,12 +59,17 @@ def read_image(source: ImageSource) -> Tensor:
 
     Args:
         source: A path, encoded bytes, a binary file, a `PIL.Image.Image`, or an array or tensor
-            (HW, HWC or CHW with 1, 3 or 4 channels; uint8, bool, uint16, or float in [0, 1]).
+            (HW, HWC or CHW with 1, 3 or 4 channels; uint8, bool, uint16, or float in [0, 1]); or a
+            row of a Hugging Face data set: {"image": ...}, or {"bytes": ..., "path": ...}.
 
     Raises:
         DataError: it is missing, not an image, truncated, too large, or its values have no clear
             meaning; the message names the file and the reason.
     """
+    if isinstance(source, StoredImage):
+        return _read_stored(source)
+    if isinstance(source, Mapping):
+        return read_image(_held(source))
     if isinstance(source, Tensor):
         values = source.detach().cpu()
         values = values.float() if values.is_floating_point() else values  # NumPy has no bfloat16
@@ -74,6 +82,30 @@ def read_image(source: ImageSource) -> Tensor:
     if not data:
         raise DataError(f"{name}: the file is empty; expected an image.")
     return _decode(data, name)
+
+
+def _read_stored(source: StoredImage) -> Tensor:
+    try:
+        held = source.load()
+    except Exception as error:  # a data set of any kind
+        raise DataError(f"{source}: the image cannot be read ({error}).") from error
+    if isinstance(held, bytes):
+        return _decode(_bounded(held, str(source)), str(source))
+    try:
+        return read_image(held)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+
+
+def _held(row: Mapping[str, Any]) -> Any:
+    """The image in a row of a Hugging Face data set, decoded or not."""
+    found = next((row[key] for key in ("image", "bytes", "path") if row.get(key) is not None), None)
+    if found is None:
+        raise DataError(
+            f"An image was given as an object with the keys {', '.join(map(str, row))}; expected "
+            '{"image": ...}, or {"bytes": ..., "path": ...}.'
+        )
+    return found
 
 
 def _decode(data: bytes, name: str) -> Tensor:
@@ -362,7 +394,8 @@ def is_many(images: Any) -> bool:
         return images.ndim == 4
     if hasattr(images, "__array__"):
         return getattr(images, "ndim", 3) == 4
-    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(images, "read")
+    alone = (str, bytes, bytearray, os.PathLike, StoredImage, Mapping)
+    single = isinstance(images, alone) or hasattr(images, "read")
     return not single and isinstance(images, Iterable)
 
 

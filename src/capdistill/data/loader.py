@@ -15,6 +15,7 @@ from capdistill.data.caption_files import FIX, DataReport, Policy, pluralize
 from capdistill.data.collate import BatchIndex, BatchResult, Collator, SupportsEncode
 from capdistill.data.curriculum import Curriculum
 from capdistill.data.dataset import Splits
+from capdistill.data.rows import accept_rows
 from capdistill.data.source import FixedBatches, Source
 from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.outputs import Batch
@@ -46,8 +47,9 @@ class Loader:
         <Loader 8 images at 32 px, 3 batches of 3, in order, num_workers=0>
 
     Args:
-        data: A `CaptionData`, or any data set or sequence of (image, captions) pairs: whatever
-            `read_image` takes, and a string or list of strings. It may have unique `image_ids`.
+        data: A `CaptionData`, a Hugging Face data set, or any data set or sequence of (image,
+            captions) pairs: whatever `read_image` takes, and a string or list of strings. It may
+            have unique `image_ids`.
         tokenizer: Turns a caption into ids (`encode`, `pad_id`).
         image_size: Rows and columns of the images.
         batch_size: Images per batch.
@@ -107,6 +109,7 @@ class Loader:
         _require_between(1, 10_000, captions_per_image=captions_per_image, max_length=max_length)
         _require_between(0, 10_000, num_workers=num_workers, view=view)
         _require_between(1, 2**31, epochs=epochs)
+        data = accept_rows(data)
         self.num_images = _length(data)
         self.curriculum = data if isinstance(data, Curriculum) and train else None
         self.epochs = 0 if self.curriculum is None else self.curriculum.require_epochs(epochs)

@@ -168,8 +168,8 @@ def evaluate(
     Args:
         captioner: A `Captioner`, or anything with its `generate`. Its device and its training
             flags are restored afterwards.
-        data: A `capdistill.data` split, a torch data set of (image, captions), or an iterable of
-            `Batch` with references. Image ids must differ.
+        data: A `capdistill.data` split, a Hugging Face data set, a torch data set of (image,
+            captions), or an iterable of `Batch` with references. Image ids must differ.
         batch_size: Images per batch while captioning; time is measured one by one.
         device: "auto", "cpu", "cuda", ...
         precision: "auto", "bf16", "fp16" or "fp32".

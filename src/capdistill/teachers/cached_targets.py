@@ -9,6 +9,7 @@ from typing import Any
 from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size as largest_size
 from capdistill.data.dataset import CaptionData
+from capdistill.data.rows import accept_rows
 from capdistill.errors import ConfigError, require_bool, require_int, suggest
 from capdistill.feature_files import default_cache_dir
 from capdistill.files import user_path
@@ -91,6 +92,7 @@ def cache(
         more than once: Shen, Xing (2022), A Fast Knowledge Distillation Framework for Visual
         Recognition, section 3.
     """
+    data, val = accept_rows(data), accept_rows(val)
     _require(teacher, data, val)
     kept = _kept(keep)
     for name, value in {"cache_views": cache_views, "batch_size": batch_size}.items():

@@ -17,6 +17,7 @@ import torch
 
 from capdistill.data.caption_files import DataReport, Problem
 from capdistill.data.dataset import CaptionData, Example
+from capdistill.data.rows import accept_rows
 from capdistill.errors import ConfigError, DataError, require_int, require_number, suggest
 from capdistill.files import user_path, write_text
 from capdistill.generation.hypotheses import Hypothesis
@@ -46,6 +47,7 @@ def read_captions(
         ConfigError: an invalid option, or `keep="cider"` for images without references.
     """
     choice = Choice(num_return, keep, mix, reweight)
+    data = accept_rows(data)
     require_data("read_captions", data)
     file = user_path(path, DataError)
     rows = read_rows(file)

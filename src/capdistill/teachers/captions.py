@@ -20,6 +20,7 @@ from capdistill.compatibility import image_size
 from capdistill.data.caption_files import DataReport, pluralize
 from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import Loader
+from capdistill.data.rows import accept_rows
 from capdistill.errors import ConfigError, DataError, require_bool, require_int
 from capdistill.feature_cache import (
     cache_trunk,
@@ -127,6 +128,7 @@ def caption(
     """
     choice = Choice(num_return, keep, mix, reweight)
     config = _decoding(choice, candidates, generation, options)
+    data = accept_rows(data)
     _require(teacher, data)
     require_int("caption: batch_size", batch_size, 1)
     for name, value in {"cache_features": cache_features, "overwrite": overwrite}.items():
@@ -358,7 +360,10 @@ def _unreadable(data: CaptionData, rows: Mapping[str, Row], skipped: DataReport)
 
 def _file_names(data: CaptionData) -> dict[str, str]:
     """Image id -> its file, below the folder that holds all files."""
-    paths = {example.image_id: example.path.absolute() for example in data.examples}
+    paths = {
+        e.image_id: e.path.absolute() if isinstance(e.path, Path) else Path("/", e.image_id)
+        for e in data.examples
+    }
     try:
         root = os.path.commonpath([path.parent for path in paths.values()])
     except ValueError:  # on several drives

@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 
 from capdistill.captioner import Captioner
 from capdistill.data.loader import Loader
+from capdistill.data.rows import accept_rows
 from capdistill.data.source import skipped_images
 from capdistill.errors import ConfigError, require_bool
 from capdistill.outputs import Batch
@@ -138,8 +139,8 @@ class Trainer(Stepper):
         history with `interrupted` set; a second Ctrl-C stops at once.
 
         Args:
-            train: A capdistill data set, a torch Dataset of (image, captions), an iterable of
-                `Batch`, or anything with `epoch(n, start)`, which is used as it is.
+            train: A capdistill data set, a Hugging Face one, a torch Dataset of (image, captions),
+                an iterable of `Batch`, or anything with `epoch(n, start)`, which is used as it is.
             val: The same, with references. Without it nothing is scored and no epoch is the best.
             out: Directory of the run: best/, final/, state.pt, history.jsonl, run.json.
             resume: True continues from the state in `out`; "auto" does so if there is one.
@@ -169,6 +170,7 @@ class Trainer(Stepper):
                 check_can_save(self.captioner, directory)
             if state is not None:
                 restore_frozen(self, state)
+            train, val = accept_rows(train), accept_rows(val)
             self.prepare_data(train)
             self.train_source, self.val_source = open_sources(self, train, val)
             self.cached = isinstance(self.train_source, Loader) and self.train_source.has_caches

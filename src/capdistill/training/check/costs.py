@@ -15,6 +15,7 @@ from torch import Tensor
 
 from capdistill.compatibility import image_size
 from capdistill.data.loader import Loader
+from capdistill.data.rows import accept_rows
 from capdistill.data.source import FixedBatches, Source
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
@@ -225,6 +226,7 @@ def check_options(trainer: Stepper, val: Any) -> Iterator[CheckRow]:
 
 def check_data(trial: Trial, train: Any, val: Any) -> Iterator[CheckRow]:
     """Read some batches in this process and check images and captions."""
+    train, val = accept_rows(train), accept_rows(val)
     trial.trainer.prepare_data(train)
     trial.source, val_source = open_sources(trial.trainer, train, val)
     began = time.perf_counter()
