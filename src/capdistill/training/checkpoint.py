@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from capdistill.data.caption_files import Problem
 from capdistill.data.loader import Loader
 from capdistill.data.source import Source
-from capdistill.errors import CheckpointError, ConfigError
+from capdistill.errors import CapdistillError, CheckpointError, ConfigError
 from capdistill.training.optim import make_schedule
 from capdistill.training.random_state import random_state, restore_random
 from capdistill.training.run_directory import (
@@ -55,7 +56,7 @@ def save_state(path: Path, state: dict[str, Any], keep: int = 1, check: bool = F
 def _remove_damaged(path: Path) -> None:
     for each in (path, *previous_states(path.parent)):
         try:
-            read_file(each, _FORMAT)
+            _require_complete(read_file(each, _FORMAT), each)
         except CheckpointError:
             each.unlink(missing_ok=True)
 
@@ -84,6 +85,7 @@ def load_state(path: Path) -> dict[str, Any]:
     for candidate in (path, *others):
         try:
             state = read_file(candidate, _FORMAT)
+            _require_complete(state, candidate)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -97,6 +99,34 @@ def load_state(path: Path) -> dict[str, Any]:
         "There is no training state to resume: " + "; ".join(problems) + ". "
         "Give the directory of a run (out=), start again with resume=False, or use resume='auto'."
     )
+
+
+_PARTS: dict[str, type] = {
+    **dict.fromkeys(("objective", "optimizer", "schedule", "scaler", "random", "guard"), dict),
+    **dict.fromkeys(("meter", "averages", "config", "identity", "position", "callbacks"), dict),
+    **{"epoch": int, "step": int, "skipped": list},
+}
+
+
+def _require_complete(state: Mapping[str, Any], path: Path) -> None:
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"{path} is no whole training state: it lacks {', '.join(wrong)}")
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """What foreign code raises at parts of a state that it cannot use, as our error."""
+    try:
+        yield
+    except CapdistillError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"The training state cannot be used ({type(error).__name__}: {error}). Give the same "
+            "models, losses and callbacks, go back to an earlier state (state.previous.pt), or "
+            "start again with resume=False."
+        ) from error
 
 
 # Options that may differ between two parts of a run without changing what is trained.
@@ -171,10 +201,23 @@ def restore(
     Raises:
         CheckpointError: the state belongs to another run; nothing was changed.
     """
+    with _fitting():
+        _restore(stepper, state, train, callbacks, who, accept_changes)
+
+
+def _restore(
+    stepper: Stepper,
+    state: Mapping[str, Any],
+    train: Source | None,
+    callbacks: Sequence[Any],
+    who: Mapping[str, Any],
+    accept_changes: bool,
+) -> None:
     assert stepper.optimizer is not None
     _require_same_groups(stepper.optimizer, state["optimizer"])
     _require_same_run(who, state["identity"], accept_changes)
-    _require_same_position(_position(stepper, train), state)
+    if train is not None:  # a loop of your own finds its place by itself
+        _require_same_position(_position(stepper, train), state)
     weights = strip_prefixes(state["objective"], stepper.objective.state_dict())
     load_exactly(stepper.objective, weights, "The models and losses of the training state")
     for name, average in stepper.averages.items():
@@ -209,6 +252,11 @@ def restore_frozen(stepper: Stepper, state: Mapping[str, Any]) -> None:
     They differ where a resumed process has drawn new random weights. What does not fit stays as it
     is; `restore` names it.
     """
+    with _fitting():
+        _restore_frozen(stepper, state)
+
+
+def _restore_frozen(stepper: Stepper, state: Mapping[str, Any]) -> None:
     own = stepper.objective.state_dict()
     trained = {n for n, p in stepper.objective.named_parameters() if p.requires_grad}
     for name, value in strip_prefixes(state["objective"], own).items():

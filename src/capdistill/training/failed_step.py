@@ -14,14 +14,14 @@ from capdistill.errors import CapdistillError, CheckpointError, LossSpike, NotFi
 from capdistill.files import user_path
 from capdistill.outputs import Batch, select_images
 from capdistill.runtime import evaluating
-from capdistill.training.random_state import random_state
+from capdistill.training.random_state import drawn, random_state
+from capdistill.training.run_directory import FAILED_STEP
 from capdistill.training.state_file import read_file, write_file
 
 if TYPE_CHECKING:
     from capdistill.training.history import Row
     from capdistill.training.trainer import Trainer
 
-FAILED_STEP = "failed_step.pt"
 _FORMAT = "capdistill.failed_step/1"
 _TENSORS = ("images", "input_ids", "mask", "sampled", "caption_weights", "advantages")
 
@@ -36,7 +36,7 @@ def kept_if_it_fails(trainer: Trainer, batches: Sequence[Batch]) -> Iterator[Non
         trainer: The trainer, before the step.
         batches: The micro-batches of the step.
     """
-    before = random_state()
+    before = drawn()
     try:
         yield
     except (NotFiniteLoss, LossSpike) as error:
@@ -47,7 +47,7 @@ def kept_if_it_fails(trainer: Trainer, batches: Sequence[Batch]) -> Iterator[Non
         if out is None:
             raise kind(f"{error}{alone}") from error
         content = {
-            "state": {**trainer.state_dict(), "random": before},
+            "state": {**trainer.state_dict(), "random": random_state(before)},
             "steps_per_epoch": trainer.steps_per_epoch,
             "batches": [_as_data(batch) for batch in batches],
             "error": str(error),

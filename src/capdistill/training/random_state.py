@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, here and on CUDA devices."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=True)
+class Drawn(NamedTuple):
+    """Where Python's, NumPy's and torch's generators are, here and on CUDA devices."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: list[Tensor]
+
+
+def drawn() -> Drawn:
+    """Where the generators are now: cheap enough for every step."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return Drawn(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+
+def random_state(where: Drawn | None = None) -> dict[str, Any]:
+    """The states of the generators as plain data, now or at an earlier moment."""
+    where = drawn() if where is None else where
+    version, words, gauss = where.python
+    name, keys, *rest = where.numpy
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "torch": where.torch,
+        "cuda": where.cuda,
         "python": [version, list(words), gauss],
-        "numpy": [numpy_state[0], numpy_state[1].tolist(), *map(float, numpy_state[2:])],
+        "numpy": [name, keys.tolist(), *map(float, rest)],
     }
 
 

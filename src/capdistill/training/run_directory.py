@@ -34,6 +34,7 @@ from capdistill.training.step import Stepper
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
 UNFINISHED = "state.new.pt"  # of a writer that was killed before it became the state
+FAILED_STEP = "failed_step.pt"
 BEST_OF = "best-epoch-"  # a best captioner that is kept beside best/, by its epoch from 1
 _RESULTS = (STATE, PREVIOUS, "best", "final")  # a new run replaces these only with overwrite=True
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}|\.check\..+")
@@ -90,9 +91,8 @@ def clear_directory(out: Path, keep_results: bool) -> None:
     """Remove temporary files of interrupted writers and, for a new run, all an earlier one left."""
     old = [] if keep_results else [*previous_states(out), *kept_bests(out)]
     for path in out.iterdir() if out.is_dir() else ():
-        stale = (
-            path in old or _TEMPORARY.fullmatch(path.name) is not None or path.name == UNFINISHED
-        )
+        stale = path in old or path.name in (UNFINISHED, FAILED_STEP)
+        stale |= _TEMPORARY.fullmatch(path.name) is not None
         if stale or (not keep_results and path.name in (*_RESULTS, "run.json", "history.jsonl")):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

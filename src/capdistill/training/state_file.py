@@ -65,12 +65,14 @@ def read_file(path: Path, form: str, what: str = "training state") -> dict[str, 
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is truncated or not a {what}")
     try:
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path} is truncated or not a {what}")
         _verify(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
         _require_small(state)
+    except CheckpointError:
+        raise
     except _DAMAGED as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read ({reason})") from error
