@@ -1,12 +1,14 @@
 """Law 2: divergences in float32 log-space, masked first. Oracles: float64, torch.nn.functional."""
 
 import weakref
+from itertools import accumulate
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import profile
 from torch.testing import assert_close
 
 from capdistill.losses import divergence
@@ -231,6 +233,7 @@ CHUNKED = {
 @pytest.mark.parametrize(("rows", "factor"), [(1, 1.0), (2, 0.25), (100, 3.0)])
 def test_chunks_of_rows_give_the_value_and_gradient_of_the_formula(name, rows, factor, monkeypatch):
     monkeypatch.setitem(divergence.CHUNK, "cpu", 7 * rows)
+    monkeypatch.setattr(divergence, "CHUNKS", 12)
     student, teacher = draw(0, 3, 4, 7), draw(1, 3, 4, 7)
     mask = draw(2, 3, 4) > -1
     found, oracle = CHUNKED[name]
@@ -258,6 +261,20 @@ def test_beside_the_logits_only_their_gradient_is_kept(name, dtype, monkeypatch)
     assert sum(kept[each].numel() for each in others) <= 2 * TARGETS.numel()
     gradients = [f.gradient for f in nodes(total.grad_fn) if hasattr(f, "gradient")]
     assert [each is None for each in gradients] == [dtype == torch.float16]
+
+
+def test_two_losses_take_the_memory_of_two_gradients(monkeypatch):
+    monkeypatch.setitem(divergence.CHUNK, "cpu", 1)
+    student, teacher = draw(0, 8, 10, 500).requires_grad_(), draw(1, 8, 10, 500)
+    mask, targets = torch.ones(8, 10, dtype=torch.bool), torch.zeros(8, 10, dtype=torch.long)
+    with profile(profile_memory=True) as profiled:
+        both = kl_divergence(student, teacher, mask, 2.0) + cross_entropy(student, targets, mask)
+        both.backward()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = list(accumulate(size for _, size in changes))
+    assert held[-1] == pytest.approx(student.nbytes, rel=0.05)  # its gradient
+    assert max(held) <= 2.2 * student.nbytes
 
 
 def nodes(root):

@@ -8,7 +8,7 @@ No gradient flows into the target. Logits are read in chunks of rows, each with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = {"cpu": 2**18}  # numbers in a chunk: what the cache of a CPU holds ...
-LARGE_CHUNK = 2**21  # ... and fewer, larger kernels on any other device
+CHUNK = {"cpu": 2**16}  # least numbers in a chunk: what the cache of a CPU holds ...
+LARGE_CHUNK = 2**20  # ... and fewer, larger kernels on any other device
+CHUNKS = 64  # at most; a chunk takes a few times its size while it is computed
 
 
 def kl_divergence(
@@ -275,9 +276,8 @@ def cross_entropy(
 
         def slope() -> Tensor:
             found = log_probs.exp_().sub_(label_smoothing / rows.shape[-1])
-            found.scatter_add_(
-                -1, goals[:, None], rows.new_full((len(rows), 1), label_smoothing - 1)
-            )
+            share = torch.full_like(each[:, None], label_smoothing - 1)
+            found.scatter_add_(-1, goals[:, None], share)
             return found.mul_(factors[0][:, None]) if factors else found
 
         return (each * factors[0] if factors else each).sum(), slope
@@ -313,7 +313,7 @@ def _index(values: Tensor, mask: Tensor) -> Tensor:
     return mask.flatten().nonzero().squeeze(1)
 
 
-Part = tuple[Tensor, Callable[[], Tensor]]  # a sum over rows; computes its gradient on the logits
+Part = tuple[Tensor, Callable[[], Tensor]]  # a sum over rows, its gradient on those of the logits
 
 
 def sum_over_rows(
@@ -321,9 +321,8 @@ def sum_over_rows(
 ) -> Tensor:
     """The sum of a function over the valid rows, computed chunk by chunk.
 
-    The gradient is computed along with the value, while a chunk is at hand, and is all that is kept
-    for the backward pass; in fp16, where it could underflow before it is scaled, it is computed in
-    the backward pass. There are no second derivatives.
+    The gradient is computed with the value and is all that is kept for the backward pass; in fp16,
+    where it could underflow before it is scaled, it is computed later. It has no derivative itself.
 
     Example:
         >>> logits = torch.ones(1, 2, 3, requires_grad=True)
@@ -334,7 +333,7 @@ def sum_over_rows(
 
     Args:
         part: Takes rows (n, V) of the logits and of each of `others`, in full precision. Returns a
-            sum over the rows, and a function that returns its gradient on the rows of the logits.
+            sum over the rows, and a function of its gradient on the rows of the logits.
         mask: (B, T) True where a token is real.
         logits: (B, T, V).
         others: (B, T, ...) tensors that get no gradient.
@@ -342,10 +341,11 @@ def sum_over_rows(
     Raises:
         ValueError: the mask does not fit.
     """
-    size = CHUNK.get(logits.device.type, LARGE_CHUNK) // max(logits.shape[-1], 1)
+    least = CHUNK.get(logits.device.type, LARGE_CHUNK)
+    size = max(least, logits.numel() // CHUNKS) // max(logits.shape[-1], 1)
     chunks = torch.split(_index(logits, mask), max(size, 1))
     rows = [each.detach().flatten(0, mask.ndim - 1) for each in others]
-    return _SumOverRows.apply(part, chunks, logits.flatten(0, -2), *rows)  # type: ignore
+    return _SumOverRows.apply(part, chunks, logits, *rows)  # type: ignore
 
 
 def by_autograd(value: Callable[..., Tensor]) -> Callable[..., Part]:
@@ -368,40 +368,46 @@ def by_autograd(value: Callable[..., Tensor]) -> Callable[..., Part]:
 
 class _SumOverRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, part: Callable[..., Part], chunks: tuple[Tensor, ...], *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, part: Any, chunks: Any, logits: Tensor, *others: Tensor) -> Tensor:
         ctx.part, ctx.chunks = part, chunks
-        ctx.save_for_backward(*tensors)
-        keep = ctx.needs_input_grad[2] and tensors[0].dtype != torch.float16
-        ctx.gradient = torch.zeros_like(tensors[0]) if keep else None
-        sums = []
-        for chunk in chunks:
-            total, slope = part(*_rows(tensors, chunk))
-            sums.append(total)
-            if keep:
-                ctx.gradient.index_copy_(0, chunk, slope().to(ctx.gradient.dtype))
-        return torch.stack(sums).sum()
+        ctx.save_for_backward(logits, *others)
+        keep = ctx.needs_input_grad[2] and logits.dtype != torch.float16
+        total, ctx.gradient = _sum_and_gradient(part, chunks, logits, others, keep)
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, gradient = ctx.saved_tensors, ctx.gradient
-        ctx.gradient = None  # changed below; if the graph is kept, it is computed again
+        logits, *others = ctx.saved_tensors
+        gradient, ctx.gradient = ctx.gradient, None  # changed here: a kept graph computes it again
         if gradient is None:
-            gradient = torch.zeros_like(tensors[0])
-            for chunk in ctx.chunks:
-                _, slope = ctx.part(*_rows(tensors, chunk))
-                gradient.index_copy_(0, chunk, (slope() * factor).to(gradient.dtype))
+            gradient = _sum_and_gradient(ctx.part, ctx.chunks, logits, others, True, factor)[1]
         else:
             gradient.mul_(factor)
-        return None, None, gradient, *(None for _ in tensors[1:])
+        return None, None, gradient, *(None for _ in others)
 
 
-def _rows(tensors: tuple[Tensor, ...], index: Tensor) -> list[Tensor]:
-    """Rows of each tensor: numbers in full precision, ids as they are."""
-    rows = [each.index_select(0, index) for each in tensors]
-    return [full(each) if each.is_floating_point() else each for each in rows]
+def _sum_and_gradient(
+    part: Callable[..., Part],
+    chunks: tuple[Tensor, ...],
+    logits: Tensor,
+    others: Sequence[Tensor],
+    wanted: bool,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The sum over all chunks and, if wanted, its gradient times a factor."""
+    rows = (logits.flatten(0, -2), *others)
+    gradient = torch.zeros_like(logits) if wanted else None  # no view: autograd adds to it in place
+
+    def add(chunk: Tensor) -> Tensor:  # what it allocates is free again for the next chunk
+        chosen = [each.index_select(0, chunk) for each in rows]
+        total, slope = part(*(full(c) if c.is_floating_point() else c for c in chosen))
+        if gradient is not None:
+            found = slope() if factor is None else slope() * factor
+            gradient.view_as(rows[0]).index_copy_(0, chunk, found.to(gradient.dtype))
+        return total
+
+    return torch.stack([add(chunk) for chunk in chunks]).sum(), gradient
 
 
 def full(values: Tensor) -> Tensor:
