@@ -6,28 +6,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from capdistill.errors import CapdistillError, CheckpointError, LossSpike, NotFiniteLoss
 from capdistill.files import user_path
-from capdistill.outputs import Batch, select_images
+from capdistill.outputs import Batch, LossTerm, select_images
 from capdistill.runtime import evaluating
+from capdistill.training.callbacks import Run
+from capdistill.training.history import Row
+from capdistill.training.objective import Objective
 from capdistill.training.random_state import drawn, random_state
 from capdistill.training.run_directory import FAILED_STEP
 from capdistill.training.state_file import read_file, write_file
-
-if TYPE_CHECKING:
-    from capdistill.training.history import Row
-    from capdistill.training.trainer import Trainer
 
 _FORMAT = "capdistill.failed_step/1"
 _TENSORS = ("images", "input_ids", "mask", "sampled", "caption_weights", "advantages")
 
 
+class Trains(Run, Protocol):
+    """What is needed of a `Trainer` to keep a step and to run it again."""
+
+    objective: Objective
+
+    def terms(self, batch: Batch) -> dict[str, LossTerm]:
+        """The terms of a batch."""
+
+    def step(self, *micro_batches: Batch) -> Row:
+        """One optimizer step."""
+
+    def make_ready(self, batch: Batch | None = None) -> Any:
+        """Make the optimizer."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+
+
 @contextmanager
-def kept_if_it_fails(trainer: Trainer, batches: Sequence[Batch]) -> Iterator[None]:
+def kept_if_it_fails(trainer: Trains, batches: Sequence[Batch]) -> Iterator[None]:
     """Write what is needed to run a step again if it fails in the block, and name the images.
 
     The file is `failed_step.pt` in the directory of the run; without one nothing is written.
@@ -59,7 +76,7 @@ def kept_if_it_fails(trainer: Trainer, batches: Sequence[Batch]) -> Iterator[Non
         ) from error
 
 
-def replay_step(trainer: Trainer, path: str | Path) -> Row:
+def replay_step(trainer: Trains, path: str | Path) -> Row:
     """Run the step again that ended a run, from the file that the run left.
 
     The trainer takes the weights, the optimizer and the random state that it had before the step.
@@ -114,7 +131,7 @@ def _from_data(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in known}
 
 
-def _images_alone(trainer: Trainer, batches: Sequence[Batch]) -> list[str]:
+def _images_alone(trainer: Trains, batches: Sequence[Batch]) -> list[str]:
     """The images whose terms are not finite when each is the whole batch, unless all are."""
     alone: list[str] = []
     images = 0
