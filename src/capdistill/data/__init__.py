@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from capdistill.data.images import read_image as read_image
     from capdistill.data.loader import Loader as Loader
     from capdistill.data.rows import Rows as Rows
+    from capdistill.data.shard_writer import write_shards as write_shards
+    from capdistill.data.shards import Shards as Shards
+    from capdistill.data.shards import shard_splits as shard_splits
 else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
@@ -44,9 +47,12 @@ else:
             "Loader": "loader",
             "Problem": "caption_files",
             "Rows": "rows",
+            "Shards": "shards",
             "Splits": "dataset",
             "difficulty": "curriculum",
             "read_image": "images",
             "sample": "coco",
+            "shard_splits": "shards",
+            "write_shards": "shard_writer",
         },
     )

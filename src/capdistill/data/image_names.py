@@ -12,7 +12,7 @@ from typing import Any
 Finder = Callable[[str], list[Path]]
 
 _PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_SUFFIXES = {*_PHOTOS, ".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm"}
+SUFFIXES = {*_PHOTOS, ".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm"}
 
 
 class StoredImage(ABC):
@@ -82,13 +82,13 @@ def images_below(folder: Path) -> list[Path]:
     for directory, inner, names in os.walk(folder):
         inner[:] = [name for name in inner if not name.startswith(".")]
         paths = [Path(directory, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in _SUFFIXES]
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
     return sorted(found)
 
 
 def _images(folder: Path) -> list[Path]:
     try:
-        return [file for file in sorted(folder.iterdir()) if file.suffix.lower() in _SUFFIXES]
+        return [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
     except OSError:
         return []
 

@@ -24,9 +24,8 @@ from capdistill.files import user_path
 from capdistill.runtime import generator, stable_hash
 
 Encoded: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | IO[bytes]"
-ImageSource: TypeAlias = (
-    "Encoded | Image.Image | npt.NDArray[Any] | Tensor | StoredImage | Mapping[str, Any]"
-)
+Decoded: TypeAlias = "Image.Image | npt.NDArray[Any] | Tensor"
+ImageSource: TypeAlias = "Encoded | Decoded | StoredImage | Mapping[str, Any]"
 
 MAX_BYTES = 2**28  # bytes of an image file
 MAX_PIXELS = 2**27  # pixels of a decoded image
@@ -69,7 +68,7 @@ def read_image(source: ImageSource) -> Tensor:
     if isinstance(source, StoredImage):
         return _read_stored(source)
     if isinstance(source, Mapping):
-        return read_image(_held(source))
+        return read_image(held_image(source))
     if isinstance(source, Tensor):
         values = source.detach().cpu()
         values = values.float() if values.is_floating_point() else values  # NumPy has no bfloat16
@@ -78,7 +77,7 @@ def read_image(source: ImageSource) -> Tensor:
         return _from_array(source, "array", channels_first=False)
     if isinstance(source, Image.Image):
         return _guarded(source, _name_of(source))
-    name, data = _read_bytes(source)
+    name, data = image_bytes(source)
     if not data:
         raise DataError(f"{name}: the file is empty; expected an image.")
     return _decode(data, name)
@@ -97,7 +96,7 @@ def _read_stored(source: StoredImage) -> Tensor:
         raise DataError(f"{source}: {error}") from error
 
 
-def _held(row: Mapping[str, Any]) -> Any:
+def held_image(row: Mapping[str, Any]) -> Any:
     """The image in a row of a Hugging Face data set, decoded or not."""
     found = next((row[key] for key in ("image", "bytes", "path") if row.get(key) is not None), None)
     if found is None:
@@ -131,9 +130,8 @@ def _check_sums(data: bytes, name: str) -> None:
 def _guarded(image: Image.Image, name: str) -> Tensor:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise DataError(
-            f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are read. Make it smaller."
-        )
+        limit = f"at most {MAX_PIXELS:,} are read. Make it smaller."
+        raise DataError(f"{name}: {width} x {height} pixels; {limit}")
     if not width * height:
         raise DataError(f"{name}: the image is {width} x {height} and has no pixels.")
     try:
@@ -228,7 +226,12 @@ def _planes(rgb: Image.Image) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(band) for band in rgb.split()]))  # (3, H, W)
 
 
-def _read_bytes(source: Encoded) -> tuple[str, bytes]:
+def image_bytes(source: Encoded) -> tuple[str, bytes]:
+    """The name of an encoded image, for messages, and its bytes.
+
+    Raises:
+        DataError: it cannot be read, or is too large.
+    """
     if isinstance(source, (bytes, bytearray)):
         return "image bytes", _bounded(bytes(source), "image bytes")
     if isinstance(source, (str, os.PathLike)):

@@ -23,7 +23,16 @@ from capdistill.data.image_names import StoredImage
 from capdistill.errors import ConfigError, DataError, shortened
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_path", "filepath", "path", "file")
-_CAPTIONS = ("captions", "caption", "sentences_raw", "sentences", "text", "txt", "raw", "comment")
+CAPTION_COLUMNS = (
+    "captions",
+    "caption",
+    "sentences_raw",
+    "sentences",
+    "text",
+    "txt",
+    "raw",
+    "comment",
+)
 _NUMBERED = re.compile(r"(caption|sentence|text)_?\d+")
 _IDS = ("image_id", "img_id", "imgid", "cocoid", "filename", "file_name", "__key__", "id")
 _WITHIN = ("raw", "caption", "text", "sentence")  # keys of a caption that is an object
@@ -175,7 +184,7 @@ def _caption_columns(names: list[str], given: Any) -> list[str]:
         several = [given] if isinstance(given, str) else list(given)
         return [_column(names, each, (), "captions") for each in several]
     numbered = [name for name in names if _NUMBERED.fullmatch(name)]
-    return numbered or [_column(names, None, _CAPTIONS, "captions")]
+    return numbered or [_column(names, None, CAPTION_COLUMNS, "captions")]
 
 
 def _ids(dataset: Any, names: list[str], given: str | None) -> list[str]:
@@ -205,15 +214,21 @@ def _captions(dataset: Any, columns: list[str]) -> Iterator[list[Any]]:
         yield from ([] for _ in range(len(dataset)))
         return
     for values in zip(*(dataset[column] for column in columns), strict=True):
-        yield [text for value in values for text in _texts(value)]
+        yield [text for value in values for text in caption_texts(value)]
 
 
-def _texts(value: Any) -> list[Any]:
+def caption_texts(value: Any) -> list[Any]:
+    """The captions in a value: a text, a list, or objects that hold a text.
+
+    Example:
+        >>> caption_texts([{"raw": "a dog", "tokens": ["a", "dog"]}, "a pet"])
+        ['a dog', 'a pet']
+    """
     if isinstance(value, Mapping):  # {"raw": ..., "tokens": ...}, or lists of both
         key = next((key for key in _WITHIN if key in value), None)
-        return [value] if key is None else _texts(value[key])
+        return [value] if key is None else caption_texts(value[key])
     if isinstance(value, (list, tuple)):
-        return [text for each in value for text in _texts(each)]
+        return [text for each in value for text in caption_texts(each)]
     return [value]
 
 
