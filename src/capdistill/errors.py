@@ -26,6 +26,7 @@ __all__ = [
     "MissingExtra",
     "NotFiniteLoss",
     "PluginError",
+    "RankFailed",
     "UnknownName",
 ]
 
@@ -80,6 +81,10 @@ class NotFiniteLoss(CapdistillError, FloatingPointError):
 
 class LossSpike(CapdistillError, ArithmeticError):
     """A loss that jumped in training; names the step and the images."""
+
+
+class RankFailed(CapdistillError, RuntimeError):
+    """Another process of a training on several failed; with its message."""
 
 
 def suggest(name: str, available: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_device(name: str = "auto") -> torch.device:
     """CUDA, then MPS, then CPU for "auto"; otherwise the given device.
 
+    Of several processes, each takes the CUDA device of its LOCAL_RANK unless one is named.
+
     Example:
         >>> pick_device("cpu")
         device(type='cpu')
@@ -35,7 +37,7 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return _own_device(torch.device("cuda"))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -48,7 +50,20 @@ def pick_device(name: str = "auto") -> torch.device:
             f"device='{name}' was given but torch finds no CUDA device. Use device='auto', or "
             "install a CUDA build of torch and its driver."
         )
-    return device
+    return _own_device(device)
+
+
+def _own_device(device: torch.device) -> torch.device:
+    """The device of this rank, where the computer has several and none was named."""
+    launch, count = launched(), torch.cuda.device_count()
+    if device.type != "cuda" or device.index is not None or launch.world_size == 1 or count == 1:
+        return device  # a launcher may show each rank its own device only
+    if launch.local_rank >= count:
+        raise ConfigError(
+            f"LOCAL_RANK is {launch.local_rank}, but torch finds {count} CUDA devices. Start at "
+            f"most {count} processes on this computer, or give device='cpu'."
+        )
+    return torch.device("cuda", launch.local_rank)
 
 
 def pick_precision(device: torch.device, precision: str = "auto") -> str:
@@ -94,24 +109,34 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def require_single_process() -> None:
-    """Training runs in one process; raise if there are several.
+class Launch(NamedTuple):
+    """What a launcher (torchrun, accelerate, srun with exports) says about this process.
+
+    Args:
+        rank: Number of this process among all, from 0.
+        local_rank: Its number among those of this computer.
+        world_size: Number of processes; 1 without a launcher.
+        local_world_size: Number of processes of this computer.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+
+def launched() -> Launch:
+    """This process, by the environment variables RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE.
 
     Raises:
-        ConfigError: this process was started as one of several, by torchrun or the like.
+        ConfigError: one of them is not a whole number.
     """
-    launched = os.environ.get("WORLD_SIZE", "1")
-    ranks = torch.distributed.get_world_size() if _distributed() else 1
-    if ranks > 1 or (launched.isdigit() and int(launched) > 1):
-        raise ConfigError(
-            f"This is one of {max(ranks, int(launched or 1))} processes (WORLD_SIZE is set), but "
-            "capdistill trains in one process: each would train everything, alone. Start it "
-            "without torchrun, with one process."
-        )
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    values = {name: os.environ.get(name) or str(default) for name, default in names.items()}
+    for name, value in values.items():
+        if not value.isdecimal():
+            raise ConfigError(f"{name}={value!r} in the environment; expected a whole number.")
+    return Launch(*map(int, values.values()))
 
 
 def seed_everything(seed: int) -> None:
@@ -232,6 +257,8 @@ def worker_start_method(given: str | None) -> str:
 def max_workers(start_method: str | None = None) -> int:
     """How many worker processes this one can use: its CPU cores, or none if it may not start any.
 
+    Several processes that train together on a computer share its cores.
+
     Example:
         >>> max_workers() >= 0
         True
@@ -240,7 +267,9 @@ def max_workers(start_method: str | None = None) -> int:
         return 0
     if worker_start_method(start_method) != "fork" and not _program_is_guarded():
         return 0
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return max(cores // launched().local_world_size, 1)
 
 
 def _program_is_guarded() -> bool:

@@ -155,15 +155,20 @@ def test_skipped_steps_in_a_row_are_counted_across_a_resumed_run() -> None:
         again.step(*TRAIN)
 
 
-# -- one process ------------------------------------------------------------------------------
+# -- several processes ------------------------------------------------------------------------
 
 
-def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_that_cannot_meet_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     trainer = Trainer(tiny.make_student(), **QUIET)
-    with pytest.raises(ConfigError, match=r"one of 2 processes.*without torchrun"):
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2 .*RANK, MASTER_ADDR, MASTER_PORT is not"):
         trainer.fit(TRAIN)
     assert trainer.step_count == 0
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE='two' .*whole number"):
+        trainer.fit(TRAIN)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert trainer.fit(TRAIN, epochs=1).epochs
 

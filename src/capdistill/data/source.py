@@ -77,7 +77,8 @@ def part_of(source: Source, rank: int, world_size: int) -> Source:
 def numbered_batches(source: Source, n: int, start: int = 0) -> Iterator[Batch | None]:
     """The batches of an epoch by number; None where a source with `numbered` left one out."""
     own = getattr(source, "numbered", None)
-    return source.epoch(n, start) if own is None else own(n, start)
+    read = source.epoch if own is None else own
+    return read(n, start) if start else read(n)
 
 
 def skipped_images(source: Any) -> Sequence[Any]:

@@ -225,7 +225,9 @@ def _restore(
             average.load_state_dict(state["averages"][name])
         else:
             average.restart()  # it begins with the resumed run
-    _warn_of_changes(stepper.config.model_dump(), state["config"])
+    same = _position(stepper, train).get("batch_size") == state["position"].get("batch_size")
+    harmless = _HARMLESS | {"batch_size"} if same else _HARMLESS  # on another number of ranks
+    _warn_of_changes(stepper.config.model_dump(), state["config"], harmless)
     _restore_optimizer(stepper, state)
     stepper.scaler.load_state_dict(state["scaler"])
     restore_random(state["random"])
@@ -298,6 +300,8 @@ def _require_same_run(now: Mapping[str, Any], saved: Mapping[str, Any], accept: 
 def _position(stepper: Stepper, train: Source | None) -> dict[str, Any]:
     """The options that determine the batches of an epoch, as far as the source has them."""
     found = {name: getattr(train, name, None) for name in ("batch_size", "seed")}
+    if isinstance(found["batch_size"], int):  # of all ranks together
+        found["batch_size"] *= getattr(train, "world_size", 1)
     found["captions_per_image"] = None
     if train is not None:
         found["captions_per_image"] = captions_per_image(train, stepper.config)
@@ -319,15 +323,17 @@ def _require_same_position(now: Mapping[str, Any], state: Mapping[str, Any]) -> 
             f"The run was interrupted within epoch {state['epoch'] + 1}, after "
             f"{state['meter']['images']} images, and would now divide the epoch differently "
             f"({', '.join(changed)}). Resume with the saved values; change them when an epoch is "
-            "complete."
+            "complete. On N processes, the batch_size named here is N times the option."
         )
 
 
-def _warn_of_changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+def _warn_of_changes(
+    now: Mapping[str, Any], before: Mapping[str, Any], harmless: frozenset[str]
+) -> None:
     changed = [
         f"{key} {before[key]!r} -> {value!r}"
         for key, value in now.items()
-        if key in before and before[key] != value and key not in _HARMLESS
+        if key in before and before[key] != value and key not in harmless
     ]
     if changed:
         warnings.warn(

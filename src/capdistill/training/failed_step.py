@@ -33,7 +33,7 @@ class Trains(Run, Protocol):
     def terms(self, batch: Batch) -> dict[str, LossTerm]:
         """The terms of a batch."""
 
-    def step(self, *micro_batches: Batch) -> Row:
+    def step(self, *micro_batches: Batch | None) -> Row:
         """One optimizer step."""
 
     def make_ready(self, batch: Batch | None = None) -> Any:
@@ -44,7 +44,7 @@ class Trains(Run, Protocol):
 
 
 @contextmanager
-def kept_if_it_fails(trainer: Trains, batches: Sequence[Batch]) -> Iterator[None]:
+def kept_if_it_fails(trainer: Trains, batches: Sequence[Batch | None]) -> Iterator[None]:
     """Write what is needed to run a step again if it fails in the block, and name the images.
 
     The file is `failed_step.pt` in the directory of the run; without one nothing is written.
@@ -58,7 +58,8 @@ def kept_if_it_fails(trainer: Trains, batches: Sequence[Batch]) -> Iterator[None
         yield
     except (NotFiniteLoss, LossSpike) as error:
         kind = type(error)
-        found = _images_alone(trainer, batches) if kind is NotFiniteLoss else []
+        own = [batch for batch in batches if batch is not None]
+        found = _images_alone(trainer, own) if kind is NotFiniteLoss else []
         alone = f" By themselves, these give it too: {', '.join(found)}." if found else ""
         out = trainer.checkpoints.out
         if out is None:
@@ -66,7 +67,7 @@ def kept_if_it_fails(trainer: Trains, batches: Sequence[Batch]) -> Iterator[None
         content = {
             "state": {**trainer.state_dict(), "random": random_state(before)},
             "steps_per_epoch": trainer.steps_per_epoch,
-            "batches": [_as_data(batch) for batch in batches],
+            "batches": [_as_data(batch) for batch in own],
             "error": str(error),
         }
         write_file(out / FAILED_STEP, content, _FORMAT)

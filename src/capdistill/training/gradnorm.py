@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class GradNorm(Weighting):
         return self.factor.detach()
 
     def observe(self, means: Mapping[str, Tensor], student: nn.Module) -> None:
-        """Add the gradients of a micro-batch, and set that of the factors for all so far."""
+        """Add the gradients of a micro-batch."""
         if not self._due:
             return
         means = {name: mean for name, mean in means.items() if mean.requires_grad}
@@ -103,7 +103,6 @@ class GradNorm(Weighting):
             added = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
             self._gradients[name] = added
             self._means[name] = self._means.get(name, 0.0) + mean.detach().float()
-        self._set_gradient()
 
     def end_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:
         """Keep the first value of each term; scale the factors to their sum."""
@@ -125,13 +124,16 @@ class GradNorm(Weighting):
         return [torch.zeros_like(p) if g is None else g.float() / self._scale for g, p in pairs]
 
     @torch.no_grad()
-    def _set_gradient(self) -> None:
+    def measure(self, add: Callable[[Tensor], Tensor]) -> None:
         """The gradient of equation 2 with respect to the factors; absent terms have none."""
-        present = torch.tensor([n in self._gradients for n in self.names], device=self.first.device)
-        zero = self.first.new_zeros(())
-        norms = torch.stack([_norm(self._gradients.get(name), zero) for name in self.names])
-        means = torch.stack([self._means.get(name, zero) for name in self.names])
-        present &= means > 0
+        if not self._due:
+            return
+        zero, shared = self.first.new_zeros(()), self._parameters_shared or []
+        none = [torch.zeros_like(parameter) for parameter in shared]
+        sums = {n: [add(g) for g in self._gradients.get(n, none)] for n in self.names}
+        norms = torch.stack([_norm(sums[name], zero) for name in self.names])
+        means = add(torch.stack([self._means.get(name, zero) for name in self.names]))
+        present = means > 0
         rates = torch.where(self.first > 0, means / self.first.clamp(min=1e-12), 1.0)
         rates = rates / _mean(rates, present)
         weighted = self.factor * norms
@@ -187,8 +189,8 @@ def _part_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _norm(gradients: Sequence[Tensor] | None, zero: Tensor) -> Tensor:
-    if gradients is None:
+def _norm(gradients: Sequence[Tensor], zero: Tensor) -> Tensor:
+    if not gradients:
         return zero
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
     norm: Tensor = torch.linalg.vector_norm(norms)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from capdistill.errors import ConfigError
 from capdistill.files import finite_or_none, write_text
-from capdistill.outputs import Batch
 from capdistill.training.guard import Verdict
 
 Row = dict[str, Any]
@@ -190,6 +189,14 @@ class LossMeter:
             self.weighted[name] = self.weighted.get(name, 0.0) + weights[name] * value
             self.counts[name] = self.counts.get(name, 0.0) + counts[name]
 
+    def merge(self, other: LossMeter) -> None:
+        """Add what another meter has measured."""
+        for mine, theirs in zip(self._tables(), other._tables(), strict=True):
+            mine |= {name: mine.get(name, 0.0) + value for name, value in theirs.items()}
+
+    def _tables(self) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        return self.sums, self.weighted, self.counts
+
     def summary(self) -> dict[str, Any]:
         """Each term's mean, raw and weighted, and the loss they add up to."""
         terms = {}
@@ -220,10 +227,9 @@ class EpochMeter(LossMeter):
         self.running_statistics = 0
         self.began = time.perf_counter()
 
-    def count(self, batches: Sequence[Batch], verdict: Verdict) -> None:
-        """Count the micro-batches of a step, and the step if it was skipped."""
-        for batch in batches:
-            self.images += batch.num_images
+    def count(self, images: int, verdict: Verdict) -> None:
+        """Count the images of a step, and the step if it was skipped."""
+        self.images += images
         self.skipped_steps += verdict == "overflow"
         self.spikes += verdict == "spike"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -235,3 +236,28 @@ def check_weights(weights: Mapping[str, Any], losses: Iterable[str]) -> dict[str
     if not built:
         raise ConfigError("weights: every term is 0, so there is nothing to train.")
     return built
+
+
+def warn_of_untrained(objective: Objective) -> None:
+    """Name the parameters that should get a gradient and got none in a backward pass."""
+    trained = objective.reachable()
+    left = [name for name, parameter in trained.items() if parameter.grad is None]
+    if left:
+        warnings.warn(
+            f"{len(left)} of {len(trained)} trainable tensors get no gradient and will stay as "
+            f"they are: {', '.join(left[:10])}{' ...' if len(left) > 10 else ''}. Use them in "
+            "forward, remove them, or freeze them with requires_grad_(False).",
+            stacklevel=3,
+        )
+
+
+def without_recurrent(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts of a module without a recurrent layer, whose backward needs training mode.
+
+    On CUDA, the backward pass of a recurrent layer in evaluation mode is refused.
+    """
+    if not any(isinstance(part, nn.RNNBase) for part in module.modules()):
+        yield module
+    elif not isinstance(module, nn.RNNBase):
+        for child in module.children():
+            yield from without_recurrent(child)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,17 @@ def make_schedule(
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return lr_scheduler.LambdaLR(optimizer, share_of_rate(config, steps_per_epoch), done - 1)
+
+
+def warn_of_constant_rate(config: TrainConfig) -> None:
+    """Say that no schedule is followed, where the number of steps is not known."""
+    if config.schedule != "constant":
+        warnings.warn(
+            f"The learning rate stays at {config.learning_rate:g}: the number of steps is not "
+            f"known, so that schedule='{config.schedule}' cannot be followed. Set steps_per_epoch "
+            "on the trainer, or schedule='constant'.",
+            stacklevel=3,
+        )
 
 
 def share_of_rate(config: TrainConfig, steps_per_epoch: int | None) -> Callable[[int], float]:

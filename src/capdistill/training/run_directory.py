@@ -29,6 +29,8 @@ from capdistill.outputs import Batch
 from capdistill.registry import recipe_of
 from capdistill.saving import DESCRIPTION, ENSEMBLE
 from capdistill.teachers.ensemble import Ensemble
+from capdistill.training.monitor import monitor_key
+from capdistill.training.sources import captions_per_image
 from capdistill.training.step import Stepper
 
 STATE = "state.pt"
@@ -161,6 +163,44 @@ def describe_run(stepper: Stepper, train: Source, captions: int | None, out: Pat
         "versions": versions(),
     }
     write_text(out / "run.json", json.dumps(content, indent=2, default=str))
+
+
+def run_lines(stepper: Stepper, train: Source | None, val: Source | None) -> list[str]:
+    """Lines about a run: models, data, terms and rates."""
+    config = stepper.config
+    model = stepper.captioner
+    whole, trained = model.num_parameters(), model.num_parameters(trainable=True)
+    lines = [
+        f"training '{model.name}': {whole / 1e6:.2f} M parameters, {trained / 1e6:.2f} M "
+        f"trained, on {stepper.device} in {stepper.precision}"
+        + (f", {stepper.ranks.world_size} processes" if stepper.ranks.several else "")
+    ]
+    if train is not None:
+        images = getattr(train, "num_images", None)
+        captions = captions_per_image(train, config)
+        data = f"{images} images x {captions} captions" if images else "ready-made batches"
+        workers = getattr(train, "num_workers", None)
+        data += "" if workers is None else f", {workers} worker processes"
+        curriculum = getattr(train, "curriculum", None)
+        data += "" if curriculum is None else f", easy ones first (by {curriculum.kind})"
+        cached = ", cached features" if getattr(train, "has_caches", False) else ""
+        lines.append(f"  data    {data}{cached}; {stepper.steps_per_epoch} steps per epoch")
+    terms = []
+    for name in stepper.objective.weights:
+        first, last = (stepper.objective.weight(name, at) for at in (0.0, 1.0))
+        terms.append(f"{name} {first:g}" + (f" to {last:g}" if last != first else ""))
+    adapted = f"; adapted by {weighting!r}" if (weighting := stepper.objective.weighting) else ""
+    lines.append(f"  terms   {', '.join(terms)}{adapted}")
+    groups = stepper.optimizer.param_groups if stepper.optimizer is not None else []
+    rates = {str(group["name"]): group["initial_lr"] for group in groups}
+    shown = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+    lines.append(f"  rates   {shown}; {config.schedule}, at most {config.epochs} epochs")
+    if config.ema_decay is not None:
+        lines.append(f"  average of the weights with decay {config.ema_decay:g}")
+    if val is not None:
+        waits = "none" if config.patience is None else f"{config.patience} epochs"
+        lines.append(f"  best    by {monitor_key(config.monitor)}, patience {waits}")
+    return lines
 
 
 def versions() -> dict[str, str]:

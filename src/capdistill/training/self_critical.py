@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack
 
 from capdistill.captioner import Captioner
@@ -31,7 +31,7 @@ from capdistill.training.distiller import (
 )
 from capdistill.training.history import Row
 from capdistill.training.monitor import Monitor, monitor_key
-from capdistill.training.objective import Weight
+from capdistill.training.objective import Weight, without_recurrent
 from capdistill.training.on_policy import beside, sample_captions, with_frozen_tokens
 from capdistill.training.weighting import Weighting
 
@@ -195,6 +195,12 @@ class SelfCritical(Distiller):
             return sampled
         return beside(sampled, batch, self.captioner.tokenizer.pad_id)
 
+    def step(self, *micro_batches: Batch | None) -> Row:
+        """As in `Stepper`; the rewards of all ranks are added up."""
+        row = super().step(*micro_batches)
+        self._meter.end_step(self.ranks.total)
+        return row
+
     def describe(self) -> list[str]:
         """As in `Trainer`, and the reward."""
         reward = self.reward
@@ -258,22 +264,26 @@ class RewardMeter:
     """The mean reward of the samples: of a step in its row, of an epoch in its training part."""
 
     def __init__(self) -> None:
-        self.step = [0.0, 0]
-        self.epoch = [0.0, 0]
+        self.own = [0.0, 0.0]  # sum and number of this process in the current step
+        self.step = [0.0, 0.0]
+        self.epoch = [0.0, 0.0]
 
     def add(self, rewards: Tensor) -> None:
         """Add the rewards of a micro-batch."""
-        for mean in (self.step, self.epoch):
-            mean[0] += float(rewards.sum())
-            mean[1] += len(rewards)
+        self.own = [self.own[0] + float(rewards.sum()), self.own[1] + len(rewards)]
+
+    def end_step(self, total: Callable[[Sequence[float]], list[float]]) -> None:
+        """Add the rewards of a step, whose sum over all processes `total` gives."""
+        self.step, self.own = total(self.own), [0.0, 0.0]
+        self.epoch = [a + b for a, b in zip(self.epoch, self.step, strict=True)]
 
     def on_step(self, trainer: Any, row: Row) -> None:
         """Write the mean of the step."""
-        row[REWARD], self.step = self.step[0] / max(self.step[1], 1), [0.0, 0]
+        row[REWARD] = self.step[0] / max(self.step[1], 1)
 
     def on_epoch(self, trainer: Any, row: Row) -> None:
         """Write the mean of the epoch."""
-        row["train"][REWARD], self.epoch = self.epoch[0] / max(self.epoch[1], 1), [0.0, 0]
+        row["train"][REWARD], self.epoch = self.epoch[0] / max(self.epoch[1], 1), [0.0, 0.0]
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch so far."""
@@ -281,7 +291,7 @@ class RewardMeter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue an epoch."""
-        self.step, self.epoch = [0.0, 0], list(state["epoch"])
+        self.step, self.epoch = [0.0, 0.0], list(state["epoch"])
 
 
 def leave_one_out(rewards: Tensor, samples: int) -> Tensor:
@@ -400,15 +410,3 @@ def check_rewards(rewards: Any, captions: int) -> Tensor:
             "Expected one finite number per caption, in their order."
         )
     return values
-
-
-def without_recurrent(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest parts of a module without a recurrent layer, whose backward needs training mode.
-
-    On CUDA, the backward pass of a recurrent layer in evaluation mode is refused.
-    """
-    if not any(isinstance(part, nn.RNNBase) for part in module.modules()):
-        yield module
-    elif not isinstance(module, nn.RNNBase):
-        for child in module.children():
-            yield from without_recurrent(child)

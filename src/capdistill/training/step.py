@@ -4,42 +4,49 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
-from capdistill.data.source import Source, skipped_images
+from capdistill.data.source import Source
 from capdistill.errors import ConfigError, LossSpike, NotFiniteLoss
 from capdistill.metrics import CaptionScorer, Metric
-from capdistill.outputs import Batch, CaptionerOutput, LossTerm, require_batches
+from capdistill.outputs import Batch, CaptionerOutput, LossTerm, part, require_batches
 from capdistill.runtime import (
     autocast,
     batch_norms,
     batch_norms_in_eval,
-    evaluating,
     pick_device,
     pick_precision,
 )
 from capdistill.training.config import TrainConfig
 from capdistill.training.decoder_inputs import noisy_inputs, require_unknown_word
+from capdistill.training.distributed import (
+    Parallel,
+    Ranks,
+    misses_some,
+    standing_in,
+    tensors_of,
+    whole,
+)
 from capdistill.training.guard import StepGuard, Verdict
 from capdistill.training.history import EpochMeter, LossMeter, Row
 from capdistill.training.monitor import Monitor
-from capdistill.training.objective import Objective
-from capdistill.training.optim import WEIGHTING, Scheduler, make_schedule, parameter_groups
-from capdistill.training.validation import (
-    References,
-    add_references,
-    make_monitor,
-    measured,
-    with_trunk_tokens,
+from capdistill.training.objective import Objective, warn_of_untrained
+from capdistill.training.optim import (
+    WEIGHTING,
+    Scheduler,
+    make_schedule,
+    parameter_groups,
+    warn_of_constant_rate,
 )
+from capdistill.training.validation import make_monitor, measured, run_validation
 
 
 class Stepper:
@@ -56,6 +63,9 @@ class Stepper:
         average: The average of the trained weights, with `ema_decay`; None without.
         metrics: Metrics that validation computes, names or your own `Metric` objects, instead of
             `config.metrics`; `monitor` may name any of their scores.
+        parallel: Wraps the trained module for several processes; by default it is
+            DistributedDataParallel.
+        ranks: The processes that train together.
     """
 
     config_class: type[TrainConfig] = TrainConfig
@@ -71,6 +81,9 @@ class Stepper:
         self.schedule: Scheduler
         self._steps_per_epoch: int | None = None
         self._first_step = True  # of the optimizer: what is not trained is reported then
+        self.ranks, self.parallel = Ranks(), cast("Parallel | None", None)
+        self._wrapped: nn.Module | None = None  # the objective, as the ranks train it
+        self._spare: Batch | None = None  # a batch to run where a rank has none
         self.step_count = 0
         self.guard = StepGuard()
         self.epoch = 0
@@ -164,30 +177,37 @@ class Stepper:
             for name, value in self._forward(batch).items()
         }
 
-    def step(self, *micro_batches: Batch) -> Row:
-        """One optimizer step over all the given batches, as if they were one.
+    def step(self, *micro_batches: Batch | None) -> Row:
+        """One optimizer step over all the given batches, of all ranks, as if they were one.
 
-        Each term is divided once, by its count over all of them.
+        Each term is divided once, by its count over all of them. All ranks call it together; None
+        stands for a batch that a rank does not have.
 
         Returns:
-            A row with loss, terms (raw and weighted), learning rates, gradient norm and speed.
+            A row with loss, terms (raw and weighted), learning rates, gradient norm and speed. It
+            is empty if no rank has a batch: nothing was done.
 
         Raises:
             NotFiniteLoss: a term or the gradient is NaN or infinite; nothing was updated.
             LossSpike: the loss jumped, see `on_spike`; nothing was updated.
         """
         began = time.perf_counter()
-        require_batches("step", micro_batches)
-        optimizer = self.optimizer or self.make_ready(micro_batches[0])
-        first, self._first_step = self._first_step, False
-        if first:
-            self._warn_of_constant_rate()
+        given = [batch for batch in micro_batches if batch is not None]
+        if given or not micro_batches:
+            require_batches("step", given)
+        optimizer = self.optimizer or self.make_ready(given[0] if given else None)
         if not (self.objective.training and self.captioner.training):
             self.objective.train()
+        self.ranks.reseed(self.config.seed, self.step_count)
 
         # Counts come first: each term is divided once, by its count over the whole step.
-        batches = [self.prepare_batch(batch) for batch in micro_batches]
-        counts = self.objective.counts(*batches)
+        batches = [batch and self.prepare_batch(batch) for batch in micro_batches]
+        counts, images, captions = self._count(batches)
+        if not images:
+            return {}
+        first, self._first_step = self._first_step, False
+        if first and self.steps_per_epoch is None:
+            warn_of_constant_rate(self.config)
         scale = self.scaler.get_scale()
         weights = self.objective.start_step(self.progress, self.step_count, self.epoch, scale)
         settings = self.objective.settings(self.progress)
@@ -195,13 +215,17 @@ class Stepper:
         # Forward and backward, one micro-batch after the other.
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        for batch in batches:
-            raw = self._forward(batch)
-            loss = self.objective.total(raw, counts, len(batches))
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        ranks, turns = self.ranks, [b for b in batches if b is not None or self.ranks.several]
+        for number, batch in enumerate(turns, 1):
+            with ranks.syncing(self.module, last=number == len(turns)):
+                raw = self._forward_spare() if batch is None else self._forward(batch, self.module)
+                loss = self.objective.total(raw, counts, len(turns) * ranks.world_size)
+                loss = loss * ranks.world_size  # gradients are averaged over the ranks
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             for name, value in raw.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        if first:
+        ranks.finish_gradients(self.objective.weighting)
+        if first and ranks.main:
             warn_of_untrained(self.objective)
 
         # Clip, then read all numbers in one transfer: the only point where we wait for the device.
@@ -209,10 +233,11 @@ class Stepper:
         clipped = [group for group in optimizer.param_groups if group["name"] != WEIGHTING]
         parameters = [p for group in clipped for p in group["params"]]
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
-        *values, norm_value = torch.stack([*(v.float() for v in sums.values()), norm]).tolist()
+        norm = whole(nn.utils.clip_grad_norm_(parameters, limit)).float()
+        added = ranks.add(torch.stack([value.float() for value in sums.values()]))
+        *values, norm_value = torch.cat([added, norm[None]]).tolist()
         totals = dict(zip(sums, values, strict=True))
-        verdict = self._judge(micro_batches, totals, norm_value, weights, counts)
+        verdict = self._judge(given, totals, norm_value, weights, counts)
 
         # Update; loss scaling itself skips a step whose gradient overflowed.
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
@@ -227,9 +252,8 @@ class Stepper:
         optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
 
-        images = sum(batch.num_images for batch in batches)
         self.meter.add(totals, in_force, counts)
-        self.meter.count(micro_batches, verdict)
+        self.meter.count(images, verdict)
         step = LossMeter()
         step.add(totals, in_force, counts)
         seconds = time.perf_counter() - began
@@ -246,10 +270,23 @@ class Stepper:
             "skipped_steps": self.guard.skipped_steps,
             "spike": verdict == "spike",
             "images": images,
-            "captions": sum(len(batch.captions) for batch in batches),
+            "captions": captions,
             "seconds": seconds,
             "images_per_second": images / seconds,
         }
+
+    def _count(self, batches: Sequence[Batch | None]) -> tuple[dict[str, float], int, int]:
+        """The counts of the terms, images and captions, over all batches of all ranks."""
+        own = [batch for batch in batches if batch is not None]
+        counts = self.objective.counts(*own)
+        sizes = sum(b.num_images for b in own), sum(len(b.captions) for b in own)
+        *totals, images, captions = self.ranks.total([*counts.values(), *sizes])
+        return dict(zip(counts, totals, strict=True)), int(images), int(captions)
+
+    @property
+    def module(self) -> nn.Module:
+        """The objective as it is trained: several ranks wrap it when the optimizer is made."""
+        return self.objective if self._wrapped is None else self._wrapped
 
     def make_ready(self, batch: Batch | None = None) -> torch.optim.Optimizer:
         """Make optimizer and schedule: after the losses' projectors, before the first step.
@@ -260,6 +297,7 @@ class Stepper:
         if batch is not None:
             self.prepare(batch)
         self.objective.to(self.device)
+        self._join(batch)
         groups = parameter_groups(self.objective, self.captioner, self.config)
         self.optimizer = self.make_optimizer(groups)
         self._first_step = True
@@ -267,6 +305,19 @@ class Stepper:
         decay = self.config.ema_decay
         self.average = None if decay is None else WeightAverage(self.objective, decay)
         return self.optimizer
+
+    def _join(self, batch: Batch | None) -> None:
+        """Give all ranks the weights of the main one, and wrap what they train."""
+        ranks, objective = self.ranks, self.objective
+        ranks.join(self.device)
+        self._spare = batch and part(batch, 0, 2)
+        ranks.share(tensors_of(objective))
+        ranks.share(value for each in self.averages.values() for value in each.average)
+        if self.parallel is not None:
+            self._wrapped = self._wrapped or ranks.wrap_by(self.parallel, objective)
+        elif ranks.several:
+            run = None if batch is None else partial(self._forward, batch)
+            self._wrapped = ranks.wrap(objective, ranks.any(misses_some(objective, run)))
 
     @property
     def averages(self) -> dict[str, WeightAverage]:
@@ -277,18 +328,17 @@ class Stepper:
         """Inside the block, the models hold the averaged weights if there is an average."""
         return nullcontext() if self.average is None else self.average.applied()
 
-    def _warn_of_constant_rate(self) -> None:
-        if self.steps_per_epoch is None and self.config.schedule != "constant":
-            warnings.warn(
-                f"The learning rate stays at {self.config.learning_rate:g}: the number of steps is "
-                f"not known, so that schedule='{self.config.schedule}' cannot be followed. Set "
-                "steps_per_epoch on the trainer, or schedule='constant'.",
-                stacklevel=3,
-            )
+    def _forward_spare(self) -> dict[str, Tensor]:
+        """Zeros, by a pass over another batch: a rank without one computes what the others do."""
+        if self._spare is None:
+            raise ConfigError("step: a rank has no batch in its first step. Give each rank one.")
+        with standing_in(self.objective):
+            sums = self._forward(self._spare, self.module)
+        return {name: 0 * value for name, value in sums.items()}
 
-    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+    def _forward(self, batch: Batch, module: nn.Module | None = None) -> dict[str, Tensor]:
         """The sums of the terms; a single image that batch norm refuses uses running statistics."""
-        input_fn = None
+        input_fn, module = None, self.objective if module is None else module
         noise = self.config.word_dropout or self.config.scheduled_sampling
         if noise and self.objective.training:
             input_fn = noisy_inputs(self.captioner, batch, self.config, self.epoch, self.progress)
@@ -299,7 +349,7 @@ class Stepper:
         with autocast(self.device, self.precision):
             teacher = self.teacher_output(batch)
             try:
-                return self.objective(batch, teacher, input_fn, progress)  # type: ignore[no-any-return]
+                return module(batch, teacher, input_fn, progress)  # type: ignore[no-any-return]
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -307,7 +357,7 @@ class Stepper:
             for buffer, value in before:  # some norms have taken part before one refused
                 buffer.copy_(value)
             with batch_norms_in_eval(self.objective):
-                return self.objective(batch, teacher, input_fn, progress)  # type: ignore[no-any-return]
+                return module(batch, teacher, input_fn, progress)  # type: ignore[no-any-return]
 
     def _judge(
         self,
@@ -352,32 +402,7 @@ class Stepper:
             ConfigError: a batch without references.
             DataError: an image id that occurs twice.
         """
-        if not callable(getattr(source, "epoch", None)):
-            given = type(source).__name__
-            raise ConfigError(f"validate: {given} was given; expected a Loader or epoch(n, start).")
-        meter, generated, references = LossMeter(), dict[str, str](), References()
-        with self.averaged(), evaluating(self.objective), torch.no_grad():
-            for batch in source.epoch(0):
-                add_references(references, batch)
-                counts = self.objective.counts(batch)
-                batch = batch.to(self.device)
-                with autocast(self.device, self.precision):
-                    batch = with_trunk_tokens(self.captioner, batch)
-                    if any(batch.references or ()):
-                        how: Any = self.config.generation
-                        texts = [found.text for found in self.captioner.generate(batch, how)]
-                        generated |= zip(batch.image_ids, texts, strict=True)
-                sums = self._forward(batch)
-                values = torch.stack([value.float() for value in sums.values()]).tolist()
-                weights = {name: self.objective.weight(name, self.progress) for name in sums}
-                meter.add(dict(zip(sums, values, strict=True)), weights, counts)
-        found = {
-            **meter.summary(),
-            "images": len(references),
-            "skipped": len(skipped_images(source)),
-        }
-        scored = {image: texts for image, texts in references.items() if texts}
-        return found, self.score(scored, {image: generated[image] for image in scored})
+        return run_validation(self, source)
 
     @property
     def _metrics(self) -> Sequence[str | Metric]:
@@ -393,16 +418,3 @@ class Stepper:
         if self._prepared is None or self._prepared[0] != asked:
             self._prepared = asked, CaptionScorer(asked[0], metrics=asked[1])
         return {name: float(value) for name, value in self._prepared[1](captions).items()}
-
-
-def warn_of_untrained(objective: Objective) -> None:
-    """Name the parameters that should get a gradient and got none in a backward pass."""
-    trained = objective.reachable()
-    left = [name for name, parameter in trained.items() if parameter.grad is None]
-    if left:
-        warnings.warn(
-            f"{len(left)} of {len(trained)} trainable tensors get no gradient and will stay as "
-            f"they are: {', '.join(left[:10])}{' ...' if len(left) > 10 else ''}. Use them in "
-            "forward, remove them, or freeze them with requires_grad_(False).",
-            stacklevel=3,
-        )

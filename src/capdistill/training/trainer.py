@@ -18,10 +18,10 @@ from typing_extensions import Unpack
 from capdistill.captioner import Captioner
 from capdistill.data.loader import Loader
 from capdistill.data.rows import accept_rows
-from capdistill.data.source import skipped_images
+from capdistill.data.source import numbered_batches, part_of
 from capdistill.errors import ConfigError, require_bool
 from capdistill.outputs import Batch
-from capdistill.runtime import evaluating, require_single_process, seed_everything
+from capdistill.runtime import evaluating, seed_everything
 from capdistill.training.callbacks import (
     Checkpoints,
     Progress,
@@ -38,10 +38,11 @@ from capdistill.training.config import (
     parse_interval,
 )
 from capdistill.training.decoder_inputs import require_unknown_word
+from capdistill.training.distributed import Parallel, tensors_of
 from capdistill.training.failed_step import kept_if_it_fails
 from capdistill.training.guard import StepGuard
 from capdistill.training.history import EpochMeter, History, Row
-from capdistill.training.monitor import BestEpoch, Monitor, monitor_key
+from capdistill.training.monitor import BestEpoch, Monitor
 from capdistill.training.objective import Objective
 from capdistill.training.run_directory import (
     STATE,
@@ -51,6 +52,7 @@ from capdistill.training.run_directory import (
     describe_run,
     identity,
     open_directory,
+    run_lines,
 )
 from capdistill.training.sources import (
     captions_per_image,
@@ -130,6 +132,7 @@ class Trainer(Stepper):
         overwrite: bool = False,
         accept_changes: bool = False,
         callbacks: Sequence[Any] = (),
+        parallel: Parallel | None = None,
         **options: Unpack[SelfCriticalOptions],  # of all trainers; others' are refused
     ) -> History:
         """Train for the configured epochs, validating after each.
@@ -148,6 +151,8 @@ class Trainer(Stepper):
             accept_changes: Resume although losses, weights, teacher or data have changed.
             callbacks: Objects with any of on_fit_start, on_step, on_epoch, on_fit_end. They are
                 called before the row is written to the history, and may add to it.
+            parallel: For several processes: wraps the trained module, `fully_shard` for instance,
+                in the place of DistributedDataParallel. Kept in the attribute `parallel`.
             options: Fields of the configuration; they apply to this fit only.
 
         Raises:
@@ -157,24 +162,32 @@ class Trainer(Stepper):
             NotFiniteLoss: a loss became NaN; the last good checkpoint stays, and the step is in
                 failed_step.pt, from which `replay_step` runs it again.
             LossSpike: the loss jumped and `on_spike` is "stop"; the same.
+            RankFailed: another process of the training failed.
         """
         check_callbacks(callbacks)
-        with self._options(options):
-            # What can be wrong is found before the first step.
-            require_single_process()
+        ranks, self.parallel = self.ranks, parallel or self.parallel
+        with self._options(options), ranks.failing_together():
+            # What can be wrong is found before the first step. Files belong to rank 0.
+            ranks.join(self.device)
             monitor = self.make_monitor()  # refuses a score that nothing measures
             require_bool("fit: accept_changes", accept_changes)
-            directory, resumes = open_directory(out, resume, overwrite)
-            state = load_state(directory / STATE) if directory is not None and resumes else None
+            directory, resumes = ranks.on_main(open_directory, out, resume, overwrite)
+            state = None
             if directory is not None:
-                check_can_save(self.captioner, directory)
+                state = ranks.on_main(load_state, directory / STATE) if resumes else None
+                ranks.on_main(check_can_save, self.captioner, directory)
+            directory = directory if ranks.main else None
             if state is not None:
                 restore_frozen(self, state)
             train, val = accept_rows(train), accept_rows(val)
+            ranks.share(tensors_of(self.objective))
             self.prepare_data(train)
-            self.train_source, self.val_source = open_sources(self, train, val)
+            with ranks.main_first():  # it caches features
+                whole, held_out = open_sources(self, train, val)
+            first = require_usable(self, whole, held_out)
+            self.train_source = part_of(whole, ranks.rank, ranks.world_size)
+            self.val_source = held_out and part_of(held_out, ranks.rank, ranks.world_size)
             self.cached = isinstance(self.train_source, Loader) and self.train_source.has_caches
-            first = require_usable(self, self.train_source, self.val_source)
 
             # A fresh run, or the state of the one to continue.
             self.steps_per_epoch = math.ceil(
@@ -189,6 +202,7 @@ class Trainer(Stepper):
             self.callbacks = self._make_callbacks(directory, monitored, callbacks)
             self.make_ready(first)
             self._identity = identity(self, self.train_source, self.val_source)
+            ranks.require_equal(self._identity)
             seed_everything(self.config.seed)
             if state is not None:
                 self.load_state_dict(state, accept_changes=accept_changes)
@@ -207,29 +221,36 @@ class Trainer(Stepper):
                     for micro_batches in self._groups():
                         with kept_if_it_fails(self, micro_batches):
                             row = self.step(*micro_batches)
-                        self._emit("on_step", row)
-                        if self.history.interrupted:
+                        if row:
+                            self._emit("on_step", row)
+                        if self._interrupted():
                             break
                     else:
                         self._finish_epoch()
-                    if self.history.interrupted:
+                    if self._interrupted():
                         break
                 self._finish()
             close_workers(self.train_source, self.val_source)
         return self.history
 
-    def _groups(self) -> Iterator[list[Batch]]:
+    def _groups(self) -> Iterator[list[Batch | None]]:
         """The epoch's batches that are not done, in groups of micro-batches; the last is short.
 
-        A batch without any usable image (None) keeps its place, so that all others keep theirs.
+        None keeps the place of a batch that this rank does not have.
         """
         assert self.train_source is not None
-        numbered = getattr(self.train_source, "numbered", self.train_source.epoch)
-        places = iter(numbered(self.epoch, self.meter.position))
+        places = numbered_batches(self.train_source, self.epoch, self.meter.position)
         while group := list(islice(places, self.config.accumulation_steps)):
             self.meter.position += len(group)
-            if batches := [batch for batch in group if batch is not None]:
-                yield batches
+            yield group
+
+    def _interrupted(self) -> bool:
+        """Whether Ctrl-C or SIGTERM reached any rank: all stop after the same step."""
+        if not self.ranks.any(self.history.interrupted):
+            return False
+        self.history.interrupted = True
+        self.history.signal = max(self.ranks.gather(self.history.signal or 0)) or None
+        return True
 
     def _finish_epoch(self) -> None:
         """Validate; then the callbacks choose the best, write the history and save."""
@@ -240,7 +261,7 @@ class Trainer(Stepper):
             **self.meter.row(),
             "weights": {n: self.objective.weight(n, self.progress) for n in self.objective.weights},
             "settings": self.objective.settings(self.progress),
-            "skipped": len(skipped_images(self.train_source)),
+            "skipped": self.ranks.gather_problems(self.train_source),
             "val": {},
             "scores": {},
         }
@@ -269,15 +290,18 @@ class Trainer(Stepper):
             self.checkpoints.save(self)
             out = self.checkpoints.out
             saved = f"The state is in {out}; continue with resume=True."
-            warnings.warn(
-                f"Interrupted after step {self.step_count}. "
-                + (saved if out else "Nothing was saved: no out= was given."),
-                stacklevel=3,
-            )
+            if self.ranks.main:
+                warnings.warn(
+                    f"Interrupted after step {self.step_count}. "
+                    + (saved if out else "Nothing was saved: no out= was given."),
+                    stacklevel=3,
+                )
         self._emit("on_fit_end")
+        self.ranks.share(tensors_of(self.captioner))  # rank 0 has loaded the best
         if over and self.average is not None:
             self.average.restart()  # the captioner holds the kept weights
         self.history.end(self.epoch, self.step_count)
+        self.history.rows = self.ranks.on_main(lambda: self.history.rows)
 
     def _make_callbacks(
         self, out: Path | None, monitor: Monitor | None, callbacks: Sequence[Any]
@@ -289,7 +313,7 @@ class Trainer(Stepper):
         every = parse_interval(config.save_every)
         self.checkpoints = Checkpoints(out, monitor, every, config.keep, config.keep_best)
         files = [Recorder(), self._progress, self.checkpoints]
-        return [*best, SkippedImages(), *callbacks, *files]
+        return [*best, SkippedImages(), *callbacks, *files] if self.ranks.main else []
 
     @contextmanager
     def _options(self, options: Mapping[str, Any]) -> Iterator[None]:
@@ -342,46 +366,17 @@ class Trainer(Stepper):
         )
 
     def _emit(self, event: str, *row: Row) -> None:
+        """Call the callbacks, on rank 0; whether they end the run, they say outside of steps."""
         for callback in self.callbacks:
             handler = getattr(callback, event, None)
             if handler is not None:
                 handler(self, *row)
+        if event != "on_step":
+            self.stopping = self.ranks.on_main(lambda: self.stopping)
 
     def describe(self) -> list[str]:
         """Lines about the run: models, data, terms and rates."""
-        config, source = self.config, self.train_source
-        model = self.captioner
-        whole, trained = model.num_parameters(), model.num_parameters(trainable=True)
-        lines = [
-            f"training '{model.name}': {whole / 1e6:.2f} M parameters, {trained / 1e6:.2f} M "
-            f"trained, on {self.device} in {self.precision}"
-        ]
-        if source is not None:
-            images = getattr(source, "num_images", None)
-            captions = captions_per_image(source, config)
-            data = f"{images} images x {captions} captions" if images else "ready-made batches"
-            workers = getattr(source, "num_workers", None)
-            data += "" if workers is None else f", {workers} worker processes"
-            curriculum = getattr(source, "curriculum", None)
-            data += "" if curriculum is None else f", easy ones first (by {curriculum.kind})"
-            cached = ", cached features" if self.cached else ""
-            lines.append(f"  data    {data}{cached}; {self.steps_per_epoch} steps per epoch")
-        terms = []
-        for name in self.objective.weights:
-            first, last = (self.objective.weight(name, at) for at in (0.0, 1.0))
-            terms.append(f"{name} {first:g}" + (f" to {last:g}" if last != first else ""))
-        adapted = f"; adapted by {weighting!r}" if (weighting := self.objective.weighting) else ""
-        lines.append(f"  terms   {', '.join(terms)}{adapted}")
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        rates = {str(group["name"]): group["initial_lr"] for group in groups}
-        shown = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-        lines.append(f"  rates   {shown}; {config.schedule}, at most {config.epochs} epochs")
-        if config.ema_decay is not None:
-            lines.append(f"  average of the weights with decay {config.ema_decay:g}")
-        if self.val_source is not None:
-            waits = "none" if config.patience is None else f"{config.patience} epochs"
-            lines.append(f"  best    by {monitor_key(config.monitor)}, patience {waits}")
-        return lines
+        return run_lines(self, self.train_source, self.val_source)
 
     # -- validation and state -------------------------------------------------------------------
 

@@ -2,16 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
 
 from capdistill.captioner import Captioner
+from capdistill.data.source import Source, numbered_batches, part_of
 from capdistill.errors import ConfigError
 from capdistill.metrics import DIRECTIONS, CaptionScorer, Metric
-from capdistill.outputs import Batch, require_unique_ids
+from capdistill.outputs import Batch, LossTerm, require_unique_ids
+from capdistill.runtime import autocast, evaluating
+from capdistill.training.config import TrainConfig
+from capdistill.training.distributed import Ranks, tensors_of
+from capdistill.training.history import LossMeter
 from capdistill.training.monitor import MEANINGFUL, Monitor, monitor_key, resolve_monitor
+from capdistill.training.objective import Objective
 
 References = dict[str, tuple[str, ...]]
+
+
+class Validated(Protocol):
+    """What validation uses of a trainer."""
+
+    captioner: Captioner
+    config: TrainConfig
+    objective: Objective
+    device: torch.device
+    precision: str
+    ranks: Ranks
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside the block, the captioner holds the averaged weights if there is an average."""
+
+    def terms(self, batch: Batch) -> dict[str, LossTerm]:
+        """The terms of a batch."""
+
+    def score(
+        self, references: Mapping[str, Sequence[str]], captions: Mapping[str, str]
+    ) -> dict[str, float]:
+        """Scores of captions by name."""
+
+
+def run_validation(trainer: Validated, source: Source) -> tuple[dict[str, Any], dict[str, float]]:
+    """Terms and scores over a source, which the ranks share; see `Stepper.validate`."""
+    if not callable(getattr(source, "epoch", None)):
+        given = type(source).__name__
+        raise ConfigError(f"validate: {given} was given; expected a Loader or epoch(n, start).")
+    captioner, ranks = trainer.captioner, trainer.ranks
+    source = part_of(source, ranks.rank, ranks.world_size)
+    meter, generated, references = LossMeter(), dict[str, str](), References()
+    with trainer.averaged(), evaluating(trainer.objective), torch.no_grad():
+        ranks.share(tensors_of(trainer.objective, buffers_only=True))  # batch norms differ
+        for batch in numbered_batches(source, 0):
+            if batch is None:
+                continue
+            add_references(references, batch)
+            batch = batch.to(trainer.device)
+            with autocast(trainer.device, trainer.precision):
+                batch = with_trunk_tokens(captioner, batch)
+                if any(batch.references or ()):
+                    how: Any = trainer.config.generation
+                    texts = [found.text for found in captioner.generate(batch, how)]
+                    generated |= zip(batch.image_ids, texts, strict=True)
+            terms = trainer.terms(batch)
+            values = torch.stack([term.sum.float() for term in terms.values()]).tolist()
+            weights = {name: term.weight for name, term in terms.items()}
+            counts = {name: term.count for name, term in terms.items()}
+            meter.add(dict(zip(terms, values, strict=True)), weights, counts)
+    skipped = ranks.gather_problems(source)
+    meter, generated, references = merge_parts(ranks.gather((meter, generated, references)))
+    found = {**meter.summary(), "images": len(references), "skipped": skipped}
+    scored = {image: texts for image, texts in references.items() if texts}
+    captions = {image: generated[image] for image in scored}
+    return found, ranks.on_main(trainer.score, scored, captions)
+
+
+Part = tuple[LossMeter, dict[str, str], References]
+
+
+def merge_parts(parts: Iterable[Part]) -> Part:
+    """What the ranks found, each on other images, as one.
+
+    Raises:
+        DataError: an image id that occurs on two ranks.
+    """
+    (meter, generated, references), *others = parts
+    for other, texts, more in others:
+        require_unique_ids(more, "the validation data", set(references))
+        references |= more
+        generated |= texts
+        meter.merge(other)
+    return meter, generated, references
 
 
 def make_monitor(monitor: str, patience: int | None, metrics: Sequence[str | Metric]) -> Monitor:

@@ -85,6 +85,13 @@ class Weighting(nn.Module):
             student: The captioner that is trained.
         """
 
+    def measure(self, add: Callable[[Tensor], Tensor]) -> None:
+        """Set gradients from what was observed in the micro-batches of a step.
+
+        Args:
+            add: Sums a tensor over the processes that train together.
+        """
+
     def end_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:
         """Measure the terms of a whole step after it.
 
