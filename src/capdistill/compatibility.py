@@ -13,7 +13,7 @@ from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError, IncompatibleModels, suggest
 from capdistill.losses.base import DistillationLoss
 from capdistill.losses.token import first_difference
-from capdistill.outputs import LOGITS, Batch, CaptionerOutput, ModelSpec
+from capdistill.outputs import LOGITS, Batch, CaptionerOutput, ModelSpec, TopWords
 from capdistill.runtime import inference
 from capdistill.tokenizer import pad_batch
 
@@ -99,7 +99,7 @@ def require_output(
             f"{source} {type(output).__name__}, but must return a CaptionerOutput."
         )
     for what in sorted(needed):
-        if getattr(output, what) is None:
+        if not output.gives(what):
             raise IncompatibleModels(
                 f"{source} None for {what}, which is needed.\n"
                 f"Return CaptionerOutput(..., {what}=...), or remove the loss that needs it."
@@ -247,7 +247,7 @@ def require_scalars(
         outputs = (("student", student), ("teacher", theirs if loss.from_teacher else student))
         for role, output in outputs:
             for what in sorted(loss.needs):
-                if getattr(output, what, None) is None:
+                if output is None or not output.gives(what):
                     raise IncompatibleModels(
                         f"The loss '{name}' ({type(loss).__name__}) needs {what}, which the "
                         f"{role} does not return. Remove the loss, or use a {role} that has it."
@@ -290,7 +290,13 @@ def _to(output: CaptionerOutput, device: torch.device) -> CaptionerOutput:
         features=move(output.features),
         attention=move(output.attention),
         mask=move(output.mask),
+        words=output.words and _words_to(output.words, device),
     )
+
+
+def _words_to(words: TopWords, device: torch.device) -> TopWords:
+    rest = {temperature: each.to(device) for temperature, each in words.rest.items()}
+    return TopWords(words.ids.to(device), words.logits.to(device), rest)
 
 
 def require_apart(teacher: nn.Module, objective: nn.Module) -> None:

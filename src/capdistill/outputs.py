@@ -232,6 +232,43 @@ class DecoderOutput:
 
 
 @dataclass(frozen=True)
+class TopWords:
+    """A teacher's most probable words at each position, and how probable all others are.
+
+    Args:
+        ids: (B, T - 1, k) the words, the most probable first.
+        logits: (B, T - 1, k) their logits, less the largest.
+        rest: Temperature -> (B, T - 1) the log-sum-exp over all other words of their logits, less
+            the largest, divided by the temperature.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    rest: Mapping[float, Tensor]
+
+    def log_probs(self, temperature: float, k: int | None = None, bucket: bool = True) -> Tensor:
+        """(B, T - 1, k + 1) log-probabilities of the first k words, then of all others together.
+
+        Example:
+            >>> logits = torch.tensor([[[0.0, -1.0]]])
+            >>> words = TopWords(torch.tensor([[[7, 3]]]), logits, {1.0: torch.zeros(1, 1)})
+            >>> words.log_probs(1.0).exp()
+            tensor([[[0.4223, 0.1554, 0.4223]]])
+
+        Args:
+            temperature: One of those of `rest`; any without `bucket`.
+            k: All that there are by default.
+            bucket: False leaves out the others; (B, T - 1, k).
+        """
+        scaled = self.logits.float() / temperature
+        chosen, others = scaled[..., :k], scaled[..., scaled.shape[-1] if k is None else k :]
+        if bucket:
+            rest = torch.cat([others, self.rest[temperature][..., None]], -1)
+            chosen = torch.cat([chosen, rest.logsumexp(-1, keepdim=True)], -1)
+        return chosen.log_softmax(-1)
+
+
+@dataclass(frozen=True)
 class CaptionerOutput:
     """The output of a captioner for a batch, aligned with `batch.targets`.
 
@@ -242,6 +279,7 @@ class CaptionerOutput:
         attention: (B, T - 1, N), or None.
         mask: (B, T - 1), `batch.target_mask`; losses read it from the batch.
         members: Of an ensemble, the outputs of members by name, as far as they were needed.
+        words: Of a cached teacher that keeps the most probable words, those, instead of logits.
     """
 
     logits: Tensor | None = None
@@ -250,6 +288,11 @@ class CaptionerOutput:
     attention: Tensor | None = None
     mask: Tensor | None = None
     members: Mapping[str, CaptionerOutput] | None = None
+    words: TopWords | None = None
+
+    def gives(self, what: str) -> bool:
+        """Whether it has an output that a loss needs."""
+        return getattr(self, what) is not None or (what == "logits" and self.words is not None)
 
     def of(self, member: str | None) -> CaptionerOutput:
         """The output of a member by name; the output as a whole without a name or members."""

@@ -326,3 +326,126 @@ def test_a_killed_writer_is_continued_to_the_same_targets(tmp_path: Path) -> Non
     whole = cache(teacher, data, tmp_path / "whole", batch_size=1, **QUIET)
     for batch in batches(data):
         assert torch.equal(found(batch).logits, whole(batch).logits)
+
+
+# -- top k -------------------------------------------------------------------------------------
+
+
+def exact_bucket(student: Tensor, teacher: Tensor, k: int, temperature: float) -> Tensor:
+    """KL on the teacher's k most probable words and all others together, in float64."""
+    p, q = ((each.double() / temperature).softmax(-1) for each in (teacher, student))
+    ids = p.topk(k).indices
+    p, q = (torch.cat([e.gather(-1, ids), 1 - e.gather(-1, ids).sum(-1, True)], -1) for e in (p, q))
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("kind", ["captioner", "ensemble", "wrapped"])
+def test_top_words_give_the_divergence_with_the_rest_as_one_entry(
+    data: CaptionData, tmp_path: Path, temperature: float, kind: str
+) -> None:
+    live: Any = tiny.make_teacher()
+    if kind == "ensemble":
+        live = Ensemble(members(), [2, 1], "confidence")
+    elif kind == "wrapped":
+        inner = live
+        live = cd.teachers.wrap(inner, lambda module, batch: module(batch), inner.tokenizer)
+    how: dict[str, Any] = {"top_k": 4, "temperatures": [1, 2, 4], "min_mass": 0, **QUIET}
+    how["image_size"] = tiny.SIDE  # of a wrapped model, it is not known
+    cached = cache(live, data, tmp_path / "targets", **how)
+    assert isinstance(cached, CachedTeacher)
+    student = tiny.make_student().eval()
+    for batch in batches(data):
+        with torch.no_grad():
+            live.eval()
+            theirs, ours = live(batch).logits, student(batch)
+        logits = ours.logits.clone().requires_grad_()
+        loss = cd.TokenKD(temperature)
+        total = loss(replace(ours, logits=logits), cached(batch), batch)
+        total.backward()
+        exact = logits.detach().clone().requires_grad_()
+        expected = exact_bucket(exact, theirs, 4, temperature)[batch.target_mask].sum()
+        (temperature**2 * expected).backward()
+        assert total.item() == pytest.approx(temperature**2 * expected.item(), rel=8 * HALF)
+        assert (logits.grad - exact.grad).abs().max() < 4 * HALF * exact.grad.abs().max()
+        fewer = cd.losses.create("top_k", k=2, temperature=temperature)
+        value = fewer(ours, cached(batch), batch)
+        live_value = fewer(ours, replace(ours, logits=theirs), batch)
+        assert float(value) == pytest.approx(float(live_value), rel=8 * HALF)
+
+
+def test_words_with_a_small_probability_are_refused_with_the_figure(
+    data: CaptionData, tmp_path: Path
+) -> None:
+    place, teacher = tmp_path / "targets", tiny.make_teacher().eval()
+    how: dict[str, Any] = {"top_k": 3, "temperatures": [1.0, 4.0], **QUIET}
+    with pytest.raises(ConfigError, match=r"probability of \d\d% at T = 1, \d\d% at T = 4; at lea"):
+        cache(teacher, data, place, **how)
+    cached: Any = cache(teacher, data, place, **{**how, "min_mass": 0.1})
+    masses = []
+    for batch in batches(data, train=False, captions_per_image=4, batch_size=1):
+        with torch.no_grad():
+            p = (teacher(batch).logits / 4).softmax(-1)[batch.target_mask]
+        rows = len({*batch.captions})
+        masses.append(p.topk(3).values.sum(-1)[: int(batch.target_mask[:rows].sum())])
+    assert cached.mass()[4.0] == pytest.approx(float(torch.cat(masses).mean()), abs=1e-3)
+    assert "top 3 words of 6 images" in repr(cached)
+
+
+def test_losses_that_read_all_words_or_another_temperature_are_refused(
+    data: CaptionData, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"top_k": 3, "temperatures": 2.0, "min_mass": 0, **QUIET}
+    cached = cache(tiny.make_teacher(), data, tmp_path / "targets", **how)
+    reasons = {
+        "compares the logits of all words": {"name": "reverse_kl"},
+        r"temperature is 4.0.*at 2 alone": {"name": "token"},
+        r"temperature is \(4.0, 2.0\)": {"name": "token", "temperature": [4, 2]},
+        "k=5, but the cached teacher keeps the 3": {"name": "top_k", "k": 5, "temperature": 2},
+        "no cached hidden": {"name": "hidden"},
+    }
+    for reason, loss in reasons.items():
+        with pytest.raises(ConfigError, match=reason):
+            cd.Distiller(cached, tiny.make_student(), losses={"it": loss}, **QUIET)
+    losses = {
+        "token": {"name": "token", "temperature": 2.0},
+        "some": {"name": "top_k", "k": 2, "rest": "renormalise", "temperature": [4, 2]},
+    }
+    distiller = cd.Distiller(cached, tiny.make_student(), losses=losses, **QUIET)
+    history = distiller.fit(data, epochs=2, augment=False, batch_size=2)
+    terms = [row["train"]["terms"]["token"]["raw"] for row in history.epochs]
+    assert 0 < terms[1] < terms[0]
+    with pytest.raises(ConfigError, match=r"top_k=99, but there are \d+ words"):
+        cache(tiny.make_teacher(), data, tmp_path / "more", top_k=99, **QUIET)
+    with pytest.raises(ConfigError, match=r"draws a member in every epoch"):
+        cache(Ensemble(members(), mixing="draw"), data, tmp_path / "more", top_k=2, **QUIET)
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+class PowerCut:
+    def on_step(self, trainer: Any, row: Any) -> None:
+        if row["step"] == 4:
+            raise RuntimeError("power cut")
+
+
+def test_a_resumed_run_ends_with_the_same_weights(data: CaptionData, tmp_path: Path) -> None:
+    live = Ensemble(members(), [2, 1], "draw")
+    how: dict[str, Any] = {"cache_views": 2, "flip": True, "cache_features": True}
+    how |= {"cache_dir": tmp_path / "maps", **QUIET}
+    cached = cache(live, data, tmp_path / "targets", **{**how, "cache_features": False})
+
+    def run(out: str, callbacks: Any = (), resume: Any = False) -> Any:
+        student = tiny.make_student(trainable=False, dropout=0.3)
+        student.save = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        options = {**how, "epochs": 3, "batch_size": 2, "save_every": 1, "word_dropout": 0.2}
+        losses = {"token": {"name": "token", "temperature": 2.0}}
+        distiller = cd.Distiller(cached, student, losses=losses, **options)
+        distiller.fit(data, out=tmp_path / out, callbacks=callbacks, resume=resume)
+        return distiller.objective.state_dict()
+
+    whole = run("whole")
+    with pytest.raises(RuntimeError, match="power cut"):
+        run("parts", [PowerCut()])
+    assert tiny.same_bits(run("parts", resume=True), whole)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from capdistill.errors import IncompatibleModels
+from capdistill.errors import ConfigError, IncompatibleModels
 from capdistill.losses.base import (
     DistillationLoss,
     Schedule,
@@ -16,7 +16,8 @@ from capdistill.losses.base import (
     scheduled,
 )
 from capdistill.losses.divergence import kl_divergence
-from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
+from capdistill.losses.entries import entries_divergence
+from capdistill.outputs import Batch, CaptionerOutput, ModelSpec, TopWords
 
 
 class LogitsLoss(DistillationLoss):
@@ -60,8 +61,10 @@ class LogitsLoss(DistillationLoss):
         """T² times the sum of the divergence over valid tokens."""
         name = type(self).__name__
         ours = given(name, "logits", "student", student.logits)  # (B, T, V)
-        theirs = given(name, "logits", "teacher", teacher.logits)
         now = self._temperature_at(self.progress)
+        if teacher.words is not None:
+            return now**2 * self.divergence_on_words(ours, teacher.words, batch, now)
+        theirs = given(name, "logits", "teacher", teacher.logits)
         return now**2 * self.divergence(ours, theirs, batch, now)
 
     def settings(self, progress: float) -> dict[str, float]:
@@ -75,6 +78,33 @@ class LogitsLoss(DistillationLoss):
         self, student: Tensor, teacher: Tensor, batch: Batch, temperature: float
     ) -> Tensor:
         """The sum over valid tokens, at one temperature, of logits (B, T, V)."""
+
+    def require_words(self, k: int, temperatures: Sequence[float]) -> None:
+        """Check that a teacher's k most probable words will do; by default all are needed.
+
+        Args:
+            k: How many there are.
+            temperatures: Those at which the probability of all others is known.
+
+        Raises:
+            ConfigError: they will not.
+        """
+        raise ConfigError(words_missing(self, k))
+
+    def divergence_on_words(
+        self, student: Tensor, words: TopWords, batch: Batch, temperature: float
+    ) -> Tensor:
+        """As `divergence`, where the teacher gives its most probable words alone."""
+        raise NotImplementedError
+
+    def _require_temperature(self, temperatures: Sequence[float]) -> None:
+        if self.temperature not in temperatures:
+            known = ", ".join(f"{each:g}" for each in temperatures)
+            raise ConfigError(
+                f"{self._temperature} is {self.temperature}, but the cached teacher knows how "
+                f"probable the words are that it left out at {known} alone. Use one of these, or "
+                "give temperatures= to capdistill.teachers.cache, with overwrite=True."
+            )
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -125,6 +155,25 @@ class TokenKD(LogitsLoss):
     ) -> Tensor:
         """KL(teacher || student)."""
         return kl_divergence(student, teacher, batch.target_mask, temperature)
+
+    def require_words(self, k: int, temperatures: Sequence[float]) -> None:
+        """The other words are then one more entry, as in `TopKD`."""
+        self._require_temperature(temperatures)
+
+    def divergence_on_words(
+        self, student: Tensor, words: TopWords, batch: Batch, temperature: float
+    ) -> Tensor:
+        """KL(teacher || student) on the words that there are, and all others together."""
+        target = words.log_probs(temperature)
+        return entries_divergence(student, words.ids, target, batch.target_mask, temperature)
+
+
+def words_missing(loss: object, k: int) -> str:
+    """The message about a loss that needs more than a teacher's k most probable words."""
+    return (
+        f"{type(loss).__name__} compares the logits of all words, but the cached teacher keeps the "
+        f"{k} most probable ones. Cache it without top_k=, or use TokenKD or TopKD."
+    )
 
 
 def first_difference(student: Sequence[str], teacher: Sequence[str]) -> int | None:

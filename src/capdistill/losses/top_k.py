@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from capdistill.errors import ConfigError, require_int, suggest
 from capdistill.losses.base import Schedule
 from capdistill.losses.divergence import top_k_divergence
+from capdistill.losses.entries import entries_divergence
 from capdistill.losses.token import LogitsLoss
-from capdistill.outputs import Batch
+from capdistill.outputs import Batch, TopWords
 
 REST = ("bucket", "renormalise")
 
@@ -63,6 +65,24 @@ class TopKD(LogitsLoss):
         return top_k_divergence(
             student, teacher, batch.target_mask, self.k, temperature, bucket=bucket
         )
+
+    def require_words(self, k: int, temperatures: Sequence[float]) -> None:
+        """Of the words that a teacher keeps, the first k are read."""
+        if self.k > k:
+            raise ConfigError(
+                f"TopKD: k={self.k}, but the cached teacher keeps the {k} most probable words. Use "
+                f"k={k} or less, or cache it with a larger top_k=."
+            )
+        if self.rest == "bucket":
+            self._require_temperature(temperatures)
+
+    def divergence_on_words(
+        self, student: Tensor, words: TopWords, batch: Batch, temperature: float
+    ) -> Tensor:
+        """KL(teacher || student) on the first k words."""
+        target = words.log_probs(temperature, self.k, self.rest == "bucket")
+        ids = words.ids[..., : self.k]
+        return entries_divergence(student, ids, target, batch.target_mask, temperature)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

@@ -20,13 +20,15 @@ from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.losses.base import DistillationLoss
 from capdistill.losses.hidden import HiddenKD
-from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
+from capdistill.losses.token import LogitsLoss, words_missing
+from capdistill.outputs import OUTPUTS, Batch, CaptionerOutput, ModelSpec, TopWords
 from capdistill.saving import find_tokenizer
 from capdistill.teachers.cached_store import ABOUT, Store
 from capdistill.tokenizer import Tokenizer
 from capdistill.weights import read_state_dict
 
 OUTPUT = "output.safetensors"
+WORDS = ("ids", "logits", "rest")
 _ANEW = "Call capdistill.teachers.cache(teacher, data, directory) again, which adds what is missing"
 
 
@@ -68,6 +70,8 @@ class CachedTeacher(CaptionGenerator):
         CheckpointError: no such directory, or damaged files.
     """
 
+    teacher: Tensor  # the hash of its weights, so that the state of a run names it
+
     def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
         self.directory = user_path(directory, CheckpointError)
@@ -75,22 +79,37 @@ class CachedTeacher(CaptionGenerator):
         content = self.store.content
         self.tokenizer = find_tokenizer(self.directory, content, tokenizer)
         self.name = str(content["name"])
-        weights = read_state_dict(self.directory / OUTPUT)
-        self.weight = nn.Parameter(weights["weight"], requires_grad=False)  # (V, H)
-        bias = weights.get("bias")
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # (V,)
+        self.weight: nn.Parameter | None = None  # (V, H)
+        self.bias: nn.Parameter | None = None  # (V,)
+        if "hidden" in self.store.columns:
+            for name, value in read_state_dict(self.directory / OUTPUT).items():
+                setattr(self, name, nn.Parameter(value, requires_grad=False))
         key = bytes.fromhex(content["about"]["weights of the teacher"])
         self.register_buffer("teacher", torch.tensor(list(key), dtype=torch.uint8))
-        self.outputs = frozenset({"logits", *self.store.columns})
+        self.outputs = frozenset({"logits", *OUTPUTS.intersection(self.store.columns)})
+        self.temperatures: tuple[float, ...] = tuple(content["about"]["temperatures"])
         self.made_up = False
         self._maps: dict[str, np.ndarray[Any, Any]] = {}
         self.eval()
 
     def __repr__(self) -> str:
-        return (
-            f"CachedTeacher '{self.name}': {', '.join(sorted(self.outputs))} of "
-            f"{len(self.store.index.entries):,} images"
+        images = f"{len(self.store.index.entries):,} images"
+        if self.top_k is None:
+            return f"CachedTeacher '{self.name}': {', '.join(sorted(self.outputs))} of {images}"
+        masses = ", ".join(f"{mass:.0%} at T = {t:g}" for t, mass in self.mass().items())
+        return f"CachedTeacher '{self.name}': top {self.top_k} words of {images} ({masses})"
+
+    @property
+    def top_k(self) -> int | None:
+        """How many words are kept of each target; None if all are known."""
+        return self.store.columns["ids"].width if "ids" in self.store.columns else None
+
+    def mass(self, tokens: int = 1000) -> dict[float, float]:
+        """Temperature -> mean probability of the kept words together, over the first tokens."""
+        logits, rest = (
+            torch.from_numpy(self.store.array(name)[:tokens].copy()) for name in ("logits", "rest")
         )
+        return kept_mass(logits, rest, self.temperatures)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_maps": {}}  # files are opened again
@@ -112,24 +131,31 @@ class CachedTeacher(CaptionGenerator):
         found: dict[str, Any] = {}
         if need & {"logits", "hidden", "attention"} or not need:
             rows, places = self._places(batch)
-            index = torch.from_numpy(places).to(self.weight.device)
+            index = torch.from_numpy(places).to(self.teacher.device)
 
             def spread(values: Tensor) -> Tensor:  # (n, W) to (B, T - 1, W), 0 in the padding
                 size = batch.targets.shape
                 padded = values.new_zeros(size[0] * size[1], values.shape[1])
                 return padded.index_copy_(0, index, values).view(*size, -1)
 
-            if need & {"logits", "hidden"} or not need:
+            if self.weight is None:
+                if "logits" in need or not need:
+                    found["words"] = self._words({n: spread(self._read(n, rows)) for n in WORDS})
+            elif need & {"logits", "hidden"} or not need:
                 hidden = self._read("hidden", rows)  # (n, H)
                 if "hidden" in need:
                     found["hidden"] = (spread(hidden),)
                 if "logits" in need or not need:
-                    found["logits"] = spread(F.linear(hidden, self.weight, self.bias))
+                    found["logits"] = spread(self._logits(hidden))
             if "attention" in need:
                 found["attention"] = spread(self._read("attention", rows))
         if "features" in need:
             found["features"] = self._features(batch)
         return CaptionerOutput(mask=batch.target_mask, **found)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
     def _places(self, batch: Batch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """For each target token: its row in the arrays, and its place among the B * (T - 1)."""
@@ -190,15 +216,19 @@ class CachedTeacher(CaptionGenerator):
         """(n, W) rows of an array, on the device."""
         if name not in self._maps:
             self._maps[name] = self.store.array(name)
-        values = torch.from_numpy(self._maps[name][rows])
-        return values.to(self.weight.device, non_blocking=True).to(self.weight.dtype)
+        values = torch.from_numpy(self._maps[name][rows]).to(self.teacher.device, non_blocking=True)
+        return values.long() if name == "ids" else values.float()
+
+    def _words(self, found: Mapping[str, Tensor]) -> TopWords:
+        rest = dict(zip(self.temperatures, found["rest"].unbind(-1), strict=True))
+        return TopWords(found["ids"], found["logits"], rest)
 
     def _features(self, batch: Batch) -> Tensor:
         """(I, N, D) features."""
         spec = self.spec()
         shape = batch.num_images, spec.tokens or 0, spec.feature_dim or 0
         if self.made_up:
-            return self.weight.new_zeros(shape)
+            return torch.zeros(shape, device=self.teacher.device)
         rows = []
         for image_id, view in zip(batch.image_ids, self._views(batch), strict=True):
             row = self.store.index.image_row(image_id, view)
@@ -271,7 +301,7 @@ class CachedTeacher(CaptionGenerator):
             tokens=about["tokens"],
             prefix_tokens=about["prefix_tokens"],
             grid=None if grid is None else (grid[0], grid[1]),
-            hidden_dims=(self.weight.shape[1],),
+            hidden_dims=() if self.weight is None else (self.weight.shape[1],),
             vocabulary=self.tokenizer.vocabulary,
             has_attention="attention" in self.outputs,
             name=self.name,
@@ -326,11 +356,22 @@ def require_kept(losses: Mapping[str, DistillationLoss], teachers: Mapping[str, 
         if loss.needs - teacher.outputs:
             other = ', or compare fewer: match="pooled"' if "attention" in loss.needs else ""
             raise ConfigError(f"losses: '{term}': {teacher.lack(loss.needs)[:-1]}{other}.")
+        if teacher.top_k is not None and "logits" in loss.needs:
+            if not isinstance(loss, LogitsLoss):
+                raise ConfigError(f"losses: '{term}': {words_missing(loss, teacher.top_k)}")
+            loss.require_words(teacher.top_k, teacher.temperatures)
         if isinstance(loss, HiddenKD) and loss.layers not in ("last", {-1: -1}):
             raise ConfigError(
                 f"losses: '{term}' pairs layers {loss.layers!r}, but '{teacher.name}' keeps the "
                 'last hidden vector alone. Use layers="last", or give the teacher itself.'
             )
+
+
+def kept_mass(logits: Tensor, rest: Tensor, temperatures: Iterable[float]) -> dict[float, float]:
+    """Temperature -> mean probability of the kept words, of (n, k) logits and (n, temperatures)."""
+    pairs = zip(temperatures, rest.unbind(-1), strict=True)
+    odds = ((t, (logits.float() / t).logsumexp(-1) - others) for t, others in pairs)
+    return {t: float(each.sigmoid().mean()) for t, each in odds}
 
 
 @contextmanager

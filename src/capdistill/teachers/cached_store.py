@@ -21,6 +21,7 @@ from capdistill.files import write_text
 
 FORMAT = "capdistill.targets/1"
 ABOUT, INDEX = "targets.json", "index.jsonl"
+DTYPES = (".float16", ".float32", ".uint16", ".int32")  # the endings of the arrays' files
 
 
 class Column(NamedTuple):
@@ -257,7 +258,8 @@ def read_content(directory: Path) -> dict[str, Any]:
             raise ValueError(f"format {content['format']!r}")
         for each in content["columns"]:
             column = Column(*each)
-            if column.file(directory).parent != directory or column.row_bytes < 1:
+            path = column.file(directory)
+            if path.parent != directory or path.suffix not in DTYPES or column.row_bytes < 1:
                 raise ValueError(f"column {column.name!r}")
         content["about"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -312,15 +314,19 @@ def start(
         ConfigError: what is there was made differently; the message says how.
     """
     index = directory / INDEX
-    if (directory / ABOUT).exists() and not overwrite:
+    rows = index.stat().st_size
+    if (directory / ABOUT).exists() and rows and not overwrite:
         _require_same(directory, content["about"])
-    elif index.stat().st_size and not overwrite:
+    elif rows and not overwrite:
         raise ConfigError(
             f"{directory} holds rows, but no {ABOUT}, which says how they were made. Give another "
             "directory, or overwrite=True to replace them."
         )
     else:
         os.truncate(index, 0)  # first: old rows must never stand beside a new description
+        for path in directory.iterdir():
+            if path.suffix in DTYPES:
+                path.unlink()  # who reads it now keeps it
         for name, write in files.items():
             write(directory / name)
         write_text(directory / ABOUT, json.dumps({"format": FORMAT, **content}, indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size as largest_size
 from capdistill.data.dataset import CaptionData
 from capdistill.data.rows import accept_rows
-from capdistill.errors import ConfigError, require_bool, require_int, suggest
+from capdistill.errors import ConfigError, require_bool, require_int, require_number, suggest
 from capdistill.feature_files import default_cache_dir
 from capdistill.files import user_path
+from capdistill.generation.decode import CaptionGenerator
 from capdistill.runtime import pick_device, pick_precision
 from capdistill.teachers.cached import CachedTeacher
-from capdistill.teachers.cached_writer import Writer
+from capdistill.teachers.cached_writer import Words, Writer
 from capdistill.teachers.caption_file import require_data
-from capdistill.teachers.ensemble import Ensemble
+from capdistill.teachers.ensemble import Ensemble, leaves
 from capdistill.teachers.mean_teacher import MeanTeacher
 
 KEPT = ("features", "attention")
@@ -32,6 +34,9 @@ def cache(
     cache_views: int = 1,
     flip: bool = False,
     keep: Iterable[str] = (),
+    top_k: int | None = None,
+    temperatures: Iterable[float] = (1.0,),
+    min_mass: float = 0.9,
     image_size: int | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
@@ -73,6 +78,14 @@ def cache(
             beside the centre are mirrored.
         keep: What losses read besides logits and the last hidden vector: "features" (of
             `FeatureKD`, 2 N D bytes per image and view), "attention" (2 N bytes per token).
+        top_k: For vocabularies of 30,000 words and more: keep the k most probable words of each
+            target (4 bytes each, 6 beyond 65,536 words) instead of the hidden vector, which is
+            also all that can be kept of a wrapped captioner. An ensemble is then cached as one,
+            without its members. Losses that read all words are refused. `TokenKD` adds up the
+            probability of all others, so it is `TopKD`.
+        temperatures: With `top_k`, those at which the probability of the other words is kept.
+        min_mass: With `top_k`, the least probability that the kept words must have together, on
+            average and at each temperature.
         image_size: Side in pixels of the images; by default that of the largest that a member
             reads, as in a run with the teacher itself.
         batch_size: Images per batch.
@@ -83,7 +96,8 @@ def cache(
         progress: Show progress.
 
     Raises:
-        ConfigError: an invalid option; a teacher of another kind; or the directory holds targets
+        ConfigError: an invalid option; a teacher of another kind; the `top_k` words have a
+            probability below `min_mass` (the message gives it); or the directory holds targets
             of another teacher, precision, ... (the message says what differs).
         DataError: data of another kind, no readable image, or an image that has changed.
 
@@ -93,8 +107,12 @@ def cache(
         Recognition, section 3.
     """
     data, val = accept_rows(data), accept_rows(val)
-    _require(teacher, data, val)
+    require_data("cache", data)
+    if val is not None:
+        require_data("cache", val)
     kept = _kept(keep)
+    words = None if top_k is None else _words(top_k, temperatures, min_mass, teacher)
+    _require(teacher, words, kept)
     for name, value in {"cache_views": cache_views, "batch_size": batch_size}.items():
         require_int(f"cache: {name}", value, 1, 10_000)
     flags = {"flip": flip, "cache_features": cache_features, "overwrite": overwrite}
@@ -105,6 +123,7 @@ def cache(
         image_size=largest_size(teacher) if image_size is None else image_size,
         flip=flip,
         kept=kept,
+        words=words,
         batch_size=batch_size,
         num_workers=num_workers,
         device=place,
@@ -117,27 +136,60 @@ def cache(
     return writer.run(teacher, parts, user_path(directory))
 
 
-def _require(teacher: Any, data: Any, val: Any) -> None:
-    require_data("cache", data)
-    if val is not None:
-        require_data("cache", val)
+def _require(teacher: Any, words: Words | None, kept: frozenset[str]) -> None:
     members = list(teacher.members.values()) if isinstance(teacher, Ensemble) else [teacher]
+    if any(isinstance(part, MeanTeacher) for part in leaves(teacher)):
+        raise ConfigError(
+            "cache: a MeanTeacher changes with every step of the student, so its targets cannot be "
+            "kept. Give the teacher itself to the distiller."
+        )
+    if words is not None:
+        _require_as_one(teacher, kept)
+        return
     for member in members:
         if isinstance(member, Ensemble):
-            _require(member, data, val)
-        elif isinstance(member, MeanTeacher):
-            raise ConfigError(
-                "cache: a MeanTeacher changes with every step of the student, so its targets "
-                "cannot be kept. Give the teacher itself to the distiller."
-            )
+            _require(member, words, kept)
         elif not isinstance(member, Captioner):
             raise ConfigError(
                 f"cache: {type(member).__name__} was given. Give a capdistill.Captioner, or an "
                 "ensemble of such: targets are kept as hidden vectors and made into logits by the "
-                "output matrix, which a wrapped captioner does not show."
+                "output matrix, which a wrapped captioner does not show. Or keep its most probable "
+                "words: top_k=."
             )
         else:
             member.decoder.output_layer()  # says what is missing
+
+
+def _require_as_one(teacher: Any, kept: frozenset[str]) -> None:
+    """Refuse what cannot be kept as one distribution."""
+    if not isinstance(teacher, CaptionGenerator) or isinstance(teacher, CachedTeacher):
+        raise ConfigError(
+            f"cache: {type(teacher).__name__} was given. Give a capdistill.Captioner, an ensemble, "
+            "or capdistill.teachers.wrap(...)."
+        )
+    if isinstance(teacher, Ensemble) and teacher.mixing == "draw":
+        raise ConfigError(
+            "cache: top_k keeps one distribution per target, but mixing='draw' draws a member in "
+            "every epoch. Leave top_k out, which keeps every member."
+        )
+    if kept and not isinstance(teacher, Captioner):
+        raise ConfigError(
+            f"cache: '{teacher.name}' is no capdistill.Captioner, so beside top_k nothing can be "
+            f"kept of it (keep={sorted(kept)}). Leave keep out, or leave top_k out."
+        )
+
+
+def _words(top_k: int, temperatures: Iterable[float], min_mass: float, teacher: Any) -> Words:
+    require_int("cache: top_k", top_k, 1)
+    listed = [temperatures] if isinstance(temperatures, Real) else list(temperatures)
+    checked = [require_number("cache: temperatures", each, above=0) for each in listed]
+    require_number("cache: min_mass", min_mass, 0, below=1)
+    size = len(teacher.tokenizer.vocabulary)
+    if top_k >= size:
+        raise ConfigError(
+            f"cache: top_k={top_k}, but there are {size} words. Give fewer, or leave it out."
+        )
+    return Words(top_k, tuple(sorted({float(each) for each in checked})), float(min_mass))
 
 
 def _kept(keep: Iterable[str]) -> frozenset[str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +19,65 @@ from capdistill.data.dataset import CaptionData, Example
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
 from capdistill.files import write_atomically
+from capdistill.losses.divergence import full
 from capdistill.outputs import Batch
 from capdistill.progress import progress as report_progress
 from capdistill.runtime import autocast, on_device
 from capdistill.saving import TOKENIZER, describe_tokenizer, hash_weights
-from capdistill.teachers.cached import OUTPUT, CachedTeacher
+from capdistill.teachers.cached import OUTPUT, CachedTeacher, kept_mass
 from capdistill.teachers.cached_store import Column, Line, Store, locked, start
 from capdistill.teachers.captions import cache_key, trunk_caches
 from capdistill.teachers.directory import write_list
-from capdistill.teachers.ensemble import Ensemble
+from capdistill.teachers.ensemble import Ensemble, leaves
 from capdistill.tokenizer import WordTokenizer, pad_batch
+
+
+class Words(NamedTuple):
+    """Which words are kept of each target, instead of the last hidden vector.
+
+    Args:
+        k: How many, the most probable ones.
+        temperatures: Those at which the probability of the others is kept.
+        min_mass: The least probability that they must have.
+    """
+
+    k: int
+    temperatures: tuple[float, ...]
+    min_mass: float
+
+    def columns(self, vocabulary: int) -> list[Column]:
+        """Their arrays."""
+        ids = Column("ids", "uint16" if vocabulary <= 2**16 else "int32", self.k)
+        rest = Column("rest", "float32", len(self.temperatures))
+        return [ids, Column("logits", "float16", self.k), rest]
+
+    def of(self, logits: Tensor) -> dict[str, Tensor]:
+        """(n, V) logits to the words, their logits and the log-sum-exp of the rest."""
+        logits = full(logits)
+        top, ids = logits.topk(self.k)
+        others = logits.scatter(-1, ids, -torch.inf) - top[:, :1]
+        rest = [(others / each).logsumexp(-1) for each in self.temperatures]
+        return {
+            "ids": ids,
+            "logits": (top - top[:, :1]).clamp(min=-6e4),
+            "rest": torch.stack(rest, -1),
+        }
+
+    def require_mass(self, found: dict[str, Tensor], name: str) -> None:
+        """Refuse words that have too small a probability on average.
+
+        Raises:
+            ConfigError: with the figure at each temperature.
+        """
+        masses = kept_mass(found["logits"], found["rest"], self.temperatures)
+        if min(masses.values()) < self.min_mass:
+            shown = ", ".join(f"{mass:.0%} at T = {t:g}" for t, mass in masses.items())
+            raise ConfigError(
+                f"cache: the {self.k} most probable words of '{name}' have a probability of "
+                f"{shown}; at least {self.min_mass:.0%} is asked for. Leave top_k out, which keeps "
+                "all words by the hidden vector; or give a larger top_k, a lower temperature, or a "
+                "lower min_mass."
+            )
 
 
 @dataclass(frozen=True)
@@ -37,12 +86,14 @@ class Writer:
 
     Args:
         kept: Outputs beside the last hidden vector.
+        words: The words to keep instead of it.
         trunks: Directory of cached features; None runs the trunks.
     """
 
     image_size: int
     flip: bool
     kept: frozenset[str]
+    words: Words | None
     batch_size: int
     num_workers: int
     device: torch.device
@@ -61,7 +112,7 @@ class Writer:
             parts: Data sets, each with its number of views.
             directory: Where the files go.
         """
-        if not isinstance(teacher, Ensemble):
+        if not isinstance(teacher, Ensemble) or self.words is not None:
             self.write(teacher, parts, directory)
             return CachedTeacher(directory, teacher.tokenizer)
         places = {
@@ -78,142 +129,167 @@ class Writer:
         return Ensemble(made, weights, teacher.mixing, name=teacher.name)
 
     def write(
-        self, teacher: Captioner, parts: Sequence[tuple[CaptionData, int]], directory: Path
+        self, teacher: Any, parts: Sequence[tuple[CaptionData, int]], directory: Path
     ) -> None:
-        """Add the targets of a captioner that are missing."""
-        about = {
-            "teacher": teacher.name,
-            "weights of the teacher": hash_weights(teacher.state_dict()),
-            "vocabulary": describe_tokenizer(teacher.tokenizer)["vocabulary"],
-            "longest caption": getattr(teacher.tokenizer, "max_length", None),
-            "image_size": self.image_size,
-            "flip": self.flip,
-            "keep": sorted(self.kept),
-            "precision": self.precision,
-        }
-        columns = _columns(teacher, self.kept)
-        content = {
-            "about": about,
-            "name": teacher.name,
-            "tokenizer": describe_tokenizer(teacher.tokenizer),
-            "spec": _spec(teacher, self.kept),
-            "columns": [list(column) for column in columns],
-        }
-        files = {OUTPUT: lambda path: _write_output(teacher, path)}
+        """Add the targets of a teacher that are missing."""
+        content = self._content(teacher)
+        files = {} if self.words else {OUTPUT: lambda path: _write_output(teacher, path)}
         if type(teacher.tokenizer) is WordTokenizer:
             files[TOKENIZER] = teacher.tokenizer.save
         with locked(directory):
             store = start(directory, content, self.overwrite, files)
-            for data, views in parts:
-                self.complete(store, teacher, data, views)
+        with on_device([teacher], self.device):
+            # Several processes encode together, so none of them may wait for another here.
+            trunks = [
+                self._trunks(teacher, data, views) if any(_missing(store, data, views)) else []
+                for data, views in parts
+            ]
+            with locked(directory):
+                store.reload(cut=True)
+                for (data, views), caches in zip(parts, trunks, strict=True):
+                    self.complete(store, teacher, data, views, caches)
 
-    def complete(self, store: Store, teacher: Captioner, data: CaptionData, views: int) -> None:
-        """Add the targets of a data set that are missing."""
+    def _content(self, teacher: Any) -> dict[str, Any]:
+        """What targets.json says; "about" is all that the targets depend on."""
+        vocabulary = describe_tokenizer(teacher.tokenizer)["vocabulary"]
+        mixtures = [m for m in teacher.modules() if isinstance(m, Ensemble)]
+        about = {
+            "teacher": teacher.name,
+            "weights of the teacher": hash_weights(teacher.state_dict()),
+            "mixture": [f"{each.mixing} {each.weights}" for each in mixtures],
+            "vocabulary": vocabulary,
+            "longest caption": getattr(teacher.tokenizer, "max_length", None),
+            "image_size": self.image_size,
+            "flip": self.flip,
+            "keep": sorted(self.kept),
+            "top_k": self.words and self.words.k,
+            "temperatures": list(self.words.temperatures) if self.words else [],
+            "precision": self.precision,
+        }
+        size = len(teacher.tokenizer.vocabulary)
+        columns = self.words.columns(size) if self.words else []
+        return {
+            "about": about,
+            "name": teacher.name,
+            "tokenizer": describe_tokenizer(teacher.tokenizer),
+            "spec": _spec(teacher, self.kept),
+            "columns": [list(c) for c in (*columns, *_columns(teacher, self.kept, not columns))],
+        }
+
+    def complete(
+        self,
+        store: Store,
+        teacher: Any,
+        data: CaptionData,
+        views: int,
+        caches: Sequence[dict[str, Any]],
+    ) -> None:
+        """Add the targets of a data set that are missing, with cached features if there are any."""
         missing = list(_missing(store, data, views))
         if not missing:
             return
         wanted = {data.image_ids[place]: captions for place, captions in missing}
         chosen = data.subset(place for place, _ in missing)
         examples = {example.image_id: example for example in chosen.examples}
-        with on_device([teacher], self.device):
-            loaders = self._loaders(teacher, data, chosen, views)
-            batches = zip(*(loader.epoch(0) for loader in loaders), strict=True)
-            what = f"Targets of {teacher.name}"
-            shown = report_progress(
-                _readable(batches, loaders[0], store),
-                len(loaders[0]),
-                what,
-                unit="batch",
-                show=self.progress,
-            )
-            for number, group in enumerate(shown):
-                captions = [wanted[image_id] for image_id in group[0].image_ids]
-                views_of = [_captioned(batch, captions, teacher) for batch in group]
-                made = [self._targets(teacher, batch, not number) for batch in views_of]
-                images = [examples[image_id] for image_id in group[0].image_ids]
-                lines = _lines(store, images, captions, views_of)
-                names = made[0].keys()
-                store.append(lines, {n: np.concatenate([each[n] for each in made]) for n in names})
+        loaders = list(self._loaders(teacher, chosen, views, caches))
+        shown = report_progress(
+            _readable(zip(*(each.epoch(0) for each in loaders), strict=True), loaders[0], store),
+            len(loaders[0]),
+            f"Targets of {teacher.name}",
+            unit="batch",
+            show=self.progress,
+        )
+        for number, group in enumerate(shown):
+            captions = [wanted[image_id] for image_id in group[0].image_ids]
+            batches = [_captioned(batch, captions, teacher) for batch in group]
+            made = [self._targets(teacher, batch, not number) for batch in batches]
+            images = [examples[image_id] for image_id in group[0].image_ids]
+            lines = _lines(store, images, captions, batches)
+            arrays = {name: np.concatenate([each[name] for each in made]) for name in made[0]}
+            store.append(lines, arrays)
         skipped = {problem.file: problem.detail for problem in loaders[0].skipped}
         broken = [e for e in chosen.examples if str(e.path) in skipped]
         store.append([Line(e.image_id, 0, error=skipped[str(e.path)]) for e in broken], {})
 
+    def _trunks(self, teacher: Any, data: CaptionData, views: int) -> list[dict[str, Any]]:
+        """The cached features of each view; none if trunks are to run."""
+        if self.trunks is None:
+            return []
+        how: dict[str, Any] = {"progress": self.progress, "size": self.image_size}
+        return [
+            trunk_caches(
+                teacher, data, self.trunks, self.precision, view=view, flip=self.flip, **how
+            )
+            for view in range(views)
+        ]
+
     def _loaders(
-        self, teacher: Captioner, data: CaptionData, chosen: CaptionData, views: int
-    ) -> list[Loader]:
-        """A loader of the chosen images for each view, in one order."""
-        key = cache_key(teacher) if self.trunks is not None else None
-        made = []
+        self, teacher: Any, data: CaptionData, views: int, caches: Sequence[dict[str, Any]]
+    ) -> Iterator[Loader]:
+        """A loader of each view of the images, in one order."""
+        keys = [cache_key(leaf) for leaf in leaves(teacher)] if caches else [None]
         for view in range(views):
-            caches = {}
-            if self.trunks is not None:
-                caches = trunk_caches(
-                    teacher,
-                    data,
-                    self.trunks,
-                    self.precision,
-                    progress=self.progress,
-                    size=self.image_size,
-                    view=view,
-                    flip=self.flip,
-                )
-            loader = Loader(
-                chosen,
+            cached = caches[view] if caches else {}
+            yield Loader(
+                data,
                 teacher.tokenizer,
                 image_size=self.image_size,
                 batch_size=self.batch_size,
                 captions_per_image=1,
                 num_workers=self.num_workers,
-                caches=caches,
-                with_images=key not in caches,
+                caches=cached,
+                with_images=not all(key in cached for key in keys),
                 view=view,
                 flip=self.flip,
             )
-            made.append(loader)
-        return made
 
-    def _targets(
-        self, teacher: Captioner, batch: Batch, check: bool
-    ) -> dict[str, np.ndarray[Any, Any]]:
-        """(n, W) values of the valid tokens, and (I, N * D) features, as float16."""
-        valid = batch.target_mask  # (B, T - 1)
-        need = frozenset({"logits", "hidden", *self.kept})
+    def _targets(self, teacher: Any, batch: Batch, first: bool) -> dict[str, np.ndarray[Any, Any]]:
+        """(n, W) values of the valid tokens, and (I, N * D) features."""
+        valid = batch.target_mask.to(self.device)  # (B, T - 1)
+        need = frozenset({"logits", *self.kept, *(() if self.words else ("hidden",))})
         with torch.no_grad(), autocast(self.device, self.precision):
             output = teacher(batch.to(self.device), need=need)
-        found: dict[str, Tensor] = {"hidden": output.hidden[-1].cpu()[valid]}
+        logits = output.logits[valid]
+        found = self.words.of(logits) if self.words else {"hidden": output.hidden[-1][valid]}
         if "attention" in self.kept:
-            found["attention"] = output.attention.cpu()[valid]
+            found["attention"] = output.attention[valid]
         if "features" in self.kept:
-            found["features"] = output.features.cpu().flatten(1)
-        halves = {name: value.half() for name, value in found.items()}
-        for name, value in halves.items():
-            if not value.isfinite().all():
+            found["features"] = output.features.flatten(1)
+        halves = {n: v if n in ("ids", "rest") else v.half() for n, v in found.items()}
+        for name in halves.keys() - {"rest"}:
+            if not halves[name].isfinite().all():
                 raise ConfigError(
                     f"cache keeps {name} as float16, but '{teacher.name}' has values that are NaN "
                     "or larger than 65504. Train with the teacher itself."
                 )
-        if check:
-            _require_output_layer(teacher, output.logits.cpu()[valid], halves["hidden"])
-        return {name: value.numpy() for name, value in halves.items()}
+        if first and self.words:
+            self.words.require_mass(found, teacher.name)
+        elif first:
+            _require_output_layer(teacher, logits, halves["hidden"])
+        return {name: value.cpu().numpy() for name, value in halves.items()}
 
 
-def _columns(teacher: Captioner, kept: frozenset[str]) -> list[Column]:
-    encoder = teacher.encoder
-    columns = [Column("hidden", "float16", teacher.decoder.hidden_dims[-1])]
+def _columns(teacher: Any, kept: frozenset[str], hidden: bool) -> list[Column]:
+    columns = []
+    if hidden:
+        columns.append(Column("hidden", "float16", teacher.decoder.hidden_dims[-1]))
     if "attention" in kept:
-        columns.append(Column("attention", "float16", encoder.tokens))
+        columns.append(Column("attention", "float16", teacher.encoder.tokens))
     if "features" in kept:
-        columns.append(Column("features", "float16", encoder.tokens * encoder.dim, "image"))
+        width = teacher.encoder.tokens * teacher.encoder.dim
+        columns.append(Column("features", "float16", width, "image"))
     return columns
 
 
-def _spec(teacher: Captioner, kept: frozenset[str]) -> dict[str, Any]:
+def _spec(teacher: Any, kept: frozenset[str]) -> dict[str, Any]:
+    if not kept:
+        return {"feature_dim": None, "tokens": None, "prefix_tokens": 0, "grid": None}
     spec = teacher.spec()
     return {
         "feature_dim": spec.feature_dim if "features" in kept else None,
-        "tokens": spec.tokens if kept else None,
+        "tokens": spec.tokens,
         "prefix_tokens": spec.prefix_tokens,
-        "grid": spec.grid if kept else None,
+        "grid": spec.grid,
     }
 
 
@@ -262,7 +338,7 @@ def _readable(groups: Iterator[Any], loader: Loader, store: Store) -> Iterator[A
             raise
 
 
-def _captioned(batch: Batch, captions: Sequence[Sequence[str]], teacher: Captioner) -> Batch:
+def _captioned(batch: Batch, captions: Sequence[Sequence[str]], teacher: Any) -> Batch:
     """The batch with all captions of its images; those with fewer get rows without targets."""
     k = max(1, *(len(texts) for texts in captions)) if captions else 1
     texts = [text for each in captions for text in (*each, *[""] * (k - len(each)))]
@@ -303,7 +379,7 @@ def _require_output_layer(teacher: Captioner, logits: Tensor, hidden: Tensor) ->
         ConfigError: it does not.
     """
     weight, bias = teacher.decoder.output_layer()
-    made = F.linear(hidden.to(weight), weight, bias).cpu()
+    made = F.linear(hidden.to(weight), weight, bias)
     gap, scale = float((made - logits).abs().max()), float(logits.abs().max())
     if not gap <= _TOLERANCE * max(scale, 1.0):
         raise ConfigError(
