@@ -96,7 +96,8 @@ def write(
         for key, value in model.state_dict().items()
     }
     weights = hash_weights(state)
-    content = {"format": _FORMAT, **description, "weights": weights}
+    checksums = {name: _checksum(name, description[name]) for name in _CHECKED}
+    content = {"format": _FORMAT, **description, "weights": weights, "checksums": checksums}
     data = to_safetensors(state, {_ID: weights})
     staged, pending = directory / temporary_name("captioner"), directory / PENDING
     try:
@@ -108,6 +109,7 @@ def write(
             write_atomically(staged / WEIGHTS, lambda path: path.write_bytes(data))
             if _is_ours(tokenizer):
                 tokenizer.save(staged / TOKENIZER)
+                checksums["tokenizer"] = _digest_of(_parsed(staged / TOKENIZER))
             write_text(staged / DESCRIPTION, json.dumps(content, indent=2))
             _sync(staged)
             staged.rename(pending)
@@ -183,8 +185,23 @@ def load_weights(directory: Path, content: Description, model: nn.Module) -> Non
             f"are {identity[:12]}, those described {str(expected)[:12]}. Copy all files of one "
             "captioner, or save it again."
         )
-    state = strip_prefixes(read_state_dict(path), model.state_dict())
+    state = strip_prefixes(read_weights(path), model.state_dict())
     load_exactly(model, state, f"The weights in '{path}'")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a file that `write` wrote, compared with their checksum.
+
+    Raises:
+        CheckpointError: they cannot be read, or have changed since they were saved.
+    """
+    state, identity = read_state_dict(path), read_metadata(path).get(_ID)
+    if identity and identity != hash_weights(state):
+        raise CheckpointError(
+            f"'{path}' is damaged: the values are not those that were saved (their checksum is "
+            "wrong). Copy the file again, or use another checkpoint."
+        )
+    return state
 
 
 def read_description(directory: Path) -> Description:
@@ -203,6 +220,7 @@ def read_description(directory: Path) -> Description:
         if content.get("format") != _FORMAT:
             raise ValueError(f"format {content.get('format')!r}")
         _check_content(content)
+        _require_checksum(path, content, "name")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} does not describe a captioner ({type(error).__name__}: {error}). Expected a "
@@ -224,12 +242,14 @@ def make_part(content: Description, kind: str) -> Any:
         )
     name, registry = described["name"], _REGISTRIES[kind]
     try:
-        return registry.create(name, **_without_hub(registry.get(name), described["kwargs"]))
+        part = registry.create(name, **_without_hub(registry.get(name), described["kwargs"]))
     except ConfigError as error:
         raise CheckpointError(
             f"The {kind} '{name}' of this captioner cannot be made here: {error} "
             f"Install the package that it came from, or {fix}."
         ) from error
+    _require_checksum(DESCRIPTION, content, kind)
+    return part
 
 
 def find_tokenizer(
@@ -248,7 +268,15 @@ def find_tokenizer(
                 f"The captioner in {directory} was saved with a tokenizer of the class {kind}, "
                 "which capdistill does not write. Give it: Captioner.load(directory, tokenizer=...)"
             )
-        tokenizer = WordTokenizer.load(saved_file(directory, TOKENIZER))
+        file = saved_file(directory, TOKENIZER)
+        tokenizer = WordTokenizer.load(file)
+        _require_vocabulary(directory, saved, tokenizer)
+        _require_checksum(file, content, "tokenizer", _digest_of(_parsed(file)))
+    _require_vocabulary(directory, saved, tokenizer)
+    return tokenizer
+
+
+def _require_vocabulary(directory: Path, saved: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     given = describe_tokenizer(tokenizer)["vocabulary"]
     if saved.get("vocabulary", given) != given:
         raise CheckpointError(
@@ -256,7 +284,41 @@ def find_tokenizer(
             f"entries) is not the one that the captioner in {directory} was saved with: words or "
             "their order differ. Give the tokenizer that it was trained with."
         )
-    return tokenizer
+
+
+_CHECKED = ("name", "encoder", "decoder")  # of the description; the rest holds checksums
+
+
+def _require_checksum(
+    path: Path | str, content: Description, name: str, found: str | None = None
+) -> None:
+    """Refuse a value that is not the one that was saved; files without checksums are accepted."""
+    checksums = content.get("checksums")
+    expected = checksums.get(name) if isinstance(checksums, Mapping) else None
+    if expected is not None and expected != (found or _checksum(name, content[name])):
+        raise CheckpointError(
+            f"{path} has changed since it was saved: the checksum of '{name}' is wrong. Copy the "
+            f"file again; if you edited it, remove 'checksums' from {DESCRIPTION}."
+        )
+
+
+def _checksum(name: str, value: Any) -> str:
+    """A checksum of a value; arguments that select pretrained weights have no effect on it."""
+    if name in _REGISTRIES and value is not None:
+        cls = _REGISTRIES[name].get(value["name"])
+        unused: tuple[str, ...] = getattr(cls, "hub_arguments", ())
+        kwargs = {key: each for key, each in value["kwargs"].items() if key not in unused}
+        value = {**value, "kwargs": kwargs}
+    return _digest_of(value)
+
+
+def _digest_of(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _parsed(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 _OURS = f"{WordTokenizer.__module__}.{WordTokenizer.__qualname__}"

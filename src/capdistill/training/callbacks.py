@@ -25,13 +25,13 @@ from capdistill.captioner import Captioner
 from capdistill.data.source import Source, skipped_images
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import printable
-from capdistill.saving import WEIGHTS, saved_file
+from capdistill.saving import WEIGHTS, read_weights, saved_file
 from capdistill.training.checkpoint import save_state
 from capdistill.training.config import NEVER, Interval, TrainConfig
 from capdistill.training.history import History, Row
 from capdistill.training.monitor import LOSS, Monitor
 from capdistill.training.run_directory import BEST_OF, STATE, kept_bests
-from capdistill.weights import load_exactly, read_state_dict
+from capdistill.weights import load_exactly
 
 _PROBLEMS = 20  # most images named in a warning
 
@@ -223,7 +223,7 @@ def _copy_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _load_weights(captioner: Captioner, path: Path) -> None:
     """Read what `save` wrote: without the prefixes of torch.compile."""
     names = {key.replace("_orig_mod.", ""): key for key in captioner.state_dict()}
-    state = {names.get(key, key): value for key, value in read_state_dict(path).items()}
+    state = {names.get(key, key): value for key, value in read_weights(path).items()}
     load_exactly(captioner, state, f"The weights in '{path}'")
 
 
