@@ -27,6 +27,8 @@ from capdistill.files import finite_or_none, printable
 COMMANDS = {
     "demo": ("demo", "train and distil on the bundled photos: a first look, without downloads"),
     "models": ("models", "list the presets with their sizes, and all registered parts"),
+    "shards": ("prepare", "write a data set as WebDataset shards"),
+    "cache": ("prepare", "encode the images of a run once, before it"),
     "check": ("train", "try a teacher, a student and their losses before a long run"),
     "train": ("train", "train a captioner by cross-entropy"),
     "distill": ("demo", "train a student with a teacher"),

@@ -213,12 +213,37 @@ class ImagesData(DataSection):
         return Images(self.path).split(val=self.val_share, seed=self.seed)
 
 
+class ShardsData(DataSection):
+    """A directory of WebDataset shards; `train-*.tar`, `val-*.tar` and `test-*.tar` are splits.
+
+    Without a part called train, a random share of all images becomes val.
+    """
+
+    format: Literal["shards"] = "shards"
+    path: FullPath
+    captions: StrictBool = True
+    val_share: StrictFloat = Field(default=0.1, gt=0, lt=1)
+    seed: StrictInt = 0
+    errors: Policy = "skip"
+
+    def read(self) -> Splits:
+        """Read the splits that the names of the files tell."""
+        from capdistill.data import Shards, shard_splits
+
+        options: dict[str, Any] = {"captions": self.captions, "errors": self.errors}
+        splits = shard_splits(self.path, **options)
+        if "train" in splits.parts:
+            return splits
+        return Shards(self.path, **options).split(val=self.val_share, seed=self.seed)
+
+
 FORMATS: dict[str, type[DataSection]] = {
     "flickr8k": Flickr8kData,
     "karpathy": KarpathyData,
     "coco": CocoData,
     "folder": FolderData,
     "images": ImagesData,
+    "shards": ShardsData,
     "sample": SampleData,
 }
 

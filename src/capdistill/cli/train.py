@@ -87,7 +87,7 @@ def distill_command(parser: argparse.ArgumentParser) -> None:
     """Add the options of `distill`."""
     parser.description = _DISTILL
     parser.usage = "capdistill distill --teacher DIR --student NAME --data PATH --out DIR [options]"
-    _add_pair_options(parser)
+    add_pair_options(parser)
     add_run_options(parser, DistillConfig)
     parser.set_defaults(run=train, run_class=DistillRun, model="student", role="student")
 
@@ -96,7 +96,7 @@ def check_command(parser: argparse.ArgumentParser) -> None:
     """Add the options of `check`: those of `distill` without the output."""
     parser.description = _CHECK
     parser.usage = "capdistill check --teacher DIR --student NAME --data PATH [options]"
-    _add_pair_options(parser)
+    add_pair_options(parser)
     add_run_options(parser, DistillConfig, output=False)
     parser.set_defaults(
         run=check, run_class=DistillRun, model="student", role="student", out=None, resume=False
@@ -105,7 +105,7 @@ def check_command(parser: argparse.ArgumentParser) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train or distil, and print the result."""
-    run, data = _load(options)
+    run, data = load_run(options)
     trainer, history = run_training(run, data, **directory_options(options))
     content = result(run, trainer, history)
     print_result(options, content, lambda: summary(content))
@@ -132,7 +132,7 @@ def result(run: RunConfig, trainer: Trainer, history: History) -> dict[str, Any]
     }
 
 
-def _load(options: argparse.Namespace) -> tuple[RunConfig, Splits]:
+def load_run(options: argparse.Namespace) -> tuple[RunConfig, Splits]:
     """The run and its data. A missing teacher is reported before the data are read."""
     run = make_run(options)
     if isinstance(run, DistillRun):
@@ -169,7 +169,7 @@ def run_training(
     trainer = (make or make_trainer)(run, data)
     history = trainer.fit(
         train,
-        _validation(data),
+        validation(data),
         out=run.out,
         resume=resume,
         overwrite=overwrite,
@@ -200,7 +200,8 @@ def _with_captions(run: RunConfig, train: Any) -> RunConfig:
     return run.model_copy(update={"train": run.train.model_copy(update=known)})
 
 
-def _validation(data: Splits) -> Any:
+def validation(data: Splits) -> Any:
+    """The split to validate on; None, which is said, if there is none."""
     if "val" in data.parts:
         return data.val
     print_status("There is no val split: nothing is scored, and the last epoch counts as the best.")
@@ -209,8 +210,8 @@ def _validation(data: Splits) -> Any:
 
 def check(options: argparse.Namespace) -> int:
     """Print the report of `Distiller.check`; a failure is exit code 1."""
-    run, data = _load(options)
-    report = make_trainer(run, data).check(run.data.training_data(data), _validation(data))
+    run, data = load_run(options)
+    report = make_trainer(run, data).check(run.data.training_data(data), validation(data))
     print_result(options, report.to_json(), lambda: str(report))
     return DONE if report.ok else PROBLEM
 
@@ -354,7 +355,8 @@ def _joined(old: Any, new: Any) -> Any:
     return {**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new
 
 
-def _add_pair_options(parser: argparse.ArgumentParser) -> None:
+def add_pair_options(parser: argparse.ArgumentParser) -> None:
+    """Add --teacher, --student and what belongs to them."""
     text = "the teacher: a run's or a saved captioner's directory; or several teachers"
     parser.add_argument("--teacher", metavar="DIR", nargs="+", help=text)
     parser.add_argument(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from capdistill.training.history import History as History
     from capdistill.training.recipes import recipe as recipe
     from capdistill.training.self_critical import SelfCritical as SelfCritical
+    from capdistill.training.sources import cache_features as cache_features
     from capdistill.training.stages import run_stages as run_stages
     from capdistill.training.trainer import Trainer as Trainer
     from capdistill.training.weighting import LossRatio as LossRatio
@@ -40,6 +41,7 @@ else:
             "Trainer": "trainer",
             "Uncertainty": "weighting",
             "Weighting": "weighting",
+            "cache_features": "sources",
             "distill_chain": "chain",
             "model_difficulty": "difficulty",
             "recipe": "recipes",

@@ -14,6 +14,7 @@ from capdistill.compatibility import image_size
 from capdistill.data.collate import FeatureCache
 from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import Loader, make_source
+from capdistill.data.rows import accept_rows
 from capdistill.data.source import FixedBatches, Source
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError
@@ -22,7 +23,7 @@ from capdistill.feature_cache import (
     data_key,
     keeps_frozen_stages,
 )
-from capdistill.feature_files import default_cache_dir
+from capdistill.feature_files import CacheEntry, default_cache_dir, list_caches
 from capdistill.files import user_path
 from capdistill.outputs import Batch
 from capdistill.runtime import evaluating
@@ -70,6 +71,47 @@ def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source,
         return training, None
     val_options = {**options, "train": False, "batch_size": config.eval_batch_size}
     return training, _source(stepper, val, cached and not _is_source(val), **val_options)
+
+
+def cache_features(stepper: Stepper, train: Any, val: Any = None) -> list[CacheEntry]:
+    """Encode the images that `fit(train, val, cache_features=True)` encodes, before it is called.
+
+    Example:
+        >>> import capdistill as cd, tempfile
+        >>> data = cd.data.sample().val
+        >>> tokenizer = cd.WordTokenizer.train(data.captions, min_count=2)
+        >>> student = cd.Captioner.create("debug_student", tokenizer=tokenizer)
+        >>> options = {"cache_dir": tempfile.mkdtemp(), "progress": False}
+        >>> [entry] = cache_features(cd.Trainer(student, **options), data)
+        >>> entry.images, entry.done
+        (8, 8)
+
+    Args:
+        stepper: The trainer; its configuration and models decide what is cached.
+        train, val: Data as for `fit`.
+
+    Returns:
+        The caches: those that were written, and those that were there.
+
+    Raises:
+        ConfigError: nothing can be cached, as `fit` would say.
+    """
+    before = stepper.config
+    stepper.config = stepper.config_class.resolve(
+        before, {"cache_features": True}, "cache_features"
+    )
+    try:
+        sources = open_sources(stepper, accept_rows(train), accept_rows(val))
+    finally:
+        stepper.config = before
+    close_workers(*sources)
+    files: set[Path] = set()
+    for source in sources:
+        caches = source.collator.caches.values() if isinstance(source, Loader) else ()
+        for views in caches:
+            each = views if isinstance(views, list) else [views]
+            files.update(Path(cache.tokens.filename) for cache in each)
+    return [entry for entry in list_caches(cache_directory(before)) if entry.path in files]
 
 
 def require_usable(stepper: Stepper, train: Source, val: Source | None) -> Batch:
