@@ -1,4 +1,4 @@
-"""The processes behind test_distributed: `python -m tests.training.ranks WORLD OUT CHECK...`.
+"""The processes behind test_distributed: `python -m tests.training.ranks OUT`.
 
 torch is imported once; the ranks are forked from here, for each world size in turn. A check is a
 function of (rank, world size, directory); what it returns is written to OUT/check.world.rank.json.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -22,6 +23,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from capdistill import Captioner, Distiller, Trainer, encoders
+from capdistill.errors import CapdistillError
+from capdistill.outputs import Batch
+from capdistill.runtime import generator
 from capdistill.training import GradNorm, LossRatio, SelfCritical, Uncertainty
 from tests.training import tiny_models as tiny
 
@@ -148,38 +152,185 @@ def reward(rank: int, world: int, out: Path) -> Any:
     return {**found(trainer), "rewards": rewards, "epochs": epochs}
 
 
-CHECKS: dict[str, Callable[[int, int, Path], Any]] = {
-    check.__name__: check for check in (training, accumulation, uncertainty, ratio, reward)
+def own_loop(rank: int, world: int, out: Path) -> Any:
+    """Two batches in one process, or one in each of two; then one of them has none."""
+    trainer = distiller()
+    trainer.steps_per_epoch = 2
+    given = [tiny.make_batch([2, 5, 3], first=1), tiny.make_batch([4], first=7)]
+    mine: list[Batch | None] = [given[rank]] if world == 2 else [*given]
+    rows = [trainer.step(*mine), trainer.step(None if rank else given[0])]
+    trainer.ranks.require_equal({"weights": digest(trainer)})
+    return {"losses": [row["loss"] for row in rows], "weights": digest(trainer)}
+
+
+def unreadable(rank: int, world: int, out: Path) -> Any:
+    """Rank 1 of two can read neither of its images of the first step."""
+    order = torch.randperm(IMAGES, generator=generator(0, "order", 0)).tolist()
+    trainer = distiller()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.fit(Pictures(unreadable=tuple(order[2:4])), epochs=1, batch_size=4 // world)
+    problems = trainer.history.epochs[0]["problems"]
+    told = [w for w in said if "could not be used" in str(w.message)]
+    return {**found(trainer), "problems": sorted(problems), "warnings": len(told)}
+
+
+def features(rank: int, world: int, out: Path) -> Any:
+    """Each image runs once through the frozen trunk, on one of the ranks; all read the files."""
+    trainer = distiller()
+    for parameter in trainer.student.encoder.trunk_parameters():
+        parameter.requires_grad_(False)
+    how: dict[str, Any] = {"cache_features": True, "cache_dir": out / "cache", "epochs": 2}
+    trainer.fit(Pictures(), batch_size=4 // world, **how)
+    return {**found(trainer), "seen": trainer.student.encoder.seen}
+
+
+class Notes:
+    """Which ranks call it; it ends the run after the first epoch."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def on_step(self, trainer: Any, row: Any) -> None:
+        self.calls.append("step")
+
+    def on_epoch(self, trainer: Any, row: Any) -> None:
+        self.calls.append("epoch")
+        trainer.stopping = True
+
+
+def callbacks(rank: int, world: int, out: Path) -> Any:
+    notes, trainer = Notes(), distiller(ema_decay=0.5)
+    trainer.fit(Pictures(), Pictures(3), epochs=3, batch_size=2, callbacks=[notes], out=out / "c")
+    rows = len(trainer.history.rows)
+    return {"calls": notes.calls, "rows": rows, "best": trainer.history.best is not None}
+
+
+def norms(rank: int, world: int, out: Path) -> Any:
+    """Batch norms see the images of their rank; the statistics kept are those of rank 0."""
+    trainer = Trainer(tiny.make_student(1, norm=True), **OPTIONS)
+    trainer.fit(Pictures(), Pictures(5), epochs=2, batch_size=3, monitor="loss")
+    trainer.ranks.require_equal({"weights": digest(trainer)})
+    return found(trainer)
+
+
+def distiller_with_dropout(stop_at: int | None = None) -> Distiller:
+    """Rank 1 gets Ctrl-C in step `stop_at`."""
+    trainer = distiller()
+    for part in trainer.student.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.3
+
+    def interrupt(batch: Batch) -> Batch:
+        if trainer.step_count + 1 == stop_at and trainer.ranks.rank == 1:
+            signal.raise_signal(signal.SIGINT)
+        return batch
+
+    trainer.prepare_batch = interrupt  # type: ignore[method-assign]
+    return trainer
+
+
+def interrupted(rank: int, world: int, out: Path) -> Any:
+    """Stopped by rank 1 within epoch 2 and continued, against a run that never stopped."""
+    whole = distiller_with_dropout()
+    whole.fit(Pictures(), epochs=2, batch_size=2)
+    stopped, how = distiller_with_dropout(4), {"epochs": 2, "batch_size": 2, "out": out / "stops"}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        stopped.fit(Pictures(), **how)
+    again = distiller_with_dropout()
+    again.fit(Pictures(), resume=True, **how)
+    # A run without dropout, which one process will continue.
+    plain = distiller_with_dropout(4)
+    for part in plain.student.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        plain.fit(Pictures(), epochs=2, batch_size=2, out=out / "moves")
+    return {
+        "steps": stopped.step_count,
+        "interrupted": stopped.history.interrupted,
+        "warnings": len(said),
+        "same": digest(again) == digest(whole),
+        "losses": [row["loss"] for row in again.history.steps],
+        "whole": [row["loss"] for row in whole.history.steps],
+    }
+
+
+def moved(rank: int, world: int, out: Path) -> Any:
+    """One process continues what two began."""
+    trainer = distiller()
+    place = out.parent / "2" / "moves"
+    try:
+        trainer.fit(Pictures(), epochs=2, batch_size=3, out=place, resume=True)
+    except CapdistillError as error:
+        refused = str(error)
+    trainer.fit(Pictures(), epochs=2, batch_size=4, out=place, resume=True)
+    whole = distiller()
+    whole.fit(Pictures(), epochs=2, batch_size=4)
+    return {"weights": digest(trainer), "whole": digest(whole), "refused": refused}
+
+
+def refused(rank: int, world: int, out: Path) -> Any:
+    """What rank 0 refuses ends all with the same message; and ranks that differ are told."""
+    messages = []
+    for seed, folder in ((2, "c"), (2 + rank, "other")):  # "c" holds a run
+        trainer = Distiller(tiny.make_teacher(seed), student(), {"token": "token"}, **OPTIONS)
+        try:
+            trainer.fit(Pictures(), batch_size=2, out=out / folder)
+        except CapdistillError as error:
+            messages.append(str(error))
+    return {"messages": messages}
+
+
+def failing(rank: int, world: int, out: Path) -> Any:
+    """An error on rank 1 in step 2; the process ends, as a script would."""
+    trainer = distiller()
+
+    def fail(batch: Batch) -> Batch:
+        if trainer.step_count == 1 and rank == 1:
+            raise ValueError("this computer has a broken disk")
+        return batch
+
+    trainer.prepare_batch = fail  # type: ignore[method-assign]
+    trainer.fit(Pictures(), batch_size=2)
+
+
+SHARED = (training, accumulation, uncertainty, ratio, reward, own_loop, unreadable, features, norms)
+OF: dict[int, tuple[Callable[[int, int, Path], Any], ...]] = {
+    4: (training,),
+    2: (*SHARED, callbacks, interrupted, refused, failing),
+    1: (*SHARED, moved),
 }
 
 
-def run(rank: int, world: int, port: int, out: Path, names: list[str]) -> None:
+def run(rank: int, world: int, port: int, out: Path) -> None:
     where = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
     where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in where.items()})
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    for name in names:
+    folder = out / str(world)
+    folder.mkdir(exist_ok=True)
+    for check in OF[world]:
         began = time.perf_counter()
-        folder = out / str(world)
-        folder.mkdir(exist_ok=True)
         try:
-            result = CHECKS[name](rank, world, folder)
+            result = check(rank, world, folder)
         except BaseException as error:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}
         result["seconds"] = time.perf_counter() - began
-        (out / f"{name}.{world}.{rank}.json").write_text(json.dumps(result))
+        (out / f"{check.__name__}.{world}.{rank}.json").write_text(json.dumps(result))
 
 
 def main() -> None:
-    worlds, out, *names = sys.argv[1:]
-    for world in map(int, worlds.split(",")):
+    out, *worlds = sys.argv[1:]
+    for world in map(int, worlds or OF):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        arguments = (world, port, Path(out), names or list(CHECKS))
-        mp.start_processes(run, arguments, nprocs=world, start_method="fork")
+        mp.start_processes(run, (world, port, Path(out)), nprocs=world, start_method="fork")
 
 
 if __name__ == "__main__":

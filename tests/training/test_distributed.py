@@ -15,36 +15,32 @@ ROOT = Path(__file__).resolve().parents[2]
 Results = dict[str, dict[int, list[Any]]]
 
 
-def launch(out: Path, worlds: str, *checks: str) -> Results:
-    """Results by check, world size and rank."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "tests.training.ranks", worlds, str(out), *checks]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert not done.returncode, done.stderr[-3000:]
-    found: Results = {}
-    for path in sorted(out.glob("*.json")):
-        name, world, _ = path.stem.split(".")
-        results = found.setdefault(name, {}).setdefault(int(world), [])
-        results.append(json.loads(path.read_text()))
-    return found
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return launch(tmp_path_factory.mktemp("ranks"), "1,2,4", "training") | launch(
-        tmp_path_factory.mktemp("pairs"), "1,2"
-    )
-
-
-METHODS = ("accumulation", "uncertainty", "ratio", "reward")
+    """What every rank found: check, world size, rank."""
+    out = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "tests.training.ranks", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr[-3000:]
+    results: Results = {}
+    for path in sorted(out.glob("*.json")):
+        name, world, _ = path.stem.split(".")
+        results.setdefault(name, {}).setdefault(int(world), []).append(json.loads(path.read_text()))
+    return results
 
 
 def test_one_two_and_four_processes_train_the_same(found: Results) -> None:
     [alone] = found["training"][1]
+    assert alone["images"] == [11, 11]
+    assert [val["images"] for val in alone["val"]] == [7, 7]
     for world in (2, 4):
         for result in found["training"][world]:
-            for name in ("weights", "losses", "norms", "val", "scores", "images", "skipped"):
+            for name in alone.keys() - {"seconds"}:
                 assert result[name] == close(alone[name]), (world, name)
+
+
+METHODS = ("accumulation", "uncertainty", "ratio", "reward", "own_loop")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,6 +49,65 @@ def test_two_processes_train_as_one_with(found: Results, method: str) -> None:
     for result in found[method][2]:
         for name in alone.keys() - {"seconds"}:
             assert result[name] == close(alone[name]), name
+
+
+def test_unreadable_images_on_one_rank_leave_the_ranks_in_step(found: Results) -> None:
+    [alone], (main, other) = found["unreadable"][1], found["unreadable"][2]
+    for name in ("weights", "losses", "images", "skipped", "problems"):
+        assert main[name] == close(alone[name]), name
+    assert main["skipped"] == [2]
+    assert (main["warnings"], other["warnings"]) == (1, 0)
+    assert other["weights"] == main["weights"]
+
+
+def test_each_image_is_cached_by_one_rank(found: Results) -> None:
+    [alone], (main, other) = found["features"][1], found["features"][2]
+    assert main["weights"] == close(alone["weights"])
+    assert main["seen"] + other["seen"] == 2 * alone["seen"] - 11
+
+
+def test_callbacks_run_on_rank_0_and_stop_all(found: Results) -> None:
+    main, other = found["callbacks"][2]
+    assert main["calls"] == ["step", "step", "step", "epoch"]
+    assert other["calls"] == []
+    assert main["rows"] == other["rows"] == 5
+    assert main["best"]
+    assert other["best"]
+
+
+def test_batch_norms_are_equal_on_all_ranks_when_they_are_scored(found: Results) -> None:
+    main, other = found["norms"][2]
+    assert main["weights"] == other["weights"]
+    assert main["val"] == other["val"]
+
+
+def test_an_interrupt_on_one_rank_stops_all_and_the_run_continues_bit_for_bit(
+    found: Results,
+) -> None:
+    for result in found["interrupted"][2]:
+        assert (result["steps"], result["interrupted"]) == (4, True)
+        assert result["same"]
+        assert result["losses"] == result["whole"]
+    assert [result["warnings"] for result in found["interrupted"][2]] == [1, 0]
+
+
+def test_a_run_of_two_processes_is_continued_by_one(found: Results) -> None:
+    [result] = found["moved"][1]
+    assert "batch_size 4 -> 3" in result["refused"]
+    assert result["weights"] == close(result["whole"])
+
+
+def test_what_rank_0_refuses_or_what_differs_ends_all_with_one_message(found: Results) -> None:
+    main, other = found["refused"][2]
+    assert main["messages"] == other["messages"]
+    assert "holds the results of an earlier run" in main["messages"][0]
+    assert "do not train the same: teacher 1" in main["messages"][1]
+
+
+def test_an_error_on_one_rank_ends_all_with_its_message(found: Results) -> None:
+    main, other = found["failing"][2]
+    assert other["error"] == "ValueError: this computer has a broken disk"
+    assert main["error"] == "RankFailed: Rank 1 failed. ValueError: this computer has a broken disk"
 
 
 def close(value: Any) -> Any:

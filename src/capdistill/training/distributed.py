@@ -124,15 +124,6 @@ class Ranks:
             raise outcome[1]
         return outcome[0]  # type: ignore[no-any-return]
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The others enter the block when rank 0 has left it, to find what it wrote."""
-        if not self.main:
-            dist.barrier(group=self._control)
-        yield
-        if self.main and self.several:
-            dist.barrier(group=self._control)
-
     @torch.no_grad()
     def share(self, values: Iterable[Tensor]) -> None:
         """Give tensors the values of rank 0."""

@@ -182,8 +182,7 @@ class Trainer(Stepper):
             train, val = accept_rows(train), accept_rows(val)
             ranks.share(tensors_of(self.objective))
             self.prepare_data(train)
-            with ranks.main_first():  # it caches features
-                whole, held_out = open_sources(self, train, val)
+            whole, held_out = open_sources(self, train, val)
             first = require_usable(self, whole, held_out)
             self.train_source = part_of(whole, ranks.rank, ranks.world_size)
             self.val_source = held_out and part_of(held_out, ranks.rank, ranks.world_size)
