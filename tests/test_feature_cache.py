@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import Dataset
 
-from capdistill import feature_cache, feature_files
+from capdistill import feature_files
 from capdistill.data.collate import FeatureCache
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
@@ -115,18 +116,14 @@ def test_ctrl_c_keeps_all_that_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
-def test_ranks_share_the_work_and_the_files_are_those_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
-) -> None:
+def test_ranks_share_the_work_and_the_files_are_those_of_one(tmp_path: Path, ranks: int) -> None:
     cache(tmp_path / "one")
-    barrier, local = threading.Barrier(ranks), threading.local()
-    monkeypatch.setattr(feature_cache, "_rank", lambda: (getattr(local, "rank", 0), ranks))
-    monkeypatch.setattr(feature_cache, "_wait_for_others", barrier.wait)
+    barrier = threading.Barrier(ranks)
     encoders, caches = [Encoder() for _ in range(ranks)], {}
 
     def work(rank: int) -> None:
-        local.rank = rank
-        caches[rank] = cache(tmp_path / "many", encoders[rank])
+        together = SimpleNamespace(rank=rank, world_size=ranks, wait=barrier.wait)
+        caches[rank] = cache(tmp_path / "many", encoders[rank], ranks=together)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -139,12 +136,10 @@ def test_ranks_share_the_work_and_the_files_are_those_of_one(
 
 
 def test_a_rank_encodes_what_others_left_on_disks_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     cache(tmp_path / "one")
-    monkeypatch.setattr(feature_cache, "_rank", lambda: (1, 2))
-    monkeypatch.setattr(feature_cache, "_wait_for_others", lambda: None)
-    cache(tmp_path / "own")
+    cache(tmp_path / "own", ranks=SimpleNamespace(rank=1, world_size=2, wait=lambda: None))
     assert contents(tmp_path / "own") == contents(tmp_path / "one")
 
 

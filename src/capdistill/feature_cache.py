@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -80,10 +80,10 @@ def cache_trunk(
     progress: bool = False,
     trained: bool = True,
     dtype: CacheType = "fp16",
+    ranks: Ranks | None = None,
 ) -> FeatureCache:
     """Encode every image of a loader once, or open what an earlier run wrote.
 
-    Several processes of one run each encode a part of the images; all of them call this function.
     What a process that was killed has encoded is kept.
 
     Args:
@@ -97,6 +97,7 @@ def cache_trunk(
         trained: Whether the encoder's other stages run at every step; otherwise its whole trunk is
             cached.
         dtype: Type of the cached values: "fp16", or "bf16" for values beyond 65504.
+        ranks: The processes that share the images; all of them call this function.
 
     Raises:
         ConfigError: the directory cannot be written, or values are not finite in that type.
@@ -110,7 +111,7 @@ def cache_trunk(
         return cache
     try:
         with evaluating(encoder), torch.no_grad():
-            return _Caching(encoder, source, path, precision, trained, progress).run()
+            return _Caching(encoder, source, path, precision, trained, progress, ranks).run()
     except (OSError, ConfigError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError):
@@ -137,6 +138,23 @@ def _open_cache(path: Path) -> FeatureCache | None:
     return FeatureCache(np.memmap(path, STORED_AS[kind_of(path)], "r", shape=shape), ids)
 
 
+class Ranks(Protocol):
+    """The processes that share the work; `capdistill.training.distributed` has those of a run."""
+
+    rank: int
+    world_size: int
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+
+
+class _Alone:
+    rank, world_size = 0, 1
+
+    def wait(self) -> None:
+        """There is nobody to wait for."""
+
+
 class _Caching:
     """Writes one cache, in this process and in the others of the run."""
 
@@ -148,7 +166,9 @@ class _Caching:
         precision: str,
         trained: bool,
         progress: bool,
+        ranks: Ranks | None,
     ) -> None:
+        self.ranks: Ranks = _Alone() if ranks is None else ranks
         self.encoder, self.source, self.path = encoder, source, path
         self.precision, self.trained, self.show = precision, trained, progress
         self.device = next(encoder.parameters()).device
@@ -159,20 +179,20 @@ class _Caching:
         """Encode what is missing: first the part of this process, then what the others left."""
         size, images = self.source.batch_size, len(self.image_ids)
         batches = [(0, tuple(range(i, min(i + size, images)))) for i in range(0, images, size)]
-        rank, ranks = _rank()
+        rank, ranks = self.ranks.rank, self.ranks.world_size
         first, last = (len(batches) * i // ranks for i in (rank, rank + 1))
         try:
             self._encode_missing(batches[first:last])
             if self.files is not None:
                 self.files.flush()
-            _wait_for_others()
+            self.ranks.wait()
             self._encode_missing(batches)  # none is left where all see the same files
             if self.files is None:
                 none = f"None of the {images} images can be used."
                 raise DataError(f"{none}\n{self.source.skipped}")
             self.files.flush()
             marks, shape = self.files.marks(), self.files.shape
-            _wait_for_others()
+            self.ranks.wait()
         finally:
             if self.files is not None:
                 self.files.close()
@@ -192,7 +212,7 @@ class _Caching:
             self._encoded(missing),
             sum(len(numbers) for _, numbers in missing),
             "Caching features",
-            show=self.show and _rank()[0] == 0,
+            show=self.show and self.ranks.rank == 0,
             size=lambda each: len(each.numbers),
         ):
             self._write(encoded)
@@ -286,15 +306,3 @@ def _to_host(values: Tensor) -> tuple[Tensor, Callable[[], object]]:
     arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record()
     return host, arrived.synchronize
-
-
-def _rank() -> tuple[int, int]:
-    """The number of this process and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _wait_for_others() -> None:
-    if _rank()[1] > 1:
-        torch.distributed.barrier()

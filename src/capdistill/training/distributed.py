@@ -124,6 +124,11 @@ class Ranks:
             raise outcome[1]
         return outcome[0]  # type: ignore[no-any-return]
 
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        if self.several:
+            dist.barrier(group=self._control)
+
     @torch.no_grad()
     def share(self, values: Iterable[Tensor]) -> None:
         """Give tensors the values of rank 0."""

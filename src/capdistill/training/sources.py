@@ -31,6 +31,7 @@ from capdistill.teachers.cached import CachedTeacher, cached_parts
 from capdistill.teachers.ensemble import leaves
 from capdistill.teachers.mean_teacher import MeanTeacher
 from capdistill.training.config import TrainConfig
+from capdistill.training.distributed import tensors_of
 from capdistill.training.monitor import LOSS
 from capdistill.training.step import Stepper
 from capdistill.training.validation import add_references
@@ -96,12 +97,14 @@ def cache_features(stepper: Stepper, train: Any, val: Any = None) -> list[CacheE
     Raises:
         ConfigError: nothing can be cached, as `fit` would say.
     """
-    before = stepper.config
-    stepper.config = stepper.config_class.resolve(
-        before, {"cache_features": True}, "cache_features"
-    )
+    before, ranks = stepper.config, stepper.ranks
+    options = {"cache_features": True}
+    stepper.config = stepper.config_class.resolve(before, options, "cache_features")
     try:
-        sources = open_sources(stepper, accept_rows(train), accept_rows(val))
+        with ranks.failing_together():
+            ranks.join(stepper.device)
+            ranks.share(tensors_of(stepper.objective))
+            sources = open_sources(stepper, accept_rows(train), accept_rows(val))
     finally:
         stepper.config = before
     close_workers(*sources)
@@ -314,7 +317,8 @@ def _views(
                 "cache_features=True needs a data set, but ready-made batches were given. Give "
                 "the data set they come from, or set cache_features=False."
             )
-        key = key or data_key(data, source, size, cache_directory(config))
+        if not key:
+            key = stepper.ranks.on_main(data_key, data, source, size, cache_directory(config))
         yield source, f"{key} view {view} flip {config.flip}" if view else key
 
 
@@ -367,9 +371,17 @@ def _caches(
         trained = keeps_frozen_stages(encoder, is_changed(model, stepper.captioner))
         key = encoder.cache_key(trained)
         if key not in caches:
-            show, kind = config.progress is not False, config.cache_dtype
             made = [
-                cache_trunk(encoder, *view, directory, stepper.precision, show, trained, kind)
+                cache_trunk(
+                    encoder,
+                    *view,
+                    directory,
+                    stepper.precision,
+                    progress=config.progress is not False,
+                    trained=trained,
+                    dtype=config.cache_dtype,
+                    ranks=stepper.ranks,
+                )
                 for view in views
             ]
             caches[key] = made if len(made) > 1 else made[0]
