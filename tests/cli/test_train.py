@@ -49,6 +49,22 @@ def test_the_run_file_holds_the_captions_an_image_that_the_data_decided(student:
     assert json.loads((student / "run.json").read_text())["config"]["captions_per_image"] == 5
 
 
+def test_a_run_is_logged_and_profiled(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main([*distill(teacher, out), "--profile", "--log", "csv"]) == 0
+    header, *rows = (out / "epochs.csv").read_text().splitlines()
+    assert "profile/student" in header
+    assert len(rows) == 1
+    assert "  time    " in capsys.readouterr().err
+    written = json.loads((out / "config.json").read_text())["train"]
+    assert (written["log"], written["profile"]) == (["csv"], True)
+    with pytest.raises(SystemExit):
+        main([*distill(teacher, out), "--log", "tensorbord"])
+    assert "Did you mean 'tensorboard'?" in capsys.readouterr().err
+
+
 def test_another_seed_gives_other_weights(student: Path, tmp_path: Path) -> None:
     command = ["distill", "--config", str(student / "config.json"), "--out", str(tmp_path)]
     assert main([*command, "--seed", "1"]) == 0

@@ -15,7 +15,7 @@ from capdistill.cli.data import FORMATS, absolute_paths
 from capdistill.errors import CheckpointError, ConfigError, UnknownName, parse, suggest
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
-from capdistill.training.config import TrainConfig
+from capdistill.training.config import LOGGERS, TrainConfig
 from capdistill.training.recipes import recipe, recipe_models
 
 DEFAULT_RECIPE = "kd_2024"  # the source of the default losses
@@ -163,10 +163,24 @@ def add_run_options(
     for name, (kind, metavar, text) in flags.items():
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, dest=name, type=kind, metavar=metavar, help=text)
+    if output:
+        group.add_argument(
+            "--log",
+            nargs="+",
+            choices=LOGGERS,
+            metavar="NAME",
+            help=f"also write the history there: {', '.join(LOGGERS)}",
+        )
+        group.add_argument(
+            "--profile",
+            action="store_true",
+            default=None,
+            help="report after each epoch what the time was spent on",
+        )
     add_metrics_option(group, ",".join(TrainConfig.model_fields["metrics"].default))
     purpose = " (how validation generates captions)"
     add_generation_options(parser, purpose, without=flags)
-    parser.set_defaults(flags=tuple(flags))
+    parser.set_defaults(flags=(*flags, *(("log", "profile") if output else ())))
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:

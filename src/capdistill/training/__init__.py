@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from capdistill.registry import lazy_exports
 
 if TYPE_CHECKING:
+    from capdistill.training.callbacks import Callback as Callback
     from capdistill.training.chain import ChainTable as ChainTable
     from capdistill.training.chain import distill_chain as distill_chain
     from capdistill.training.config import DistillConfig as DistillConfig
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from capdistill.training.failed_step import replay_step as replay_step
     from capdistill.training.gradnorm import GradNorm as GradNorm
     from capdistill.training.history import History as History
+    from capdistill.training.loggers import CSVLogger as CSVLogger
+    from capdistill.training.loggers import TensorBoardLogger as TensorBoardLogger
+    from capdistill.training.loggers import WandBLogger as WandBLogger
     from capdistill.training.recipes import recipe as recipe
     from capdistill.training.self_critical import SelfCritical as SelfCritical
     from capdistill.training.sources import cache_features as cache_features
@@ -29,6 +33,8 @@ else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
         {
+            "CSVLogger": "loggers",
+            "Callback": "callbacks",
             "ChainTable": "chain",
             "DistillConfig": "config",
             "Distiller": "distiller",
@@ -37,9 +43,11 @@ else:
             "LossRatio": "weighting",
             "SelfCritical": "self_critical",
             "SelfCriticalConfig": "config",
+            "TensorBoardLogger": "loggers",
             "TrainConfig": "config",
             "Trainer": "trainer",
             "Uncertainty": "weighting",
+            "WandBLogger": "loggers",
             "Weighting": "weighting",
             "cache_features": "sources",
             "distill_chain": "chain",

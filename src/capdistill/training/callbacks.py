@@ -1,8 +1,7 @@
 """Callbacks: history, checkpoints, progress and other actions between steps.
 
-A callback is any object with some of `on_fit_start(trainer)`, `on_step(trainer, row)`,
-`on_epoch(trainer, row)` and `on_fit_end(trainer)`. `Run` lists what it may use of the trainer.
-Callbacks with `state_dict` and `load_state_dict` are part of the state of a run.
+A callback is any object with some of the methods of `Callback`. `Run` lists what it may use of the
+trainer. Callbacks with `state_dict` and `load_state_dict` are part of the state of a run.
 """
 
 from __future__ import annotations
@@ -58,6 +57,35 @@ class Run(Protocol):
         """Inside the block, the captioner holds the averaged weights if there is an average."""
 
 
+class Callback:
+    """Base class of callbacks. Every method does nothing: override those that you need.
+
+    Any object with some of these methods is a callback, too; the class saves looking them up. The
+    rows are those of `History`, before they are written: a callback may add to them. An exception
+    ends the run and is raised.
+
+    Example:
+        >>> class StopAt(Callback):
+        ...     def on_epoch(self, trainer, row):
+        ...         trainer.stopping = row["train"]["loss"] < 1.0
+    """
+
+    def on_fit_start(self, trainer: Run) -> None:
+        """The run begins or continues; its state is restored and nothing is trained yet."""
+
+    def on_step(self, trainer: Run, row: Row) -> None:
+        """An optimizer step is done."""
+
+    def on_epoch(self, trainer: Run, row: Row) -> None:
+        """An epoch and its validation are done."""
+
+    def on_fit_end(self, trainer: Run) -> None:
+        """The run ends, or was interrupted (`trainer.history.interrupted`)."""
+
+    def close(self) -> None:
+        """The run is over, also if by an error: release what is held."""
+
+
 EVENTS = ("on_fit_start", "on_step", "on_epoch", "on_fit_end")
 
 
@@ -81,12 +109,17 @@ def check_callbacks(callbacks: Any) -> None:
         )
 
 
-class Recorder:
+def is_logged(row: Row, config: TrainConfig) -> bool:
+    """Whether a step has a row in the history: the first, every `log_every`-th, and spikes."""
+    return row["step"] % config.log_every == 0 or row["step"] == 1 or bool(row.get("spike"))
+
+
+class Recorder(Callback):
     """Write the first and every `log_every`-th step, spikes and every epoch to the history."""
 
     def on_step(self, trainer: Run, row: Row) -> None:
         """Write the row of every `log_every`-th step, and of every spike."""
-        if row["step"] % trainer.config.log_every == 0 or row["step"] == 1 or row["spike"]:
+        if is_logged(row, trainer.config):
             trainer.history.append(row)
 
     def on_epoch(self, trainer: Run, row: Row) -> None:
@@ -227,7 +260,7 @@ def _load_weights(captioner: Captioner, path: Path) -> None:
     load_exactly(captioner, state, f"The weights in '{path}'")
 
 
-class Progress:
+class Progress(Callback):
     """A bar on a terminal, lines elsewhere; a description before and a summary after the run.
 
     Args:
@@ -265,6 +298,11 @@ class Progress:
         if self.lines_wanted:
             monitored = None if self.monitor is None else self.monitor.name
             self._write(describe_epoch(row, trainer.config.epochs, monitored))
+            if "profile" in row:
+                shares = [
+                    f"{k} {share:.0%}" for k, share in row["profile"].items() if share >= 0.005
+                ]
+                self._write(f"  time    {', '.join(shares)}")
 
     def on_fit_end(self, trainer: Run) -> None:
         """Report why the run ended and what was kept."""

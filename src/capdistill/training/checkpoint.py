@@ -141,6 +141,8 @@ _HARMLESS = frozenset(
         "save_every",
         "keep",
         "keep_best",
+        "log",
+        "profile",
         "progress",
     }
 )

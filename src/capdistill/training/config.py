@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from capdistill.errors import ConfigError, is_count, parse, shortened
+from capdistill.errors import ConfigError, is_count, parse, shortened, suggest
 from capdistill.generation.config import GenerationConfig, GenerationOptions, Options
 
 
@@ -61,6 +61,9 @@ def parse_interval(value: object) -> Interval:
             "or None"
         )
     return Interval(seconds=seconds)
+
+
+LOGGERS = ("csv", "tensorboard", "wandb")
 
 
 class TrainConfig(Options):
@@ -117,6 +120,9 @@ class TrainConfig(Options):
         eval_batch_size: Images per batch in validation.
         generation: Decoding in validation: a `GenerationConfig` or its options. None is greedy.
         log_every: Steps between two rows of the history.
+        log: Where the rows go besides the history: any of "csv", "tensorboard" and "wandb", or
+            {"name": "wandb", "project": ...} with arguments; see `training/loggers.py`.
+        profile: Whether each epoch's row tells what the time was spent on; see `Profile`.
         on_spike: What happens at a step whose loss lies far above those before (see `StepGuard`):
             "skip" leaves it out, "stop" ends the run with `LossSpike`. None does not look for any.
         save_every: When the training state is saved within an epoch, besides at its end: after so
@@ -160,6 +166,8 @@ class TrainConfig(Options):
     eval_batch_size: int = Field(64, ge=1)
     generation: GenerationConfig | None = None
     log_every: int = Field(10, ge=1)
+    log: tuple[str | dict[str, Any], ...] = ()
+    profile: bool = False
     on_spike: Literal["skip", "stop"] | None = None
     save_every: int | str | None = "10min"
     keep: int = Field(1, ge=1, le=10_000)
@@ -171,6 +179,16 @@ class TrainConfig(Options):
     def _is_an_interval(cls, value: Any) -> Any:
         parse_interval(value)
         return value
+
+    @field_validator("log", mode="before")
+    @classmethod
+    def _are_loggers(cls, value: Any) -> Any:
+        several = (value,) if isinstance(value, (str, Mapping)) else tuple(value or ())
+        for each in several:
+            name = each.get("name") if isinstance(each, Mapping) else each
+            if name not in LOGGERS:
+                raise ValueError(f"there is no logger {name!r}. {suggest(str(name), LOGGERS)}")
+        return several
 
     @field_validator("cache_dir", mode="before")
     @classmethod
@@ -268,6 +286,8 @@ class TrainOptions(GenerationOptions, total=False):
     eval_batch_size: int
     generation: GenerationConfig | Mapping[str, Any] | None
     log_every: int
+    log: str | Sequence[str | Mapping[str, Any]]
+    profile: bool
     on_spike: Literal["skip", "stop"] | None
     save_every: int | str | None
     keep: int

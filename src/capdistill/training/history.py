@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
+import io
 import json
 import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, MissingExtra
 from capdistill.files import finite_or_none, write_text
 from capdistill.training.guard import Verdict
 
@@ -30,7 +33,7 @@ class History:
       epoch), `scores`, `improved` and `best` (with validation data), `images`, `skipped`,
       `problems` (images that could not be used, named in the epoch that met them first),
       `skipped_steps`, `spikes`, `running_statistics` (micro-batches of one image whose batch norms
-      used running statistics), `images_per_second`, `seconds`.
+      used running statistics), `images_per_second`, `seconds`, `profile` (if asked for).
     - The last row, of kind "end", holds `stopped`: why the run ended, and `interrupted`.
 
     On disk NaN is null.
@@ -110,6 +113,47 @@ class History:
         chosen = [row for row in self.epochs if row.get("improved")]
         return chosen[-1] if chosen else None
 
+    def table(self, kind: Literal["epoch", "step"] = "epoch") -> list[Row]:
+        """The rows of epochs or of logged steps, each without nesting; see `flat`.
+
+        Example:
+            >>> history = History()
+            >>> history.append({"kind": "epoch", "epoch": 0, "step": 4, "train": {"loss": 2.0}})
+            >>> history.table()
+            [{'epoch': 0, 'step': 4, 'train/loss': 2.0}]
+
+        Raises:
+            ConfigError: another kind.
+        """
+        if kind not in ("epoch", "step"):
+            raise ConfigError(
+                f"History: there are no rows of kind {kind!r}. Use 'epoch' or 'step'."
+            )
+        rows = ({**row} for row in self.rows if row["kind"] == kind)
+        return [flat({key: row[key] for key in row if key != "kind"}) for row in rows]
+
+    def to_csv(self, path: str | Path, kind: Literal["epoch", "step"] = "epoch") -> None:
+        """Write `table(kind)` to a CSV file, one column per name; what a row lacks is empty.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        rows, text = self.table(kind), io.StringIO()
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(Path(path), text.getvalue())
+
+    def to_pandas(self, kind: Literal["epoch", "step"] = "epoch") -> Any:
+        """`table(kind)` as a `pandas.DataFrame`; what a row lacks is NaN.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        pandas = import_extra("pandas", "History.to_pandas")
+        return pandas.DataFrame(self.table(kind))
+
     def __repr__(self) -> str:
         """One line: how far the run is, and its best epoch."""
         count = len(self.epochs)
@@ -137,6 +181,41 @@ class History:
             history.stopped = ends[-1]["stopped"]
             history.interrupted = bool(ends[-1]["interrupted"])
         return history
+
+
+def flat(row: Mapping[str, Any], prefix: str = "") -> Row:
+    """A row without nesting: a value within others is named by its path. Lists are left out.
+
+    Example:
+        >>> flat({"step": 3, "terms": {"ce": {"raw": 2.0, "weighted": 1.0}}, "problems": []})
+        {'step': 3, 'terms/ce/raw': 2.0, 'terms/ce/weighted': 1.0}
+    """
+    found: Row = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}/")
+        elif not isinstance(value, (list, tuple)):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def import_extra(module: str, what: str) -> Any:
+    """Import an optional dependency, which an extra of the same name installs.
+
+    Example:
+        >>> import_extra("math", "Rounding").floor(1.5)
+        1
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtra(
+            f"{what} needs {module}, which cannot be imported ({error}). Install the extra: "
+            f'pip install "capdistill[{module}]"'
+        ) from error
 
 
 def _line(row: Row) -> str:

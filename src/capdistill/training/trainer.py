@@ -23,6 +23,7 @@ from capdistill.errors import ConfigError, require_bool
 from capdistill.outputs import Batch
 from capdistill.runtime import evaluating, seed_everything
 from capdistill.training.callbacks import (
+    Callback,
     Checkpoints,
     Progress,
     Recorder,
@@ -42,8 +43,10 @@ from capdistill.training.distributed import Parallel, tensors_of
 from capdistill.training.failed_step import kept_if_it_fails
 from capdistill.training.guard import StepGuard
 from capdistill.training.history import EpochMeter, History, Row
+from capdistill.training.loggers import make_loggers
 from capdistill.training.monitor import BestEpoch, Monitor
 from capdistill.training.objective import Objective
+from capdistill.training.profile import profiled
 from capdistill.training.run_directory import (
     STATE,
     Resume,
@@ -149,7 +152,7 @@ class Trainer(Stepper):
             resume: True continues from the state in `out`; "auto" does so if there is one.
             overwrite: Replace the results of an earlier run in `out`; otherwise they are an error.
             accept_changes: Resume although losses, weights, teacher or data have changed.
-            callbacks: Objects with any of on_fit_start, on_step, on_epoch, on_fit_end. They are
+            callbacks: Objects with some of the methods of `capdistill.training.Callback`. They are
                 called before the row is written to the history, and may add to it.
             parallel: For several processes: wraps the trained module, `fully_shard` for instance,
                 in the place of DistributedDataParallel. Kept in the attribute `parallel`.
@@ -311,7 +314,8 @@ class Trainer(Stepper):
         self._progress = Progress(config.progress, monitor)
         every = parse_interval(config.save_every)
         self.checkpoints = Checkpoints(out, monitor, every, config.keep, config.keep_best)
-        files = [Recorder(), self._progress, self.checkpoints]
+        files = [*make_loggers(config.log), Recorder(), self._progress, self.checkpoints]
+        files = profiled(files) if config.profile else files
         return [*best, SkippedImages(), *callbacks, *files] if self.ranks.main else []
 
     @contextmanager
@@ -353,7 +357,9 @@ class Trainer(Stepper):
                 self._emit("on_fit_start")
                 yield
         finally:
-            self._progress.close()
+            for callback in self.callbacks:
+                if isinstance(callback, Callback):
+                    callback.close()
             self.captioner.eval()
 
     def __repr__(self) -> str:
