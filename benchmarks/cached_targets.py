@@ -63,7 +63,13 @@ def compare(folder: Path, options: argparse.Namespace) -> Iterator[str]:
     sides = {"cross-entropy": None, "dense": dense, "live": teacher}
     if options.top_k:
         sides["top-k"] = cd.teachers.cache(
-            teacher, data, folder / "top_k", top_k=options.top_k, min_mass=0, **common
+            teacher,
+            data,
+            folder / "top_k",
+            top_k=options.top_k,
+            temperatures=2.0,
+            min_mass=0,
+            **common,
         )
     steps = {name: make_step(tokenizer, side, common) for name, side in sides.items()}
     batches = make_batches(make_trainer(tokenizer, None, common), data)

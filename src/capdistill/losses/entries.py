@@ -38,22 +38,24 @@ def entries_divergence(
     bucket = target.shape[-1] > ids.shape[-1]
 
     def part(rows: Tensor, index: Tensor, target: Tensor) -> Part:
-        scaled = rows / temperature  # (n, V)
-        chosen = scaled.gather(-1, index)  # (n, k)
-        if bucket:
-            scaled.scatter_(-1, index, -torch.inf)
-            rest = scaled.logsumexp(-1, keepdim=True).clamp(min=-1e30)  # -inf - -inf would be nan
-            chosen = torch.cat([chosen, rest], -1)
-        mine = F.log_softmax(chosen, -1)
+        chosen = rows.gather(-1, index)  # (n, k)
+        if bucket:  # the rows are a copy of the logits, which is used up
+            others = rows.scatter_(-1, index, -torch.inf)
+            top = others.amax(-1, keepdim=True).clamp(min=-1e30)  # -inf - -inf would be nan
+            others = others.sub_(top).div_(temperature).exp_()
+            total = others.sum(-1, keepdim=True)  # at least 1, or 0 where there are none
+            rest = top + temperature * total.log()
+            chosen = torch.cat([chosen, rest.clamp(min=-1e30)], -1)
+        mine = F.log_softmax(chosen / temperature, -1)
         weight = target.exp()
         gap = (target - mine).masked_fill_(weight == 0, 0)  # 0 * inf would be nan
 
         def slope() -> Tensor:
             excess = (mine.exp() - weight).div_(temperature)
             if not bucket:
-                return torch.zeros_like(scaled).scatter_(-1, index, excess)
-            found = scaled.sub_(rest).exp_().mul_(excess[:, -1:])  # shared out as in the student
-            return found.scatter_(-1, index, excess[:, :-1])
+                return torch.zeros_like(rows).scatter_(-1, index, excess)
+            share = excess[:, -1:] / total.clamp(min=1)  # shared out as in the student
+            return others.mul_(share).scatter_(-1, index, excess[:, :-1])
 
         return (weight * gap).sum(), slope
 

@@ -249,7 +249,7 @@ class Writer:
         need = frozenset({"logits", *self.kept, *(() if self.words else ("hidden",))})
         with torch.no_grad(), autocast(self.device, self.precision):
             output = teacher(batch.to(self.device), need=need)
-        logits = output.logits[valid]
+        logits = output.logits[valid] if self.words or first else output.logits
         found = self.words.of(logits) if self.words else {"hidden": output.hidden[-1][valid]}
         if "attention" in self.kept:
             found["attention"] = output.attention[valid]
