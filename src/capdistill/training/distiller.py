@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from capdistill import losses as loss_registry
@@ -39,7 +40,12 @@ from capdistill.teachers.ensemble import Ensemble, leaves
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, DistillOptions
 from capdistill.training.gradnorm import GradNorm
 from capdistill.training.objective import Objective, Weights
-from capdistill.training.on_policy import replace_captions, require_scored
+from capdistill.training.on_policy import (
+    replace_captions,
+    require_scored,
+    sharing_trunks,
+    with_shared_tokens,
+)
 from capdistill.training.run_directory import options_of
 from capdistill.training.trainer import Trainer
 from capdistill.training.weighting import LossRatio, Uncertainty, Weighting
@@ -106,6 +112,7 @@ class Distiller(Trainer):
         options: Mapping[str, Any],
     ) -> None:
         self.teacher = teacher
+        self._sharing: list[Captioner] = []  # one for each frozen trunk that several models have
         super().__init__(student, config, **options)
 
     def _set_up(self, losses: Mapping[str, DistillationLoss], weights: Weights) -> None:
@@ -188,7 +195,17 @@ class Distiller(Trainer):
         if batch is not None:
             self.prepare(batch)
         self._keep_apart()  # freezing may have changed
+        several = [] if self.teacher is None else [self.student, *leaves(self.teacher)]
+        self._sharing = sharing_trunks(several)
         return super().make_ready(batch)
+
+    def _forward(self, batch: Batch, module: nn.Module | None = None) -> dict[str, Tensor]:
+        """As in `Stepper`; a frozen trunk that several models have runs once."""
+        if self._sharing:
+            with autocast(self.device, self.precision):
+                shared = with_shared_tokens(self._sharing, batch.to(self.device))
+            batch = replace(batch, cached=shared.cached)
+        return super()._forward(batch, module)
 
     @property
     def averages(self) -> dict[str, WeightAverage]:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -274,6 +275,40 @@ def with_frozen_tokens(captioner: Captioner, batch: Batch) -> Batch:
         values = encoder.to_cache(batch.images)
     torch.clear_autocast_cache()
     return replace(batch, cached={**batch.cached, key: values})
+
+
+def sharing_trunks(models: Iterable[object]) -> list[Captioner]:
+    """One captioner for each frozen trunk, or frozen stages, that several of the models have.
+
+    Equal weights and settings count, whether the modules are the same or copies.
+    """
+    captioners = [model for model in models if isinstance(model, Captioner)]
+    alike = Counter(map(_frozen_layout, captioners))
+    groups: dict[str, list[Captioner]] = {}
+    for captioner in captioners:
+        if alike[_frozen_layout(captioner)] > 1:  # or hashing the weights is not worth it
+            key = captioner.encoder.current_key()
+            groups.setdefault(key or "", []).append(captioner)
+    return [group[0] for key, group in groups.items() if key and len(group) > 1]
+
+
+def _frozen_layout(captioner: Captioner) -> object:
+    encoder = captioner.encoder
+    shapes = tuple(p.shape for p in encoder.parameters() if not p.requires_grad)
+    return type(encoder), shapes or id(captioner)
+
+
+def with_shared_tokens(captioners: Sequence[Captioner], batch: Batch) -> Batch:
+    """The batch with the output of the frozen stages of these captioners, each computed once."""
+    for captioner in captioners:
+        encoder = captioner.encoder
+        found = None if torch.is_grad_enabled() else batch.cached.get(encoder.live_key)
+        key = encoder.current_key()
+        if found is not None and key is not None and encoder.trunk_frozen:
+            batch = replace(batch, cached={**batch.cached, key: found})
+        else:
+            batch = with_frozen_tokens(captioner, batch)
+    return batch
 
 
 def beside(first: Batch, second: Batch, pad_id: int) -> Batch:
