@@ -215,8 +215,8 @@ class Captioner(CaptionGenerator):
         directory = user_path(directory, CheckpointError)
         content = saving.read_description(directory)
         captioner = cls(
-            saving.make_part(content, "encoder") if encoder is None else encoder,
-            saving.make_part(content, "decoder") if decoder is None else decoder,
+            saving.make_part(content, "encoder", directory) if encoder is None else encoder,
+            saving.make_part(content, "decoder", directory) if decoder is None else decoder,
             saving.find_tokenizer(directory, content, tokenizer),
             name=content["name"],
         )

@@ -14,13 +14,17 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import secrets
 import shutil
 import stat
+import struct
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -35,7 +39,7 @@ def read_object(path: str | Path, what: str, example: str = "") -> dict[str, Any
         ConfigError: the file does not exist, or holds no JSON object.
     """
     try:
-        content = json.loads(user_path(path).read_text(encoding="utf-8"))
+        content = from_json(user_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be read as {what} ({error}). Expected a JSON object{example}."
@@ -43,6 +47,30 @@ def read_object(path: str | Path, what: str, example: str = "") -> dict[str, Any
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
     return content
+
+
+# What reading a damaged or foreign file may raise.
+DAMAGED: tuple[type[Exception], ...] = (
+    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, AssertionError, MemoryError, pickle.UnpicklingError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
+
+
+def from_json(text: str) -> Any:
+    """The values of a JSON text.
+
+    Example:
+        >>> from_json('{"a": [1, null]}')
+        {'a': [1, None]}
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def user_path(path: str | os.PathLike[str], error: type[CapdistillError] = ConfigError) -> Path:

@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from capdistill import decoders, encoders
 from capdistill.errors import CheckpointError, ConfigError
-from capdistill.files import remove_abandoned, temporary_name, write_atomically, write_text
+from capdistill.files import (
+    from_json,
+    remove_abandoned,
+    temporary_name,
+    write_atomically,
+    write_text,
+)
 from capdistill.registry import recipe_of
 from capdistill.tokenizer import Tokenizer, WordTokenizer
 from capdistill.weights import load_exactly, read_metadata, read_state_dict, strip_prefixes
@@ -96,7 +102,10 @@ def write(
         for key, value in model.state_dict().items()
     }
     weights = hash_weights(state)
-    checksums = {name: _checksum(name, description[name]) for name in _CHECKED}
+    checksums = {"name": _digest_of(description["name"])}
+    for kind, registry in _REGISTRIES.items():
+        part = description[kind]
+        checksums[kind] = _checksum(part, registry.get(part["name"]) if part else None)
     content = {"format": _FORMAT, **description, "weights": weights, "checksums": checksums}
     data = to_safetensors(state, {_ID: weights})
     staged, pending = directory / temporary_name("captioner"), directory / PENDING
@@ -216,11 +225,11 @@ def read_description(directory: Path) -> Description:
             f"{directory} holds a saved ensemble. Read it with capdistill.teachers.load(directory)."
         )
     try:
-        content: Description = json.loads(path.read_text(encoding="utf-8"))
+        content: Description = from_json(path.read_text(encoding="utf-8"))
         if content.get("format") != _FORMAT:
             raise ValueError(f"format {content.get('format')!r}")
         _check_content(content)
-        _require_checksum(path, content, "name")
+        _require_checksum(path, content, "name", _digest_of(content["name"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} does not describe a captioner ({type(error).__name__}: {error}). Expected a "
@@ -229,8 +238,13 @@ def read_description(directory: Path) -> Description:
     return content
 
 
-def make_part(content: Description, kind: str) -> Any:
+def make_part(content: Description, kind: str, directory: Path | None = None) -> Any:
     """Recreate a component with random weights, which those of the file replace.
+
+    Args:
+        content: The description.
+        kind: "encoder" or "decoder".
+        directory: Where the weights are; a part much larger than their file is not made.
 
     Raises:
         CheckpointError: it cannot be created here; the message says how to pass it.
@@ -242,14 +256,38 @@ def make_part(content: Description, kind: str) -> Any:
         )
     name, registry = described["name"], _REGISTRIES[kind]
     try:
-        part = registry.create(name, **_without_hub(registry.get(name), described["kwargs"]))
+        cls = registry.get(name)
+        kwargs = _without_hub(cls, described["kwargs"])
+        if directory is not None:
+            _require_room(lambda: cls(**kwargs), kind, directory)
+        part = registry.create(name, **kwargs)
     except ConfigError as error:
         raise CheckpointError(
             f"The {kind} '{name}' of this captioner cannot be made here: {error} "
             f"Install the package that it came from, or {fix}."
         ) from error
-    _require_checksum(DESCRIPTION, content, kind)
+    _require_checksum(DESCRIPTION, content, kind, _checksum(described, cls))
     return part
+
+
+_MARGIN = 2**24  # bytes that a part may have beyond twice the file of weights
+
+
+def _require_room(make: Callable[[], nn.Module], kind: str, directory: Path) -> None:
+    """Refuse a description of a part that the weights cannot be of, before its memory is taken."""
+    path = saved_file(directory, WEIGHTS)
+    try:
+        with torch.device("meta"):
+            values = make().state_dict().values()
+        needed = sum(value.numel() * value.element_size() for value in values)
+    except Exception:  # a class that cannot be made without memory
+        return
+    if path.is_file() and needed > 2 * path.stat().st_size + _MARGIN:
+        raise CheckpointError(
+            f"The {kind} that {directory / DESCRIPTION} describes takes {needed:,} bytes, but "
+            f"{path.name} has {path.stat().st_size:,}: they were not saved together, or are "
+            "damaged. Copy all files of one captioner, or save it again."
+        )
 
 
 def find_tokenizer(
@@ -286,30 +324,24 @@ def _require_vocabulary(directory: Path, saved: Mapping[str, Any], tokenizer: To
         )
 
 
-_CHECKED = ("name", "encoder", "decoder")  # of the description; the rest holds checksums
-
-
-def _require_checksum(
-    path: Path | str, content: Description, name: str, found: str | None = None
-) -> None:
+def _require_checksum(path: Path | str, content: Description, name: str, found: str) -> None:
     """Refuse a value that is not the one that was saved; files without checksums are accepted."""
     checksums = content.get("checksums")
     expected = checksums.get(name) if isinstance(checksums, Mapping) else None
-    if expected is not None and expected != (found or _checksum(name, content[name])):
+    if expected is not None and expected != found:
         raise CheckpointError(
             f"{path} has changed since it was saved: the checksum of '{name}' is wrong. Copy the "
             f"file again; if you edited it, remove 'checksums' from {DESCRIPTION}."
         )
 
 
-def _checksum(name: str, value: Any) -> str:
-    """A checksum of a value; arguments that select pretrained weights have no effect on it."""
-    if name in _REGISTRIES and value is not None:
-        cls = _REGISTRIES[name].get(value["name"])
-        unused: tuple[str, ...] = getattr(cls, "hub_arguments", ())
-        kwargs = {key: each for key, each in value["kwargs"].items() if key not in unused}
-        value = {**value, "kwargs": kwargs}
-    return _digest_of(value)
+def _checksum(part: Any, cls: type | None) -> str:
+    """A checksum of a part; arguments that select pretrained weights have no effect on it."""
+    if part is None:
+        return _digest_of(None)
+    unused: tuple[str, ...] = getattr(cls, "hub_arguments", ())
+    kwargs = {name: value for name, value in part["kwargs"].items() if name not in unused}
+    return _digest_of({**part, "kwargs": kwargs})
 
 
 def _digest_of(value: Any) -> str:
@@ -318,7 +350,7 @@ def _digest_of(value: Any) -> str:
 
 
 def _parsed(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return from_json(path.read_text(encoding="utf-8"))
 
 
 _OURS = f"{WordTokenizer.__module__}.{WordTokenizer.__qualname__}"

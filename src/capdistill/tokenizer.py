@@ -29,7 +29,7 @@ from capdistill.errors import (
     require_text,
     shortened,
 )
-from capdistill.files import write_text
+from capdistill.files import from_json, write_text
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 _FORMAT = "capdistill.word_tokenizer/1"
@@ -240,7 +240,7 @@ class WordTokenizer:
             CheckpointError: the file was not written by `save`.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = from_json(Path(path).read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
                 raise KeyError(content["format"])
             return cls(content["words"], max_length=content["max_length"])

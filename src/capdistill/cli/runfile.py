@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool, S
 from capdistill.cli.common import Teachers, captioner_directory, default_losses, teacher_section
 from capdistill.cli.data import FORMATS, DataSection, FullPath, parse_data
 from capdistill.errors import ConfigError, parse
-from capdistill.files import read_object, write_text
+from capdistill.files import from_json, read_object, write_text
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, setting: str) -> N
 def _value(keys: list[str], text: str) -> Any:
     """Parse JSON; return the text if it is not JSON, or if the key takes text and not that type."""
     try:
-        value = json.loads(text)
+        value = from_json(text)
     except ValueError:
         return text
     kinds = _types_of(keys)

@@ -25,7 +25,7 @@ from capdistill.evaluation.evaluation import (
 from capdistill.evaluation.measure import time_captions
 from capdistill.evaluation.report import fragment, page, summary
 from capdistill.evaluation.table import Progress, TableRow, comparison_table, table_rows
-from capdistill.files import finite_or_none, write_text
+from capdistill.files import finite_or_none, from_json, write_text
 from capdistill.metrics.bootstrap import PairedScores, paired
 from capdistill.runtime import autocast, on_device
 
@@ -108,7 +108,7 @@ class Comparison:
         """
         path = Path(directory) / "report.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = from_json(path.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
                 raise ValueError(f"schema {content['schema']!r}")
             samples = [{**s, "references": tuple(s["references"])} for s in content["samples"]]

@@ -19,7 +19,7 @@ from capdistill.data.caption_files import DataReport, Problem
 from capdistill.data.dataset import CaptionData, Example
 from capdistill.data.rows import accept_rows
 from capdistill.errors import ConfigError, DataError, require_int, require_number, suggest
-from capdistill.files import user_path, write_text
+from capdistill.files import from_json, user_path, write_text
 from capdistill.generation.hypotheses import Hypothesis
 from capdistill.runtime import SAFE_SEED, stable_hash
 
@@ -290,7 +290,7 @@ def open_rows(file: Path, about: dict[str, Any], overwrite: bool) -> dict[str, R
     side = description_of(file)
     if file.exists() and not overwrite:
         try:
-            before = json.loads(side.read_text("utf-8"))
+            before = from_json(side.read_text("utf-8"))
             different = [key for key in about if before.get(key) != about[key]]
         except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(
@@ -331,7 +331,7 @@ def read_rows(file: Path, cut: bool = False) -> dict[str, Row]:
             values = json.loads(line)
             row = Row(**{field.name: values[field.name] for field in fields(Row)})
             row.require_types()
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(
                 f"{file}, row {number} is not a row that teachers.caption wrote "
                 f"({type(error).__name__}: {error}). Caption the images anew, with overwrite=True."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capdistill.errors import CheckpointError, ConfigError
-from capdistill.files import remove_abandoned, temporary_name, write_text
+from capdistill.files import from_json, remove_abandoned, temporary_name, write_text
 from capdistill.saving import DESCRIPTION, ENSEMBLE, saved_file
 
 _FORMAT = "capdistill.ensemble/1"
@@ -97,7 +97,7 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
             "capdistill.teachers.load(directory)."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = from_json(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']!r}")
         places = {str(each["name"]): str(each["directory"]) for each in content["members"]}

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from capdistill.captioner import Captioner
 from capdistill.errors import CapdistillError, ConfigError, shortened
-from capdistill.files import finite_or_none, user_path, write_text
+from capdistill.files import finite_or_none, from_json, user_path, write_text
 from capdistill.losses.base import DistillationLoss
 from capdistill.metrics.bootstrap import text_columns
 from capdistill.runtime import autocast, evaluating
@@ -260,7 +260,7 @@ _SCORED = ("vocabulary", "validation data")
 def _known_scores(file: Path, about: Mapping[str, Any]) -> dict[str, float] | None:
     """The scores of the teacher that an earlier call measured, if they still hold."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = from_json(file.read_text(encoding="utf-8"))
         found = dict(content["rows"][0]["scores"])
         return found if found and content["teacher"] == about else None
     except (OSError, ValueError, LookupError, TypeError):

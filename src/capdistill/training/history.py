@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from capdistill.errors import ConfigError, MissingExtra
-from capdistill.files import finite_or_none, write_text
+from capdistill.files import finite_or_none, from_json, write_text
 from capdistill.training.guard import Verdict
 
 Row = dict[str, Any]
@@ -178,8 +178,8 @@ class History:
         history.rows = _read_until(Path(path), math.inf)
         ends = [row for row in history.rows if row.get("kind") == "end"]
         if ends:
-            history.stopped = ends[-1]["stopped"]
-            history.interrupted = bool(ends[-1]["interrupted"])
+            history.stopped = ends[-1].get("stopped")
+            history.interrupted = bool(ends[-1].get("interrupted"))
         return history
 
 
@@ -227,7 +227,7 @@ def _read_until(path: Path, step: float) -> list[Row]:
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
     for line in text.split("\n"):
         try:
-            row = json.loads(line)
+            row = from_json(line)
         except ValueError:
             continue  # the last line of a killed run
         if _is_row(row) and row["step"] <= step:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,8 @@ import torch
 
 from capdistill import __version__
 from capdistill.errors import CheckpointError
-from capdistill.files import write_atomically
+from capdistill.files import DAMAGED, write_atomically
 
-# What reading a damaged file may raise.
-_DAMAGED: tuple[type[Exception], ...] = (
-    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError),
-    *(ArithmeticError, AssertionError, MemoryError, pickle.UnpicklingError),
-    *(zipfile.BadZipFile, zlib.error, struct.error),
-)
 _MOST_VALUES = 10_000_000  # in a file: numbers, texts, tensors, lists and dicts
 
 
@@ -73,7 +64,7 @@ def read_file(path: Path, form: str, what: str = "training state") -> dict[str, 
         _require_small(state)
     except CheckpointError:
         raise
-    except _DAMAGED as error:
+    except DAMAGED as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read ({reason})") from error
     given = state.get("format") if isinstance(state, dict) else None
