@@ -33,6 +33,7 @@ from capdistill.weights import load_exactly, read_metadata, read_state_dict, str
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "captioner.json", "tokenizer.json"
 ENSEMBLE = "ensemble.json"  # describes the members of an ensemble, each in a directory within
+TARGETS = "targets.json"  # describes cached targets of a teacher
 PENDING = ".captioner"  # a directory of files that are complete but not yet in place
 _FORMAT = "capdistill.captioner/1"
 _ID = "capdistill.weights"  # in the metadata of the weights

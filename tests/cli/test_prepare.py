@@ -42,6 +42,26 @@ def test_what_cache_writes_is_what_a_run_reads(
     assert written(features) == before
 
 
+def test_targets_of_a_teacher_take_its_place(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, targets = ["--student", "debug_student"], tmp_path / "targets"
+    options = ["--set", f"train.cache_dir={tmp_path}", "--set", "train.cache_views=2"]
+    options += ["--set", "losses.feature.match=pooled"]
+    command = ["cache", "--teacher", str(teacher), *student, *DATA, *options, "--device", "cpu"]
+    assert run([*command, "--targets", str(targets)], capsys)["targets"] == str(targets)
+    command = ["distill", *student, *TINY, *options, "--set", "train.cache_features=true"]
+    rows = []
+    for name in (str(teacher), str(targets)):
+        out = tmp_path / f"run{len(rows)}"
+        assert main([*command, "--teacher", name, "--out", str(out)]) == 0
+        lines = map(json.loads, (out / "history.jsonl").read_text().splitlines())
+        rows += [line for line in lines if line["kind"] == "epoch"]
+    for role in ("train", "val"):
+        for term, value in rows[0][role]["terms"].items():
+            assert rows[1][role]["terms"][term]["raw"] == pytest.approx(value["raw"], rel=0.02)
+
+
 def test_a_model_alone_is_cached_and_caches_are_listed_and_cleared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -308,16 +308,17 @@ def captioner_directory(given: str) -> Path:
     """The directory of a saved captioner or ensemble: the given one, or the best of a run.
 
     Args:
-        given: A directory that `Captioner.save` wrote, a file in it, or the directory of a run.
+        given: A directory that `Captioner.save` wrote, a file in it, the directory of a run, or
+            one of cached targets.
 
     Raises:
         CheckpointError: no captioner is there; the message says what is.
     """
-    from capdistill.saving import DESCRIPTION, ENSEMBLE, saved_file
+    from capdistill.saving import DESCRIPTION, ENSEMBLE, TARGETS, saved_file
 
     path = user_path(given, CheckpointError)
     for directory in (path, path / "best", path / "final", path.parent if path.is_file() else path):
-        if any(saved_file(directory, name).is_file() for name in (DESCRIPTION, ENSEMBLE)):
+        if any(saved_file(directory, n).is_file() for n in (DESCRIPTION, ENSEMBLE, TARGETS)):
             return directory
     if not path.exists():
         siblings = path.parent.iterdir() if path.parent.is_dir() else ()

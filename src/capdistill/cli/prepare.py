@@ -22,6 +22,7 @@ _CACHE = """\
 example:
   capdistill cache --preset lite0_lstm --data flickr8k --cache-views 4
   capdistill cache --teacher runs/teacher --student lite0_lstm --data flickr8k
+  capdistill cache --teacher runs/teacher --student lite0_lstm --data flickr8k --targets targets
   capdistill cache --config runs/student/config.json
   capdistill cache --list"""
 _SHARDS = """\
@@ -44,6 +45,11 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", metavar="NAME", help=text)
     add_pair_options(parser)
     add_run_options(parser, DistillConfig, _FLAGS, output=False)
+    group = parser.add_argument_group("targets of the teacher")
+    text = "also run the teacher over all captions, and keep its targets here"
+    group.add_argument("--targets", metavar="DIR", help=text)
+    text = "of a large vocabulary, keep the N most probable words (default: all, exactly)"
+    group.add_argument("--target-words", metavar="N", type=int, help=text)
     group = parser.add_argument_group("caches that are there")
     group.add_argument("--list", action="store_true", help="list them, and do nothing else")
     group.add_argument("--clear", action="store_true", help="remove them all, and do nothing else")
@@ -69,6 +75,9 @@ def cache(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - began
     content = {"seconds": seconds, "caches": _content(made)}
     hint = "Train with --set train.cache_features=true" + epochs
+    if options.targets:
+        content["targets"] = options.targets
+        hint = f"{hint} --teacher {options.targets}"
     print_result(
         options, content, lambda: f"{_table(made)}\n{seconds:.1f} s. {hint} and the same options."
     )
@@ -86,8 +95,41 @@ def _cache(options: argparse.Namespace) -> tuple[list[CacheEntry], str]:
     run, data = load_run(options)
     trainer = make_trainer(run, data)
     made = cache_features(trainer, run.data.training_data(data), validation(data))
+    if options.targets:
+        _cache_targets(options, trainer, run.data.training_data(data), validation(data))
     views = run.train.cache_views
     return made, f" --set train.cache_views={views}" if views > 1 else ""
+
+
+def _cache_targets(options: argparse.Namespace, trainer: Any, train: Any, val: Any) -> None:
+    """Keep the targets of the teacher that the losses of a run read."""
+    from capdistill.compatibility import image_size
+    from capdistill.losses.token import LogitsLoss
+    from capdistill.teachers import cache as cache_targets
+
+    teacher, config, losses = trainer.models[1:], trainer.config, trainer.objective.losses.values()
+    if not teacher:
+        raise ConfigError("--targets are those of a teacher. Give --teacher and --student.")
+    scales = [each.temperature for each in losses if isinstance(each, LogitsLoss)]
+    words: dict[str, Any] = {}
+    if options.target_words is not None:
+        constant = [each for each in scales if isinstance(each, float)]
+        words = {"top_k": options.target_words, "temperatures": constant}
+    cache_targets(
+        teacher[0],
+        getattr(train, "data", train),  # of a curriculum
+        options.targets,
+        val=val,
+        keep=trainer.objective.needed_outputs & {"features", "attention"},
+        image_size=image_size(*trainer.models),
+        cache_features=True,
+        progress=config.progress is not False,
+        **words,
+        **{name: getattr(config, name) for name in _AS_TRAINED},
+    )
+
+
+_AS_TRAINED = ("cache_views", "flip", "device", "precision", "cache_dir", "cache_dtype")
 
 
 def _content(entries: list[CacheEntry]) -> list[dict[str, Any]]:

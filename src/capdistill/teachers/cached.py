@@ -22,8 +22,8 @@ from capdistill.losses.base import DistillationLoss
 from capdistill.losses.hidden import HiddenKD
 from capdistill.losses.token import LogitsLoss, words_missing
 from capdistill.outputs import OUTPUTS, Batch, CaptionerOutput, ModelSpec, TopWords
-from capdistill.saving import find_tokenizer
-from capdistill.teachers.cached_store import ABOUT, Store
+from capdistill.saving import TARGETS, find_tokenizer
+from capdistill.teachers.cached_store import Store
 from capdistill.tokenizer import Tokenizer
 from capdistill.weights import read_state_dict
 
@@ -321,7 +321,7 @@ class CachedTeacher(CaptionGenerator):
 
 def is_cached(directory: Path) -> bool:
     """Whether a directory holds cached targets."""
-    return (directory / ABOUT).is_file()
+    return (directory / TARGETS).is_file()
 
 
 def cached_parts(model: nn.Module | None) -> list[CachedTeacher]:

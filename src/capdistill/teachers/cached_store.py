@@ -18,9 +18,10 @@ import numpy as np
 
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import write_text
+from capdistill.saving import TARGETS
 
 FORMAT = "capdistill.targets/1"
-ABOUT, INDEX = "targets.json", "index.jsonl"
+INDEX = "index.jsonl"
 DTYPES = (".float16", ".float32", ".uint16", ".int32")  # the endings of the arrays' files
 
 
@@ -251,7 +252,7 @@ def read_content(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is damaged or of another format.
     """
-    path = directory / ABOUT
+    path = directory / TARGETS
     try:
         content: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if content["format"] != FORMAT:
@@ -315,12 +316,12 @@ def start(
     """
     index = directory / INDEX
     rows = index.stat().st_size
-    if (directory / ABOUT).exists() and rows and not overwrite:
+    if (directory / TARGETS).exists() and rows and not overwrite:
         _require_same(directory, content["about"])
     elif rows and not overwrite:
         raise ConfigError(
-            f"{directory} holds rows, but no {ABOUT}, which says how they were made. Give another "
-            "directory, or overwrite=True to replace them."
+            f"{directory} holds rows, but no {TARGETS}, which says how they were made. Give "
+            "another directory, or overwrite=True to replace them."
         )
     else:
         os.truncate(index, 0)  # first: old rows must never stand beside a new description
@@ -329,7 +330,7 @@ def start(
                 path.unlink()  # who reads it now keeps it
         for name, write in files.items():
             write(directory / name)
-        write_text(directory / ABOUT, json.dumps({"format": FORMAT, **content}, indent=2))
+        write_text(directory / TARGETS, json.dumps({"format": FORMAT, **content}, indent=2))
     store = Store(directory)
     store.reload(cut=True)
     return store

@@ -12,7 +12,7 @@ from capdistill.compatibility import image_size as largest_size
 from capdistill.data.dataset import CaptionData
 from capdistill.data.rows import accept_rows
 from capdistill.errors import ConfigError, require_bool, require_int, require_number, suggest
-from capdistill.feature_files import default_cache_dir
+from capdistill.feature_files import CacheType, default_cache_dir
 from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.runtime import pick_device, pick_precision
@@ -44,6 +44,7 @@ def cache(
     precision: str = "auto",
     cache_features: bool = False,
     cache_dir: str | Path | None = None,
+    cache_dtype: CacheType = "fp16",
     overwrite: bool = False,
     progress: bool = True,
 ) -> CachedTeacher | Ensemble:
@@ -90,8 +91,8 @@ def cache(
             reads, as in a run with the teacher itself.
         batch_size: Images per batch.
         num_workers: Processes that read images.
-        device, precision, cache_features, cache_dir: As in `TrainConfig`; the cached features of a
-            run with the same teacher, images and precision are used.
+        device, precision, cache_features, cache_dir, cache_dtype: As in `TrainConfig`; the cached
+            features of a run with the same teacher, images and precision are used.
         overwrite: Start anew, whatever the directory holds.
         progress: Show progress.
 
@@ -128,6 +129,7 @@ def cache(
         num_workers=num_workers,
         device=place,
         precision=pick_precision(place, precision),
+        dtype=cache_dtype,
         trunks=_trunk_directory(cache_dir) if cache_features else None,
         overwrite=overwrite,
         progress=progress,

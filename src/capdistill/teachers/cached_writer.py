@@ -18,6 +18,7 @@ from capdistill.captioner import Captioner
 from capdistill.data.dataset import CaptionData, Example
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
+from capdistill.feature_files import CacheType
 from capdistill.files import write_atomically
 from capdistill.losses.divergence import full
 from capdistill.outputs import Batch
@@ -99,6 +100,7 @@ class Writer:
     device: torch.device
     precision: str
     trunks: Path | None
+    dtype: CacheType
     overwrite: bool
     progress: bool
 
@@ -215,11 +217,10 @@ class Writer:
         """The cached features of each view; none if trunks are to run."""
         if self.trunks is None:
             return []
-        how: dict[str, Any] = {"progress": self.progress, "size": self.image_size}
+        how: dict[str, Any] = {"size": self.image_size, "flip": self.flip, "dtype": self.dtype}
+        how["progress"] = self.progress
         return [
-            trunk_caches(
-                teacher, data, self.trunks, self.precision, view=view, flip=self.flip, **how
-            )
+            trunk_caches(teacher, data, self.trunks, self.precision, view=view, **how)
             for view in range(views)
         ]
 

@@ -27,7 +27,7 @@ from capdistill.feature_cache import (
     data_key,
     keeps_frozen_stages,
 )
-from capdistill.feature_files import default_cache_dir
+from capdistill.feature_files import CacheType, default_cache_dir
 from capdistill.files import user_path
 from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.metrics import CaptionScorer
@@ -275,13 +275,14 @@ def trunk_caches(
     size: int | None = None,
     view: int = 0,
     flip: bool = False,
+    dtype: CacheType = "fp16",
 ) -> dict[str, Any]:
     """The cached features of every captioner in the teacher, by the key of its encoder.
 
     Args:
         teacher: On the device to encode on.
         data: The images.
-        directory, precision, progress: As for `cache_trunk`.
+        directory, precision, progress, dtype: As for `cache_trunk`.
         batch_size: Images per batch.
         size: Side in pixels of the images; by default that of the largest that a member reads.
         view, flip: The view of each image, as for `Loader`.
@@ -302,11 +303,12 @@ def trunk_caches(
     )
     key = data_key(data, source, size, directory)
     key = f"{key} view {view} flip {flip}" if view else key
+    how = (directory, precision, progress)
     for model in leaves(teacher):
         name = cache_key(model)
         if isinstance(model, Captioner) and name is not None and name not in found:
             encoder, cut = model.encoder, keeps_frozen_stages(model.encoder)
-            found[name] = cache_trunk(encoder, source, key, directory, precision, progress, cut)
+            found[name] = cache_trunk(encoder, source, key, *how, cut, dtype)
     if not found:
         raise ConfigError(
             "cache_features=True, but the teacher has no encoder that can be cached. Set "
