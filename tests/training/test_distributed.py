@@ -117,3 +117,19 @@ def close(value: Any) -> Any:
     if isinstance(value, list):
         return [close(each) for each in value]
     return pytest.approx(value, rel=1e-5, abs=1e-5) if isinstance(value, float) else value
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_under_torchrun_and_rank_0_speaks(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = "-m capdistill train --preset debug_student --data sample --limit 12 --epochs 1"
+    command += " --device cpu --precision fp32 --batch-size 3 --num-workers 0 --json"
+    words = [sys.executable, *launcher, *command.split(), "--out", str(tmp_path / "run")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)  # printed once
+    assert result["epochs"] == 1
+    assert (tmp_path / "run" / "best").is_dir()
+    assert "2 processes" in done.stderr
+    assert done.stderr.count("training 'debug_student'") == 1

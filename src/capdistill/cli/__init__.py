@@ -240,12 +240,19 @@ def _as_options(message: str) -> str:
 
 def print_status(text: str) -> None:
     """Print a line about the work (not its result) on stderr."""
-    print(printable(text, sys.stderr), file=sys.stderr, flush=True)
+    if speaks():
+        print(printable(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def print_result(options: argparse.Namespace, content: Any, text: Callable[[], str]) -> None:
     """Print the result on stdout: `content` as JSON with `--json`, else what `text` returns."""
-    print(as_json(content) if options.json else printable(text()), flush=True)
+    if speaks():
+        print(as_json(content) if options.json else printable(text()), flush=True)
+
+
+def speaks() -> bool:
+    """Whether this process prints: of several that train together, the one of rank 0."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def as_json(content: Any) -> str:
