@@ -53,7 +53,7 @@ def checked_forward(model: Any, batch: Batch, needed: frozenset[str]) -> Caption
     Raises:
         IncompatibleModels: the output is not as in the model's specification.
     """
-    batch = batch.to(_device_of(model))
+    batch = batch.to(device_of(model))
     with inference(model, fork_rng=True):
         output: CaptionerOutput = model(batch, need=needed)
     spec = model.spec(batch)
@@ -61,7 +61,7 @@ def checked_forward(model: Any, batch: Batch, needed: frozenset[str]) -> Caption
     if not spec.has_attention:  # FeatureKD("auto") works without it
         required -= {"attention"}
     require_output(f"'{spec.name}' gives", output, batch, required, len(spec.vocabulary), spec)
-    return _to(output, torch.device("cpu"))
+    return output_to(output, torch.device("cpu"))
 
 
 def require_output(
@@ -268,18 +268,23 @@ def loss_value(
     batch: Batch,
 ) -> Tensor:
     """The sum that a built loss returns, on any device; nothing is changed."""
-    device = _device_of(loss)
+    device = device_of(loss)
     with inference(loss, fork_rng=True):
-        theirs = None if teacher is None else _to(teacher, device)
-        value: Tensor = loss(_to(student, device), theirs, batch.to(device))
+        theirs = None if teacher is None else output_to(teacher, device)
+        value: Tensor = loss(output_to(student, device), theirs, batch.to(device))
     return value
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
+def device_of(module: nn.Module) -> torch.device:
+    """Where a model reads its inputs; parts that are loaded when they run are left out."""
+    devices = (p.device for p in module.parameters() if p.device.type != "meta")
+    return next(devices, torch.device("cpu"))
 
 
-def _to(output: CaptionerOutput, device: torch.device) -> CaptionerOutput:
+def output_to(output: CaptionerOutput, device: torch.device) -> CaptionerOutput:
+    """The output of a model, and of its members, on a device."""
+    members = output.members and {n: output_to(m, device) for n, m in output.members.items()}
+
     def move(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(device)
 
@@ -291,6 +296,7 @@ def _to(output: CaptionerOutput, device: torch.device) -> CaptionerOutput:
         attention=move(output.attention),
         mask=move(output.mask),
         words=output.words and _words_to(output.words, device),
+        members=members,
     )
 
 
@@ -319,7 +325,9 @@ def require_apart(teacher: nn.Module, objective: nn.Module) -> None:
 
 def _memory(parameter: nn.Parameter) -> tuple[tuple[str, int], ...]:
     """What two parameters have in common if training one changes the other."""
-    place = parameter.untyped_storage().data_ptr()
+    own: Any = parameter
+    local: Tensor = own.to_local() if hasattr(own, "to_local") else own  # of a sharded model
+    place = local.untyped_storage().data_ptr()
     return (("object", id(parameter)), *([("memory", place)] if place else []))
 
 

@@ -21,12 +21,14 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from capdistill import Captioner, Distiller, Trainer, encoders
 from capdistill.errors import CapdistillError
 from capdistill.outputs import Batch
 from capdistill.runtime import generator
 from capdistill.training import GradNorm, LossRatio, SelfCritical, Uncertainty
+from capdistill.training.sharding import whole
 from tests.training import tiny_models as tiny
 
 IMAGES = 11
@@ -82,7 +84,8 @@ OPTIONS: dict[str, Any] = {
 def distiller(seed: int = 1, **options: Any) -> Distiller:
     weights = options.pop("weights", {"ce": 0.5, "token": 0.5, "hidden": 0.3})
     losses = {"token": "token", "hidden": "hidden", "feature": "feature"}
-    trainer = Distiller(tiny.make_teacher(2), student(seed), losses, weights, **OPTIONS, **options)
+    options = {**OPTIONS, **options}
+    trainer = Distiller(tiny.make_teacher(2), student(seed), losses, weights, **options)
     trainer.make_optimizer = sgd  # type: ignore[method-assign]
     return trainer
 
@@ -94,7 +97,8 @@ def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 def digest(trainer: Trainer) -> list[float]:
     """All weights."""
-    values = [v.double().reshape(-1) for v in trainer.objective.state_dict().values()]
+    state = trainer.objective.state_dict()
+    values = [whole(v).double().reshape(-1) for v in state.values()]
     return torch.cat(values).tolist()  # type: ignore[no-any-return]
 
 
@@ -272,6 +276,63 @@ def moved(rank: int, world: int, out: Path) -> Any:
     return {"weights": digest(trainer), "whole": digest(whole), "refused": refused}
 
 
+def shard(module: torch.nn.Module) -> torch.nn.Module:
+    """FSDP2 around the objective, and around a layer in it."""
+    fully_shard(module.student.encoder.project)  # type: ignore[operator, union-attr]
+    return fully_shard(module)  # type: ignore[return-value]
+
+
+def sharded(rank: int, world: int, out: Path) -> Any:
+    """FSDP2 around the trained module, interrupted and resumed, with the state of AdamW."""
+    how: dict[str, Any] = {"epochs": 2, "batch_size": 4 // world, "out": out / "sharded"}
+    how |= {"parallel": shard} if world > 1 else {}
+    trainer = adam()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Interrupted")
+        trainer.fit(Pictures(), Pictures(7), callbacks=[StopAfterOne()], **how)
+    sizes = [p.to_local().numel() for p in trainer.captioner.parameters()] if world > 1 else []
+    trainer = adam()
+    trainer.fit(Pictures(), Pictures(7), resume=True, **how)
+    loaded = Captioner.load(out / "sharded" / "best").state_dict()
+    best = [v.double().flatten().tolist() for v in loaded.values()]
+    kept = [whole(v).double().flatten().tolist() for v in trainer.captioner.state_dict().values()]
+    result = found(trainer)
+    del result["weights"]
+    return {**result, "best": best, "kept": kept, "share": sum(sizes)}
+
+
+class StopAfterOne:
+    def on_epoch(self, trainer: Any, row: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def adam() -> Distiller:
+    trainer = distiller(learning_rate=1e-3)
+    del trainer.make_optimizer
+    return trainer
+
+
+def sharded_teacher(rank: int, world: int, out: Path) -> Any:
+    teacher = tiny.make_teacher(2)
+    if world > 1:
+        fully_shard(teacher)
+    losses = {"token": "token", "hidden": "hidden"}
+    trainer = Distiller(teacher, student(), losses, **OPTIONS)
+    trainer.make_optimizer = sgd  # type: ignore[method-assign]
+    trainer.fit(Pictures(), Pictures(7), epochs=2, batch_size=4 // world)
+    return found(trainer)
+
+
+def unshardable(rank: int, world: int, out: Path) -> Any:
+    messages = []
+    for options in ({"ema_decay": 0.9}, {"on_policy": 0.5}, {"weights": Uncertainty()}):
+        try:
+            distiller(**options).fit(Pictures(), batch_size=2, parallel=shard)
+        except CapdistillError as error:
+            messages.append(str(error))
+    return {"messages": messages}
+
+
 def refused(rank: int, world: int, out: Path) -> Any:
     """What rank 0 refuses ends all with the same message; and ranks that differ are told."""
     messages = []
@@ -297,10 +358,22 @@ def failing(rank: int, world: int, out: Path) -> Any:
     trainer.fit(Pictures(), batch_size=2)
 
 
-SHARED = (training, accumulation, uncertainty, ratio, reward, own_loop, unreadable, features, norms)
+SHARED = (
+    sharded,
+    sharded_teacher,
+    training,
+    accumulation,
+    uncertainty,
+    ratio,
+    reward,
+    own_loop,
+    unreadable,
+    features,
+    norms,
+)
 OF: dict[int, tuple[Callable[[int, int, Path], Any], ...]] = {
     4: (training,),
-    2: (*SHARED, callbacks, interrupted, refused, failing),
+    2: (*SHARED, callbacks, interrupted, unshardable, refused, failing),
     1: (*SHARED, moved),
 }
 
@@ -326,6 +399,10 @@ def run(rank: int, world: int, port: int, out: Path) -> None:
 
 def main() -> None:
     out, *worlds = sys.argv[1:]
+    if worlds[1:]:  # some checks only
+        for world in OF:
+            OF[world] = tuple(check for check in OF[world] if check.__name__ in worlds[1:])
+        worlds = worlds[0].split(",")
     for world in map(int, worlds or OF):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

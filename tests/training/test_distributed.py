@@ -40,7 +40,7 @@ def test_one_two_and_four_processes_train_the_same(found: Results) -> None:
                 assert result[name] == close(alone[name]), (world, name)
 
 
-METHODS = ("accumulation", "uncertainty", "ratio", "reward", "own_loop")
+METHODS = ("accumulation", "uncertainty", "ratio", "reward", "own_loop", "sharded_teacher")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -49,6 +49,24 @@ def test_two_processes_train_as_one_with(found: Results, method: str) -> None:
     for result in found[method][2]:
         for name in alone.keys() - {"seconds"}:
             assert result[name] == close(alone[name]), name
+
+
+def test_fsdp2_trains_saves_and_resumes_as_one_process(found: Results) -> None:
+    [alone] = found["sharded"][1]
+    sizes = 0
+    for result in found["sharded"][2]:
+        for name in alone.keys() - {"seconds", "share"}:
+            assert result[name] == close(alone[name]), name
+        assert result["kept"] == result["best"]  # each rank holds its part of the best weights
+        sizes += result["share"]
+    assert sizes == sum(map(len, alone["best"]))  # no rank holds the whole
+
+
+def test_what_needs_whole_weights_is_refused_with_fsdp2(found: Results) -> None:
+    for result in found["unshardable"][2]:
+        reasons = ("ema_decay", "on_policy", "weights of terms that adapt")
+        for message, reason in zip(result["messages"], reasons, strict=True):
+            assert f"parallel= shards the model over the ranks, which {reason} cannot" in message
 
 
 def test_unreadable_images_on_one_rank_leave_the_ranks_in_step(found: Results) -> None:

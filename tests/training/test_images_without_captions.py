@@ -190,7 +190,7 @@ def test_they_can_be_trained_on_together(mixed: CaptionData, photos: Images) -> 
     last = history.epochs[-1]
     assert last["val"]["images"] == 6
     assert last["scores"]["cider_d"] >= 0
-    assert set(trainer._prepared[0][0]) == {"g0.png", "g1.png", "g2.png"}  # type: ignore[index]
+    assert set(trainer._scorer._made[0][0]) == {"g0.png", "g1.png", "g2.png"}  # type: ignore[index]
 
 
 def test_the_teacher_can_score_what_the_student_says_of_them(photos: Images) -> None:

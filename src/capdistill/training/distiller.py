@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
@@ -16,6 +17,8 @@ from capdistill.captioner import Captioner
 from capdistill.compatibility import (
     checked_forward,
     checked_teaching,
+    device_of,
+    output_to,
     probe_batch,
     require_apart,
     require_named_teachers,
@@ -47,6 +50,7 @@ from capdistill.training.on_policy import (
     with_shared_tokens,
 )
 from capdistill.training.run_directory import options_of
+from capdistill.training.sharding import is_placed
 from capdistill.training.trainer import Trainer
 from capdistill.training.weighting import LossRatio, Uncertainty, Weighting
 
@@ -119,6 +123,7 @@ class Distiller(Trainer):
         """Build the objective; fit the models to each other and to the losses."""
         self.objective = Objective(self.student, losses, weights, self.config.label_smoothing)
         self.loss_options = {name: options_of(loss) for name, loss in self._losses.items()}
+        self._teacher_is_placed = self.teacher is not None and is_placed(self.teacher)
         self._teacher_parts = [] if self.teacher is None else list(self.teacher.modules())
         self._followers = self._find_followers()
         if self.teacher is not None:
@@ -175,11 +180,11 @@ class Distiller(Trainer):
         """
         if self.teacher is None or not self.objective.teacher_needs:
             return None
-        with torch.no_grad():
-            if not any(part.training for part in self._teacher_parts):
-                return self._taught(self.teacher, batch)
-            with evaluating(self.teacher):
-                return self._taught(self.teacher, batch)
+        given = batch.to(device_of(self.teacher)) if self._teacher_is_placed else batch
+        trains = any(part.training for part in self._teacher_parts)
+        with torch.no_grad(), evaluating(self.teacher) if trains else nullcontext():
+            output = self._taught(self.teacher, given)
+        return output_to(output, self.device) if self._teacher_is_placed else output
 
     def _taught(self, teacher: nn.Module, batch: Batch) -> CaptionerOutput:
         """The outputs that the losses read; the mixture of several teachers if one reads it."""
@@ -211,6 +216,11 @@ class Distiller(Trainer):
     def averages(self) -> dict[str, WeightAverage]:
         """As in `Stepper`, and those of teachers that follow the student; see `MeanTeacher`."""
         return {**super().averages, **self._followers}
+
+    def needs_whole_weights(self) -> dict[str, object]:
+        """As in `Stepper`; and what samples from the student, or follows its weights."""
+        own = {"on_policy": self.config.samples_on_policy, "MeanTeacher": self._followers}
+        return {**super().needs_whole_weights(), **own}
 
     def _find_followers(self) -> dict[str, WeightAverage]:
         parts = {} if self.teacher is None else dict(self.teacher.named_modules(prefix="teacher"))

@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from capdistill.data.source import skipped_images
 from capdistill.errors import CapdistillError, ConfigError, RankFailed
 from capdistill.runtime import batch_norms_in_eval, launched, seed_everything, stable_hash
+from capdistill.training.history import History
 from capdistill.training.objective import Objective
+from capdistill.training.sharding import is_sharded
 from capdistill.training.weighting import Weighting
 
 T = TypeVar("T")
@@ -100,6 +102,14 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return flag if not self.several else self.total([float(flag)])[0] > 0
+
+    def interrupted(self, history: History) -> bool:
+        """Whether Ctrl-C or SIGTERM reached any rank: all stop after the same step."""
+        if not self.any(history.interrupted):
+            return False
+        history.interrupted = True
+        history.signal = max(self.gather(history.signal or 0)) or None
+        return True
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank."""
@@ -312,15 +322,8 @@ def tensors_of(module: nn.Module, buffers_only: bool = False) -> list[Tensor]:
     return [*module.buffers()] if buffers_only else [*tensors_by_name(module).values()]
 
 
-def misses_some(objective: Objective, run: Callable[[], Mapping[str, Tensor]] | None) -> bool:
-    """Whether a backward pass leaves out trainable parameters; nothing is changed.
-
-    Args:
-        objective: All that is trained.
-        run: Its forward pass over a batch; None takes it that some are left out.
-    """
-    if run is None:
-        return True
+def misses_some(objective: Objective, run: Callable[[], Mapping[str, Tensor]]) -> bool:
+    """Whether the backward pass of a batch leaves out trainable parameters; nothing is changed."""
     kept = [(buffer, buffer.clone()) for buffer in objective.buffers()]
     flags = [(part, part.training) for part in objective.modules()]
     cuda = {p.device for p in objective.parameters() if p.device.type == "cuda"}
@@ -336,16 +339,6 @@ def misses_some(objective: Objective, run: Callable[[], Mapping[str, Tensor]] | 
     for part, training in flags:
         part.training = training
     return missed
-
-
-def is_sharded(value: Tensor) -> bool:
-    """Whether a tensor lies on several ranks, a part on each."""
-    return hasattr(value, "full_tensor")
-
-
-def whole(value: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank; all call it for the same tensors."""
-    return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
 
 
 @contextmanager

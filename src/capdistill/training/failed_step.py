@@ -19,6 +19,7 @@ from capdistill.training.history import Row
 from capdistill.training.objective import Objective
 from capdistill.training.random_state import drawn, random_state
 from capdistill.training.run_directory import FAILED_STEP
+from capdistill.training.sharding import any_sharded
 from capdistill.training.state_file import read_file, write_file
 
 _FORMAT = "capdistill.failed_step/1"
@@ -62,7 +63,7 @@ def kept_if_it_fails(trainer: Trains, batches: Sequence[Batch | None]) -> Iterat
         found = _images_alone(trainer, own) if kind is NotFiniteLoss else []
         alone = f" By themselves, these give it too: {', '.join(found)}." if found else ""
         out = trainer.checkpoints.out
-        if out is None:
+        if out is None or any_sharded(trainer.objective):
             raise kind(f"{error}{alone}") from error
         content = {
             "state": {**trainer.state_dict(), "random": random_state(before)},

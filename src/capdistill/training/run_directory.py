@@ -30,6 +30,7 @@ from capdistill.registry import recipe_of
 from capdistill.saving import DESCRIPTION, ENSEMBLE
 from capdistill.teachers.ensemble import Ensemble
 from capdistill.training.monitor import monitor_key
+from capdistill.training.sharding import whole
 from capdistill.training.sources import captions_per_image
 from capdistill.training.step import Stepper
 
@@ -326,6 +327,9 @@ def _teacher_digest(teacher: nn.Module) -> str:
 def _bytes_of(values: dict[str, Tensor]) -> Iterator[Any]:
     for name, value in values.items():
         yield name
+        if value.device.type == "meta":  # loaded when it runs
+            continue
+        value = whole(value)
         yield value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -201,6 +201,10 @@ class SelfCritical(Distiller):
         self._meter.end_step(self.ranks.total)
         return row
 
+    def needs_whole_weights(self) -> dict[str, object]:
+        """As in `Distiller`; every step samples from the captioner."""
+        return {**super().needs_whole_weights(), "SelfCritical": True}
+
     def describe(self) -> list[str]:
         """As in `Trainer`, and the reward."""
         reward = self.reward

@@ -16,7 +16,7 @@ from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
 from capdistill.data.source import Source
 from capdistill.errors import ConfigError, LossSpike, NotFiniteLoss
-from capdistill.metrics import CaptionScorer, Metric
+from capdistill.metrics import Metric
 from capdistill.outputs import Batch, CaptionerOutput, LossTerm, part, require_batches
 from capdistill.runtime import (
     autocast,
@@ -33,7 +33,6 @@ from capdistill.training.distributed import (
     misses_some,
     standing_in,
     tensors_of,
-    whole,
 )
 from capdistill.training.guard import StepGuard, Verdict
 from capdistill.training.history import EpochMeter, LossMeter, Row
@@ -46,7 +45,8 @@ from capdistill.training.optim import (
     parameter_groups,
     warn_of_constant_rate,
 )
-from capdistill.training.validation import make_monitor, measured, run_validation
+from capdistill.training.sharding import move, require_shardable, whole
+from capdistill.training.validation import PreparedScorer, make_monitor, measured, run_validation
 
 
 class Stepper:
@@ -83,13 +83,12 @@ class Stepper:
         self._first_step = True  # of the optimizer: what is not trained is reported then
         self.ranks, self.parallel = Ranks(), cast("Parallel | None", None)
         self._wrapped: nn.Module | None = None  # the objective, as the ranks train it
-        self._spare: Batch | None = None  # a batch to run where a rank has none
-        self.step_count = 0
+        self.spare: Batch | None = None  # a batch to run where a rank has none
         self.guard = StepGuard()
-        self.epoch = 0
+        self.epoch = self.step_count = 0
         self.meter = EpochMeter()
         self.metrics: Sequence[str | Metric] | None = None
-        self._prepared: tuple[object, CaptionScorer] | None = None
+        self._scorer = PreparedScorer()
         self.scaler = self._made_scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.place()
 
@@ -101,7 +100,7 @@ class Stepper:
             scaled = self.precision == "fp16"
             self.scaler = self._made_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         for module in (self.objective, *self.models):
-            module.to(self.device)
+            move(module, self.device)
         self._batch_norms = batch_norms(self.objective)
 
     @property
@@ -296,7 +295,7 @@ class Stepper:
         """
         if batch is not None:
             self.prepare(batch)
-        self.objective.to(self.device)
+        move(self.objective, self.device)
         self._join(batch)
         groups = parameter_groups(self.objective, self.captioner, self.config)
         self.optimizer = self.make_optimizer(groups)
@@ -310,14 +309,15 @@ class Stepper:
         """Give all ranks the weights of the main one, and wrap what they train."""
         ranks, objective = self.ranks, self.objective
         ranks.join(self.device)
-        self._spare = batch and part(batch, 0, 2)
+        self.spare = batch and part(batch, 0, 2)
         ranks.share(tensors_of(objective))
         ranks.share(value for each in self.averages.values() for value in each.average)
         if self.parallel is not None:
             self._wrapped = self._wrapped or ranks.wrap_by(self.parallel, objective)
+            require_shardable(objective, self.needs_whole_weights())
         elif ranks.several:
-            run = None if batch is None else partial(self._forward, batch)
-            self._wrapped = ranks.wrap(objective, ranks.any(misses_some(objective, run)))
+            missed = batch is None or misses_some(objective, partial(self._forward, batch))
+            self._wrapped = ranks.wrap(objective, ranks.any(missed))
 
     @property
     def averages(self) -> dict[str, WeightAverage]:
@@ -328,12 +328,17 @@ class Stepper:
         """Inside the block, the models hold the averaged weights if there is an average."""
         return nullcontext() if self.average is None else self.average.applied()
 
+    def needs_whole_weights(self) -> dict[str, object]:
+        """What cannot be combined with weights that are sharded over the ranks, if it is used."""
+        learned = [name for name in self.objective.state_dict() if name.startswith("weighting.")]
+        return {"ema_decay": self.config.ema_decay, "weights of terms that adapt": learned}
+
     def _forward_spare(self) -> dict[str, Tensor]:
         """Zeros, by a pass over another batch: a rank without one computes what the others do."""
-        if self._spare is None:
+        if self.spare is None:
             raise ConfigError("step: a rank has no batch in its first step. Give each rank one.")
         with standing_in(self.objective):
-            sums = self._forward(self._spare, self.module)
+            sums = self._forward(self.spare, self.module)
         return {name: 0 * value for name, value in sums.items()}
 
     def _forward(self, batch: Batch, module: nn.Module | None = None) -> dict[str, Tensor]:
@@ -412,9 +417,4 @@ class Stepper:
         self, references: Mapping[str, Sequence[str]], captions: Mapping[str, str]
     ) -> dict[str, float]:
         """Scores of validation captions by name, if there are any; references are prepared once."""
-        if not references:
-            return {}
-        asked = (dict(references), measured(self.config.monitor, self._metrics))
-        if self._prepared is None or self._prepared[0] != asked:
-            self._prepared = asked, CaptionScorer(asked[0], metrics=asked[1])
-        return {name: float(value) for name, value in self._prepared[1](captions).items()}
+        return self._scorer(references, captions, measured(self.config.monitor, self._metrics))

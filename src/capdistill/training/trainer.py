@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from capdistill.training.callbacks import (
 )
 from capdistill.training.checkpoint import load_state, restore, restore_frozen, snapshot
 from capdistill.training.config import (
+    NEVER,
     SelfCriticalOptions,
     TrainConfig,
     TrainOptions,
@@ -57,6 +58,7 @@ from capdistill.training.run_directory import (
     open_directory,
     run_lines,
 )
+from capdistill.training.sharding import any_sharded, gathered
 from capdistill.training.sources import (
     captions_per_image,
     close_workers,
@@ -203,6 +205,8 @@ class Trainer(Stepper):
             monitored = monitor if val is not None or chose else None
             self.callbacks = self._make_callbacks(directory, monitored, callbacks)
             self.make_ready(first)
+            if any_sharded(self.objective):
+                self.checkpoints.every = NEVER  # within an epoch: rank 0 alone cannot save
             self._identity = identity(self, self.train_source, self.val_source)
             ranks.require_equal(self._identity)
             seed_everything(self.config.seed)
@@ -214,8 +218,8 @@ class Trainer(Stepper):
                 describe_run(self, self.train_source, captions, directory)
                 keep_until = self.step_count if state is not None else None
                 self.history = History(directory / "history.jsonl", keep_until, self.epoch)
-                if state is None:
-                    self.checkpoints.save(self)  # a run that is killed early can be resumed
+            if state is None:
+                self._save()  # a run that is killed early can be resumed
 
             # Epochs of steps.
             with self._session():
@@ -225,11 +229,11 @@ class Trainer(Stepper):
                             row = self.step(*micro_batches)
                         if row:
                             self._emit("on_step", row)
-                        if self._interrupted():
+                        if ranks.interrupted(self.history):
                             break
                     else:
                         self._finish_epoch()
-                    if self._interrupted():
+                    if ranks.interrupted(self.history):
                         break
                 self._finish()
             close_workers(self.train_source, self.val_source)
@@ -245,14 +249,6 @@ class Trainer(Stepper):
         while group := list(islice(places, self.config.accumulation_steps)):
             self.meter.position += len(group)
             yield group
-
-    def _interrupted(self) -> bool:
-        """Whether Ctrl-C or SIGTERM reached any rank: all stop after the same step."""
-        if not self.ranks.any(self.history.interrupted):
-            return False
-        self.history.interrupted = True
-        self.history.signal = max(self.ranks.gather(self.history.signal or 0)) or None
-        return True
 
     def _finish_epoch(self) -> None:
         """Validate; then the callbacks choose the best, write the history and save."""
@@ -289,7 +285,7 @@ class Trainer(Stepper):
                 )
         else:
             self.history.stopped = f"interrupted after step {self.step_count}"
-            self.checkpoints.save(self)
+            self._save()
             out = self.checkpoints.out
             saved = f"The state is in {out}; continue with resume=True."
             if self.ranks.main:
@@ -371,13 +367,19 @@ class Trainer(Stepper):
         )
 
     def _emit(self, event: str, *row: Row) -> None:
-        """Call the callbacks, on rank 0; whether they end the run, they say outside of steps."""
-        for callback in self.callbacks:
-            handler = getattr(callback, event, None)
-            if handler is not None:
+        """Call the callbacks, on rank 0; outside of steps they see whole weights and may stop."""
+        handlers = [getattr(callback, event, None) for callback in self.callbacks]
+        step, end = event == "on_step", event == "on_fit_end"
+        whole = nullcontext() if step else gathered(self.objective, self.optimizer, keep=end)
+        with whole:
+            for handler in filter(None, handlers):
                 handler(self, *row)
-        if event != "on_step":
-            self.stopping = self.ranks.on_main(lambda: self.stopping)
+        self.stopping = self.stopping if step else self.ranks.on_main(lambda: self.stopping)
+
+    def _save(self) -> None:
+        """Save the state, on rank 0."""
+        with gathered(self.objective, self.optimizer):
+            self.checkpoints.save(self)
 
     def describe(self) -> list[str]:
         """Lines about the run: models, data, terms and rates."""
@@ -412,4 +414,5 @@ class Trainer(Stepper):
         if self.optimizer is None:
             self.make_ready()
         who = self._identity or identity(self, self.train_source, self.val_source)
-        restore(self, state, self.train_source, self.callbacks, who, accept_changes)
+        with gathered(self.objective, self.optimizer, keep=True):
+            restore(self, state, self.train_source, self.callbacks, who, accept_changes)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from capdistill.captioner import Captioner
 from capdistill.data.source import Source, numbered_batches, part_of
@@ -20,6 +21,7 @@ from capdistill.training.distributed import Ranks, tensors_of
 from capdistill.training.history import LossMeter
 from capdistill.training.monitor import MEANINGFUL, Monitor, monitor_key, resolve_monitor
 from capdistill.training.objective import Objective
+from capdistill.training.sharding import any_sharded, unsharded
 
 References = dict[str, tuple[str, ...]]
 
@@ -33,6 +35,11 @@ class Validated(Protocol):
     device: torch.device
     precision: str
     ranks: Ranks
+    spare: Batch | None
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models that read a batch."""
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside the block, the captioner holds the averaged weights if there is an average."""
@@ -49,25 +56,32 @@ class Validated(Protocol):
 def run_validation(trainer: Validated, source: Source) -> tuple[dict[str, Any], dict[str, float]]:
     """Terms and scores over a source, which the ranks share; see `Stepper.validate`."""
     if not callable(getattr(source, "epoch", None)):
-        given = type(source).__name__
-        raise ConfigError(f"validate: {given} was given; expected a Loader or epoch(n, start).")
+        kind = type(source).__name__
+        raise ConfigError(f"validate: {kind} was given; expected a Loader or epoch(n, start).")
     captioner, ranks = trainer.captioner, trainer.ranks
     source = part_of(source, ranks.rank, ranks.world_size)
     meter, generated, references = LossMeter(), dict[str, str](), References()
+    together = any_sharded(trainer.objective, *trainer.models)  # a pass of one needs all ranks
     with trainer.averaged(), evaluating(trainer.objective), torch.no_grad():
         ranks.share(tensors_of(trainer.objective, buffers_only=True))  # batch norms differ
-        for batch in numbered_batches(source, 0):
+        for given in numbered_batches(source, 0):
+            batch = given or (trainer.spare if together else None)
             if batch is None:
                 continue
-            add_references(references, batch)
+            if given is not None:
+                add_references(references, given)
+            texts: list[str] = []
             batch = batch.to(trainer.device)
-            with autocast(trainer.device, trainer.precision):
-                batch = with_trunk_tokens(captioner, batch)
-                if any(batch.references or ()):
-                    how: Any = trainer.config.generation
-                    texts = [found.text for found in captioner.generate(batch, how)]
-                    generated |= zip(batch.image_ids, texts, strict=True)
-            terms = trainer.terms(batch)
+            with unsharded(trainer.objective):
+                with autocast(trainer.device, trainer.precision):
+                    batch = with_trunk_tokens(captioner, batch)
+                    if together or any(batch.references or ()):
+                        how: Any = trainer.config.generation
+                        texts = [found.text for found in captioner.generate(batch, how)]
+                terms = trainer.terms(batch)
+            if given is None:
+                continue
+            generated |= zip(batch.image_ids, texts, strict=bool(texts))
             values = torch.stack([term.sum.float() for term in terms.values()]).tolist()
             weights = {name: term.weight for name, term in terms.items()}
             counts = {name: term.count for name, term in terms.items()}
@@ -78,6 +92,26 @@ def run_validation(trainer: Validated, source: Source) -> tuple[dict[str, Any], 
     scored = {image: texts for image, texts in references.items() if texts}
     captions = {image: generated[image] for image in scored}
     return found, ranks.on_main(trainer.score, scored, captions)
+
+
+class PreparedScorer:
+    """Scores of captions; the references are prepared once."""
+
+    def __init__(self) -> None:
+        self._made: tuple[object, CaptionScorer] | None = None
+
+    def __call__(  # noqa: D102
+        self,
+        references: Mapping[str, Sequence[str]],
+        captions: Mapping[str, str],
+        metrics: Sequence[str | Metric],
+    ) -> dict[str, float]:
+        if not references:
+            return {}
+        asked = (dict(references), tuple(metrics))
+        if self._made is None or self._made[0] != asked:
+            self._made = asked, CaptionScorer(asked[0], metrics=asked[1])
+        return {name: float(value) for name, value in self._made[1](captions).items()}
 
 
 Part = tuple[LossMeter, dict[str, str], References]
