@@ -367,3 +367,17 @@ def test_a_training_crop_keeps_most_of_the_picture() -> None:
     for seed in range(40):
         crop = random_square(ramp, 50, torch.Generator().manual_seed(seed))
         assert int(crop[0, 0, -1]) - int(crop[0, 0, 0]) > 0.8 * 200
+
+
+def test_the_order_of_pixels_in_memory_changes_no_value() -> None:
+    """Interleaved channels, as a decoder gives them, are resized faster than planes."""
+    pixels = torch.randint(256, (77, 120, 3), generator=torch.Generator().manual_seed(0))
+    image = read_image(Image.fromarray(pixels.to(torch.uint8).numpy()))
+    assert image.stride() == (1, 360, 3)
+    planes = image.contiguous()
+    assert torch.equal(centre_square(image, 32), centre_square(planes, 32))
+    first, second = (
+        random_square(each, 32, torch.Generator().manual_seed(1)) for each in (image, planes)
+    )
+    assert torch.equal(first, second)
+    assert first.is_contiguous()

@@ -223,7 +223,8 @@ def _channels_last(values: npt.NDArray[Any], name: str, first: bool) -> npt.NDAr
 
 
 def _planes(rgb: Image.Image) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(band) for band in rgb.split()]))  # (3, H, W)
+    """(3, H, W), but in memory as (H, W, 3): so it is resized twice as fast, to the same values."""
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def image_bytes(source: Encoded) -> tuple[str, bytes]:
