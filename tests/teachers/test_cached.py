@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from capdistill.data import CaptionData, Example, Loader
 from capdistill.errors import CheckpointError, ConfigError, DataError
 from capdistill.losses.divergence import kl_divergence
 from capdistill.outputs import Batch, part
+from capdistill.saving import TARGETS
 from capdistill.teachers import CachedTeacher, Ensemble, cache
 from capdistill.teachers.cached_store import INDEX
 from tests.training import tiny_models as tiny
@@ -449,3 +452,65 @@ def test_a_resumed_run_ends_with_the_same_weights(data: CaptionData, tmp_path: P
     with pytest.raises(RuntimeError, match="power cut"):
         run("parts", [PowerCut()])
     assert tiny.same_bits(run("parts", resume=True), whole)
+
+
+def test_two_writers_of_one_directory_share_the_work(data: CaptionData, tmp_path: Path) -> None:
+    teachers = [tiny.make_teacher(), tiny.make_teacher()]
+
+    def write(teacher: Any) -> Any:
+        return cache(teacher, data, tmp_path / "targets", batch_size=1, **QUIET)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(write, teachers)
+    assert sorted(teacher.encoder.seen for teacher in teachers) == [0, 6]
+    for batch in batches(data):
+        assert torch.equal(one(batch).logits, other(batch).logits)
+
+
+def test_starting_anew_is_refused_for_one_of_several_processes(
+    data: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="overwrite=True, but this is one of several"):
+        cache(tiny.make_teacher(), data, tmp_path / "targets", overwrite=True, **QUIET)
+
+
+def test_a_cached_and_a_live_teacher_are_mixed(data: CaptionData, tmp_path: Path) -> None:
+    one, other = members().values()
+    cached = cache(one, data, tmp_path / "targets", **QUIET)
+    losses = {
+        "token": "token",
+        "hidden": {"name": "hidden", "teacher": "stored"},
+        "feature": {"name": "feature", "teacher": "live"},
+    }
+    terms = []
+    for first in (cached, one):
+        teachers = {"stored": first, "live": other}
+        distiller = cd.Distiller(teachers, tiny.make_student(), losses=losses, **QUIET)
+        history = distiller.fit(data, epochs=2, augment=False, batch_size=2)
+        terms.append(history.epochs[-1]["train"]["terms"])
+    for name, value in terms[1].items():
+        assert terms[0][name]["raw"] == pytest.approx(value["raw"], rel=2e-3), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": 3},
+        {"columns": [["../hidden", "float16", 8, "token"]]},
+        {"columns": [["hidden", "object", 8, "token"]]},
+        {"columns": [["hidden", "float16", 3, "token"]]},
+        {"spec": {}},
+        {"about": {"flip": 1}},
+        {"format": "capdistill.targets/2"},
+    ],
+)
+def test_descriptions_that_were_edited_are_refused(
+    data: CaptionData, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    place = tmp_path / "targets"
+    cache(tiny.make_teacher(), data.subset(1), place, **QUIET)
+    content = json.loads((place / TARGETS).read_text())
+    (place / TARGETS).write_text(json.dumps({**content, **change}))
+    with pytest.raises(CheckpointError, match=r"targets.json|output.safetensors holds weight"):
+        CachedTeacher(place)

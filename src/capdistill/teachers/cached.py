@@ -82,8 +82,7 @@ class CachedTeacher(CaptionGenerator):
         self.weight: nn.Parameter | None = None  # (V, H)
         self.bias: nn.Parameter | None = None  # (V,)
         if "hidden" in self.store.columns:
-            for name, value in read_state_dict(self.directory / OUTPUT).items():
-                setattr(self, name, nn.Parameter(value, requires_grad=False))
+            self._load_output_layer()
         key = bytes.fromhex(content["about"]["weights of the teacher"])
         self.register_buffer("teacher", torch.tensor(list(key), dtype=torch.uint8))
         self.outputs = frozenset({"logits", *OUTPUTS.intersection(self.store.columns)})
@@ -91,6 +90,21 @@ class CachedTeacher(CaptionGenerator):
         self.made_up = False
         self._maps: dict[str, np.ndarray[Any, Any]] = {}
         self.eval()
+
+    def _load_output_layer(self) -> None:
+        path = self.directory / OUTPUT
+        weights = read_state_dict(path)
+        words, width = len(self.tokenizer.vocabulary), self.store.columns["hidden"].width
+        shapes = {"weight": (words, width), "bias": (words,)}
+        if "weight" not in weights or any(
+            tuple(value.shape) != shapes.get(name) for name, value in weights.items()
+        ):
+            raise CheckpointError(
+                f"{path} holds {', '.join(f'{n} {tuple(v.shape)}' for n, v in weights.items())}; "
+                f"expected weight {shapes['weight']} and perhaps bias {shapes['bias']}."
+            )
+        for name, value in weights.items():
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
 
     def __repr__(self) -> str:
         images = f"{len(self.store.index.entries):,} images"

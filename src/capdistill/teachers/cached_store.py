@@ -259,10 +259,19 @@ def read_content(directory: Path) -> dict[str, Any]:
             raise ValueError(f"format {content['format']!r}")
         for each in content["columns"]:
             column = Column(*each)
-            path = column.file(directory)
-            if path.parent != directory or path.suffix not in DTYPES or column.row_bytes < 1:
+            file = column.file(directory)
+            if file.parent != directory or file.suffix not in DTYPES or column.row_bytes < 1:
                 raise ValueError(f"column {column.name!r}")
-        content["about"].items()
+        about, spec = content["about"], content["spec"]
+        bytes.fromhex(about["weights of the teacher"])
+        sizes = [about["image_size"], spec["prefix_tokens"], *(spec["grid"] or (0, 0))]
+        sizes += [spec[name] or 0 for name in ("feature_dim", "tokens")]
+        if not all(type(size) is int and size >= 0 for size in sizes) or len(sizes) != 6:
+            raise ValueError("a size is no whole number")
+        if not all(type(each) is float for each in about["temperatures"]):
+            raise ValueError("a temperature is no number")
+        if type(about["flip"]) is not bool or type(content["name"]) is not str:
+            raise ValueError("flip or name has another type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} does not describe cached targets ({type(error).__name__}: {error}). Expected "

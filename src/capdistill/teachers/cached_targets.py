@@ -15,7 +15,7 @@ from capdistill.errors import ConfigError, require_bool, require_int, require_nu
 from capdistill.feature_files import CacheType, default_cache_dir
 from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
-from capdistill.runtime import pick_device, pick_precision
+from capdistill.runtime import launched, pick_device, pick_precision
 from capdistill.teachers.cached import CachedTeacher
 from capdistill.teachers.cached_writer import Words, Writer
 from capdistill.teachers.caption_file import require_data
@@ -119,6 +119,11 @@ def cache(
     flags = {"flip": flip, "cache_features": cache_features, "overwrite": overwrite}
     for name, flag in flags.items():
         require_bool(f"cache: {name}", flag)
+    if overwrite and launched().world_size > 1:
+        raise ConfigError(
+            "cache: overwrite=True, but this is one of several processes, and each would remove "
+            "what the others write. Remove the directory before they start."
+        )
     place = pick_device(device)
     writer = Writer(
         image_size=largest_size(teacher) if image_size is None else image_size,
@@ -186,6 +191,10 @@ def _words(top_k: int, temperatures: Iterable[float], min_mass: float, teacher: 
     listed = [temperatures] if isinstance(temperatures, Real) else list(temperatures)
     checked = [require_number("cache: temperatures", each, above=0) for each in listed]
     require_number("cache: min_mass", min_mass, 0, below=1)
+    if not checked:
+        raise ConfigError(
+            "cache: temperatures is empty. Give those of the losses, such as temperatures=[1.0]."
+        )
     size = len(teacher.tokenizer.vocabulary)
     if top_k >= size:
         raise ConfigError(
