@@ -21,7 +21,7 @@ import torch
 import capdistill as cd
 from capdistill.data import CaptionData, Curriculum
 from capdistill.errors import ConfigError
-from capdistill.teachers import Ensemble, MeanTeacher
+from capdistill.teachers import Ensemble, MeanTeacher, cache
 from capdistill.teachers import caption as caption_with
 from capdistill.training import GradNorm, LossRatio, Uncertainty
 from tests.training import tiny_models as tiny
@@ -111,6 +111,14 @@ def self_critical(plan: Plan) -> None:
     plan.trainer = cd.SelfCritical
 
 
+def cached_targets(plan: Plan) -> None:
+    data = plan.train.data if isinstance(plan.train, Curriculum) else plan.train
+    views = plan.options.get("cache_views", 1)
+    keep, place = ("features", "attention"), plan.folder / "targets"
+    plan.teacher = cache(plan.teacher, data, place, cache_views=views, keep=keep, **tiny.QUIET)
+    plan.options["augment"] = False
+
+
 # In this order they are applied: the wrapping of data and weights comes last.
 METHODS: dict[str, Callable[[Plan], None]] = {
     "on_policy": options(on_policy=0.5),
@@ -129,6 +137,7 @@ METHODS: dict[str, Callable[[Plan], None]] = {
     "uncertainty": adaptive(Uncertainty),
     "grad_norm": adaptive(GradNorm),
     "loss_ratio": adaptive(LossRatio),
+    "cached_targets": cached_targets,
 }
 TEACHERS = {"several_teachers", "drawn_teacher", "mean_teacher"}
 ADAPTIVE = {"uncertainty", "grad_norm", "loss_ratio"}
@@ -139,6 +148,9 @@ REFUSED = {
     ("self_critical", "uncertainty"): "reward",
     ("self_critical", "grad_norm"): "reward",
     ("self_critical", "loss_ratio"): "reward",
+    ("on_policy", "cached_targets"): "sampled from the student are new in every step",
+    ("self_critical", "cached_targets"): "sampled from the student are new in every step",
+    ("mean_teacher", "cached_targets"): "changes with every step",
 }
 PAIRS = [
     pair
@@ -207,7 +219,7 @@ def test_what_cannot_combine_is_refused_with_the_reason(
 
 
 def test_all_methods_that_combine_train_together(make_plan: Callable[..., Plan]) -> None:
-    methods = set(METHODS) - {"drawn_teacher", "mean_teacher", "self_critical"}
+    methods = set(METHODS) - {"drawn_teacher", "mean_teacher", "self_critical", "cached_targets"}
     plan = make_plan(*(methods - {"grad_norm", "loss_ratio"}))
     history = plan.make().fit(plan.train)
     assert len(history.epochs) == 2

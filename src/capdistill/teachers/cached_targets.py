@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,9 @@ def cache(
         CachedTeacher 'debug_student': hidden, logits of 3 images
 
     Args:
-        teacher: A captioner, or an ensemble of captioners: its members are cached one by one, in
-            directories within, and the result is an ensemble of them with the same weights and
-            mixing.
+        teacher: A captioner; or an ensemble, or a mapping of names to captioners: its members are
+            cached one by one, in directories within, and the result is an ensemble of them with the
+            same weights and mixing.
         data: The training images with all captions that may be trained on, such as `data.train` or
             what `caption` and `read_captions` return.
         directory: Where the files are. Runs on other captions of the same images may share it.
@@ -111,6 +111,7 @@ def cache(
     require_data("cache", data)
     if val is not None:
         require_data("cache", val)
+    teacher = Ensemble(teacher) if isinstance(teacher, Mapping) else teacher
     kept = _kept(keep)
     words = None if top_k is None else _words(top_k, temperatures, min_mass, teacher)
     _require(teacher, words, kept)

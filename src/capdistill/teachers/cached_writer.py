@@ -347,7 +347,8 @@ def _captioned(batch: Batch, captions: Sequence[Sequence[str]], teacher: Any) ->
     ids, mask = pad_batch([tokenizer.encode(text) for text in texts], tokenizer.pad_id)
     real = torch.tensor([row % k < len(captions[row // k]) for row in range(len(texts))])
     mask[:, 1:] &= real[:, None]
-    return replace(batch, input_ids=ids, mask=mask, captions=tuple(texts), references=None)
+    changed: dict[str, Any] = {"captions": tuple(texts), "caption_weights": None}
+    return replace(batch, input_ids=ids, mask=mask, references=None, **changed)
 
 
 def _lines(
