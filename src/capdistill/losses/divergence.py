@@ -50,7 +50,7 @@ def kl_divergence(
     """
 
     def part(student: Tensor, teacher: Tensor) -> Part:
-        mine, theirs = (F.log_softmax(each / temperature, -1) for each in (student, teacher))
+        mine, theirs = (F.log_softmax(each.div_(temperature), -1) for each in (student, teacher))
         return _kl(mine, theirs), lambda: (mine.exp() - theirs.exp_()).div_(temperature)
 
     return sum_over_rows(part, mask, student_logits, teacher_logits)
@@ -84,7 +84,7 @@ def reverse_kl_divergence(
     """
 
     def part(student: Tensor, teacher: Tensor) -> Part:
-        mine, theirs = (F.log_softmax(each / temperature, -1) for each in (student, teacher))
+        mine, theirs = (F.log_softmax(each.div_(temperature), -1) for each in (student, teacher))
         weight = mine.exp()
         gap = mine.sub_(theirs).masked_fill_(weight == 0, 0)
         return (weight * gap).sum(), lambda: _slope(weight, gap).div_(temperature)
@@ -133,7 +133,7 @@ def jensen_shannon_divergence(
         return limit(student_logits, teacher_logits, mask, temperature)
 
     def part(student: Tensor, teacher: Tensor) -> Part:
-        mine, theirs = ((each / temperature).softmax(-1) for each in (student, teacher))
+        mine, theirs = (each.div_(temperature).softmax(-1) for each in (student, teacher))
         tiny = torch.finfo(mine.dtype).tiny  # 0 * log 0 would be nan
         mixed = theirs.lerp(mine, 1 - beta).clamp_(min=tiny)
         gap = (mine / mixed).clamp_(min=tiny).log_()
@@ -332,8 +332,8 @@ def sum_over_rows(
         [[[2.0, 2.0, 2.0], [0.0, 0.0, 0.0]]]
 
     Args:
-        part: Takes rows (n, V) of the logits and of each of `others`, in full precision. Returns a
-            sum over the rows, and a function of its gradient on the rows of the logits.
+        part: Takes rows (n, V) of the logits and of each of `others`, as copies in full precision.
+            Returns a sum over them, and a function of its gradient on the rows of the logits.
         mask: (B, T) True where a token is real.
         logits: (B, T, V).
         others: (B, T, ...) tensors that get no gradient.
