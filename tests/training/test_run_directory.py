@@ -6,9 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from capdistill import Captioner, Distiller, Trainer
 from capdistill.data import CaptionData, Example, Loader
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.losses.base import DistillationLoss
-from capdistill.training.checkpoint import load_state
+from capdistill.training.checkpoint import load_state, save_state
 from capdistill.training.history import History
 from tests.training import tiny_models as tiny
 
@@ -436,6 +433,50 @@ def test_auto_starts_a_run_continues_it_and_leaves_a_finished_one(
     assert files(out / "best") == before
 
 
+@pytest.mark.parametrize("left", [[], ["run.json"], ["run.json", "history.jsonl", "state.new.pt"]])
+def test_auto_starts_where_no_state_was_saved(
+    saveable: Make, colours: CaptionData, tmp_path: Path, left: list[str]
+) -> None:
+    for name in left:  # of a run that was killed before its first save
+        (tmp_path / name).write_text('{"kind": "epoch", "step": 3, "epoch": 0}\n')
+    history = distiller(saveable(), epochs=1).fit(colours, out=tmp_path, resume="auto")
+    assert [row["epoch"] for row in history.epochs] == [0]
+    assert not (tmp_path / "state.new.pt").exists()
+
+
+def test_there_is_a_state_at_every_moment_of_a_save(
+    saveable: Make, colours: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, replace, looks = tmp_path / "state.pt", Path.replace, []
+
+    def looked(path: Path, target: Any) -> Path:
+        moved = replace(path, target)
+        looks.append(state.exists() and load_state(state)["step"])
+        return moved
+
+    distiller(saveable(), epochs=1, save_every=1).fit(colours, out=tmp_path)
+    saved = load_state(state)
+    (tmp_path / "state.previous.pt").unlink()
+    os.link(state, tmp_path / "state.previous.pt")  # of a process that was killed in a save
+    monkeypatch.setattr(Path, "replace", looked)
+    for _ in range(2):
+        save_state(state, {**saved, "step": 9})
+    assert set(looks) == {3, 9}
+    assert {path.name for path in tmp_path.glob("*state*")} == {"state.pt", "state.previous.pt"}
+
+
+def test_a_state_is_saved_where_files_have_one_name_only(
+    saveable: Make, colours: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    distiller(saveable(), epochs=1, save_every=1).fit(colours, out=tmp_path)
+    steps = [load_state(tmp_path / name)["step"] for name in ("state.pt", "state.previous.pt")]
+    assert steps == [3, 3]
+
+
 @pytest.mark.filterwarnings("ignore:.*does not exist; continuing from:UserWarning")
 def test_auto_resumes_a_run_that_was_killed_while_it_saved(
     saveable: Make, colours: CaptionData, tmp_path: Path
@@ -518,67 +559,6 @@ def test_as_many_best_captioners_as_asked_for_are_kept(
     assert not tiny.same_bits(last, before)
     distiller(saveable(), epochs=1).fit(colours, out=tmp_path, overwrite=True)
     assert bests() == {"best"}
-
-
-RUN = """
-import os, signal, sys
-from pathlib import Path
-from capdistill import Captioner, Distiller, encoders
-from capdistill.data import CaptionData, Example
-from tests.training import tiny_models as tiny
-
-pictures, out, kill, resume = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-encoders.register("patches")(tiny.Patches)
-student = tiny.make_student(dropout=0.3)
-encoder = encoders.create("patches")
-encoder.load_state_dict(student.encoder.state_dict())
-student = Captioner(encoder, student.decoder, student.tokenizer, name="student")
-paths = sorted(pictures.iterdir())
-data = CaptionData([Example(p.name, p, (f"a red dog {n}", "a cat")) for n, p in enumerate(paths)])
-
-class Kill:
-    def on_step(self, trainer, row):
-        if row["step"] == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-options = {**tiny.QUIET, "batch_size": 2, "epochs": 2, "learning_rate": 0.01, "save_every": 2}
-Distiller(tiny.make_teacher(), student, **options).fit(
-    data, data, out=out, resume=resume, callbacks=[Kill()]
-)
-"""
-
-
-def test_killed_at_any_step_and_restarted_equals_one_run_bit_for_bit(
-    colours: CaptionData, tmp_path: Path
-) -> None:
-    pictures = colours.examples[0].path.parent
-    script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(RUN))
-    path = os.pathsep.join([*sys.path, str(Path(__file__).parents[2])])
-
-    def run(out: str, kill: int) -> int:
-        command = [
-            sys.executable,
-            str(script),
-            str(pictures),
-            str(tmp_path / out),
-            str(kill),
-            "auto",
-        ]
-        return subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": path}, check=False
-        ).returncode
-
-    assert run("whole", -1) == 0
-    assert [run("killed", step) for step in (1, 3, 5)] == [-signal.SIGKILL] * 3
-    assert run("killed", -1) == 0
-    for name in ("best", "final"):
-        one, other = (tmp_path / out / name / "model.safetensors" for out in ("whole", "killed"))
-        assert one.read_bytes() == other.read_bytes()
-    rows = [History.load(tmp_path / out / "history.jsonl").epochs for out in ("whole", "killed")]
-    assert [row["train"] for row in rows[0]] == [row["train"] for row in rows[1]]
-    assert [row["val"] for row in rows[0]] == [row["val"] for row in rows[1]]
-    assert not list((tmp_path / "killed").rglob(".*"))
 
 
 def test_the_run_file_names_the_encoder_of_a_registry_and_its_arguments(

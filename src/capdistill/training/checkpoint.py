@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from capdistill.data.caption_files import Problem
 from capdistill.data.loader import Loader
 from capdistill.data.source import Source
 from capdistill.errors import CapdistillError, CheckpointError, ConfigError
+from capdistill.files import temporary_name
 from capdistill.training.optim import make_schedule
 from capdistill.training.random_state import random_state, restore_random
 from capdistill.training.run_directory import (
@@ -71,7 +73,21 @@ def _shift(path: Path, keep: int) -> None:
     for number in range(keep if path.exists() else 0, 0, -1):
         younger = path if number == 1 else path.with_name(previous_state(number - 1))
         if younger.exists():
-            younger.replace(path.with_name(previous_state(number)))
+            _give_name(younger, path.with_name(previous_state(number)), keep=number == 1)
+
+
+def _give_name(path: Path, name: Path, keep: bool) -> None:
+    """Rename a file; with `keep` it has both names, so that there is a state at every moment."""
+    second = path.with_name(temporary_name(name.name))
+    try:
+        if keep:
+            os.link(path, second)
+            second.replace(name)  # does nothing where both are one file already
+            second.unlink(missing_ok=True)
+            return
+    except OSError:  # a file system without links
+        second.unlink(missing_ok=True)
+    path.replace(name)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from capdistill.errors import CapdistillError, CheckpointError, LossSpike, NotFiniteLoss
 from capdistill.files import user_path
@@ -17,7 +18,7 @@ from capdistill.runtime import evaluating
 from capdistill.training.callbacks import Run
 from capdistill.training.history import Row
 from capdistill.training.objective import Objective
-from capdistill.training.random_state import drawn, random_state
+from capdistill.training.random_state import Drawn, drawn, random_state
 from capdistill.training.run_directory import FAILED_STEP
 from capdistill.training.sharding import any_sharded
 from capdistill.training.state_file import read_file, write_file
@@ -30,6 +31,10 @@ class Trains(Run, Protocol):
     """What is needed of a `Trainer` to keep a step and to run it again."""
 
     objective: Objective
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models that read a batch."""
 
     def terms(self, batch: Batch) -> dict[str, LossTerm]:
         """The terms of a batch."""
@@ -48,7 +53,8 @@ class Trains(Run, Protocol):
 def kept_if_it_fails(trainer: Trains, batches: Sequence[Batch | None]) -> Iterator[None]:
     """Write what is needed to run a step again if it fails in the block, and name the images.
 
-    The file is `failed_step.pt` in the directory of the run; without one nothing is written.
+    The file is `failed_step.pt` in the directory of the run; without one nothing is written. Of
+    several ranks, it holds the batches of the main one.
 
     Args:
         trainer: The trainer, before the step.
@@ -62,20 +68,28 @@ def kept_if_it_fails(trainer: Trains, batches: Sequence[Batch | None]) -> Iterat
         own = [batch for batch in batches if batch is not None]
         found = _images_alone(trainer, own) if kind is NotFiniteLoss else []
         alone = f" By themselves, these give it too: {', '.join(found)}." if found else ""
-        out = trainer.checkpoints.out
-        if out is None or any_sharded(trainer.objective):
-            raise kind(f"{error}{alone}") from error
+        raise kind(f"{error}{alone}{_keep(trainer, own, before, str(error))}") from error
+
+
+def _keep(trainer: Trains, batches: Sequence[Batch], before: Drawn, error: str) -> str:
+    """Write the file, if there is a directory; what the message says about it."""
+    out = trainer.checkpoints.out
+    if out is None or any_sharded(trainer.objective):
+        return ""
+    try:
         content = {
             "state": {**trainer.state_dict(), "random": random_state(before)},
             "steps_per_epoch": trainer.steps_per_epoch,
-            "batches": [_as_data(batch) for batch in own],
-            "error": str(error),
+            "batches": [_as_data(batch) for batch in batches],
+            "error": error,
         }
         write_file(out / FAILED_STEP, content, _FORMAT)
-        raise kind(
-            f"{error}{alone} The step is in {out / FAILED_STEP}: "
-            "capdistill.training.replay_step(trainer, file) runs it again."
-        ) from error
+    except Exception as problem:  # a full disk, parts that no file can hold: the first error counts
+        return f" The step could not be written to {out / FAILED_STEP} ({problem})."
+    return (
+        f" The step is in {out / FAILED_STEP}: capdistill.training.replay_step(trainer, file) "
+        "runs it again."
+    )
 
 
 def replay_step(trainer: Trains, path: str | Path) -> Row:
@@ -137,6 +151,8 @@ def _images_alone(trainer: Trains, batches: Sequence[Batch]) -> list[str]:
     """The images whose terms are not finite when each is the whole batch, unless all are."""
     alone: list[str] = []
     images = 0
+    if any(any_sharded(model) for model in (trainer.objective, *trainer.models)):
+        return []  # all ranks would have to run them together
     try:
         with evaluating(trainer.objective), torch.no_grad():
             for batch in batches:
