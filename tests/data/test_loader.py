@@ -4,6 +4,8 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -410,3 +412,17 @@ def test_a_batch_without_a_readable_image_keeps_its_number() -> None:
     loader = Loader(bad, WordTokenizer(["a", "dog", "cat"]), image_size=8, batch_size=1)
     assert [b and b.image_ids for b in loader.numbered(0)] == [None, None, ("2",)]
     assert [b and b.image_ids for b in loader.numbered(0, start=1)] == [None, ("2",)]
+
+
+def test_a_program_ends_though_its_workers_ignore_sigterm(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from capdistill.data import Loader, sample\n"
+        "from capdistill.tokenizer import WordTokenizer\n"
+        "if __name__ == '__main__':\n"
+        "    data = sample().val\n"
+        "    loader = Loader(data, WordTokenizer(['a']), image_size=8, num_workers=1)\n"
+        "    print(sum(1 for _ in loader))\n"
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"1\n", b"")

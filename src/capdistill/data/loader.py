@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
 import signal
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -266,7 +268,7 @@ class Loader:
         if worker_start_method(self._start_method) != "fork":
             for name, part in vars(self.collator).items():
                 require_picklable(part, name)
-        return DataLoader(
+        pool = DataLoader(
             self.collator,
             batch_size=None,
             sampler=indices,
@@ -277,6 +279,22 @@ class Loader:
             multiprocessing_context=self._start_method,
             generator=torch.Generator(),  # leaves the global generator unchanged
         )
+        _pools.add(pool)
+        return pool
+
+
+_pools: weakref.WeakSet[DataLoader[BatchResult]] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python ends its children by SIGTERM and waits for them, but workers ignore that signal."""
+    for pool in _pools:
+        reader: Any = getattr(pool, "_iterator", None)
+        if reader is not None:
+            reader._shutdown_workers()
+            for worker in reader._workers:
+                worker.kill()
 
 
 def _read_ahead(pool: DataLoader[BatchResult]) -> Iterator[BatchResult]:

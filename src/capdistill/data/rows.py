@@ -157,7 +157,7 @@ class RowImage(StoredImage):
 
         pixels = read_image(self)
         about = hashlib.sha256(str(tuple(pixels.shape)).encode())
-        about.update(pixels.numpy().data)
+        about.update(pixels.contiguous().numpy().data)
         return about.hexdigest()[:32]
 
     def __str__(self) -> str:
