@@ -46,6 +46,17 @@ class Block(nn.Module):
         )
         self.drop = nn.Dropout(dropout)
 
+    def forward(self, x: Tensor, features: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
+        """(B, T, W) words, each of which sees itself, those before it and the (I, N, D) features.
+
+        Returns:
+            The words of the next block, and the (B, T, N) attention if needed.
+        """
+        memory = self.cross.project(features)
+        query, key, value = self.project(x)
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.finish(x, context, memory, need)
+
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, T, W) words to query, key and value of the self-attention, (B, h, T, d)."""
         parts = self.query_key_value(self.self_norm(x)).chunk(3, dim=-1)
@@ -124,11 +135,8 @@ class TransformerDecoder(Decoder):
         x = self.embed(input_ids, 0)  # (B, T, W)
         hidden, weights = [], None
         for i, block in enumerate(self._blocks()):
-            memory = block.cross.project(features)
             look = "attention" in need and i + 1 == len(self.blocks)
-            query, key, value = block.project(x)
-            context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            x, weights = block.finish(x, context, memory, look)
+            x, weights = block(x, features, look)
             hidden.append(x)
         hidden.append(self.final_norm(self.output(x)))
         return DecoderOutput(

@@ -150,6 +150,8 @@ _HARMLESS = frozenset(
     {
         "num_workers",
         "device",
+        "compile",
+        "gradient_checkpointing",
         "cache_images",
         "cache_dir",
         "eval_batch_size",

@@ -87,6 +87,10 @@ class TrainConfig(Options):
         restart_factor: Factor by which each following period is longer.
         warmup: Share of all steps in which "warmup_cosine" rises.
         precision: "auto", "bf16", "fp16" (CUDA only) or "fp32".
+        compile: Whether encoders and decoders, of the teacher too, are compiled by `torch.compile`;
+            or the name of its backend. The first steps take minutes.
+        gradient_checkpointing: Keep the inputs of the student's blocks only and compute the rest
+            again in the backward pass: less memory, about a third more time.
         accumulation_steps: Micro-batches per step. A shorter last group is divided by its own
             count.
         max_grad_norm: Gradients are clipped to this norm; None does not clip.
@@ -143,6 +147,8 @@ class TrainConfig(Options):
     restart_factor: int = Field(2, ge=1)
     warmup: float = Field(0.05, ge=0, lt=1)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    compile: bool | str = False
+    gradient_checkpointing: bool = False
     accumulation_steps: int = Field(1, ge=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
     ema_decay: float | None = Field(None, ge=0, lt=1)
@@ -264,6 +270,8 @@ class TrainOptions(GenerationOptions, total=False):
     restart_factor: int
     warmup: float
     precision: Literal["auto", "bf16", "fp16", "fp32"]
+    compile: bool | str
+    gradient_checkpointing: bool
     accumulation_steps: int
     max_grad_norm: float | None
     ema_decay: float | None

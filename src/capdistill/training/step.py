@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from capdistill.training.distributed import (
     standing_in,
     tensors_of,
 )
+from capdistill.training.execution import Execution
 from capdistill.training.guard import StepGuard, Verdict
 from capdistill.training.history import EpochMeter, LossMeter, Row
 from capdistill.training.monitor import Monitor
@@ -81,7 +82,8 @@ class Stepper:
         self.schedule: Scheduler
         self._steps_per_epoch: int | None = None
         self._first_step = True  # of the optimizer: what is not trained is reported then
-        self.ranks, self.parallel = Ranks(), cast("Parallel | None", None)
+        self.ranks, self._execution = Ranks(), Execution()
+        self.parallel: Parallel | None = None
         self._wrapped: nn.Module | None = None  # the objective, as the ranks train it
         self.spare: Batch | None = None  # a batch to run where a rank has none
         self.guard = StepGuard()
@@ -101,6 +103,7 @@ class Stepper:
             self.scaler = self._made_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         for module in (self.objective, *self.models):
             move(module, self.device)
+        self._execution.apply(self.models, self.config)
         self._batch_norms = batch_norms(self.objective)
 
     @property
@@ -219,8 +222,8 @@ class Stepper:
             with ranks.syncing(self.module, last=number == len(turns)):
                 raw = self._forward_spare() if batch is None else self._forward(batch, self.module)
                 loss = self.objective.total(raw, counts, len(turns) * ranks.world_size)
-                loss = loss * ranks.world_size  # gradients are averaged over the ranks
-                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                # What backward averages over the ranks is a sum.
+                self.scaler.scale(loss * ranks.world_size).backward()  # type: ignore[no-untyped-call]
             for name, value in raw.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         ranks.finish_gradients(self.objective.weighting)
@@ -344,12 +347,10 @@ class Stepper:
     def _forward(self, batch: Batch, module: nn.Module | None = None) -> dict[str, Tensor]:
         """The sums of the terms; a single image that batch norm refuses uses running statistics."""
         input_fn, module = None, self.objective if module is None else module
-        noise = self.config.word_dropout or self.config.scheduled_sampling
-        if noise and self.objective.training:
+        if self.objective.training:
             input_fn = noisy_inputs(self.captioner, batch, self.config, self.epoch, self.progress)
         batch, progress = batch.to(self.device), self.progress
-        norms = [norm for norm in self._batch_norms if norm.training]
-        alone = norms if batch.num_images == 1 else []
+        alone = [n for n in self._batch_norms if n.training and batch.num_images == 1]
         before = [(buffer, buffer.clone()) for norm in alone for buffer in norm.buffers()]
         with autocast(self.device, self.precision):
             teacher = self.teacher_output(batch)

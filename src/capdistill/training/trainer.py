@@ -41,6 +41,7 @@ from capdistill.training.config import (
 )
 from capdistill.training.decoder_inputs import require_unknown_word
 from capdistill.training.distributed import Parallel, tensors_of
+from capdistill.training.execution import PLACING
 from capdistill.training.failed_step import kept_if_it_fails
 from capdistill.training.guard import StepGuard
 from capdistill.training.history import EpochMeter, History, Row
@@ -327,7 +328,7 @@ class Trainer(Stepper):
         finally:
             used, self.config = self.config, before
             self.objective.label_smoothing = before.label_smoothing
-            if (used.device, used.precision) != (before.device, before.precision):
+            if any(getattr(used, name) != getattr(before, name) for name in PLACING):
                 self.place()
 
     def check_options(self) -> None:

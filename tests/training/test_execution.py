@@ -1,0 +1,98 @@
+"""Compiled models and gradient checkpointing change no result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import capdistill as cd
+from capdistill.outputs import Batch
+from capdistill.training.execution import repeated_blocks
+from tests.training import tiny_models as tiny
+
+QUIET: dict[str, Any] = {**tiny.QUIET, "schedule": "constant", "captions_per_image": 2}
+
+
+def batches() -> list[Batch]:
+    data = cd.data.sample().train.subset(4)
+    how: dict[str, Any] = {"image_size": 64, "batch_size": 2, "train": True}
+    return list(cd.data.Loader(data, tiny.TOKENIZER, captions_per_image=2, **how))
+
+
+def steps(preset: str, **options: Any) -> tuple[list[float], dict[str, Tensor], cd.Distiller]:
+    torch.manual_seed(0)
+    teacher = cd.Captioner.create("debug_teacher", tokenizer=tiny.TOKENIZER, weights=False)
+    encoder = {"trainable": "all", "image_size": 64}
+    decoder = {"dropout": 0.3}
+    student = cd.Captioner.create(
+        preset, tokenizer=tiny.TOKENIZER, weights=False, encoder=encoder, decoder=decoder
+    )
+    trainer = cd.Distiller(teacher, student, {"token": "token"}, **QUIET, **options)
+    torch.manual_seed(1)
+    losses = [trainer.step(batch)["loss"] for batch in batches()]
+    return losses, tiny.weights_of(trainer.objective), trainer
+
+
+@pytest.mark.parametrize("preset", ["debug_teacher", "debug_student"])  # ViT; CNN with batch norms
+def test_checkpointing_keeps_every_bit(preset: str) -> None:
+    plain_losses, plain, _ = steps(preset)
+    losses, weights, trainer = steps(preset, gradient_checkpointing=True)
+    assert losses == plain_losses
+    assert tiny.same_bits(weights, plain)
+    assert len(list(repeated_blocks([trainer.captioner]))) >= 2
+
+
+def kept_bytes(trainer: cd.Distiller, batch: Batch) -> int:
+    """What autograd keeps for the backward pass, besides weights."""
+    own = {p.untyped_storage().data_ptr() for p in trainer.objective.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        terms = trainer.terms(batch)
+    del terms
+    return sum(kept.values())
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
+    _, _, plain = steps("debug_teacher")
+    _, _, saving = steps("debug_teacher", gradient_checkpointing=True)
+    [batch, *_] = batches()
+    assert kept_bytes(saving, batch) < 0.7 * kept_bytes(plain, batch)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+def test_options_of_a_fit_end_with_it() -> None:
+    trainer = cd.Trainer(tiny.make_teacher(), **QUIET)
+    data = [tiny.make_batch([2, 3])]
+    seen: list[bool] = []
+
+    class Look:
+        def on_step(self, trainer: cd.Trainer, row: Any) -> None:
+            seen.append(trainer.captioner.decoder._compiled_call_impl is not None)
+
+    trainer.fit(data, epochs=1, compile="eager", callbacks=[Look()])
+    trainer.fit(data, epochs=1, callbacks=[Look()])
+    assert seen == [True, False]
+    assert trainer.captioner.decoder._compiled_call_impl is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", True])
+def test_compiled_models_train_the_same(backend: bool | str) -> None:
+    plain_losses, plain, _ = steps("debug_teacher")
+    losses, weights, trainer = steps("debug_teacher", compile=backend, gradient_checkpointing=True)
+    assert losses == pytest.approx(plain_losses, rel=1e-4)
+    assert weights.keys() == plain.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, plain[name], atol=3e-3, rtol=0, msg=name)  # AdamW's steps
+    assert trainer.captioner.decoder._compiled_call_impl is not None
