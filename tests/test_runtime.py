@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from capdistill.runtime import evaluating, inference, on_device
+from capdistill.errors import ConfigError
+from capdistill.runtime import evaluating, inference, max_workers, on_device, pick_device
 
 
 def model() -> nn.Module:
@@ -46,3 +47,28 @@ def test_inference_has_no_gradients_and_restores_the_random_state_on_request():
     with inference(module):
         torch.rand(3)
     assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_process_of_a_launcher_takes_its_own_cuda_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == torch.device("cuda")  # without a launcher
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK is 2, but torch finds 2 CUDA devices"):
+        pick_device("auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each process is shown one
+    assert pick_device("auto") == torch.device("cuda")
+
+
+def test_processes_of_one_computer_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = max_workers("fork")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert max_workers("fork") == max(cores // 2, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
+    assert max_workers("fork") == 1

@@ -7,10 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
+from capdistill import Captioner, Distiller
+from capdistill.compatibility import device_of
+from tests.training import tiny_models as tiny
+
+QUIET: dict[str, Any] = {**tiny.QUIET, "schedule": "constant"}
 ROOT = Path(__file__).resolve().parents[2]
 Results = dict[str, dict[int, list[Any]]]
 
@@ -38,6 +44,26 @@ def test_one_two_and_four_processes_train_the_same(found: Results) -> None:
         for result in found["training"][world]:
             for name in alone.keys() - {"seconds"}:
                 assert result[name] == close(alone[name]), (world, name)
+
+
+class Placed(Captioner):
+    """As a Hugging Face library loads it with `device_map`: it refuses to be moved as a whole."""
+
+    hf_device_map: ClassVar = {"encoder": 0, "decoder": "cpu"}
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("You can't move a model that is offloaded")
+
+
+def test_a_teacher_that_somebody_has_placed_is_not_moved() -> None:
+    plain = tiny.make_teacher()
+    placed = Placed(plain.encoder, plain.decoder, plain.tokenizer)
+    losses = []
+    for teacher in (plain, placed):
+        trainer = Distiller(teacher, tiny.make_student(), {"token": "token"}, **QUIET)
+        losses.append(trainer.step(tiny.make_batch([2, 3]))["loss"])
+    assert losses[0] == losses[1]
+    assert device_of(torch.nn.Linear(1, 1, device="meta")) == torch.device("cpu")
 
 
 METHODS = ("accumulation", "uncertainty", "ratio", "reward", "own_loop", "sharded_teacher")

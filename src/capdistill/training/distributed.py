@@ -221,6 +221,12 @@ class Ranks:
             if parameter.grad is not None:
                 parameter.grad = self.add(parameter.grad) / self.world_size
 
+    def numbers(self, sums: Sequence[Tensor], norm: Tensor) -> list[float]:
+        """Sums over the ranks, then a norm that is that of all ranks, in one transfer."""
+        one = cast(Any, norm).full_tensor() if hasattr(norm, "full_tensor") else norm
+        added = self.add(torch.stack([value.float() for value in sums]))
+        return torch.cat([added, one.float()[None]]).tolist()
+
     def reseed(self, seed: int, step: int) -> None:
         """Give every rank but the main one a random state of its own, known from seed and step."""
         if not self.main:

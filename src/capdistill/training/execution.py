@@ -47,7 +47,7 @@ class Execution:
         self._undo = []
         for block in repeated_blocks(models[:1]) if config.gradient_checkpointing else ():
             if "forward" not in vars(block):  # somebody's own
-                vars(block)["forward"] = partial(_checkpointed, block)
+                vars(block)["forward"] = partial(_checkpointed, block, bool(batch_norms(block)))
                 self._undo.append(partial(vars(block).pop, "forward", None))
         for part in _parts(models) if config.compile else ():
             if part._compiled_call_impl is None:
@@ -79,14 +79,15 @@ def repeated_blocks(models: Iterable[nn.Module]) -> Iterator[nn.Module]:
                 yield from repeated_blocks([child])
 
 
-def _checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(block: nn.Module, norms: bool, *args: Any, **kwargs: Any) -> Any:
     """The forward pass of a block, of which the backward pass keeps the inputs only."""
     forward = partial(type(block).forward, block)
     if not torch.is_grad_enabled() or not any(p.requires_grad for p in block.parameters()):
         return forward(*args, **kwargs)
-    return checkpoint(
-        forward, *args, use_reentrant=False, context_fn=partial(_contexts, block), **kwargs
-    )
+    if not norms or torch.compiler.is_compiling():  # a compiled block changes statistics once
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    contexts = partial(_contexts, block)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 def _contexts(

@@ -46,7 +46,7 @@ from capdistill.training.optim import (
     parameter_groups,
     warn_of_constant_rate,
 )
-from capdistill.training.sharding import move, require_shardable, whole
+from capdistill.training.sharding import move, require_shardable
 from capdistill.training.validation import PreparedScorer, make_monitor, measured, run_validation
 
 
@@ -235,9 +235,8 @@ class Stepper:
         clipped = [group for group in optimizer.param_groups if group["name"] != WEIGHTING]
         parameters = [p for group in clipped for p in group["params"]]
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = whole(nn.utils.clip_grad_norm_(parameters, limit)).float()
-        added = ranks.add(torch.stack([value.float() for value in sums.values()]))
-        *values, norm_value = torch.cat([added, norm[None]]).tolist()
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        *values, norm_value = ranks.numbers([*sums.values()], norm)
         totals = dict(zip(sums, values, strict=True))
         verdict = self._judge(given, totals, norm_value, weights, counts)
 

@@ -58,6 +58,7 @@ def check_training(trainer: Stepper, train: Any = None, val: Any = None) -> Chec
     """
     rows: list[CheckRow] = []
     with restoring_state(trainer), made_up_targets(*trainer.models):
+        trainer.parallel = None  # what it wraps may stay wrapped
         if not _attempt(rows, "options", check_options, trainer, val):
             return CheckReport(tuple(rows))
         trial = Trial(trainer, trainer.config, made_up_batch(trainer))
