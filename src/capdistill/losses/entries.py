@@ -38,15 +38,15 @@ def entries_divergence(
     bucket = target.shape[-1] > ids.shape[-1]
 
     def part(rows: Tensor, index: Tensor, target: Tensor) -> Part:
+        rows = rows.div_(temperature)  # a copy of the logits, which is used up
         chosen = rows.gather(-1, index)  # (n, k)
-        if bucket:  # the rows are a copy of the logits, which is used up
-            others = rows.scatter_(-1, index, -torch.inf)
-            top = others.amax(-1, keepdim=True).clamp(min=-1e30)  # -inf - -inf would be nan
-            others = others.sub_(top).div_(temperature).exp_()
-            total = others.sum(-1, keepdim=True)  # at least 1, or 0 where there are none
-            rest = top + temperature * total.log()
-            chosen = torch.cat([chosen, rest.clamp(min=-1e30)], -1)
-        mine = F.log_softmax(chosen / temperature, -1)
+        if bucket:
+            others = rows.scatter_(-1, index, _NEVER)
+            top = others.amax(-1, keepdim=True)
+            shares = others.softmax(-1)
+            rest = top - shares.amax(-1, keepdim=True).log()  # their log-sum-exp
+            chosen = torch.cat([chosen, rest], -1)
+        mine = F.log_softmax(chosen, -1)
         weight = target.exp()
         gap = (target - mine).masked_fill_(weight == 0, 0)  # 0 * inf would be nan
 
@@ -54,9 +54,11 @@ def entries_divergence(
             excess = (mine.exp() - weight).div_(temperature)
             if not bucket:
                 return torch.zeros_like(rows).scatter_(-1, index, excess)
-            share = excess[:, -1:] / total.clamp(min=1)  # shared out as in the student
-            return others.mul_(share).scatter_(-1, index, excess[:, :-1])
+            return shares.mul_(excess[:, -1:]).scatter_(-1, index, excess[:, :-1])
 
         return (weight * gap).sum(), slope
 
     return sum_over_rows(part, mask, student_logits, ids, target)
+
+
+_NEVER = -1e30  # the logit of an entry that is out of the question; -inf less itself is nan
