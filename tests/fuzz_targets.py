@@ -23,11 +23,13 @@ from PIL import Image
 import capdistill as cd
 from capdistill import encoders
 from capdistill.cli.runfile import DistillRun, TrainRun, parse_run, read_values
+from capdistill.data import CaptionData, Example
 from capdistill.data.images import read_image
 from capdistill.errors import CapdistillError
 from capdistill.metrics import DocumentFrequencies
 from capdistill.metrics.coco_files import read_coco_results
 from capdistill.teachers import load as load_teacher
+from capdistill.teachers.caption_file import read_rows
 from capdistill.tokenizer import WordTokenizer
 from capdistill.training.checkpoint import load_state
 from capdistill.training.history import History
@@ -294,6 +296,54 @@ def _load_captioner(path: Path, saved: Path) -> None:
     load_teacher(folder)
 
 
+def _in_place_of(original: Path, read: Callable[[Path], object]) -> Callable[[Path], object]:
+    """A reader of a folder in which the damaged file takes the place of one of the same name."""
+
+    def reader(path: Path) -> object:
+        folder = path.parent / original.name
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(original, folder)
+        shutil.copy(path, folder / path.name)
+        return read(folder)
+
+    return reader
+
+
+def _targets_of_teacher(folder: Path, pictures: Path) -> Path:
+    """Cached targets of a teacher."""
+    examples = [Example(f"{n}.jpg", pictures / f"{n}.jpg", ("a dog",)) for n in (1, 2)]
+    teacher, place = tiny.make_teacher(), folder / "targets"
+    cd.teachers.cache(teacher, CaptionData(examples), place, progress=False, device="cpu")
+    return place
+
+
+def _shard(folder: Path, pictures: Path) -> Path:
+    examples = [Example(f"{n}.jpg", pictures / f"{n}.jpg", ("a dog",)) for n in (1, 2)]
+    place = folder / "shards"
+    cd.data.write_shards(CaptionData(examples), place, name="s", progress=False)
+    cd.data.Shards(place)  # writes the index
+    return place
+
+
+def _read_shards(folder: Path) -> None:
+    data = cd.data.Shards(folder)
+    for number in range(len(data)):
+        data[number]
+
+
+def _ensemble(folder: Path) -> Path:
+    place = folder / "ensemble"
+    cd.teachers.Ensemble([toy(), toy(seed=1)]).save(place)
+    return place
+
+
+def _teacher_captions(folder: Path, pictures: Path) -> bytes:
+    file = folder / "captions.jsonl"
+    examples = [Example(f"{n}.jpg", pictures / f"{n}.jpg", ("a dog",)) for n in (1, 2)]
+    cd.teachers.caption(toy(), CaptionData(examples), file, progress=False, device="cpu")
+    return file.read_bytes()
+
+
 def _run(path: Path) -> None:
     values = read_values(path)
     kind: Any = DistillRun if values.get("command") == "distill" else TrainRun
@@ -319,6 +369,13 @@ def targets(folder: Path) -> Mapping[str, tuple[Target, Iterable[Callable[[list[
         return Target(
             lambda path: _load_captioner(path, saved), lambda: [(saved / name).read_bytes()], name
         )
+
+    cached, ensemble = _targets_of_teacher(folder, pictures), _ensemble(folder)
+    shards = _shard(folder, pictures)
+
+    def folder_of(original: Path, name: str, read: Callable[[Path], object]) -> Target:
+        reader = _in_place_of(original, read)
+        return Target(reader, lambda: [(original / name).read_bytes()], name)
 
     csv = [b'image,caption\n1.jpg,a dog runs\n2.jpg,"a cat, two dogs"\n1.jpg,"he ""sat"""\n']
     tokens = [
@@ -375,4 +432,24 @@ def targets(folder: Path) -> Mapping[str, tuple[Target, Iterable[Callable[[list[
             [damaged, repacked],
         ),
         "image": (Target(read_image, _images), [damaged]),
+        "ensemble.json": (
+            folder_of(ensemble, "ensemble.json", load_teacher),
+            [damaged, altered],
+        ),
+        "shard": (folder_of(shards, "s-000000.tar", _read_shards), [damaged]),
+        "index of a shard": (
+            folder_of(shards, "s-000000.tar.index.json", _read_shards),
+            [damaged, altered],
+        ),
+        "teacher captions": (
+            Target(read_rows, lambda: [_teacher_captions(folder, pictures)]),
+            [damaged, lines_altered],
+        ),
+        **{
+            f"cached {name}": (
+                folder_of(cached, name, cd.teachers.CachedTeacher),
+                [damaged, lines_altered if name.endswith("jsonl") else altered],
+            )
+            for name in ("targets.json", "index.jsonl")
+        },
     }

@@ -22,7 +22,8 @@ NAMES = (
     *("training state", "state to resume", "weights", "zipped weights", "captioner.json"),
     *("tokenizer.json", "model.safetensors", "tokenizer", "run file", "history", "flickr8k"),
     *("flickr8k tokens", "csv", "json lines", "coco", "karpathy", "results", "references"),
-    *("document frequencies", "image"),
+    *("document frequencies", "image", "ensemble.json", "shard", "index of a shard"),
+    *("teacher captions", "cached targets.json", "cached index.jsonl"),
 )
 
 

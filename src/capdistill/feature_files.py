@@ -6,7 +6,6 @@ per image that marks which rows are done. A cache that is not complete is contin
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -19,7 +18,7 @@ from typing import IO, Any, Literal, TypeAlias
 import numpy as np
 
 from capdistill.errors import ConfigError
-from capdistill.files import remove_abandoned, user_path
+from capdistill.files import from_json, remove_abandoned, user_path
 
 FORMAT = "capdistill.features/2"
 HASHES = "image-hashes.json"  # of image files: place -> [hash, stamp]
@@ -50,7 +49,7 @@ def default_cache_dir() -> Path:
 def read_index(path: Path) -> dict[str, Any]:
     """The index of a cache; empty if there is none that can be read."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return index if isinstance(index, dict) and index.get("format") == FORMAT else {}

@@ -57,7 +57,7 @@ DAMAGED: tuple[type[Exception], ...] = (
 )
 
 
-def from_json(text: str) -> Any:
+def from_json(text: str | bytes) -> Any:
     """The values of a JSON text.
 
     Example:

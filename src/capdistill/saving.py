@@ -19,7 +19,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from capdistill import decoders, encoders
-from capdistill.errors import CheckpointError, ConfigError
+from capdistill.errors import CapdistillError, CheckpointError, ConfigError, shortened
 from capdistill.files import (
     from_json,
     remove_abandoned,
@@ -262,9 +262,13 @@ def make_part(content: Description, kind: str, directory: Path | None = None) ->
         if directory is not None:
             _require_room(lambda: cls(**kwargs), kind, directory)
         part = registry.create(name, **kwargs)
-    except ConfigError as error:
+    except Exception as error:  # a class may raise anything at arguments of another kind
+        if isinstance(error, CapdistillError) and not isinstance(error, ConfigError):
+            raise
+        ours = isinstance(error, ConfigError)
+        reason = str(error) if ours else f"{type(error).__name__}: {error}."
         raise CheckpointError(
-            f"The {kind} '{name}' of this captioner cannot be made here: {error} "
+            f"The {kind} '{name}' of this captioner cannot be made here: {reason} "
             f"Install the package that it came from, or {fix}."
         ) from error
     _require_checksum(DESCRIPTION, content, kind, _checksum(described, cls))
@@ -300,6 +304,8 @@ def find_tokenizer(
         CheckpointError: it is not in the directory, or its vocabulary differs.
     """
     saved = content.get("tokenizer") or {}
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(f"{directory}: the tokenizer is described by {shortened(saved)}.")
     if tokenizer is None:
         kind = saved.get("class", _OURS)
         if kind != _OURS:

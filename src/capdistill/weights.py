@@ -10,6 +10,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,11 @@ def _is_torch(path: Path) -> bool:
 
 
 def _read_torch(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            unpacked = sum(part.file_size for part in file.infolist())
+        if unpacked > path.stat().st_size:
+            raise ValueError("it is compressed, which torch.save does not do")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

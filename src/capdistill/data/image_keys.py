@@ -21,7 +21,7 @@ from capdistill.data.dataset import Example
 from capdistill.data.image_names import StoredImage
 from capdistill.errors import CapdistillError
 from capdistill.feature_files import HASHES
-from capdistill.files import write_text
+from capdistill.files import from_json, write_text
 from capdistill.progress import progress as report_progress
 
 _MAX_BYTES = 2**28  # as for images that are read
@@ -71,7 +71,7 @@ def _hashes(examples: Sequence[Example], directory: Path, progress: bool) -> lis
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

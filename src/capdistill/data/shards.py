@@ -36,7 +36,7 @@ from capdistill.data.image_keys import file_stamp, hash_bytes
 from capdistill.data.image_names import SUFFIXES, StoredImage
 from capdistill.data.rows import CAPTION_COLUMNS, caption_texts
 from capdistill.errors import CapdistillError, DataError
-from capdistill.files import user_path, write_text
+from capdistill.files import from_json, user_path, write_text
 
 FORMAT = "capdistill.shards/1"
 _BLOCK = 512  # bytes of a tar header; data are padded to a multiple
@@ -254,7 +254,7 @@ def samples_of(file: Path) -> list[Sample]:
     """
     index, stamp = index_file(file), (file_stamp(file) or [])[:2]
     try:
-        known = json.loads(index.read_text(encoding="utf-8"))
+        known = from_json(index.read_text(encoding="utf-8"))
         if known["format"] == FORMAT and known["stamp"] == stamp:
             return [Sample(**sample) for sample in known["samples"]]
     except (OSError, ValueError, LookupError, TypeError):

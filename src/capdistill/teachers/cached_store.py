@@ -17,7 +17,7 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 
 from capdistill.errors import CheckpointError, ConfigError
-from capdistill.files import write_text
+from capdistill.files import from_json, write_text
 from capdistill.saving import TARGETS
 
 FORMAT = "capdistill.targets/1"
@@ -79,7 +79,7 @@ class Line:
         Raises:
             TypeError, ValueError, KeyError: it is none.
         """
-        line = cls(**json.loads(text))
+        line = cls(**from_json(text))
         numbers = [line.size, *line.lengths, *line.tokens, *line.images]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise TypeError("a number is no whole number >= 0")
@@ -254,11 +254,13 @@ def read_content(directory: Path) -> dict[str, Any]:
     """
     path = directory / TARGETS
     try:
-        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        content: dict[str, Any] = from_json(path.read_text("utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
         for each in content["columns"]:
             column = Column(*each)
+            if [type(part) for part in column] != [str, str, int, str]:
+                raise ValueError(f"column {each!r}")
             file = column.file(directory)
             if file.parent != directory or file.suffix not in DTYPES or column.row_bytes < 1:
                 raise ValueError(f"column {column.name!r}")

@@ -151,7 +151,7 @@ def _images_alone(trainer: Trains, batches: Sequence[Batch]) -> list[str]:
     """The images whose terms are not finite when each is the whole batch, unless all are."""
     alone: list[str] = []
     images = 0
-    if any(any_sharded(model) for model in (trainer.objective, *trainer.models)):
+    if any_sharded(trainer.objective, *trainer.models):
         return []  # all ranks would have to run them together
     try:
         with evaluating(trainer.objective), torch.no_grad():
