@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -203,6 +204,31 @@ def test_a_full_disk_is_a_clear_error_and_the_work_is_kept(
     encoder = Encoder()
     assert np.isfinite(cache(tmp_path, encoder).tokens).all()
     assert encoder.seen == IMAGES - 2 * BATCH
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"shape": [4, 6]},
+        {"shape": [4.0, 5.0]},
+        {"shape": [-4, -5]},
+        {"shape": "x"},
+        {"image_ids": ["0"]},
+        {"unreadable": [99]},
+        {"unreadable": 5},
+        {"complete": []},
+        {"format": 1},
+    ],
+)
+def test_a_damaged_index_is_written_anew(tmp_path: Path, damage: dict[str, Any]) -> None:
+    cache(tmp_path)
+    good = contents(tmp_path)
+    [index] = tmp_path.glob("*.json")
+    index.write_text(json.dumps({**json.loads(index.read_text()), **damage}))
+    encoder = Encoder()
+    cache(tmp_path, encoder)
+    assert contents(tmp_path) == good
+    assert encoder.seen in (IMAGES, IMAGES + BATCH)  # a first batch tells the shape
 
 
 def test_caches_are_listed_and_cleared_and_other_files_stay(tmp_path: Path) -> None:

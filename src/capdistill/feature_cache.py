@@ -18,7 +18,7 @@ from capdistill.data.image_keys import images_key
 from capdistill.data.loader import Loader
 from capdistill.data.source import Source
 from capdistill.encoders.base import Encoder
-from capdistill.errors import ConfigError, DataError
+from capdistill.errors import ConfigError, DataError, is_count
 from capdistill.feature_files import (
     DONE,
     FORMAT,
@@ -130,12 +130,14 @@ def _open_cache(path: Path) -> FeatureCache | None:
         whole = index["complete"] and path.stat().st_size == 2 * int(np.prod(shape))
         for row in index["unreadable"]:
             ids[row] = None
-    except (OSError, LookupError, TypeError):
-        return None
-    if not whole:
+        if not whole:
+            return None
+        values = np.memmap(path, STORED_AS[kind_of(path)], "r", shape=shape)
+        cache = FeatureCache(values, ids)
+    except (OSError, LookupError, TypeError, ValueError):  # damaged: it is written anew
         return None
     marks_file(path).unlink(missing_ok=True)  # of a process killed at the last moment
-    return FeatureCache(np.memmap(path, STORED_AS[kind_of(path)], "r", shape=shape), ids)
+    return cache
 
 
 class Ranks(Protocol):
@@ -203,9 +205,9 @@ class _Caching:
         return cache
 
     def _encode_missing(self, batches: Sequence[BatchIndex]) -> None:
-        shape = read_index(self.path.with_suffix(".json")).get("shape")
+        shape = self._known_shape()
         if self.files is None and shape is not None:
-            self.files = self._open(tuple(shape))
+            self.files = self._open(shape)
         marks = np.zeros(len(self.image_ids)) if self.files is None else self.files.marks()
         missing = [batch for batch in batches if not marks[list(batch[1])].all()]
         for encoded in report_progress(
@@ -242,8 +244,11 @@ class _Caching:
         encoded.ready()
         block = bits = values.contiguous().view(torch.int16).numpy()  # (I, ...)
         self._require_finite(ids, bits)
-        if self.files is None:
-            self.files = self._open(tuple(bits.shape[1:]))
+        shape = tuple(bits.shape[1:])
+        if self.files is not None and self.files.shape != shape:
+            self.files.remove()  # its index is damaged
+            self.files = None
+        self.files = self.files or self._open(shape)
         given = set(ids)
         readable = np.array([self.image_ids[number] in given for number in numbers])
         if len(ids) < len(numbers):
@@ -270,8 +275,16 @@ class _Caching:
             f"NaN{limit}. {fix}cache_features=False for this encoder."
         )
 
+    def _known_shape(self) -> tuple[int, ...] | None:
+        """The shape of a row, from the index; None without one, or if it is of other images."""
+        index = read_index(self.path.with_suffix(".json"))
+        shape = index.get("shape")
+        if index.get("image_ids") != self.image_ids or not isinstance(shape, list):
+            return None
+        return tuple(shape) if shape and all(map(is_count, shape)) else None
+
     def _open(self, shape: tuple[int, ...]) -> CacheFiles:
-        if not self.path.with_suffix(".json").exists():
+        if self._known_shape() != shape:
             self._write_index(shape, {"complete": False})
         return CacheFiles(self.path, len(self.image_ids), shape)
 

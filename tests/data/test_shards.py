@@ -248,6 +248,24 @@ def test_a_shard_that_is_replaced_is_read_again_and_one_in_use_is_noticed(tmp_pa
         before[0]
 
 
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {},
+        {"key": 1, "image": None, "about": None, "lines": None, "kinds": []},
+        {"key": "0", "image": ["0.jpg", -5, 3], "about": None, "lines": None, "kinds": []},
+        {"key": "0", "image": ["0.jpg"], "about": None, "lines": None, "kinds": []},
+        {"key": "0", "image": None, "about": None, "lines": [3], "kinds": []},
+    ],
+)
+def test_a_damaged_index_is_made_anew(tmp_path: Path, sample: Any) -> None:
+    file = make_tar(tmp_path / "a.tar", {"0.jpg": jpeg(1), "0.txt": b"text"})
+    Shards(file)
+    index = tmp_path / "a.tar.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "samples": [sample]}))
+    assert Shards(file).references == {"0": ("text",)}
+
+
 def test_names_that_lead_nowhere_are_reported(tmp_path: Path) -> None:
     for source, reason in {
         str(tmp_path): "holds no file",

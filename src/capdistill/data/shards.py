@@ -256,12 +256,26 @@ def samples_of(file: Path) -> list[Sample]:
     try:
         known = from_json(index.read_text(encoding="utf-8"))
         if known["format"] == FORMAT and known["stamp"] == stamp:
-            return [Sample(**sample) for sample in known["samples"]]
+            return [_checked(Sample(**sample)) for sample in known["samples"]]
     except (OSError, ValueError, LookupError, TypeError):
-        pass
+        pass  # none, old or damaged
     samples = list(_scan(file))
     _write_index(file, samples)
     return samples
+
+
+def _checked(sample: Sample) -> Sample:
+    """A sample of an index.
+
+    Raises:
+        TypeError: a value is not of its type.
+    """
+    member, *place = sample.image or ("", 0, 0)
+    texts = [sample.key, member, *sample.kinds, *(sample.lines or ())]
+    numbers = len(place) == 2 and all(type(each) is int and each >= 0 for each in place)
+    if not (numbers and all(isinstance(text, str) for text in texts)):
+        raise TypeError(f"{sample} is no sample.")
+    return sample
 
 
 def index_file(file: Path) -> Path:
