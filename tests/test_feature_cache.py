@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -63,6 +62,22 @@ def cache(folder: Path, encoder: Encoder | None = None, **options: Any) -> Featu
     data = options.pop("data", Noise())
     source = Loader(data, tiny.TOKENIZER, image_size=tiny.SIDE, batch_size=BATCH)
     return cache_trunk(encoder or Encoder(), source, "key", folder, "fp32", **options)
+
+
+class Threads:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, world_size: int, barrier: threading.Barrier) -> None:
+        self.rank, self.world_size, self.barrier = rank, world_size, barrier
+        self.flags: list[bool] = barrier.__dict__.setdefault("flags", [])
+
+    def wait(self) -> None:
+        self.barrier.wait(timeout=20)
+
+    def any(self, flag: bool) -> bool:
+        self.flags.append(flag)
+        self.wait()
+        return any(self.flags)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -123,7 +138,7 @@ def test_ranks_share_the_work_and_the_files_are_those_of_one(tmp_path: Path, ran
     encoders, caches = [Encoder() for _ in range(ranks)], {}
 
     def work(rank: int) -> None:
-        together = SimpleNamespace(rank=rank, world_size=ranks, wait=barrier.wait)
+        together = Threads(rank, ranks, barrier)
         caches[rank] = cache(tmp_path / "many", encoders[rank], ranks=together)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
@@ -140,8 +155,24 @@ def test_a_rank_encodes_what_others_left_on_disks_of_their_own(
     tmp_path: Path,
 ) -> None:
     cache(tmp_path / "one")
-    cache(tmp_path / "own", ranks=SimpleNamespace(rank=1, world_size=2, wait=lambda: None))
+    cache(tmp_path / "own", ranks=Threads(1, 2, threading.Barrier(1)))
     assert contents(tmp_path / "own") == contents(tmp_path / "one")
+
+
+def test_a_rank_whose_disk_has_the_cache_waits_for_one_whose_disk_has_not(tmp_path: Path) -> None:
+    cache(tmp_path / "0")
+    barrier = threading.Barrier(2)
+
+    def work(rank: int) -> None:
+        cache(tmp_path / str(rank), ranks=Threads(rank, 2, barrier))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert not barrier.broken
+    assert contents(tmp_path / "1") == contents(tmp_path / "0")
 
 
 def test_bfloat16_keeps_what_float16_cannot(tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ def keeps_frozen_stages(encoder: Encoder, changed: bool = False) -> bool:
     return changed or (not encoder.trunk_frozen and encoder.cache_key() is not None)
 
 
-def data_key(data: Any, source: Source, image_size: int, directory: Path) -> str:
+def data_key(
+    data: Any, source: Source, image_size: int, directory: Path, progress: bool = False
+) -> str:
     """A key for the images of a data set, at a size in pixels.
 
     Args:
@@ -60,10 +62,11 @@ def data_key(data: Any, source: Source, image_size: int, directory: Path) -> str
         source: Gives those pixels.
         image_size: Side in pixels.
         directory: Where the hashes of files are remembered.
+        progress: Show progress.
     """
     examples = getattr(data, "examples", None)
     if examples is not None:
-        return f"{image_size} {images_key(examples, directory)}"
+        return f"{image_size} {images_key(examples, directory, progress)}"
     digest = hashlib.sha256(str(image_size).encode())
     for batch in source.epoch(0):
         digest.update(f"{batch.image_ids}".encode())
@@ -106,8 +109,12 @@ def cache_trunk(
     about = f"{encoder.cache_key(trained)} {data_key} {precision} {dtype}"
     name = hashlib.sha256(about.encode()).hexdigest()[:32]
     path = directory / f"{name}.{dtype}"
+    ranks = ranks or _Alone()
     cache = _open_cache(path)
+    elsewhere = ranks.any(cache is None)  # a disk that not all processes see
     if cache is not None:
+        for _ in range(2 if elsewhere else 0):
+            ranks.wait()  # as those that write it do
         return cache
     try:
         with evaluating(encoder), torch.no_grad():
@@ -149,12 +156,19 @@ class Ranks(Protocol):
     def wait(self) -> None:
         """Wait until all processes are here."""
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+
 
 class _Alone:
     rank, world_size = 0, 1
 
     def wait(self) -> None:
         """There is nobody to wait for."""
+
+    def any(self, flag: bool) -> bool:
+        """The flag itself."""
+        return flag
 
 
 class _Caching:
@@ -168,9 +182,9 @@ class _Caching:
         precision: str,
         trained: bool,
         progress: bool,
-        ranks: Ranks | None,
+        ranks: Ranks,
     ) -> None:
-        self.ranks: Ranks = _Alone() if ranks is None else ranks
+        self.ranks = ranks
         self.encoder, self.source, self.path = encoder, source, path
         self.precision, self.trained, self.show = precision, trained, progress
         self.device = next(encoder.parameters()).device

@@ -301,7 +301,7 @@ def trunk_caches(
         view=view,
         flip=flip,
     )
-    key = data_key(data, source, size, directory)
+    key = data_key(data, source, size, directory, progress)
     key = f"{key} view {view} flip {flip}" if view else key
     how = (directory, precision, progress)
     for model in leaves(teacher):

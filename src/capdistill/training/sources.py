@@ -318,7 +318,8 @@ def _views(
                 "the data set they come from, or set cache_features=False."
             )
         if not key:
-            key = stepper.ranks.on_main(data_key, data, source, size, cache_directory(config))
+            where, show = cache_directory(config), config.progress is not False
+            key = stepper.ranks.on_main(data_key, data, source, size, where, show)
         yield source, f"{key} view {view} flip {config.flip}" if view else key
 
 
