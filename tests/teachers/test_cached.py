@@ -139,6 +139,26 @@ def test_padding_and_splitting_a_batch_change_nothing(data: CaptionData, tmp_pat
         assert torch.equal(alone.features[0], whole.features[image])
 
 
+def test_a_caption_that_is_cut_has_the_targets_of_its_beginning(
+    data: CaptionData, tmp_path: Path
+) -> None:
+    live = tiny.make_teacher().eval()
+    cached = cache(live, data, tmp_path / "targets", **QUIET)
+    for batch in batches(data, max_length=3):
+        with torch.no_grad():
+            gap = (live(batch).logits - cached(batch).logits)[batch.target_mask].abs().max()
+        assert gap < 5e-3
+
+
+def test_ids_that_the_teacher_did_not_read_are_refused(data: CaptionData, tmp_path: Path) -> None:
+    one = CaptionData([replace(data.examples[2], captions=("blue",))])
+    cached = cache(tiny.make_teacher(), one, tmp_path / "targets", **QUIET)
+    (batch,) = batches(one, captions_per_image=1)
+    padded = tiny.pad(batch, 2)
+    with pytest.raises(DataError, match=r"2 cached targets of the caption 'blue'.* has 4"):
+        cached(replace(padded, mask=torch.ones_like(padded.mask)))
+
+
 def test_a_run_from_cached_targets_follows_the_live_one(data: CaptionData, tmp_path: Path) -> None:
     val = pictures(tmp_path / "pictures", 3, first=20)
     teacher = tiny.make_teacher(trainable=False)
@@ -452,6 +472,8 @@ def test_a_resumed_run_ends_with_the_same_weights(data: CaptionData, tmp_path: P
     with pytest.raises(RuntimeError, match="power cut"):
         run("parts", [PowerCut()])
     assert tiny.same_bits(run("parts", resume=True), whole)
+    described = json.loads((tmp_path / "parts" / "run.json").read_text())["models"][1]
+    assert [Path(each["targets"]).name for each in described["members"]] == ["1-one", "2-other"]
 
 
 def test_two_writers_of_one_directory_share_the_work(data: CaptionData, tmp_path: Path) -> None:

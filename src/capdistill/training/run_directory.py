@@ -28,6 +28,7 @@ from capdistill.losses.schedules import NamedSchedule, as_data
 from capdistill.outputs import Batch
 from capdistill.registry import recipe_of
 from capdistill.saving import DESCRIPTION, ENSEMBLE
+from capdistill.teachers.cached import CachedTeacher
 from capdistill.teachers.ensemble import Ensemble
 from capdistill.training.monitor import monitor_key
 from capdistill.training.sharding import whole
@@ -220,6 +221,8 @@ def _model(model: Any) -> dict[str, Any]:
         members = [{**_model(each), "name": name} for name, each in model.members.items()]
         about = {"name": model.name, "mixing": model.mixing, "weights": model.weights}
         return {**about, "parameters": model.num_parameters(), "members": members}
+    if isinstance(model, CachedTeacher):
+        return {"name": model.name, "targets": str(model.directory)}
     if not isinstance(model, Captioner):
         return {"name": getattr(model, "name", type(model).__name__)}
     parts = {"encoder": _part(model.encoder), "decoder": _part(model.decoder)}
