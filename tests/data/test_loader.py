@@ -407,6 +407,20 @@ def test_of_a_source_that_knows_no_ranks_each_rank_takes_every_nth_batch() -> No
     assert len(parts[1]) == 3
 
 
+def test_the_part_of_a_source_without_a_length_is_counted_by_reading_it() -> None:
+    reads: list[int] = []
+
+    class Stream:
+        def epoch(self, n: int, start: int = 0) -> Any:
+            reads.append(n)
+            return iter(["first", "second", "third"][start:])
+
+    part = part_of(Stream(), 1, 2)  # type: ignore[arg-type]
+    assert [len(part), len(part)] == [2, 2]
+    assert reads == [0]
+    assert list(part.numbered(0)) == ["second", None]  # type: ignore[attr-defined]
+
+
 def test_a_batch_without_a_readable_image_keeps_its_number() -> None:
     bad = [("none.jpg", "a dog"), ("none.jpg", "a dog"), (torch.zeros(3, 9, 9), "a cat")]
     loader = Loader(bad, WordTokenizer(["a", "dog", "cat"]), image_size=8, batch_size=1)

@@ -118,6 +118,20 @@ def test_a_row_holds_the_usable_candidates_in_their_order(
     )
 
 
+def test_several_processes_do_not_write_one_file(
+    pictures: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, file = Scripted(script(pictures)), tmp_path / "c.jsonl"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 processes would write .*in one process before"):
+        cd.teachers.caption(teacher, pictures, file, beam_size=9, **QUIET)
+    monkeypatch.delenv("WORLD_SIZE")
+    made = cd.teachers.caption(teacher, pictures, file, beam_size=9, **QUIET)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a complete file is read
+    again = cd.teachers.caption(teacher, pictures, file, beam_size=9, **QUIET)
+    assert again.captions == made.captions
+
+
 def test_captions_are_those_that_the_teacher_generates(
     pictures: CaptionData, tmp_path: Path
 ) -> None:

@@ -33,14 +33,19 @@ class EveryNth:
 
     def __init__(self, source: Source, rank: int, world_size: int) -> None:
         self.source, self.rank, self.world_size = source, rank, world_size
+        self._length: int | None = None
 
     def __getattr__(self, name: str) -> Any:  # what else the source knows: its skipped images
-        if name == "source":  # a copy that is not complete
+        if name in ("source", "_length"):  # a copy that is not complete
             raise AttributeError(name)
         return getattr(self.source, name)
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.world_size)
+        if self._length is None:  # a source without a length is read once
+            sized = isinstance(self.source, Sized)
+            batches = len(self.source) if sized else sum(1 for _ in self.source.epoch(0))
+            self._length = -(-batches // self.world_size)
+        return self._length
 
     def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
         """The batches of this rank."""

@@ -33,7 +33,7 @@ from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.metrics import CaptionScorer
 from capdistill.outputs import Batch
 from capdistill.progress import progress as report_progress
-from capdistill.runtime import autocast, on_device, pick_device, pick_precision
+from capdistill.runtime import autocast, launched, on_device, pick_device, pick_precision
 from capdistill.saving import describe_tokenizer, hash_weights
 from capdistill.teachers.caption_file import (
     Choice,
@@ -140,6 +140,11 @@ def caption(
     rows = open_rows(file, about, overwrite)
     missing = _missing(data.image_ids, rows, batch_size)
     if missing:
+        if launched().world_size > 1:
+            raise ConfigError(
+                f"caption: {launched().world_size} processes would write {file} at once. Caption "
+                "the images in one process before the training; what is complete is then read."
+            )
         with on_device([teacher], place):
             caches: dict[str, Any] = {}
             if cache_features:

@@ -152,9 +152,10 @@ class Ranks:
 
     def gather_problems(self, source: Any) -> int:
         """Rank 0 learns which images the others could not read; returns how many there are."""
+        add: Any = getattr(getattr(source, "skipped", None), "add", None)
         for problems in self.gather([*skipped_images(source)] if self.several else [])[1:]:
-            for problem in problems if self.main else ():
-                source.skipped.add(problem)
+            for problem in problems if self.main and add is not None else ():
+                add(problem)
         return self.on_main(lambda: len(skipped_images(source)))
 
     def require_equal(self, facts: Mapping[str, Any]) -> None:

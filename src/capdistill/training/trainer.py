@@ -300,7 +300,8 @@ class Trainer(Stepper):
         if over and self.average is not None:
             self.average.restart()  # the captioner holds the kept weights
         self.history.end(self.epoch, self.step_count)
-        self.history.rows = self.ranks.on_main(lambda: self.history.rows)
+        ended = self.ranks.on_main(lambda: (self.history.rows, self.history.stopped))
+        self.history.rows, self.history.stopped = ended
 
     def _make_callbacks(
         self, out: Path | None, monitor: Monitor | None, callbacks: Sequence[Any]
