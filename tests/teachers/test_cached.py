@@ -536,3 +536,28 @@ def test_descriptions_that_were_edited_are_refused(
     (place / TARGETS).write_text(json.dumps({**content, **change}))
     with pytest.raises(CheckpointError, match=r"targets.json|output.safetensors holds weight"):
         CachedTeacher(place)
+
+
+def test_members_and_student_read_images_at_their_own_sizes(
+    data: CaptionData, tmp_path: Path
+) -> None:
+    live = Ensemble(members())
+    live.members["one"].encoder.image_size = 2 * tiny.SIDE
+    cached = cache(live, data, tmp_path / "targets", **QUIET)
+    assert isinstance(cached, Ensemble)
+    assert cached.image_size is None  # it reads none
+    about = {name: m.store.content["about"] for name, m in cached.members.items()}
+    assert {n: each["image_size"] for n, each in about.items()} == {
+        "one": 2 * tiny.SIDE,
+        "other": tiny.SIDE,
+    }
+    for name, side in {"one": 2 * tiny.SIDE, "other": tiny.SIDE}.items():
+        alone = live.members[name].eval()
+        for batch, larger in zip(batches(data), batches(data, image_size=side), strict=True):
+            with torch.no_grad():
+                expected = alone(larger).logits
+            found = cached.members[name](batch).logits
+            assert (found - expected)[batch.target_mask].abs().max() < 8 * HALF
+    cached = cache(live, data, tmp_path / "one size", image_size=tiny.SIDE, **QUIET)
+    sizes = {m.store.content["about"]["image_size"] for m in cached.members.values()}
+    assert sizes == {tiny.SIDE}

@@ -322,9 +322,8 @@ class CachedTeacher(CaptionGenerator):
         )
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that the teacher read: the student's batches get it too."""
-        return int(self.store.content["about"]["image_size"])
+    def image_size(self) -> None:
+        """None: it reads no images, so the student's are loaded at the student's own size."""
 
     def decoding(self, images: Batch | Tensor) -> NoReturn:
         """Not possible: there are targets of the cached captions alone."""

@@ -87,8 +87,8 @@ def cache(
         temperatures: With `top_k`, those at which the probability of the other words is kept.
         min_mass: With `top_k`, the least probability that the kept words must have together, on
             average and at each temperature.
-        image_size: Side in pixels of the images; by default that of the largest that a member
-            reads, as in a run with the teacher itself.
+        image_size: Side in pixels of the images that the teacher reads; by default its own, and
+            each member's own. The student of a run reads images at its own size.
         batch_size: Images per batch.
         num_workers: Processes that read images.
         device, precision, cache_features, cache_dir, cache_dtype: As in `TrainConfig`; the cached
@@ -128,6 +128,7 @@ def cache(
     place = pick_device(device)
     writer = Writer(
         image_size=largest_size(teacher) if image_size is None else image_size,
+        own_sizes=image_size is None,
         flip=flip,
         kept=kept,
         words=words,

@@ -15,6 +15,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from capdistill.captioner import Captioner
+from capdistill.compatibility import image_size
 from capdistill.data.dataset import CaptionData, Example
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
@@ -86,12 +87,14 @@ class Writer:
     """How targets are made; for the fields see `cache`.
 
     Args:
+        own_sizes: Each member of an ensemble reads images at its own size instead.
         kept: Outputs beside the last hidden vector.
         words: The words to keep instead of it.
         trunks: Directory of cached features; None runs the trunks.
     """
 
     image_size: int
+    own_sizes: bool
     flip: bool
     kept: frozenset[str]
     words: Words | None
@@ -122,13 +125,16 @@ class Writer:
             for number, name in enumerate(teacher.members, 1)
         }
         made: dict[str, CachedTeacher | Ensemble] = {
-            name: self.run(member, parts, directory / places[name])
+            name: self._for(member).run(member, parts, directory / places[name])
             for name, member in teacher.members.items()
         }
         weights = list(teacher.weights.values())
         about = {"name": teacher.name, "mixing": teacher.mixing, "weights": weights}
         write_list(directory, about, places)
         return Ensemble(made, weights, teacher.mixing, name=teacher.name)
+
+    def _for(self, member: Any) -> Writer:
+        return replace(self, image_size=image_size(member)) if self.own_sizes else self
 
     def write(
         self, teacher: Any, parts: Sequence[tuple[CaptionData, int]], directory: Path
