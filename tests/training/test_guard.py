@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import capdistill as cd
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.data import CaptionData
 from capdistill.errors import CheckpointError, LossSpike, NotFiniteLoss
@@ -260,3 +261,33 @@ def test_a_new_start_removes_the_failed_step_of_the_earlier_one(
     )
     assert len(history.epochs) == 3
     assert not (tmp_path / "failed_step.pt").exists()
+
+
+# -- with other methods ------------------------------------------------------------------------
+
+
+def learned(student: Captioner, **options: Any) -> Trainer:
+    weights = cd.training.Uncertainty({"ce": 1.0, "token": 1.0})
+    losses = {"token": "token"}
+    return Distiller(tiny.make_teacher(), student, losses=losses, weights=weights, **options)
+
+
+def rewarded(student: Captioner, **options: Any) -> Trainer:
+    return cd.SelfCritical(student, {"bleu_1": 1.0}, **{**options, "samples": 2})
+
+
+@pytest.mark.parametrize("make", [Trainer, learned, rewarded], ids=["plain", "learned", "rewarded"])
+def test_spikes_are_watched_whatever_is_trained(make: Any, colours: CaptionData) -> None:
+    options = {**OPTIONS, "epochs": 8, "on_spike": "skip", "precision": "fp32"}
+    trainer = make(tiny.make_student(), **options)
+    seen = []
+
+    class Spike:
+        def on_step(self, trainer: Any, row: Any) -> None:
+            seen.append(row["spike"])
+            if row["step"] == 22:
+                trainer.guard.losses.extend([-50.0, -50.1] * 50)  # then any loss is a spike
+
+    history = trainer.fit(colours, callbacks=[Spike()])
+    assert seen == [*[False] * 22, True, True]
+    assert history.epochs[-1]["spikes"] == 2

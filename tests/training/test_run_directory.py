@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -391,6 +392,25 @@ def test_sigterm_is_handled_like_ctrl_c(
     history = rest.fit(colours, colours, out=tmp_path, resume="auto")
     assert not history.interrupted
     assert tiny.same_bits(rest.objective.state_dict(), whole.objective.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Interrupted:UserWarning")
+def test_sigterm_to_all_processes_leaves_the_workers_to_the_main_one(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    def to_all(trainer: Any) -> None:  # what a scheduler does
+        workers = multiprocessing.active_children()
+        assert len(workers) >= 2
+        for worker in workers:
+            os.kill(worker.pid or 0, signal.SIGTERM)
+        sigterm(trainer)
+
+    history = distiller(saveable(), num_workers=2).fit(
+        colours, out=tmp_path, callbacks=[At(to_all, step=1)]
+    )
+    assert history.interrupted
+    assert history.signal == signal.SIGTERM
+    assert load_state(tmp_path / "state.pt")["step"] == 1
 
 
 class InValidation(Distiller):
