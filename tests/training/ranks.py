@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from capdistill import Captioner, Distiller, Trainer, encoders
+from capdistill.data import Curriculum
 from capdistill.errors import CapdistillError
 from capdistill.outputs import Batch
 from capdistill.runtime import generator
+from capdistill.teachers import MeanTeacher
 from capdistill.training import GradNorm, LossRatio, SelfCritical, Uncertainty
 from capdistill.training.sharding import whole
 from tests.training import tiny_models as tiny
@@ -154,6 +156,18 @@ def reward(rank: int, world: int, out: Path) -> Any:
     rewards = [row["reward"] for row in rows if row["kind"] == "step"]
     epochs = [row["train"]["reward"] for row in rows if row["kind"] == "epoch"]
     return {**found(trainer), "rewards": rewards, "epochs": epochs}
+
+
+def mean_teacher(rank: int, world: int, out: Path) -> Any:
+    """A teacher that follows the student, whose weights differ at first; easy images first."""
+    trained = student(1 + rank)
+    losses, weights = {"token": "token"}, {"ce": 0.5, "token": 0.5}
+    trainer = Distiller(MeanTeacher(trained, 0.9), trained, losses, weights, **OPTIONS)
+    trainer.make_optimizer = sgd  # type: ignore[method-assign]
+    data = Curriculum(Pictures(), start=0.4, until=0.5)
+    trainer.fit(data, epochs=3, batch_size=4 // world)
+    followed = [value.tolist() for value in trainer.averages["teacher"].average]
+    return {**found(trainer), "followed": followed}
 
 
 def own_loop(rank: int, world: int, out: Path) -> Any:
@@ -366,6 +380,7 @@ SHARED = (
     uncertainty,
     ratio,
     reward,
+    mean_teacher,
     own_loop,
     unreadable,
     features,

@@ -66,7 +66,15 @@ def test_a_teacher_that_somebody_has_placed_is_not_moved() -> None:
     assert device_of(torch.nn.Linear(1, 1, device="meta")) == torch.device("cpu")
 
 
-METHODS = ("accumulation", "uncertainty", "ratio", "reward", "own_loop", "sharded_teacher")
+METHODS = (
+    "accumulation",
+    "uncertainty",
+    "ratio",
+    "reward",
+    "own_loop",
+    "mean_teacher",
+    "sharded_teacher",
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
