@@ -395,9 +395,9 @@ def _sum_and_gradient(
     wanted: bool,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The sum over all chunks and, if wanted, its gradient times a factor."""
+    """The sum over chunks and, if wanted, gradient * factor; no view, as autograd adds to it."""
     rows = (logits.flatten(0, -2), *others)
-    gradient = torch.zeros_like(logits) if wanted else None  # no view: autograd adds to it in place
+    gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format) if wanted else None
 
     def add(chunk: Tensor) -> Tensor:  # what it allocates is free again for the next chunk
         chosen = [each.index_select(0, chunk) for each in rows]
