@@ -199,16 +199,3 @@ def test_a_closed_loader_starts_its_workers_anew(
     loader.close()
     assert not set(multiprocessing.active_children()) - others
     assert [batch.image_ids for batch in loader] == before
-
-
-def test_progress_prints_lines_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(runtime.progress("abc", 3, "Encoding", seconds=0)) == ["a", "b", "c"]
-    assert capsys.readouterr().err.splitlines() == [
-        "Encoding: 1 of 3 images (33%)",
-        "Encoding: 2 of 3 images (67%)",
-        "Encoding: 3 of 3 images (100%)",
-        "Encoding: 3 images, done",
-    ]
-    for options in ({"show": False, "seconds": 0}, {"seconds": 60}):
-        list(runtime.progress("abc", 3, "Encoding", **options))  # type: ignore[arg-type]
-    assert capsys.readouterr().err == ""
