@@ -346,7 +346,7 @@ class Stepper:
     def _forward(self, batch: Batch, module: nn.Module | None = None) -> dict[str, Tensor]:
         """The sums of the terms; a single image that batch norm refuses uses running statistics."""
         input_fn, module = None, self.objective if module is None else module
-        if self.objective.training:
+        if self.objective.training and (self.config.word_dropout or self.config.scheduled_sampling):
             input_fn = noisy_inputs(self.captioner, batch, self.config, self.epoch, self.progress)
         batch, progress = batch.to(self.device), self.progress
         alone = [n for n in self._batch_norms if n.training and batch.num_images == 1]
