@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import capdistill as cd
-from capdistill.teachers import Ensemble, caption
+from capdistill.teachers import Ensemble, cache, caption
 from capdistill.training import recipe, run_stages
 
 SEEDS = (0, 1, 2)
@@ -44,8 +44,16 @@ TRAINING: dict[str, Any] = {
     "patience": None,
 }
 FROM_SCRATCH = {**TRAINING, "epochs": 12, "learning_rate": 1.5e-3}
-FURTHER = {**TRAINING, "epochs": 4, "learning_rate": 5e-4}  # from the student by cross-entropy
-REWARD: dict[str, Any] = {**VIEWS, "batch_size": 16, "encoder_lr_scale": 1.0, "patience": None}
+AVERAGED: dict[str, Any] = {"ema_decay": 0.998}  # over about 500 steps: 1.3 epochs
+FURTHER = {**TRAINING, **AVERAGED, "epochs": 6, "learning_rate": 1e-3}  # from `student-ce`
+REWARD: dict[str, Any] = {
+    **VIEWS,
+    **AVERAGED,
+    "batch_size": 16,
+    "encoder_lr_scale": 1.0,
+    "epochs": 5,
+    "patience": None,
+}
 MEMBERS = ("lite2-lstm", "lite1-lstm", "lite2-transformer")
 
 
@@ -99,6 +107,24 @@ class Run:
             return self.load(rows[0])
         return Ensemble({row: self.load(row) for row in rows})
 
+    def targets(self, rows: tuple[str, ...], train: Any) -> Any:
+        """What that teacher says of every view and caption, computed once for all seeds."""
+        made = {
+            row: cache(
+                self.load(row),
+                train,
+                self.out / "targets" / row,
+                val=self.data.val,
+                cache_views=VIEWS["cache_views"],
+                flip=VIEWS["flip"],
+                keep=["features"] if row == TUNED[0] else [],
+                cache_features=True,
+                cache_dir=self.out / "cache",
+            )
+            for row in rows
+        }
+        return Ensemble(made) if len(made) > 1 else made[rows[0]]
+
     def fit(self, trainer: cd.Trainer, train: Any = None, **options: Any) -> cd.Captioner:
         """Train, or go on where an earlier run was stopped; the best epoch by CIDEr-D on dev."""
         chosen = {**options, "seed": self.seed, "cache_dir": self.out / "cache", **self.options}
@@ -112,13 +138,12 @@ class Run:
         stop_if(trainer.history.interrupted)
         return trainer.captioner
 
-    def sequences(self, teacher: Any, name: str, num_return: int = 3, **options: Any) -> Any:
+    def sequences(self, teacher: Any, name: str, **options: Any) -> Any:
         """The training data with a teacher's captions, decoded once for all seeds."""
         return caption(
             teacher,
             self.data.train,
             self.out / "captions" / f"{name}.jsonl",
-            num_return=num_return,
             **{"beam_size": 5, "cache_features": True, "cache_dir": self.out / "cache", **options},
         )
 
@@ -187,14 +212,9 @@ def best(teacher: tuple[str, ...]) -> Callable[[Run], cd.Captioner]:
     return make
 
 
-def self_critical(start: str, epochs: int = 3, **options: Any) -> Callable[[Run], cd.Captioner]:
+def self_critical(start: str) -> Callable[[Run], cd.Captioner]:
     """Self-critical training from another row."""
-
-    def make(run: Run) -> cd.Captioner:
-        chosen = {**REWARD, "epochs": epochs, **options}
-        return run.fit(cd.SelfCritical(run.load(start)), **chosen)
-
-    return make
+    return lambda run: run.fit(cd.SelfCritical(run.load(start)), **REWARD)
 
 
 def ensemble(rows: tuple[str, ...]) -> Callable[[Run], Ensemble]:
@@ -208,31 +228,41 @@ def further(run: Run) -> cd.Captioner:
 
 
 def distilled(
-    losses: dict[str, Any], weights: dict[str, Any], teacher: tuple[str, ...] = (), **options: Any
+    losses: dict[str, Any],
+    weights: dict[str, Any],
+    sequences: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Callable[[Run], cd.Captioner]:
-    """From the student by cross-entropy: distillation from an ensemble, or one of its members."""
+    """From the student by cross-entropy: distillation from the ensemble.
+
+    Args:
+        losses, weights: As for `Distiller`.
+        sequences: The teacher captions the images, with these arguments of `caption`.
+        options: Training options.
+    """
 
     def make(run: Run) -> cd.Captioner:
-        taught = run.teacher(teacher or TUNED)
-        trainer = cd.Distiller(taught, run.load("student-ce"), losses=losses, weights=weights)
-        return run.fit(trainer, **{**FURTHER, **options})
+        train, live = run.data.train, run.teacher(TUNED)
+        if sequences is not None:
+            train = run.sequences(live, "+".join(TUNED), **sequences)
+        # The student's own captions are new in every step, so the teacher must run beside it.
+        teacher = live if "on_policy" in options else run.targets(TUNED, train)
+        trainer = cd.Distiller(teacher, run.load("student-ce"), losses=losses, weights=weights)
+        return run.fit(trainer, train, **{**FURTHER, **options})
 
     return make
 
 
-def sequence(teacher: tuple[str, ...] = (), **options: Any) -> Callable[[Run], cd.Captioner]:
-    """Cross-entropy on the captions of a teacher, from the student by cross-entropy."""
-
-    def make(run: Run) -> cd.Captioner:
-        rows = teacher or TUNED
-        train = run.sequences(run.teacher(rows), "+".join(rows))
-        return run.fit(cd.Trainer(run.load("student-ce")), train, **{**FURTHER, **options})
-
-    return make
+def sequence(run: Run) -> cd.Captioner:
+    """Cross-entropy on the captions of the ensemble, from the student by cross-entropy."""
+    train = run.sequences(run.teacher(TUNED), "+".join(TUNED), **SEQUENCES)
+    return run.fit(cd.Trainer(run.load("student-ce")), train, **FURTHER)
 
 
 TUNED = tuple(f"{name}-sc" for name in MEMBERS)
 TOKEN = {"token": {"name": "token", "temperature": 1.0}}
+SHARES = {"ce": 0.3, "token": 0.7}
+SEQUENCES: dict[str, Any] = {"num_return": 3, "mix": 2}
 ROWS: dict[str, Row] = {
     "lite2-lstm": Row("lite2 + LSTM, cross-entropy", member("lite2", LSTM), seeds=(0,)),
     "lite1-lstm": Row("lite1 + LSTM, cross-entropy", member("lite1", LSTM), seeds=(1,)),
@@ -251,11 +281,11 @@ ROWS: dict[str, Row] = {
         "student, cross-entropy",
         lambda run: run.fit(cd.Trainer(run.captioner("lite0", STUDENT)), **FROM_SCRATCH),
     ),
-    "student-ce-further": Row("+ 4 epochs of cross-entropy", further, ("student-ce",)),
+    "student-ce-further": Row("+ 6 epochs of cross-entropy", further, ("student-ce",)),
     "student-sc": Row("+ self-critical", self_critical("student-ce"), ("student-ce",)),
     "student-token": Row(
         "+ token KD",
-        distilled(TOKEN, {"ce": 0.3, "token": 0.7}),
+        distilled(TOKEN, SHARES),
         ("student-ce", "ensemble-sc"),
     ),
     "student-features": Row(
@@ -266,16 +296,21 @@ ROWS: dict[str, Row] = {
                 "feature": {"name": "feature", "match": "pooled", "teacher": TUNED[0]},
                 "hidden": {"name": "hidden", "teacher": TUNED[0]},
             },
-            {"ce": 0.3, "token": 0.7, "feature": 0.2, "hidden": 0.1},
+            {**SHARES, "feature": 0.2, "hidden": 0.1},
         ),
         ("student-ce", "ensemble-sc"),
     ),
     "student-on-policy": Row(
         "+ on-policy token KD",
-        distilled(TOKEN, {"ce": 0.3, "token": 0.7}, on_policy=0.4),
+        distilled(TOKEN, SHARES, on_policy=0.4),
         ("student-ce", "ensemble-sc"),
     ),
-    "student-sequence": Row("+ sequence-level KD", sequence(), ("student-ce", "ensemble-sc")),
+    "student-sequence": Row("+ sequence-level KD", sequence, ("student-ce", "ensemble-sc")),
+    "student-token-sequence": Row(
+        "+ token and sequence-level KD",
+        distilled(TOKEN, SHARES, SEQUENCES),
+        ("student-ce", "ensemble-sc"),
+    ),
     "student-best": Row("the best recipe", best(TUNED), ("student-ce", "ensemble-sc")),
     "student-best-single": Row(
         "the best recipe, from the best single teacher",
