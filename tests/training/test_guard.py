@@ -291,3 +291,17 @@ def test_spikes_are_watched_whatever_is_trained(make: Any, colours: CaptionData)
     history = trainer.fit(colours, callbacks=[Spike()])
     assert seen == [*[False] * 22, True, True]
     assert history.epochs[-1]["spikes"] == 2
+
+
+def test_a_spike_is_skipped_with_loss_scaling_too() -> None:
+    trainer = Trainer(tiny.make_student(), **tiny.QUIET, schedule="constant", on_spike="skip")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    batch = tiny.make_batch([2, 3])
+    trainer.step(batch)
+    trainer.guard.losses.extend([0.01, 0.011] * 50)
+    before = tiny.weights_of(trainer.captioner)
+    assert trainer.step(batch)["spike"]
+    assert tiny.same_bits(before, tiny.weights_of(trainer.captioner))
+    trainer.guard.losses.clear()
+    assert not trainer.step(batch)["spike"]
+    assert not tiny.same_bits(before, tiny.weights_of(trainer.captioner))
