@@ -7,7 +7,9 @@
 optimizer, same losses, and prints the ratio of the medians for micro-batches of 8 images x 2
 captions, of 16 x 5 and of 1 x 1. `fit` trains on JPEG files with the default options for reading,
 beside a loop with a torch DataLoader whose data set decodes, crops and tokenises the same images in
-the same number of worker processes. Every figure is a ratio within one run.
+the same number of worker processes; their epochs alternate. Every figure is a ratio within one run.
+The ratio of processor time is given, too, where there are no workers: other programs on the machine
+hardly change it.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="directory of JPEG files, for `fit`")
     parser.add_argument("--count", type=int, default=512, help="images of `fit`")
     parser.add_argument("--steps", type=int, default=60, help="timed steps of each side")
-    parser.add_argument("--rounds", type=int, default=3, help="timed epochs of each side of `fit`")
+    parser.add_argument("--epochs", type=int, default=5, help="timed epochs of each side of `fit`")
+    parser.add_argument("--workers", type=int, help="of `fit`; by default as it chooses")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "step":
@@ -51,7 +54,8 @@ def main() -> None:
     elif options.images is None:
         parser.error("fit needs --images, a directory of JPEG files")
     else:
-        print(compare_fits(sorted(options.images.glob("*.jpg"))[: options.count], options.rounds))
+        files = sorted(options.images.glob("*.jpg"))[: options.count]
+        print(compare_fits(files, options.epochs, options.workers))
 
 
 # -- one step -----------------------------------------------------------------------------------
@@ -120,8 +124,11 @@ def compare_steps(images: int, k: int, steps: int) -> str:
     for _ in range(5):
         distiller.step(batch)
         plain(batch)
-    mine, other = alternate([lambda: distiller.step(batch), lambda: plain(batch)], steps)
-    return report(mine, other)
+    sides: list[Callable[[], Any]] = [lambda: distiller.step(batch), lambda: plain(batch)]
+    seconds: list[list[float]] = [[], []]  # of the processor
+    wall = alternate(sides, steps, seconds)
+    processor = statistics.median(m / o for m, o in zip(*seconds, strict=True))
+    return f"{report(*wall)}, of processor time {processor:.3f}"
 
 
 # -- a whole fit ----------------------------------------------------------------------------------
@@ -164,46 +171,71 @@ class Collate:
         return collate(self.tokenizer, items)
 
 
-def compare_fits(files: list[Path], rounds: int) -> str:
+def compare_fits(files: list[Path], epochs: int, workers: int | None) -> str:
     rng = random.Random(0)
     texts = [[" ".join(rng.choices(WORDS, k=10)) for _ in range(2)] for _ in files]
     examples = [
         cd.data.Example(file.name, file, tuple(captions))
         for file, captions in zip(files, texts, strict=True)
     ]
-    data = cd.data.CaptionData(examples)
     ours, theirs = make_distiller(), make_distiller()
+    step = hand_written(theirs)
     size = max(ours.teacher.image_size, ours.student.image_size)
-    options: dict[str, Any] = {"cache_features": False, "progress": False}
-    options |= {"batch_size": 16, "captions_per_image": 2}
-    ours.fit(data, epochs=1, **options)  # warm up, and see what the defaults choose
-    workers = int(getattr(ours.train_source, "num_workers", 0))
-    loader = DataLoader(
-        Pictures(examples, size),
-        batch_size=16,
-        shuffle=True,
-        num_workers=workers,
-        collate_fn=Collate(theirs.student.tokenizer),
-    )
+    clocks = (time.perf_counter, time.process_time)
+    seconds: list[list[list[float]]] = [[[], []], [[], []]]  # by clock, then by side
 
-    def plain() -> None:
-        theirs.objective.train()
-        step = hand_written(theirs)
-        for batch in loader:
-            step(batch)
+    class Epochs(cd.training.Callback):
+        """After each epoch of `fit`, one of the plain loop."""
 
-    mine, other = alternate([lambda: ours.fit(data, epochs=1, **options), plain], rounds)
-    return f"fit, {len(files)} JPEG files, {workers} worker processes: {report(mine, other)}"
+        def on_fit_start(self, trainer: Any) -> None:
+            self.workers = trainer.train_source.num_workers
+            self.loader = DataLoader(
+                Pictures(examples, size),
+                batch_size=16,
+                shuffle=True,
+                num_workers=self.workers,
+                persistent_workers=self.workers > 0,
+                collate_fn=Collate(theirs.student.tokenizer),
+            )
+            self.began = [clock() for clock in clocks]
+
+        def on_epoch(self, trainer: Any, row: Any) -> None:
+            done = [clock() for clock in clocks]
+            theirs.objective.train()
+            for batch in self.loader:
+                step(batch)
+            ended = [clock() for clock in clocks]
+            for number, kept in enumerate(seconds):
+                kept[0].append(done[number] - self.began[number])
+                kept[1].append(ended[number] - done[number])
+            self.began = [clock() for clock in clocks]
+
+    timed = Epochs()
+    options: dict[str, Any] = {"cache_features": False, "progress": False, "num_workers": workers}
+    options |= {"batch_size": 16, "captions_per_image": 2, "callbacks": [timed]}
+    ours.fit(cd.data.CaptionData(examples), epochs=epochs + 1, **options)
+    wall, processor = ([side[1:] for side in kept] for kept in seconds)  # the first warms up
+    found = f"an epoch of {len(files)} JPEG files, {timed.workers} workers: {report(*wall)}"
+    if timed.workers:
+        return found
+    ratio = statistics.median(m / o for m, o in zip(*processor, strict=True))
+    return f"{found}, of processor time {ratio:.3f}"
 
 
-def alternate(sides: list[Callable[[], Any]], times: int) -> list[list[float]]:
-    """Seconds of each side, run in turn."""
+def alternate(
+    sides: list[Callable[[], Any]], times: int, processor: list[list[float]] | None = None
+) -> list[list[float]]:
+    """Seconds of each side, run in turn; those of the processor are added to the given lists."""
     seconds: list[list[float]] = [[] for _ in sides]
+    processor = [[] for _ in sides] if processor is None else processor
+    turns = list(zip(sides, seconds, processor, strict=True))
     for _ in range(times):
-        for side, kept in zip(sides, seconds, strict=True):
-            began = time.perf_counter()
+        turns.reverse()  # what one side leaves in memory and caches meets both
+        for side, kept, worked in turns:
+            began, began_work = time.perf_counter(), time.process_time()
             side()
             kept.append(time.perf_counter() - began)
+            worked.append(time.process_time() - began_work)
     return seconds
 
 

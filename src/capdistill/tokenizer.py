@@ -93,6 +93,8 @@ def split_words(caption: str) -> list[str]:
         ['a', "man's", 't-shirt', 'size', '42', 'cool']
     """
     text = unicodedata.normalize("NFC", caption).lower().translate(_STRAIGHT)
+    if "'" not in text and "-" not in text:  # as most captions: nothing to strip
+        return [word for word in _SEPARATORS.split(text) if word]
     pieces = (piece.strip("-") for piece in _SEPARATORS.split(text))
     words = (p if p in _CLITICS else p.strip("'-") for p in pieces)
     return [word for word in words if word]
