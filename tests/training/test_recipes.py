@@ -45,6 +45,6 @@ def test_every_stage_of_the_best_recipe_makes_its_trainer(
     models = tiny.make_student(), colours
     run_stages(*models, teacher=tiny.make_teacher(), out=tmp_path, **recipe("best_small"))
     assert [type(trainer) for trainer in made] == [Trainer, Distiller, SelfCritical]
-    assert [trainer.config.learning_rate for trainer in made] == [1.5e-3, 5e-4, 5e-5]
+    assert [trainer.config.learning_rate for trainer in made] == [1.5e-3, 1e-3, 5e-5]
     assert all(trainer.config.cache_views == 4 for trainer in made)
     assert made[2].objective.weights == {"reward": 1.0, "token": 0.1}
