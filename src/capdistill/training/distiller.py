@@ -181,7 +181,7 @@ class Distiller(Trainer):
         if self.teacher is None or not self.objective.teacher_needs:
             return None
         given = batch.to(device_of(self.teacher)) if self._teacher_is_placed else batch
-        trains = any([part.training for part in self._teacher_parts])  # noqa: C419 (faster)
+        trains = any(part.training for part in self._teacher_parts)
         with torch.no_grad(), evaluating(self.teacher) if trains else nullcontext():
             output = self._taught(self.teacher, given)
         return output_to(output, self.device) if self._teacher_is_placed else output
