@@ -72,24 +72,24 @@ def test_a_spike_is_what_the_modified_z_score_says(losses: list[float], last: fl
     if abs(score - 8) < 1e-3:
         return
     expected = "spike" if len(recent) >= ENOUGH and score > 8 else "good"
-    assert guard.judge({"ce": last}, 1.0, last, False, "skip") == expected
+    assert guard.judge({}, 1.0, last, False, "skip") == expected
 
 
 def test_losses_that_fall_and_vary_as_in_training_are_no_spikes() -> None:
     guard, noise = StepGuard(), random.Random(0)
     for step in range(2000):
         loss = 2 + 5 * 0.99**step + noise.gauss(0, 0.3)
-        assert guard.judge({"ce": loss}, 1.0, loss, False, "stop") == "good"
+        assert guard.judge({}, 1.0, loss, False, "stop") == "good"
 
 
 def test_a_level_that_stays_high_ends_the_run_and_is_no_endless_skip() -> None:
     guard = StepGuard()
     for _ in range(ENOUGH):
-        guard.judge({"ce": 1.0}, 1.0, 1.0, False, "skip")
+        guard.judge({}, 1.0, 1.0, False, "skip")
     for _ in range(MAX_SKIPPED_STEPS - 1):
-        assert guard.judge({"ce": 9.0}, 1.0, 9.0, False, "skip") == "spike"
+        assert guard.judge({}, 1.0, 9.0, False, "skip") == "spike"
     with pytest.raises(LossSpike, match=r"the loss is 9 for 10 steps in a row, but 1 is usual"):
-        guard.judge({"ce": 9.0}, 1.0, 9.0, False, "skip")
+        guard.judge({}, 1.0, 9.0, False, "skip")
 
 
 # -- spikes in a run -------------------------------------------------------------------------

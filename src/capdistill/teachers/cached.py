@@ -136,7 +136,7 @@ class CachedTeacher(CaptionGenerator):
             need: As for `Captioner`; logits if nothing is named.
 
         Raises:
-            ConfigError: captions sampled from the student, views that change by chance, or outputs
+            ConfigError: captions sampled from the student, random views, or outputs
                 that were not kept.
             DataError: a caption of the batch was not cached.
         """
@@ -264,7 +264,7 @@ class CachedTeacher(CaptionGenerator):
         """Check that it has the targets of all batches of a source, as far as that can be known.
 
         Raises:
-            ConfigError: other views, or images that change by chance.
+            ConfigError: other views, or random ones.
             DataError: captions that were not cached, or that the loader's tokenizer splits
                 differently.
         """

@@ -128,7 +128,8 @@ class Distiller(Trainer):
         self._followers = self._find_followers()
         if self.teacher is not None:
             require_named_teachers(self._losses, self.teacher)
-            require_kept(self._losses, teachers_of(self.teacher))
+            if cached_parts(self.teacher):
+                require_kept(self._losses, teachers_of(self.teacher))
         self._keep_apart()
         self._built = False
         self.check_options()

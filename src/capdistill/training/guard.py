@@ -30,8 +30,8 @@ class StepGuard:
     Example:
         >>> guard = StepGuard()
         >>> for loss in (2.0, 2.1) * 10:
-        ...     assert guard.judge({"ce": loss}, 1.0, loss, False, "skip") == "good"
-        >>> guard.judge({"ce": 9.0}, 1.0, 9.0, False, "skip")
+        ...     assert guard.judge({}, 1.0, loss, False, "skip") == "good"
+        >>> guard.judge({}, 1.0, 9.0, False, "skip")
         'spike'
 
     Attributes:
@@ -49,7 +49,7 @@ class StepGuard:
 
     def judge(
         self,
-        totals: Mapping[str, float],
+        bad: Mapping[str, float],
         norm: float,
         loss: float,
         scaled: bool,
@@ -60,7 +60,7 @@ class StepGuard:
         """Whether a step may change the weights. All ranks must give the same numbers.
 
         Args:
-            totals: The sum of every term over the step.
+            bad: The terms whose sum over the step is NaN or infinite.
             norm: The norm of the gradient.
             loss: The weighted loss of the step.
             scaled: Whether loss scaling is on, which skips a gradient that overflowed.
@@ -69,11 +69,10 @@ class StepGuard:
             images: Ids of the images of the step.
 
         Raises:
-            NotFiniteLoss: a term is NaN or infinite, or the gradient is, repeatedly with loss
+            NotFiniteLoss: a term is bad, or the gradient is, repeatedly with loss
                 scaling.
             LossSpike: the loss jumped and `on_spike` is "stop", or it jumped 10 times in a row.
         """
-        bad = {name: value for name, value in totals.items() if not math.isfinite(value)}
         overflowed = not bad and not math.isfinite(norm)
         self.skipped_steps = self.skipped_steps + 1 if overflowed else 0
         if overflowed and (not scaled or self.skipped_steps >= MAX_SKIPPED_STEPS):

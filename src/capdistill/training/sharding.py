@@ -66,15 +66,15 @@ def gathered(
         optimizer: Its state is replaced.
         keep: Whether the values at the end of the block, of rank 0, become those of all ranks.
     """
+    if not any_sharded(module):
+        yield
+        return
     places = [
         (part, name, parameter)
         for part in module.modules()
         for name, parameter in part._parameters.items()
         if parameter is not None and is_sharded(parameter)
     ]
-    if not places:
-        yield
-        return
     full = {p: nn.Parameter(whole(p).detach().clone(), p.requires_grad) for _, _, p in places}
     moments = {} if optimizer is None else {p: dict(s) for p, s in optimizer.state.items()}
     owners = {part: part._load_state_dict_post_hooks for part, _, _ in places}

@@ -46,7 +46,7 @@ from capdistill.training.optim import (
     parameter_groups,
     warn_of_constant_rate,
 )
-from capdistill.training.sharding import move, require_shardable
+from capdistill.training.sharding import is_placed, move, require_shardable
 from capdistill.training.validation import PreparedScorer, make_monitor, measured, run_validation
 
 
@@ -101,8 +101,10 @@ class Stepper:
         if self.scaler is self._made_scaler:  # one that a user assigned stays
             scaled = self.precision == "fp16"
             self.scaler = self._made_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        for module in (self.objective, *self.models):
-            move(module, self.device)
+        if not is_placed(self.captioner):
+            self.objective.to(self.device)
+        for model in self.models:
+            move(model, self.device)
         self._execution.apply(self.models, self.config)
         self._batch_norms = batch_norms(self.objective)
 
@@ -297,7 +299,8 @@ class Stepper:
         """
         if batch is not None:
             self.prepare(batch)
-        move(self.objective, self.device)
+        if not is_placed(self.captioner):
+            self.objective.to(self.device)
         self._join(batch)
         groups = parameter_groups(self.objective, self.captioner, self.config)
         self.optimizer = self.make_optimizer(groups)
@@ -373,13 +376,14 @@ class Stepper:
         counts: Mapping[str, float],
     ) -> Verdict:
         """Whether the step may change the weights; if it ends the run, gradients are removed."""
+        bad = {name: total for name, total in totals.items() if not math.isfinite(total)}
         watched = self.config.on_spike is not None
         loss = sum(float(weights[n]) * totals[n] / (counts[n] or 1.0) for n in totals if watched)
         where = f"Step {self.step_count + 1} (epoch {self.epoch + 1})"
         images = [image_id for batch in batches for image_id in batch.image_ids]
         scaled, on_spike = self.scaler.is_enabled(), self.config.on_spike
         try:
-            return self.guard.judge(totals, norm, loss, scaled, on_spike, where, images)
+            return self.guard.judge(bad, norm, loss, scaled, on_spike, where, images)
         except (NotFiniteLoss, LossSpike):
             self.scaler.update()  # forgets the gradients it looked at
             self.objective.zero_grad(set_to_none=True)
