@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import tarfile
@@ -82,11 +83,14 @@ def test_shards_follow_the_rules_of_webdataset(photos: Any, tmp_path: Path) -> N
     assert found[4]["webp"] == photos.examples[4].path.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_package_webdataset_reads_them(photos: Any, tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     files = [str(file) for file in write(photos, tmp_path)]
     read = webdataset.WebDataset(files, shardshuffle=False).decode()
     assert [sample["json"]["image_id"] for sample in read] == list(photos.image_ids)
+    del read
+    gc.collect()  # it leaves its files open
 
 
 def test_the_same_data_give_the_same_bytes_and_nothing_is_written_twice(

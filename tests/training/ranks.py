@@ -57,11 +57,10 @@ class Pictures:
         return image, [" ".join(words), " ".join(words[::-1])]
 
 
-encoders.register("patches")(tiny.Patches)
-
-
 def student(seed: int = 1, **options: Any) -> Captioner:
-    """A tiny student that a file can describe."""
+    """A tiny student that a file can describe: its encoder is registered in this process."""
+    if "patches" not in encoders.names():
+        encoders.register("patches")(tiny.Patches)
     made = tiny.make_student(seed, **options)
     encoder = encoders.create("patches")
     encoder.load_state_dict(made.encoder.state_dict())
