@@ -197,8 +197,8 @@ class Stepper:
         """
         began = time.perf_counter()
         given = [batch for batch in micro_batches if batch is not None]
-        if given or not micro_batches:
-            require_batches("step", given)
+        if given or not micro_batches or self.optimizer is None:
+            require_batches("step", given or micro_batches)
         optimizer = self.optimizer or self.make_ready(given[0] if given else None)
         if not (self.objective.training and self.captioner.training):
             self.objective.train()
