@@ -10,6 +10,7 @@ from torch import Tensor
 
 import capdistill as cd
 from capdistill.outputs import Batch
+from capdistill.training.check.costs import bytes_kept_for_backward
 from capdistill.training.execution import repeated_blocks
 from tests.training import tiny_models as tiny
 
@@ -45,28 +46,11 @@ def test_checkpointing_keeps_every_bit(preset: str) -> None:
     assert len(list(repeated_blocks([trainer.captioner]))) >= 2
 
 
-def kept_bytes(trainer: cd.Distiller, batch: Batch) -> int:
-    """What autograd keeps for the backward pass, besides weights."""
-    own = {p.untyped_storage().data_ptr() for p in trainer.objective.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        terms = trainer.terms(batch)
-    del terms
-    return sum(kept.values())
-
-
 def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
     _, _, plain = steps("debug_teacher")
     _, _, saving = steps("debug_teacher", gradient_checkpointing=True)
     [batch, *_] = batches()
-    assert kept_bytes(saving, batch) < 0.7 * kept_bytes(plain, batch)
+    assert bytes_kept_for_backward(saving, batch) < 0.7 * bytes_kept_for_backward(plain, batch)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler about itself

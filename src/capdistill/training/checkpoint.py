@@ -200,6 +200,7 @@ def snapshot(
     }
 
 
+@_fitting()
 def restore(
     stepper: Stepper,
     state: Mapping[str, Any],
@@ -221,18 +222,6 @@ def restore(
     Raises:
         CheckpointError: the state belongs to another run; nothing was changed.
     """
-    with _fitting():
-        _restore(stepper, state, train, callbacks, who, accept_changes)
-
-
-def _restore(
-    stepper: Stepper,
-    state: Mapping[str, Any],
-    train: Source | None,
-    callbacks: Sequence[Any],
-    who: Mapping[str, Any],
-    accept_changes: bool,
-) -> None:
     assert stepper.optimizer is not None
     _require_same_groups(stepper.optimizer, state["optimizer"])
     _require_same_run(who, state["identity"], accept_changes)
@@ -267,6 +256,7 @@ def _reported(train: Source | None) -> list[Problem]:
     return list(train.skipped) if isinstance(train, Loader) else []
 
 
+@_fitting()
 @torch.no_grad()
 def restore_frozen(stepper: Stepper, state: Mapping[str, Any]) -> None:
     """Give the frozen parts of the student the weights of a state, before features are cached.
@@ -274,11 +264,6 @@ def restore_frozen(stepper: Stepper, state: Mapping[str, Any]) -> None:
     They differ where a resumed process has drawn new random weights. What does not fit stays as it
     is; `restore` names it.
     """
-    with _fitting():
-        _restore_frozen(stepper, state)
-
-
-def _restore_frozen(stepper: Stepper, state: Mapping[str, Any]) -> None:
     own = stepper.objective.state_dict()
     trained = {n for n, p in stepper.objective.named_parameters() if p.requires_grad}
     for name, value in strip_prefixes(state["objective"], own).items():

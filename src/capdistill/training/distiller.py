@@ -238,8 +238,7 @@ class Distiller(Trainer):
         """As in `Trainer`; captions sampled from the student must teach it something."""
         super().check_options()
         if self.config.samples_on_policy:
-            weighs = "ce" in self.objective.weights
-            require_scored(self._losses, self.config.on_policy, cross_entropy=weighs)
+            require_scored(self._losses, self.config.on_policy, "ce" in self.objective.weights)
             for cached in cached_parts(self.teacher):
                 raise ConfigError(f"on_policy={self.config.on_policy}: {no_samples(cached)}")
 

@@ -142,7 +142,6 @@ def _with_rows(
 def require_scored(
     losses: Mapping[str, DistillationLoss],
     share: float | tuple[float, float],
-    *,
     cross_entropy: bool,
 ) -> None:
     """Sampled captions are worth their time only if a teacher's loss looks at their words.

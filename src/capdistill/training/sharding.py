@@ -34,9 +34,15 @@ def is_placed(module: nn.Module) -> bool:
     return mapped or any_sharded(module) or len({p.device for p in module.parameters()}) > 1
 
 
-def move(module: nn.Module, device: torch.device) -> None:
-    """Move a model to a device, unless somebody else has placed it."""
-    if not is_placed(module):
+def move(module: nn.Module, device: torch.device, model: nn.Module | None = None) -> None:
+    """Move a module to a device, unless somebody else has placed it.
+
+    Args:
+        module: What is moved.
+        device: Where to.
+        model: The part of it that may have been placed; by default all of it.
+    """
+    if not is_placed(module if model is None else model):
         module.to(device)
 
 

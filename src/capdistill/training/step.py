@@ -46,7 +46,7 @@ from capdistill.training.optim import (
     parameter_groups,
     warn_of_constant_rate,
 )
-from capdistill.training.sharding import is_placed, move, require_shardable
+from capdistill.training.sharding import move, require_shardable
 from capdistill.training.validation import PreparedScorer, make_monitor, measured, run_validation
 
 
@@ -86,9 +86,8 @@ class Stepper:
         self.parallel: Parallel | None = None
         self._wrapped: nn.Module | None = None  # the objective, as the ranks train it
         self.spare: Batch | None = None  # a batch to run where a rank has none
-        self.guard = StepGuard()
         self.epoch = self.step_count = 0
-        self.meter = EpochMeter()
+        self.meter, self.guard = EpochMeter(), StepGuard()
         self.metrics: Sequence[str | Metric] | None = None
         self._scorer = PreparedScorer()
         self.scaler = self._made_scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -101,8 +100,7 @@ class Stepper:
         if self.scaler is self._made_scaler:  # one that a user assigned stays
             scaled = self.precision == "fp16"
             self.scaler = self._made_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        if not is_placed(self.captioner):
-            self.objective.to(self.device)
+        move(self.objective, self.device, self.captioner)
         for model in self.models:
             move(model, self.device)
         self._execution.apply(self.models, self.config)
@@ -299,8 +297,7 @@ class Stepper:
         """
         if batch is not None:
             self.prepare(batch)
-        if not is_placed(self.captioner):
-            self.objective.to(self.device)
+        move(self.objective, self.device, self.captioner)
         self._join(batch)
         groups = parameter_groups(self.objective, self.captioner, self.config)
         self.optimizer = self.make_optimizer(groups)
@@ -377,11 +374,10 @@ class Stepper:
     ) -> Verdict:
         """Whether the step may change the weights; if it ends the run, gradients are removed."""
         bad = {name: total for name, total in totals.items() if not math.isfinite(total)}
-        watched = self.config.on_spike is not None
-        loss = sum(float(weights[n]) * totals[n] / (counts[n] or 1.0) for n in totals if watched)
+        scaled, on_spike = self.scaler.is_enabled(), self.config.on_spike
+        loss = sum(float(weights[n]) * totals[n] / (counts[n] or 1.0) for n in totals if on_spike)
         where = f"Step {self.step_count + 1} (epoch {self.epoch + 1})"
         images = [image_id for batch in batches for image_id in batch.image_ids]
-        scaled, on_spike = self.scaler.is_enabled(), self.config.on_spike
         try:
             return self.guard.judge(bad, norm, loss, scaled, on_spike, where, images)
         except (NotFiniteLoss, LossSpike):

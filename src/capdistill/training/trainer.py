@@ -373,8 +373,7 @@ class Trainer(Stepper):
         """Call the callbacks, on rank 0; outside of steps they see whole weights and may stop."""
         handlers = [getattr(callback, event, None) for callback in self.callbacks]
         step, end = event == "on_step", event == "on_fit_end"
-        whole = nullcontext() if step else gathered(self.objective, self.optimizer, keep=end)
-        with whole:
+        with nullcontext() if step else gathered(self.objective, self.optimizer, keep=end):
             for handler in filter(None, handlers):
                 handler(self, *row)
         self.stopping = self.stopping if step else self.ranks.on_main(lambda: self.stopping)

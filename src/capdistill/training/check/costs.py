@@ -51,7 +51,7 @@ def check_memory(trial: Trial) -> Iterator[CheckRow]:
     weights = bytes_of(trainer.objective)
     trained = [p for p in trainer.objective.parameters() if p.requires_grad]
     per_step = 3 * sum(p.numel() * p.element_size() for p in trained)  # gradients, two moments
-    kept = _bytes_kept_for_backward(trainer, trial.batch)
+    kept = bytes_kept_for_backward(trainer, trial.batch)
     yield CheckRow(
         "memory",
         "ok",
@@ -81,7 +81,7 @@ def _against_memory(trial: Trial, total: int, method: str) -> Iterator[CheckRow]
     yield CheckRow("memory", "fail" if full else "ok", finding, fix)
 
 
-def _bytes_kept_for_backward(trainer: Stepper, batch: Batch) -> int:
+def bytes_kept_for_backward(trainer: Stepper, batch: Batch) -> int:
     """Bytes of distinct tensors that autograd saves in one forward pass, without the weights."""
     own = {p.untyped_storage().data_ptr() for p in trainer.objective.parameters()}
     kept: dict[int, int] = {}
