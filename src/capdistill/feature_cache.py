@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from capdistill.feature_files import (
 )
 from capdistill.files import write_text
 from capdistill.progress import progress as report_progress
+from capdistill.ranks import Ranks
 from capdistill.runtime import autocast, evaluating
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -109,7 +110,7 @@ def cache_trunk(
     about = f"{encoder.cache_key(trained)} {data_key} {precision} {dtype}"
     name = hashlib.sha256(about.encode()).hexdigest()[:32]
     path = directory / f"{name}.{dtype}"
-    ranks = ranks or _Alone()
+    ranks = ranks or Ranks()
     cache = _open_cache(path)
     elsewhere = ranks.any(cache is None)  # a disk that not all processes see
     if cache is not None:
@@ -145,30 +146,6 @@ def _open_cache(path: Path) -> FeatureCache | None:
         return None
     marks_file(path).unlink(missing_ok=True)  # of a process killed at the last moment
     return cache
-
-
-class Ranks(Protocol):
-    """The processes that share the work; `capdistill.training.distributed` has those of a run."""
-
-    rank: int
-    world_size: int
-
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
-
-
-class _Alone:
-    rank, world_size = 0, 1
-
-    def wait(self) -> None:
-        """There is nobody to wait for."""
-
-    def any(self, flag: bool) -> bool:
-        """The flag itself."""
-        return flag
 
 
 class _Caching:
@@ -228,7 +205,7 @@ class _Caching:
             self._encoded(missing),
             sum(len(numbers) for _, numbers in missing),
             "Caching features",
-            show=self.show and self.ranks.rank == 0,
+            show=self.show and self.ranks.main,
             size=lambda each: len(each.numbers),
         ):
             self._write(encoded)

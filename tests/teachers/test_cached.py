@@ -489,14 +489,6 @@ def test_two_writers_of_one_directory_share_the_work(data: CaptionData, tmp_path
         assert torch.equal(one(batch).logits, other(batch).logits)
 
 
-def test_starting_anew_is_refused_for_one_of_several_processes(
-    data: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="overwrite=True, but this is one of several"):
-        cache(tiny.make_teacher(), data, tmp_path / "targets", overwrite=True, **QUIET)
-
-
 def test_a_cached_and_a_live_teacher_are_mixed(data: CaptionData, tmp_path: Path) -> None:
     one, other = members().values()
     cached = cache(one, data, tmp_path / "targets", **QUIET)

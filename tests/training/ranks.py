@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from capdistill import Captioner, Distiller, Trainer, encoders
-from capdistill.data import Curriculum
+from capdistill.data import CaptionData, Curriculum, Example
 from capdistill.errors import CapdistillError
 from capdistill.outputs import Batch
 from capdistill.runtime import generator
-from capdistill.teachers import MeanTeacher
+from capdistill.teachers import MeanTeacher, cache
 from capdistill.training import GradNorm, LossRatio, SelfCritical, Uncertainty
 from capdistill.training.sharding import whole
 from tests.training import tiny_models as tiny
@@ -200,6 +201,36 @@ def features(rank: int, world: int, out: Path) -> Any:
     how: dict[str, Any] = {"cache_features": True, "cache_dir": out / "cache", "epochs": 2}
     trainer.fit(Pictures(), batch_size=4 // world, **how)
     return {**found(trainer), "seen": trainer.student.encoder.seen}
+
+
+def targets(rank: int, world: int, out: Path) -> Any:
+    """Targets of a teacher: its ranks share the images, and rank 0 writes what one would."""
+    pictures, place = out / "pictures", out / "targets"
+    if rank == 0:
+        pictures.mkdir()
+        for number in range(9):
+            image = Pictures()[number][0].permute(1, 2, 0)
+            Image.fromarray(image.numpy()).save(pictures / f"{number}.png")
+        (pictures / "3.png").write_bytes(b"broken")
+        (out / "written").touch()
+    while not (out / "written").exists():
+        time.sleep(0.01)
+    data = CaptionData(
+        Example(path.name, path, Pictures()[int(path.stem)][1])
+        for path in sorted(pictures.iterdir())
+    )
+    how: dict[str, Any] = {"batch_size": 2, "cache_views": 2, "flip": True, "keep": ["features"]}
+    how |= {"device": "cpu", "precision": "fp32", "progress": False}
+    cache(tiny.make_teacher(3), data.subset(4), place, **how)
+    shared = tiny.make_teacher(2)
+    cache(shared, data.subset(5), place, overwrite=True, **how)
+    cached = cache(shared, data, place, **how)  # adds what is missing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the broken image
+        trainer = Distiller(cached, student(), {"token": "token"}, **OPTIONS)
+        trainer.fit(data, epochs=1, batch_size=4 // world)
+    written = {each.name: each.read_bytes().hex() for each in sorted(place.iterdir())}
+    return {"files": written, "seen": shared.encoder.seen, "losses": found(trainer)["losses"]}
 
 
 class Notes:
@@ -383,6 +414,7 @@ SHARED = (
     own_loop,
     unreadable,
     features,
+    targets,
     norms,
 )
 OF: dict[int, tuple[Callable[[int, int, Path], Any], ...]] = {

@@ -118,6 +118,16 @@ def test_each_image_is_cached_by_one_rank(found: Results) -> None:
     assert main["seen"] + other["seen"] == 2 * alone["seen"] - 11
 
 
+def test_ranks_share_the_targets_of_a_teacher_and_the_files_are_those_of_one(
+    found: Results,
+) -> None:
+    [alone], (main, other) = found["targets"][1], found["targets"][2]
+    assert main["files"] == other["files"] == alone["files"]  # bit for bit
+    assert main["losses"] == close(alone["losses"])
+    assert alone["seen"] == 2 * 8
+    assert (main["seen"], other["seen"]) == (2 * 5, 2 * 3)
+
+
 def test_callbacks_run_on_rank_0_and_stop_all(found: Results) -> None:
     main, other = found["callbacks"][2]
     assert main["calls"] == ["step", "step", "step", "epoch"]

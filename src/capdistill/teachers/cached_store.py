@@ -155,6 +155,41 @@ class Index:
         return all(self.rows(image_id, views - 1, caption) for caption in captions)
 
 
+@dataclass(frozen=True)
+class Block:
+    """The targets of a batch of images, to be added; their rows stand view by view.
+
+    Args:
+        images: Id, and bytes of the file, of each.
+        captions: Texts of each.
+        lengths: Target tokens (I, k) of each caption; 0 behind the last of an image.
+        views: Views of each image.
+        arrays: By name.
+    """
+
+    images: Sequence[tuple[str, int]]
+    captions: Sequence[Sequence[str]]
+    lengths: Sequence[Sequence[int]]
+    views: int
+    arrays: dict[str, np.ndarray[Any, Any]]
+
+    def lines(self, ends: tuple[int, int]) -> list[Line]:
+        """The lines of the index.
+
+        Args:
+            ends: Rows of tokens and of images that are there before.
+        """
+        token, image = ends
+        per_view = sum(map(sum, self.lengths))
+        lines = []
+        for about, texts, counts in zip(self.images, self.captions, self.lengths, strict=True):
+            tokens = [token + view * per_view for view in range(self.views)]
+            images = [image + view * len(self.images) for view in range(self.views)]
+            lines.append(Line(*about, [*texts], [*counts[: len(texts)]], tokens, images))
+            token, image = token + sum(counts), image + 1
+        return lines
+
+
 class Store:
     """A directory of cached targets.
 
@@ -224,6 +259,10 @@ class Store:
             path = column.file(self.directory)
             path.touch()
             os.truncate(path, rows * column.row_bytes)
+
+    def add(self, block: Block) -> None:
+        """Add the targets of a batch. Only within `locked`."""
+        self.append(block.lines(self.index.ends), block.arrays)
 
     def append(self, lines: Sequence[Line], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Add rows to the arrays, then the lines that list them. Only within `locked`."""

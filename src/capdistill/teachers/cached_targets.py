@@ -15,7 +15,8 @@ from capdistill.errors import ConfigError, require_bool, require_int, require_nu
 from capdistill.feature_files import CacheType, default_cache_dir
 from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
-from capdistill.runtime import launched, pick_device, pick_precision
+from capdistill.ranks import Ranks
+from capdistill.runtime import pick_device, pick_precision
 from capdistill.teachers.cached import CachedTeacher
 from capdistill.teachers.cached_writer import Words, Writer
 from capdistill.teachers.caption_file import require_data
@@ -53,8 +54,9 @@ def cache(
     For each target token the vector before the vocabulary projection is kept in float16; logits are
     made of it by the teacher's output matrix when they are read. A run that was killed continues
     where it stopped, and captions, images or views that were added later are added to the files.
-    If all are there, nothing is computed. Of several processes that ask for the same directory, one
-    writes, and the others wait for it.
+    If all are there, nothing is computed. Processes that a launcher started, such as `torchrun`,
+    all call this function: each runs the teacher on its share of the images, and the files are
+    those of a single process. Of others that ask for the same directory, one writes at a time.
 
     Example:
         >>> import capdistill as cd, tempfile
@@ -100,6 +102,7 @@ def cache(
         ConfigError: an invalid option; a teacher of another kind; the `top_k` words have a
             probability below `min_mass` (the message gives it); or the directory holds targets
             of another teacher, precision, ... (the message says what differs).
+        RankFailed: another process failed.
         DataError: data of another kind, no readable image, or an image that has changed.
 
     Source:
@@ -120,12 +123,7 @@ def cache(
     flags = {"flip": flip, "cache_features": cache_features, "overwrite": overwrite}
     for name, flag in flags.items():
         require_bool(f"cache: {name}", flag)
-    if overwrite and launched().world_size > 1:
-        raise ConfigError(
-            "cache: overwrite=True, but this is one of several processes, and each would remove "
-            "what the others write. Remove the directory before they start."
-        )
-    place = pick_device(device)
+    place, ranks = pick_device(device), Ranks()
     writer = Writer(
         image_size=largest_size(teacher) if image_size is None else image_size,
         own_sizes=image_size is None,
@@ -140,9 +138,12 @@ def cache(
         trunks=_trunk_directory(cache_dir) if cache_features else None,
         overwrite=overwrite,
         progress=progress,
+        ranks=ranks,
     )
     parts = [(data, cache_views), *([] if val is None else [(val, 1)])]
-    return writer.run(teacher, parts, user_path(directory))
+    with ranks.failing_together():
+        ranks.join(place)
+        return writer.run(teacher, parts, user_path(directory))
 
 
 def _require(teacher: Any, words: Words | None, kept: frozenset[str]) -> None:

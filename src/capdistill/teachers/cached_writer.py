@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
+from capdistill.data.collate import BatchIndex
 from capdistill.data.dataset import CaptionData, Example
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
@@ -24,10 +26,11 @@ from capdistill.files import write_atomically
 from capdistill.losses.divergence import full
 from capdistill.outputs import Batch
 from capdistill.progress import progress as report_progress
-from capdistill.runtime import autocast, on_device
+from capdistill.ranks import Ranks
+from capdistill.runtime import autocast, on_device, stable_hash
 from capdistill.saving import TOKENIZER, describe_tokenizer, hash_weights
 from capdistill.teachers.cached import OUTPUT, CachedTeacher, kept_mass
-from capdistill.teachers.cached_store import Column, Line, Store, locked, start
+from capdistill.teachers.cached_store import Block, Column, Line, Store, locked, start
 from capdistill.teachers.captions import cache_key, trunk_caches
 from capdistill.teachers.directory import write_list
 from capdistill.teachers.ensemble import Ensemble, leaves
@@ -91,6 +94,7 @@ class Writer:
         kept: Outputs beside the last hidden vector.
         words: The words to keep instead of it.
         trunks: Directory of cached features; None runs the trunks.
+        ranks: The processes that share the work; all of them call it.
     """
 
     image_size: int
@@ -106,6 +110,7 @@ class Writer:
     dtype: CacheType
     overwrite: bool
     progress: bool
+    ranks: Ranks
 
     def run(
         self, teacher: Any, parts: Sequence[tuple[CaptionData, int]], directory: Path
@@ -139,23 +144,30 @@ class Writer:
     def write(
         self, teacher: Any, parts: Sequence[tuple[CaptionData, int]], directory: Path
     ) -> None:
-        """Add the targets of a teacher that are missing."""
-        content = self._content(teacher)
+        """Add the targets of a teacher that are missing: the ranks compute them, rank 0 writes."""
+        ranks, content = self.ranks, self._content(teacher)
+        if ranks.several:
+            texts = [(e.image_id, e.captions) for data, _ in parts for e in data.examples]
+            ranks.require_equal({**content["about"], "data": stable_hash(f"{texts}")})
+        made: list[Store] = []
+        with locked(directory) if ranks.main else nullcontext():
+            ranks.on_main(lambda: made.append(self._start(teacher, content, directory)))
+            store = made[0] if made else None
+            with on_device([teacher], self.device):
+                for each, views in parts:
+                    missing = ranks.on_main(lambda: list(_missing(store, each, views)))  # noqa: B023
+                    if missing:
+                        caches = self._trunks(teacher, each, views)
+                        self.complete(store, teacher, each, missing, views, caches)
+        if not ranks.main:  # nothing is left to do where all see the same files
+            replace(self, ranks=Ranks(), overwrite=False).write(teacher, parts, directory)
+        ranks.wait()
+
+    def _start(self, teacher: Any, content: dict[str, Any], directory: Path) -> Store:
         files = {} if self.words else {OUTPUT: lambda path: _write_output(teacher, path)}
         if type(teacher.tokenizer) is WordTokenizer:
             files[TOKENIZER] = teacher.tokenizer.save
-        with locked(directory):
-            store = start(directory, content, self.overwrite, files)
-        with on_device([teacher], self.device):
-            # Several processes encode together, so none of them may wait for another here.
-            trunks = [
-                self._trunks(teacher, data, views) if any(_missing(store, data, views)) else []
-                for data, views in parts
-            ]
-            with locked(directory):
-                store.reload(cut=True)
-                for (data, views), caches in zip(parts, trunks, strict=True):
-                    self.complete(store, teacher, data, views, caches)
+        return start(directory, content, self.overwrite, files)
 
     def _content(self, teacher: Any) -> dict[str, Any]:
         """What targets.json says; "about" is all that the targets depend on."""
@@ -186,45 +198,69 @@ class Writer:
 
     def complete(
         self,
-        store: Store,
+        store: Store | None,
         teacher: Any,
         data: CaptionData,
+        missing: Sequence[tuple[int, list[str]]],
         views: int,
         caches: Sequence[dict[str, Any]],
     ) -> None:
-        """Add the targets of a data set that are missing, with cached features if there are any."""
-        missing = list(_missing(store, data, views))
-        if not missing:
-            return
-        wanted = {data.image_ids[place]: captions for place, captions in missing}
+        """Add missing targets: each rank takes every N-th batch, rank 0 writes them in order."""
+        ranks, size = self.ranks, self.batch_size
         chosen = data.subset(place for place, _ in missing)
-        examples = {example.image_id: example for example in chosen.examples}
         loaders = list(self._loaders(teacher, chosen, views, caches))
+        begins = range(0, len(missing), size)
+        batches = [(0, tuple(range(i, min(i + size, len(missing))))) for i in begins]
+        mine = self._blocks(teacher, chosen, [texts for _, texts in missing], loaders, batches)
         shown = report_progress(
-            _readable(zip(*(each.epoch(0) for each in loaders), strict=True), loaders[0], store),
-            len(loaders[0]),
+            range(0, len(batches), ranks.world_size),
+            len(batches),
             f"Targets of {teacher.name}",
             unit="batch",
-            show=self.progress,
+            show=self.progress and ranks.main,
+            size=lambda first: min(ranks.world_size, len(batches) - first),
         )
-        for number, group in enumerate(shown):
-            captions = [wanted[image_id] for image_id in group[0].image_ids]
-            batches = [_captioned(batch, captions, teacher) for batch in group]
-            made = [self._targets(teacher, batch, not number) for batch in batches]
-            images = [examples[image_id] for image_id in group[0].image_ids]
-            lines = _lines(store, images, captions, batches)
+        for _ in shown:
+            for block in ranks.gather_on_main(next(mine, None)):
+                if store is not None and block is not None:
+                    store.add(block)
+        ranks.gather_problems(loaders[0])
+        if store is not None:
+            _add_unreadable(store, chosen, loaders[0])
+
+    def _blocks(
+        self,
+        teacher: Any,
+        data: CaptionData,
+        captions: Sequence[Sequence[str]],
+        loaders: Sequence[Loader],
+        batches: Sequence[BatchIndex],
+    ) -> Iterator[Block | None]:
+        """The targets of the batches of this rank; None for one without a readable image."""
+        checked = not self.ranks.main  # as a single process does
+        numbers = {image_id: number for number, image_id in enumerate(data.image_ids)}
+        mine = [*batches[self.ranks.rank :: self.ranks.world_size]]
+        for results in zip(*(loader.read(mine) for loader in loaders), strict=True):
+            group = [each.batch for each in results if each.batch is not None]
+            if len(group) < len(results):
+                yield None
+                continue
+            images = [numbers[image_id] for image_id in group[0].image_ids]
+            texts = [captions[number] for number in images]
+            shown = [_captioned(batch, texts, teacher) for batch in group]
+            made = [self._targets(teacher, batch, not checked) for batch in shown]
+            checked = True
+            lengths = shown[0].target_mask.sum(1).view(len(images), -1)  # (I, k)
             arrays = {name: np.concatenate([each[name] for each in made]) for name in made[0]}
-            store.append(lines, arrays)
-        skipped = {problem.file: problem.detail for problem in loaders[0].skipped}
-        broken = [e for e in chosen.examples if str(e.path) in skipped]
-        store.append([Line(e.image_id, 0, error=skipped[str(e.path)]) for e in broken], {})
+            about = [(data.image_ids[n], _size(data.examples[n])) for n in images]
+            yield Block(about, texts, lengths.tolist(), len(group), arrays)
 
     def _trunks(self, teacher: Any, data: CaptionData, views: int) -> list[dict[str, Any]]:
         """The cached features of each view; none if trunks are to run."""
         if self.trunks is None:
             return []
         how: dict[str, Any] = {"size": self.image_size, "flip": self.flip, "dtype": self.dtype}
-        how["progress"] = self.progress
+        how |= {"progress": self.progress, "ranks": self.ranks}
         return [
             trunk_caches(teacher, data, self.trunks, self.precision, view=view, **how)
             for view in range(views)
@@ -308,12 +344,13 @@ def _write_output(teacher: Captioner, path: Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
-def _missing(store: Store, data: CaptionData, views: int) -> Iterator[tuple[int, list[str]]]:
+def _missing(store: Store | None, data: CaptionData, views: int) -> Iterator[tuple[int, list[str]]]:
     """Places of the images that lack targets, and the captions to add.
 
     Raises:
         DataError: the file of an image is another one than before.
     """
+    assert store is not None  # this is rank 0
     index = store.index
     for place, example in enumerate(data.examples):
         captions = list(dict.fromkeys(example.captions))
@@ -336,13 +373,17 @@ def _size(example: Example) -> int:
         return 0
 
 
-def _readable(groups: Iterator[Any], loader: Loader, store: Store) -> Iterator[Any]:
-    """The batches; none if no image can be read although others could be."""
-    try:
-        yield from groups
-    except DataError:
-        if not store.index.entries or len(loader.skipped) < loader.num_images:
-            raise
+def _add_unreadable(store: Store, data: CaptionData, loader: Loader) -> None:
+    """List the images that could not be read.
+
+    Raises:
+        DataError: none of them, and no other, could be read.
+    """
+    told, errors = {each.file: each.detail for each in loader.skipped}, store.index.errors
+    broken = [(e.image_id, told[str(e.path)]) for e in data.examples if str(e.path) in told]
+    if not store.index.entries:
+        raise DataError(f"None of the {loader.num_images} images can be used.\n{loader.skipped}")
+    store.append([Line(i, 0, error=why) for i, why in broken if errors.get(i) != why], {})
 
 
 def _captioned(batch: Batch, captions: Sequence[Sequence[str]], teacher: Any) -> Batch:
@@ -355,28 +396,6 @@ def _captioned(batch: Batch, captions: Sequence[Sequence[str]], teacher: Any) ->
     mask[:, 1:] &= real[:, None]
     changed: dict[str, Any] = {"captions": tuple(texts), "caption_weights": None}
     return replace(batch, input_ids=ids, mask=mask, references=None, **changed)
-
-
-def _lines(
-    store: Store,
-    examples: Sequence[Example],
-    captions: Sequence[Sequence[str]],
-    views: Sequence[Batch],
-) -> list[Line]:
-    """The lines of a batch of images, whose rows are appended view by view."""
-    lengths = views[0].target_mask.sum(1).view(len(examples), -1)  # (I, k)
-    per_view = int(lengths.sum())
-    token, image = store.index.ends
-    lines = []
-    for example, texts, counts in zip(examples, captions, lengths.tolist(), strict=True):
-        tokens = [token + view * per_view for view in range(len(views))]
-        images = [image + view * len(examples) for view in range(len(views))]
-        line = Line(
-            example.image_id, _size(example), [*texts], counts[: len(texts)], tokens, images
-        )
-        lines.append(line)
-        token, image = token + sum(counts), image + 1
-    return lines
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.metrics import CaptionScorer
 from capdistill.outputs import Batch
 from capdistill.progress import progress as report_progress
+from capdistill.ranks import Ranks
 from capdistill.runtime import autocast, launched, on_device, pick_device, pick_precision
 from capdistill.saving import describe_tokenizer, hash_weights
 from capdistill.teachers.caption_file import (
@@ -281,13 +282,14 @@ def trunk_caches(
     view: int = 0,
     flip: bool = False,
     dtype: CacheType = "fp16",
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """The cached features of every captioner in the teacher, by the key of its encoder.
 
     Args:
         teacher: On the device to encode on.
         data: The images.
-        directory, precision, progress, dtype: As for `cache_trunk`.
+        directory, precision, progress, dtype, ranks: As for `cache_trunk`.
         batch_size: Images per batch.
         size: Side in pixels of the images; by default that of the largest that a member reads.
         view, flip: The view of each image, as for `Loader`.
@@ -306,14 +308,15 @@ def trunk_caches(
         view=view,
         flip=flip,
     )
-    key = data_key(data, source, size, directory, progress)
+    ranks = ranks or Ranks()
+    key = ranks.on_main(data_key, data, source, size, directory, progress)
     key = f"{key} view {view} flip {flip}" if view else key
     how = (directory, precision, progress)
     for model in leaves(teacher):
         name = cache_key(model)
         if isinstance(model, Captioner) and name is not None and name not in found:
             encoder, cut = model.encoder, keeps_frozen_stages(model.encoder)
-            found[name] = cache_trunk(encoder, source, key, *how, cut, dtype)
+            found[name] = cache_trunk(encoder, source, key, *how, cut, dtype, ranks)
     if not found:
         raise ConfigError(
             "cache_features=True, but the teacher has no encoder that can be cached. Set "

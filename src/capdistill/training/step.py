@@ -18,6 +18,7 @@ from capdistill.data.source import Source
 from capdistill.errors import ConfigError, LossSpike, NotFiniteLoss
 from capdistill.metrics import Metric
 from capdistill.outputs import Batch, CaptionerOutput, LossTerm, part, require_batches
+from capdistill.ranks import Ranks
 from capdistill.runtime import (
     autocast,
     batch_norms,
@@ -27,13 +28,7 @@ from capdistill.runtime import (
 )
 from capdistill.training.config import TrainConfig
 from capdistill.training.decoder_inputs import noisy_inputs, require_unknown_word
-from capdistill.training.distributed import (
-    Parallel,
-    Ranks,
-    misses_some,
-    standing_in,
-    tensors_of,
-)
+from capdistill.training.distributed import Parallel, misses_some, standing_in, tensors_of, wrap
 from capdistill.training.execution import Execution
 from capdistill.training.guard import StepGuard, Verdict
 from capdistill.training.history import EpochMeter, LossMeter, Row
@@ -315,11 +310,11 @@ class Stepper:
         ranks.share(tensors_of(objective))
         ranks.share(value for each in self.averages.values() for value in each.average)
         if self.parallel is not None:
-            self._wrapped = self._wrapped or ranks.wrap_by(self.parallel, objective)
+            self._wrapped = self._wrapped or wrap(objective, self.parallel)
             require_shardable(objective, self.needs_whole_weights())
         elif ranks.several:
             missed = batch is None or misses_some(objective, partial(self._forward, batch))
-            self._wrapped = ranks.wrap(objective, ranks.any(missed))
+            self._wrapped = wrap(objective, unused=ranks.any(missed))
 
     @property
     def averages(self) -> dict[str, WeightAverage]:

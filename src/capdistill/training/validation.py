@@ -15,9 +15,10 @@ from capdistill.data.source import Source, numbered_batches, part_of
 from capdistill.errors import ConfigError
 from capdistill.metrics import DIRECTIONS, CaptionScorer, Metric
 from capdistill.outputs import Batch, LossTerm, require_unique_ids
+from capdistill.ranks import Ranks
 from capdistill.runtime import autocast, evaluating
 from capdistill.training.config import TrainConfig
-from capdistill.training.distributed import Ranks, tensors_of
+from capdistill.training.distributed import tensors_of
 from capdistill.training.history import LossMeter
 from capdistill.training.monitor import MEANINGFUL, Monitor, monitor_key, resolve_monitor
 from capdistill.training.objective import Objective
