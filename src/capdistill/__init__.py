@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from capdistill import plots as plots
     from capdistill import presets as presets
     from capdistill import teachers as teachers
+    from capdistill import tokenizers as tokenizers
     from capdistill import training as training
     from capdistill.captioner import Captioner as Captioner
     from capdistill.decoders.base import Decoder as Decoder
@@ -75,6 +76,7 @@ else:
             "plots": "",
             "presets": "",
             "teachers": "",
+            "tokenizers": "",
             "training": "",
         },
         unlisted=("DecoderOutput", "plots"),

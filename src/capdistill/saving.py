@@ -29,6 +29,8 @@ from capdistill.files import (
 )
 from capdistill.registry import recipe_of
 from capdistill.tokenizer import Tokenizer, WordTokenizer
+from capdistill.tokenizers.huggingface import HuggingFace
+from capdistill.tokenizers.saved import load as load_tokenizer
 from capdistill.weights import load_exactly, read_metadata, read_state_dict, strip_prefixes
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "captioner.json", "tokenizer.json"
@@ -74,10 +76,9 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
         >>> describe_tokenizer(WordTokenizer(["dog"]))["class"]
         'capdistill.tokenizer.WordTokenizer'
     """
-    kind = type(tokenizer)
     content = json.dumps([*tokenizer.vocabulary]).encode()
     return {
-        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "class": _class_name(type(tokenizer)),
         "vocabulary": hashlib.sha256(content).hexdigest(),
     }
 
@@ -117,7 +118,7 @@ def write(
         try:
             staged.mkdir()
             write_atomically(staged / WEIGHTS, lambda path: path.write_bytes(data))
-            if _is_ours(tokenizer):
+            if is_saved(tokenizer):
                 tokenizer.save(staged / TOKENIZER)
                 checksums["tokenizer"] = _digest_of(_parsed(staged / TOKENIZER))
             write_text(staged / DESCRIPTION, json.dumps(content, indent=2))
@@ -307,14 +308,14 @@ def find_tokenizer(
     if not isinstance(saved, Mapping):
         raise CheckpointError(f"{directory}: the tokenizer is described by {shortened(saved)}.")
     if tokenizer is None:
-        kind = saved.get("class", _OURS)
-        if kind != _OURS:
+        kind = saved.get("class")
+        if kind not in (None, *map(_class_name, _OURS)):
             raise CheckpointError(
                 f"The captioner in {directory} was saved with a tokenizer of the class {kind}, "
                 "which capdistill does not write. Give it: Captioner.load(directory, tokenizer=...)"
             )
         file = saved_file(directory, TOKENIZER)
-        tokenizer = WordTokenizer.load(file)
+        tokenizer = load_tokenizer(file)
         _require_vocabulary(directory, saved, tokenizer)
         _require_checksum(file, content, "tokenizer", _digest_of(_parsed(file)))
     _require_vocabulary(directory, saved, tokenizer)
@@ -360,11 +361,16 @@ def _parsed(path: Path) -> Any:
     return from_json(path.read_text(encoding="utf-8"))
 
 
-_OURS = f"{WordTokenizer.__module__}.{WordTokenizer.__qualname__}"
+_OURS = (WordTokenizer, HuggingFace)
 
 
-def _is_ours(tokenizer: Tokenizer) -> TypeGuard[WordTokenizer]:
-    return type(tokenizer) is WordTokenizer  # a subclass may encode differently
+def is_saved(tokenizer: Tokenizer) -> TypeGuard[WordTokenizer | HuggingFace]:
+    """Whether a captioner's directory holds this tokenizer; a subclass may encode differently."""
+    return type(tokenizer) in _OURS
+
+
+def _class_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _check_content(content: Description) -> None:

@@ -100,6 +100,41 @@ def split_words(caption: str) -> list[str]:
     return [word for word in words if word]
 
 
+def word_spans(caption: str) -> list[tuple[str, tuple[int, int]]]:
+    """The words of `split_words`, and the characters [start, end) of the caption that each covers.
+
+    Example:
+        >>> word_spans("A man's T-shirt!")
+        [('a', (0, 1)), ("man's", (2, 7)), ('t-shirt', (8, 15))]
+    """
+    text = unicodedata.normalize("NFC", caption).lower().translate(_STRAIGHT)
+    same = len(text) == len(caption)
+    places = [(n, n + 1) for n in range(len(caption))] if same else _places(caption)
+    words, at = [], 0
+    for word in split_words(caption):
+        at = text.index(word, at)
+        end = at + len(word)
+        words.append((word, (places[at][0], places[end - 1][1])))
+        at = end
+    return words
+
+
+def _places(caption: str) -> list[tuple[int, int]]:
+    """For each character of the normalised caption, the characters of the caption behind it."""
+    places: list[tuple[int, int]] = []
+    begin, normal = 0, ""
+    for end in range(1, len(caption) + 1):
+        normal = unicodedata.normalize("NFC", caption[begin:end])
+        following = caption[end : end + 1]
+        composed = unicodedata.normalize("NFC", caption[begin : end + 1])
+        alone = normal + unicodedata.normalize("NFC", following)
+        if following and (unicodedata.combining(following) or composed != alone):
+            continue
+        places += [(begin, end)] * len(normal.lower())
+        begin = end
+    return places
+
+
 class WordTokenizer:
     """One id per word, for words that are frequent enough in the training captions.
 
@@ -195,6 +230,19 @@ class WordTokenizer:
         ids = [self._ids.get(word, self.unk_id) for word in words[: self.max_length]]
         end = [] if len(words) > self.max_length else [self.end_id]
         return [self.start_id, *ids, *end]
+
+    def encode_spans(self, caption: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode`, and the characters [start, end) of the caption that each covers.
+
+        Example:
+            >>> WordTokenizer(["dog"]).encode_spans("A dog!")
+            ([1, 3, 4, 2], [(0, 0), (0, 1), (2, 5), (6, 6)])
+
+        Start covers (0, 0) and end (n, n), where n is the number of characters.
+        """
+        ids, n = self.encode(caption), len(caption)
+        spans = [span for _, span in word_spans(caption)[: self.max_length]]
+        return ids, [(0, 0), *spans, *([(n, n)] if len(ids) > len(spans) + 1 else [])]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Words up to the first end token; padding and start never appear.

@@ -28,13 +28,13 @@ from capdistill.outputs import Batch
 from capdistill.progress import progress as report_progress
 from capdistill.ranks import Ranks
 from capdistill.runtime import autocast, on_device, stable_hash
-from capdistill.saving import TOKENIZER, describe_tokenizer, hash_weights
+from capdistill.saving import TOKENIZER, describe_tokenizer, hash_weights, is_saved
 from capdistill.teachers.cached import OUTPUT, CachedTeacher, kept_mass
 from capdistill.teachers.cached_store import Block, Column, Line, Store, locked, start
 from capdistill.teachers.captions import cache_key, trunk_caches
 from capdistill.teachers.directory import write_list
 from capdistill.teachers.ensemble import Ensemble, leaves
-from capdistill.tokenizer import WordTokenizer, pad_batch
+from capdistill.tokenizer import pad_batch
 
 
 class Words(NamedTuple):
@@ -165,7 +165,7 @@ class Writer:
 
     def _start(self, teacher: Any, content: dict[str, Any], directory: Path) -> Store:
         files = {} if self.words else {OUTPUT: lambda path: _write_output(teacher, path)}
-        if type(teacher.tokenizer) is WordTokenizer:
+        if is_saved(teacher.tokenizer):
             files[TOKENIZER] = teacher.tokenizer.save
         return start(directory, content, self.overwrite, files)
 

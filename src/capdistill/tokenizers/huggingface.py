@@ -1,0 +1,389 @@
+"""`HuggingFace`: the subwords of any Hugging Face tokenizer, trimmed to a student's captions."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from capdistill.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingExtra,
+    require_int,
+    require_text,
+    shortened,
+)
+from capdistill.files import from_json, write_text
+from capdistill.tokenizers.given import as_text, find_roles, read, special_pieces, unknown_piece
+from capdistill.tokenizers.joining import Joining
+from capdistill.tokenizers.trimming import Speller, kept_pieces, reduced
+
+FORMAT = "capdistill.subword_tokenizer/1"
+_ROLES = ("start", "end", "pad", "unknown")
+Span = tuple[int, int]
+
+
+class HuggingFace:
+    """The subwords of a Hugging Face tokenizer, all of them or those that a student needs.
+
+    With `keep`, the vocabulary is what occurs in those captions, start, end, padding and unknown
+    token, and the single bytes or characters. Nothing is lost: captions of `keep` are split exactly
+    as by the full tokenizer, and any other text into more pieces that decode to the same text.
+
+    The text of a caption never becomes a special token. Encoding needs the package tokenizers
+    (extra `hf`), decoding needs nothing.
+
+    Example:
+        >>> from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        >>> pieces = ["[UNK]", "[CLS]", "[SEP]", "a", "d", "##d", "##a", "dad", "add"]
+        >>> theirs = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}))
+        >>> theirs.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> theirs.decoder = decoders.WordPiece()
+        >>> tokenizer = HuggingFace(theirs, keep=["a dad"])
+        >>> tokenizer.vocabulary
+        ('[UNK]', '[CLS]', '[SEP]', 'a', 'd', '##d', '##a', 'dad')
+        >>> tokenizer.full_ids
+        (0, 1, 2, 3, 4, 5, 6, 7)
+        >>> ids = tokenizer.encode("dad add")
+        >>> [tokenizer.vocabulary[each] for each in ids]
+        ['[CLS]', 'dad', 'a', '##d', '##d', '[SEP]']
+        >>> tokenizer.decode(ids)
+        'dad add'
+
+    Args:
+        tokenizer: A fast tokenizer of transformers, a `tokenizers.Tokenizer`, or the path of a
+            tokenizer.json or of its directory.
+        keep: Captions of the training split; None keeps the whole vocabulary with its ids.
+        max_length: Pieces kept of a caption. A longer one is cut and gets no end token.
+        start, end, pad: Tokens or ids. By default those that the tokenizer declares (start: BOS or
+            CLS, end: EOS or SEP). Without a start or padding token, it is the end token.
+        size: Width of the model's logits where it exceeds the number of entries.
+
+    Raises:
+        ConfigError: another kind of tokenizer, no end token, or a token that it does not have.
+        DataError: a caption is not text.
+        MissingExtra: the package tokenizers is not installed.
+    """
+
+    pad_id: int
+    start_id: int
+    end_id: int
+    unk_id: int | None
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        keep: Iterable[str] | None = None,
+        max_length: int = 40,
+        *,
+        start: str | int | None = None,
+        end: str | int | None = None,
+        pad: str | int | None = None,
+        size: int | None = None,
+    ) -> None:
+        require_int("HuggingFace: max_length", max_length, 1)
+        given = read(tokenizer, size)
+        full, unknown = given.vocabulary, unknown_piece(given.content)
+        roles: dict[str, int | None] = dict(
+            zip(_ROLES, find_roles(given, start, end, pad), strict=False)
+        )
+        roles["unknown"] = None if unknown is None else full.index(unknown)
+        special = special_pieces(given.content) | {full[i] for i in roles.values() if i is not None}
+        special |= {piece for index, piece in enumerate(full) if piece == f"<unused {index}>"}
+        content = {
+            "format": FORMAT,
+            "max_length": int(max_length),
+            **roles,
+            "special": [index for index, piece in enumerate(full) if piece in special],
+            "pieces": list(full),
+            "full_ids": None,
+            "full_vocabulary": None,
+            "tokenizer": _text_only(given.content, special, unknown),
+        }
+        self._set(content)
+        if keep is not None:
+            self._set(self._trimmed(content, keep))
+
+    def _set(self, content: dict[str, Any]) -> None:
+        self._content = content
+        self._vocabulary = tuple(content["pieces"])
+        self.max_length: int = content["max_length"]
+        self.start_id, self.end_id = content["start"], content["end"]
+        self.pad_id, self.unk_id = content["pad"], content["unknown"]
+        self._special = frozenset(content["special"])
+        self._own = {p: i for i, p in enumerate(self._vocabulary) if i not in self._special}
+        if self.unk_id is not None:
+            self._own[self._vocabulary[self.unk_id]] = self.unk_id
+        self._joining = Joining(content["tokenizer"].get("decoder"))
+        self._spelled: dict[int, tuple[int, ...]] = {}
+        self.__dict__.pop("_encoder", None)
+        self.__dict__.pop("_speller", None)
+
+    def _trimmed(self, content: dict[str, Any], keep: Iterable[str]) -> dict[str, Any]:
+        full, tokenizer = self._vocabulary, content["tokenizer"]
+        special = {full[index] for index in self._special}
+        occurring = {index for text in _texts(keep) for index in self._pieces(_spaced(text))[0]}
+        kept = kept_pieces(tokenizer, {full[i] for i in occurring - self._special}, special)
+        needed = {content[role] for role in _ROLES} | {self._own[p] for p in kept if p in self._own}
+        ids = sorted(index for index in needed if index is not None)
+        place = {index: number for number, index in enumerate(ids)}
+        return {
+            **content,
+            **{role: place.get(content[role]) for role in _ROLES},
+            "special": [place[index] for index in content["special"] if index in place],
+            "pieces": [full[index] for index in ids],
+            "full_ids": ids,
+            "full_vocabulary": content["pieces"],
+            "tokenizer": reduced(tokenizer, kept, special),
+        }
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The entries in the order of their ids, as the tokenizer writes them."""
+        return self._vocabulary
+
+    @property
+    def trimmed(self) -> bool:
+        """Whether pieces were dropped."""
+        return self._content["full_ids"] is not None
+
+    @cached_property
+    def full_ids(self) -> tuple[int, ...]:
+        """For each id, that of the same entry in the untrimmed vocabulary."""
+        ids = self._content["full_ids"]
+        return tuple(range(len(self))) if ids is None else tuple(ids)
+
+    @cached_property
+    def full_vocabulary(self) -> tuple[str, ...]:
+        """The entries of the untrimmed vocabulary."""
+        entries = self._content["full_vocabulary"]
+        return self._vocabulary if entries is None else tuple(entries)
+
+    def __len__(self) -> int:
+        return len(self._vocabulary)
+
+    def __repr__(self) -> str:
+        kind = self._content["tokenizer"]["model"]["type"]
+        of = f" of {len(self.full_vocabulary):,}" if self.trimmed else ""
+        return f"HuggingFace({kind}, {len(self):,}{of} pieces, max_length={self.max_length})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, HuggingFace):
+            return NotImplemented
+        return self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash((self._vocabulary, self.max_length, self.start_id, self.end_id))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._content
+
+    def __setstate__(self, content: dict[str, Any]) -> None:
+        self._set(content)
+
+    def encode(self, caption: str) -> list[int]:
+        """Ids of a caption: start, pieces, end; without end if it was cut.
+
+        White space is a single space each, without any at the ends.
+        """
+        require_text(caption, "HuggingFace: the caption")
+        ids = self._pieces(_spaced(caption))[0]
+        end = [] if len(ids) > self.max_length else [self.end_id]
+        return [self.start_id, *ids[: self.max_length], *end]
+
+    def encode_spans(self, caption: str) -> tuple[list[int], list[Span]]:
+        """The ids of `encode`, and the characters [start, end) of the caption that each covers.
+
+        Spans have no white space at their ends. Start covers (0, 0) and end (n, n) of n characters.
+        Pieces that share a character, as its bytes do, all cover it.
+        """
+        ids = self.encode(caption)
+        spans = self._pieces(_spaced(caption))[1][: self.max_length]
+        words = caption.split()
+        places, at = [], 0  # of each character of the text with single spaces
+        for word in words:
+            at = caption.index(word, at)
+            places += [*range(at, at + len(word)), at + len(word)]
+            at += len(word)
+        found = [(places[a], places[b - 1] + 1 if b > a else places[a]) for a, b in spans]
+        n = len(caption)
+        return ids, [(0, 0), *found, *([(n, n)] if len(ids) > len(found) + 1 else [])]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text before the first end token, without special tokens.
+
+        Raises:
+            DataError: one is not the id of an entry.
+        """
+        pieces = []
+        for number, given in enumerate(ids):
+            index = operator.index(given) if hasattr(given, "__index__") else -1
+            if not 0 <= index < len(self):
+                raise DataError(
+                    f"HuggingFace: {shortened(given)} is not an id of this vocabulary; expected "
+                    f"whole numbers from 0 to {len(self) - 1}, as encode() gives them."
+                )
+            if index == self.end_id and (number or index != self.start_id):
+                break
+            if index not in self._special:
+                pieces.append(self._vocabulary[index])
+        return self._joining(pieces).strip()
+
+    def count_truncated(self, captions: Iterable[str]) -> int:
+        """How many captions are longer than `max_length` pieces."""
+        lengths = (len(self._pieces(_spaced(text))[0]) for text in _texts(captions))
+        return sum(length > self.max_length for length in lengths)
+
+    def count_unknown(self, captions: Iterable[str]) -> tuple[int, int]:
+        """Number of unknown tokens in the captions, and of all pieces."""
+        ids = [i for text in _texts(captions) for i in self._pieces(_spaced(text))[0]]
+        return (0 if self.unk_id is None else ids.count(self.unk_id)), len(ids)
+
+    def _pieces(self, text: str) -> tuple[list[int], list[Span]]:
+        """Own ids of a text, and the characters of it that each covers."""
+        encoding = self._encoder.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        spans: list[Span] = []
+        for index, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            own = self._spelling(index)
+            part = text[begin:end]
+            begin += len(part) - len(part.lstrip())
+            end = max(begin, end - (len(part) - len(part.rstrip())))
+            ids += own
+            spans += [(begin, end)] if len(own) == 1 else self._divided(own, begin, end)
+        return ids, spans
+
+    def _spelling(self, index: int) -> tuple[int, ...]:
+        """Own ids for an id of the encoder."""
+        if index not in self._spelled:
+            piece = self._encoder.id_to_token(index)
+            own = self._own.get(piece)
+            parts = [piece] if own is not None else self._speller(piece)
+            unknown = () if self.unk_id is None else (self.unk_id,)
+            self._spelled[index] = unknown if parts is None else tuple(self._own[p] for p in parts)
+        return self._spelled[index]
+
+    def _divided(self, ids: tuple[int, ...], begin: int, end: int) -> list[Span]:
+        """The spans of pieces that spell one with the span [begin, end)."""
+        pieces = [self._vocabulary[index] for index in ids]
+        texts = [self._joining(pieces[:n]).strip() for n in range(len(pieces) + 1)]
+        if len(texts[-1]) != end - begin:  # the text was normalised: no character has a piece
+            return [(begin, end)] * len(ids)
+        borders = [(len(t) - t.endswith("\ufffd"), len(t)) for t in texts]
+        return [
+            (begin + borders[n][0], begin + max(borders[n][0], borders[n + 1][1]))
+            for n in range(len(ids))
+        ]
+
+    @cached_property
+    def _speller(self) -> Speller:
+        return Speller(self._content["tokenizer"]["model"], self._own)
+
+    @cached_property
+    def _encoder(self) -> Any:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise MissingExtra(
+                "Encoding subwords needs the package tokenizers, which is not installed. Install "
+                'the extra: pip install "capdistill[hf]"'
+            ) from error
+        try:
+            return Tokenizer.from_str(as_text(self._content["tokenizer"]))
+        except BaseException as error:  # a panic of the library is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise ConfigError(
+                f"HuggingFace: the library tokenizers cannot read this tokenizer ({error}). Update "
+                "the library, or save the tokenizer again with the installed version."
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the vocabulary, the rules and the special tokens as JSON."""
+        write_text(path, as_text(self._content))
+
+    @classmethod
+    def load(cls, path: str | Path) -> HuggingFace:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file was not written by `save`.
+        """
+        try:
+            content = from_json(Path(path).read_text(encoding="utf-8"))
+            check_content(content)
+            tokenizer = cls.__new__(cls)
+            tokenizer._set(content)
+            return tokenizer
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is not a tokenizer of subwords ({type(error).__name__}: {error}). "
+                f"Expected a JSON file with format '{FORMAT}', as HuggingFace.save writes it."
+            ) from error
+
+
+def check_content(content: Any) -> None:
+    """Refuse a file that `save` did not write.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError("its format is another one")
+    pieces, full, ids = (content[key] for key in ("pieces", "full_vocabulary", "full_ids"))
+    if not _are(pieces, str) or len(set(pieces)) != len(pieces) or not pieces:
+        raise ValueError("'pieces' is not a list of different strings")
+    if (full is None) != (ids is None):
+        raise ValueError("'full_ids' and 'full_vocabulary' do not go together")
+    if ids is not None and not (
+        _are(full, str) and _are(ids, int) and all(0 <= index < len(full) for index in ids)
+    ):
+        raise ValueError("'full_ids' are not ids of 'full_vocabulary'")
+    if ids is not None and [full[index] for index in ids] != pieces:
+        raise ValueError("'pieces' are not those of 'full_ids'")
+    special, roles = content["special"], [content[role] for role in _ROLES]
+    if not _are(special, int) or not all(0 <= index < len(pieces) for index in special):
+        raise ValueError("'special' is not a list of ids")
+    if not all(type(index) is int and 0 <= index < len(pieces) for index in roles[:3]):
+        raise ValueError("start, end and pad are not ids")
+    if roles[3] is not None and not (type(roles[3]) is int and 0 <= roles[3] < len(pieces)):
+        raise ValueError("'unknown' is not an id")
+    require_int("max_length", content["max_length"], 1)
+    model = content["tokenizer"]["model"]
+    if not isinstance(model, Mapping) or not isinstance(model.get("type"), str):
+        raise ValueError("'tokenizer' has no model")
+
+
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def _text_only(
+    content: Mapping[str, Any], special: set[str], unknown: str | None
+) -> dict[str, Any]:
+    """The tokenizer without special tokens, which are never part of a caption's text."""
+    added = content.get("added_tokens") or ()
+    kept = [t for t in added if t["content"] not in special or t["content"] == unknown]
+    return {
+        **json.loads(json.dumps(content)),
+        **{"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None},
+    }
+
+
+def _spaced(caption: str) -> str:
+    return " ".join(caption.split())
+
+
+def _texts(captions: Iterable[str]) -> Iterable[str]:
+    if isinstance(captions, str) or not isinstance(captions, Iterable):
+        raise DataError(
+            f"HuggingFace: the captions are {shortened(captions)}, {type(captions).__name__}; give "
+            "a list of captions."
+        )
+    for number, caption in enumerate(captions):
+        yield require_text(caption, f"HuggingFace: caption {number}")
