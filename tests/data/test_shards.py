@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import capdistill as cd
-from capdistill.data import Shards, shard_splits, write_shards
+from capdistill.data import Shards, shard_splits, shards, write_shards
 from capdistill.data.dataset import CaptionData, Example
 from capdistill.data.loader import Loader
 from capdistill.data.shards import find_shards
@@ -115,6 +115,18 @@ def test_other_data_under_the_same_names_are_refused(photos: Any, tmp_path: Path
     assert len(write(photos.subset(2), tmp_path, overwrite=True)) == 1
     assert not files[1].exists()
     assert Shards(tmp_path).image_ids == photos.image_ids[:2]
+
+
+def test_another_photo_of_the_same_size_is_other_data(tmp_path: Path) -> None:
+    path = tmp_path / "photo.bmp"
+    data = CaptionData([Example("photo", path, ["a dog"])])
+    for shade in (0, 200):
+        Image.fromarray(np.full((4, 5, 3), shade, np.uint8)).save(path)
+        if shade:
+            with pytest.raises(ConfigError, match=r"holds other data.*overwrite=True"):
+                write(data, tmp_path / "s")
+        write(data, tmp_path / "s", overwrite=True)
+        assert Shards(tmp_path / "s")[0][0].unique().tolist() == [shade]
 
 
 def test_batches_are_those_of_the_files_for_any_worker_and_rank(
@@ -225,6 +237,18 @@ def test_shards_of_others_are_read(tmp_path: Path) -> None:
     assert len(Shards(tmp_path, captions=False)) == 6
 
 
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_names_with_accents_are_read(tmp_path: Path, form: int) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        for name, content in {"café.jpg": jpeg(3), "café.txt": b"a cup"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    data = Shards(tmp_path / "a.tar")
+    assert data.references == {"café": ("a cup",)}
+    assert data.examples[0].path.load() == jpeg(3)
+
+
 @pytest.mark.parametrize("cut", [1, 400, 700, 2000, "end", "empty", "text", "gzip"])
 def test_a_truncated_or_foreign_file_is_named(tmp_path: Path, cut: Any) -> None:
     file = make_tar(tmp_path / "a.tar", {f"{n}.jpg": jpeg(n) for n in range(4)})
@@ -250,6 +274,23 @@ def test_a_shard_that_is_replaced_is_read_again_and_one_in_use_is_noticed(tmp_pa
     assert Shards(file).references == {"1": ("new",)}
     with pytest.raises(DataError, match="was changed while it was in use"):
         before[0]
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = make_tar(tmp_path / "a.tar", {"0.jpg": jpeg(1), "0.txt": b"old"})
+    scan = shards._scan
+
+    def replaced(path: Path) -> list[Any]:
+        found = list(scan(path))
+        make_tar(path, {"1.txt": b"new" + b" " * 600, "1.jpg": jpeg(2)})
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_scan", replaced)
+        Shards(file)
+    assert Shards(file).references == {"1": ("new",)}
 
 
 @pytest.mark.parametrize(
@@ -314,3 +355,6 @@ def test_unreadable_images_are_left_out_with_a_report(photos: Any, tmp_path: Pat
     assert Shards(tmp_path / "s").image_ids == (photos.image_ids[0], photos.image_ids[1])
     with pytest.raises(DataError, match="lost"):
         write(data, tmp_path / "t", errors="raise")
+    with pytest.raises(DataError, match=r"none of the 1 images can be read.*\n.*\n.*lost"):
+        write(CaptionData([lost]), tmp_path / "u")
+    assert not list((tmp_path / "u").iterdir())

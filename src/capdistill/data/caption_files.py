@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -187,6 +187,35 @@ text.
     if problem:
         raise DataError(f"{where} is {problem[1]}; expected text.")
     return str(value)
+
+
+def usable_captions(
+    values: Iterable[object], report: DataReport, file: str, place: str, image: str
+) -> list[str]:
+    """The captions among some values, each on one line. What is none is reported.
+
+    Example:
+        >>> report = DataReport()
+        >>> usable_captions(["a dog", None, " "], report, "captions.json", "row 4", "dog.jpg")
+        ['a dog']
+        >>> report.counts
+        {'invalid caption': 1, 'empty caption': 1}
+
+    Args:
+        values: Captions as they were read.
+        report: Where problems go.
+        file, place: Where the values come from, for the report.
+        image: The id of their image.
+    """
+    found = []
+    for value in values:
+        problem = caption_problem(value)
+        if problem is None:
+            found.append(clean(str(value)))
+            continue
+        detail = image if problem[0] == "empty caption" else f"{image}: {problem[1]}"
+        report.add(Problem(problem[0], file, place, detail))
+    return found
 
 
 def clean(caption: str) -> str:

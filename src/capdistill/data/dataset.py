@@ -14,11 +14,10 @@ from capdistill.data.caption_files import (
     DataReport,
     Problem,
     Row,
-    caption_problem,
-    clean,
     image_name,
     pluralize,
     require_caption,
+    usable_captions,
 )
 from capdistill.data.image_names import Finder, StoredImage
 from capdistill.errors import DataError, require_int, require_number
@@ -367,13 +366,9 @@ def to_examples(
         if path is None:
             continue
         image = first_names.setdefault(path, image)
-        problem = caption_problem(text)
-        if problem:
-            kind, reason = problem
-            detail = image if kind == "empty caption" else f"{image}: {reason}"
-            report.add(Problem(kind, file, place, detail))
-        else:
-            captions.setdefault(image, []).append(clean(str(text)))
+        usable = usable_captions([text], report, file, place, image)
+        if usable:
+            captions.setdefault(image, []).extend(usable)
     found = {image: path for path, image in first_names.items()}
     for image in found:
         if image not in captions:

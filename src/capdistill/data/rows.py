@@ -10,14 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from capdistill.data.caption_files import (
-    DataReport,
-    Policy,
-    Problem,
-    caption_problem,
-    clean,
-    image_name,
-)
+from capdistill.data.caption_files import DataReport, Policy, image_name, usable_captions
 from capdistill.data.dataset import CaptionData, Example, require_some
 from capdistill.data.image_names import StoredImage
 from capdistill.errors import ConfigError, DataError, shortened
@@ -118,8 +111,7 @@ class Rows(CaptionData):
         found: dict[str, list[str]] = {}
         first_rows: dict[str, int] = {}
         for row, several in enumerate(_captions(dataset, texts)):
-            place = f"row {row}"
-            usable = list(_usable(several, name, place, ids[row], report))
+            usable = usable_captions(several, report, name, f"row {row}", ids[row])
             if usable or not texts:
                 first_rows.setdefault(ids[row], row)
                 found.setdefault(ids[row], []).extend(usable)
@@ -230,15 +222,3 @@ def caption_texts(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return [text for each in value for text in caption_texts(each)]
     return [value]
-
-
-def _usable(
-    several: list[Any], name: str, place: str, image: str, report: DataReport
-) -> Iterator[str]:
-    for text in several:
-        problem = caption_problem(text)
-        if problem is None:
-            yield clean(str(text))
-            continue
-        detail = image if problem[0] == "empty caption" else f"{image}: {problem[1]}"
-        report.add(Problem(problem[0], name, place, detail))

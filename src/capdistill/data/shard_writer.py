@@ -8,7 +8,7 @@ import os
 import re
 import tarfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from capdistill.data.dataset import CaptionData, Splits
 from capdistill.data.image_names import SUFFIXES, StoredImage
 from capdistill.data.images import held_image, image_bytes, read_image
 from capdistill.data.rows import accept_rows, caption_texts
-from capdistill.data.shards import Sample, index_file, samples_of
+from capdistill.data.shards import Sample, TarImage, index_file, samples_of
 from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.files import user_path, write_atomically
 from capdistill.progress import progress as report_progress
@@ -97,11 +97,15 @@ def write_shards(
         show=progress,
         size=lambda each: min(images_per_shard, total - each[1]),
     )
+    written = 0
     for file, start in bar:
         part = _Part(data, ids, range(start, min(start + images_per_shard, total)), report)
         if not file.exists() or not part.is_in(file, overwrite):
             write_atomically(file, part.write)
-        samples_of(file)  # writes the index
+        written += len(samples_of(file))  # writes the index, too
+    if not written:
+        _remove(files)
+        raise DataError(f"write_shards: none of the {total} images can be read.\n{report}")
     if report.problems:
         warnings.warn(f"write_shards: {name}: images were left out: {report}", stacklevel=2)
     return files
@@ -117,7 +121,11 @@ def _remove_others(files: list[Path], folder: Path, name: str, overwrite: bool) 
             f"write_shards: {folder} has more shards called {name} than these data need, such as "
             f"{others[0].name}. Give another directory or name=, or overwrite=True."
         )
-    for path in others:
+    _remove(others)
+
+
+def _remove(shards: Iterable[Path]) -> None:
+    for path in shards:
         path.unlink(missing_ok=True)
         index_file(path).unlink(missing_ok=True)
 
@@ -172,7 +180,7 @@ class _Part:
             found = {sample.key: sample for sample in samples_of(file)}
         except DataError:
             return False  # damaged
-        same = (self._is_same(found.pop(f"{n:09d}", None), i, a) for n, i, a in self.items())
+        same = (self._is_same(file, found.pop(f"{n:09d}", None), i, a) for n, i, a in self.items())
         if all(same) and not found:
             return True
         if overwrite:
@@ -182,14 +190,17 @@ class _Part:
             "or overwrite=True."
         )
 
-    def _is_same(self, sample: Sample | None, image: Any, about: dict[str, Any]) -> bool:
+    def _is_same(
+        self, file: Path, sample: Sample | None, image: Any, about: dict[str, Any]
+    ) -> bool:
         try:
             data, _ = encoded(image)
         except (DataError, OSError) as error:
             self.report.add(Problem("corrupt image", about["image_id"], "", str(error)))
             return sample is None
-        size = sample.image[2] if sample is not None and sample.image is not None else None
-        return sample is not None and sample.about == about and size == len(data)
+        if sample is None or sample.image is None or sample.about != about:
+            return False
+        return TarImage(file, *sample.image).load() == data
 
 
 def encoded(image: Any) -> tuple[bytes, str]:

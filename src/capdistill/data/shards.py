@@ -26,10 +26,9 @@ from capdistill.data.caption_files import (
     DataReport,
     Policy,
     Problem,
-    caption_problem,
-    clean,
     image_name,
     parse_json,
+    usable_captions,
 )
 from capdistill.data.dataset import CaptionData, Example, Splits, require_some
 from capdistill.data.image_keys import file_stamp, hash_bytes
@@ -144,8 +143,9 @@ class TarImage(StoredImage):
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset - _BLOCK)
             data = _read_fully(file, _BLOCK + self.size)
-        named = os.fsencode(self.member)[:100]  # longer names have a header of their own
-        if len(data) < _BLOCK + self.size or (data[: len(named)] != named and len(named) < 100):
+        named = os.fsencode(self.member)
+        plain = named.isascii() and len(named) < 100  # others may have a header of their own
+        if len(data) < _BLOCK + self.size or (plain and not data.startswith(named)):
             raise DataError(
                 f"{self.file} was changed while it was in use: '{self.member}' is not at byte "
                 f"{self.offset} any more. Read the data set again."
@@ -252,7 +252,7 @@ def samples_of(file: Path) -> list[Sample]:
     Raises:
         DataError: it is truncated, damaged, or no tar file.
     """
-    index, stamp = index_file(file), (file_stamp(file) or [])[:2]
+    index, stamp = index_file(file), (file_stamp(file) or [])[:2]  # as it is before it is read
     try:
         known = from_json(index.read_text(encoding="utf-8"))
         if known["format"] == FORMAT and known["stamp"] == stamp:
@@ -260,7 +260,9 @@ def samples_of(file: Path) -> list[Sample]:
     except (OSError, ValueError, LookupError, TypeError):
         pass  # none, old or damaged
     samples = list(_scan(file))
-    _write_index(file, samples)
+    content = {"format": FORMAT, "stamp": stamp, "samples": [vars(sample) for sample in samples]}
+    with suppress(CapdistillError):  # it saves time and nothing else
+        write_text(index, json.dumps(content))
     return samples
 
 
@@ -281,17 +283,6 @@ def _checked(sample: Sample) -> Sample:
 def index_file(file: Path) -> Path:
     """The index beside a shard."""
     return file.with_name(f"{file.name}.index.json")
-
-
-def _write_index(file: Path, samples: Sequence[Sample]) -> None:
-    """Write the index of a shard, where that is possible: it saves time and nothing else."""
-    content = {
-        "format": FORMAT,
-        "stamp": (file_stamp(file) or [])[:2],
-        "samples": [vars(sample) for sample in samples],
-    }
-    with suppress(CapdistillError):
-        write_text(index_file(file), json.dumps(content))
 
 
 def _scan(file: Path) -> Iterator[Sample]:
@@ -366,14 +357,10 @@ def _example(
     image = TarImage(file, *sample.image)
     if not captioned:
         return Example.unlabelled(name, image)
-    field = next((about[each] for each in CAPTION_COLUMNS if each in about), sample.lines)
-    usable = []
-    for text in [] if field is None else caption_texts(field):
-        problem = caption_problem(text)
-        if problem is None:
-            usable.append(clean(str(text)))
-        elif problem[0] == "invalid caption":
-            report.add(Problem(problem[0], str(file), place, f"{name}: {problem[1]}"))
+    field = next((about[each] for each in CAPTION_COLUMNS if each in about), None)
+    lines = [line for line in sample.lines or () if line.strip()]
+    texts = lines if field is None else caption_texts(field)
+    usable = usable_captions(texts, report, str(file), place, name)
     if usable:
         options = {key: about[key] for key in ("references", "weights") if key in about}
         try:
