@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from capdistill.teachers.foreign import ForeignTeacher as ForeignTeacher
     from capdistill.teachers.foreign import normalised as normalised
     from capdistill.teachers.foreign import wrap as wrap
+    from capdistill.teachers.huggingface.loading import from_pretrained as from_pretrained
+    from capdistill.teachers.huggingface.teacher import HuggingFaceTeacher as HuggingFaceTeacher
     from capdistill.teachers.mean_teacher import MeanTeacher as MeanTeacher
 else:
     __getattr__, __dir__, __all__ = lazy_exports(
@@ -25,10 +27,12 @@ else:
             "CachedTeacher": "cached",
             "Ensemble": "ensemble",
             "ForeignTeacher": "foreign",
+            "HuggingFaceTeacher": "huggingface.teacher",
             "MeanTeacher": "mean_teacher",
             "TeacherCaptions": "caption_file",
             "cache": "cached_targets",
             "caption": "captions",
+            "from_pretrained": "huggingface.loading",
             "load": "ensemble",
             "normalised": "foreign",
             "read_captions": "caption_file",

@@ -1,0 +1,187 @@
+"""`from_pretrained`: a name, a directory or a module to a teacher."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from capdistill.errors import ConfigError, MissingExtra, shortened
+from capdistill.teachers import huggingface
+from capdistill.teachers.huggingface.base import Adapter
+from capdistill.teachers.huggingface.teacher import HuggingFaceTeacher, end_token
+
+OTHER = "image-text-to-text"
+_WRAP = "capdistill.teachers.wrap(module, adapt, tokenizer) takes any captioner"
+
+
+def from_pretrained(
+    name_or_path_or_module: str | os.PathLike[str] | nn.Module,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    prompt: str | None = None,
+    dtype: Any = None,
+    device_map: Any = None,
+) -> HuggingFaceTeacher:
+    """A captioner of Hugging Face transformers as a teacher.
+
+    Example:
+        .. code-block:: python
+
+            teacher = cd.teachers.from_pretrained("Salesforce/blip-image-captioning-base")
+            teacher.caption("dog.jpg", beam_size=3)
+
+    Args:
+        name_or_path_or_module: A name on the Hub, a directory that `save_pretrained` wrote, or a
+            model. BLIP, BLIP-2, GIT, Florence-2, VisionEncoderDecoder (ViT-GPT2), and whatever
+            `AutoModelForImageTextToText` loads (SmolVLM, Qwen-VL, PaliGemma, ...).
+        tokenizer: Of a module; otherwise what lies beside the weights. A tokenizer of transformers.
+        image_processor: Of a module; otherwise what lies beside the weights. Prompted models need
+            the whole processor, which may also hold the tokenizer.
+        prompt: Text that the captions continue, a request of a chat model, or a task of Florence-2.
+            By default what the family's captioning models were trained with.
+        dtype: Type of the weights, such as torch.bfloat16; None is that of the file.
+        device_map: As in transformers; it needs the package accelerate.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        ConfigError: it is not a captioner of a supported family, its parts are missing or cannot
+            be loaded.
+    """
+    _require_transformers()
+    given = name_or_path_or_module
+    if isinstance(given, nn.Module):
+        name = type(given).__name__
+        adapter_class = _adapter_class(getattr(given, "config", None), name)
+        _require_class(given, adapter_class)
+        processor, tokenizer = _parts_of_a_module(name, image_processor, tokenizer)
+        module = given if dtype is None else given.to(dtype)
+        if device_map is not None:
+            raise ConfigError(
+                "from_pretrained: device_map places what is loaded, but a module was given. Load "
+                "the module with device_map, or give its name or directory."
+            )
+    elif isinstance(given, (str, os.PathLike)):
+        place = os.fspath(given)
+        name = Path(place).name
+        adapter_class = _adapter_class(_load("AutoConfig", place), name)
+        processor, tokenizer = _parts_beside(place, image_processor, tokenizer)
+        placement = {} if device_map is None else {"device_map": device_map}
+        module = _load(adapter_class.model_class, place, dtype=dtype or "auto", **placement)
+    else:
+        raise ConfigError(
+            f"from_pretrained: {shortened(given)} was given; expected a name on the Hub, a "
+            "directory, or a model of transformers."
+        )
+    return _teacher(adapter_class(module, processor, tokenizer, prompt), name)
+
+
+def _teacher(adapter: Adapter, name: str) -> HuggingFaceTeacher:
+    from capdistill.tokenizers import HuggingFace
+
+    head = adapter.module.get_output_embeddings()
+    size = None if head is None else head.weight.shape[0]
+    tokenizer = HuggingFace(adapter.tokenizer, end=end_token(adapter, name), size=size)
+    return HuggingFaceTeacher(adapter, tokenizer, name)
+
+
+def _require_transformers() -> None:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra(
+            'Teachers of Hugging Face need transformers: pip install "capdistill[hf]".'
+        ) from error
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise MissingExtra(
+            f"transformers {transformers.__version__} is too old; version 5 or newer is needed: "
+            'pip install -U "capdistill[hf]".'
+        )
+
+
+def _adapter_class(config: Any, name: str) -> type[Adapter]:
+    """The adapter of a configuration.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind in huggingface.names() and kind != OTHER:
+        return huggingface.get(kind)
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as PROMPTED,
+    )
+
+    if kind in PROMPTED:
+        return huggingface.get(OTHER)
+    known = ", ".join(each for each in huggingface.names() if each != OTHER)
+    raise ConfigError(
+        f"from_pretrained: {name} is of the type {kind!r}, which is no captioner that is "
+        f"supported. Supported are {known}, and what AutoModelForImageTextToText of transformers "
+        f"loads. {_WRAP}."
+    )
+
+
+def _require_class(module: nn.Module, adapter: type[Adapter]) -> None:
+    """Refuse a model of the right family without the language-model head.
+
+    Raises:
+        ConfigError: it is of another class.
+    """
+    from transformers import GenerationMixin
+
+    found, wanted = type(module).__name__, adapter.model_class
+    if wanted.startswith("Auto"):
+        fits = isinstance(module, GenerationMixin)
+    else:
+        fits = any(each.__name__ == wanted for each in type(module).__mro__)
+    if not fits:
+        raise ConfigError(
+            f"from_pretrained: {found} is not a captioner; of this family, {wanted} is. {_WRAP}."
+        )
+
+
+def _parts_of_a_module(name: str, processor: Any, tokenizer: Any) -> tuple[Any, Any]:
+    tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
+    for part, fix in (
+        (tokenizer, "tokenizer=AutoTokenizer.from_pretrained(...)"),
+        (processor, "image_processor=AutoProcessor.from_pretrained(...)"),
+    ):
+        if part is None:
+            raise ConfigError(
+                f"from_pretrained: {name} was given as a module, which does not know its "
+                f"{fix.split('=')[0].replace('_', ' ')}. Give {fix}."
+            )
+    return processor, tokenizer
+
+
+def _parts_beside(place: str, processor: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Processor and tokenizer that lie beside the weights, where they were not given."""
+    if processor is None:
+        processor = _load("AutoProcessor", place)
+        if not hasattr(processor, "image_processor"):  # a tokenizer, where there is no processor
+            tokenizer = tokenizer or (processor if hasattr(processor, "vocab_size") else None)
+            processor = _load("AutoImageProcessor", place)
+    if tokenizer is None:
+        tokenizer = getattr(processor, "tokenizer", None) or _load("AutoTokenizer", place)
+    return processor, tokenizer
+
+
+def _load(kind: str, place: str, **options: Any) -> Any:
+    """`transformers.<kind>.from_pretrained`, with its errors explained.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(place, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(
+            f"from_pretrained: {kind} cannot be loaded from '{place}' ({error}). Expected a "
+            "directory that save_pretrained of model and processor wrote, or a name on the Hub and "
+            "a connection to it."
+        ) from error
