@@ -223,7 +223,8 @@ def smolvlm():
 
 QWEN_CHAT = (
     "{% for m in messages %}<|im_start|>user\n{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 
