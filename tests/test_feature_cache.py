@@ -216,6 +216,24 @@ def test_a_disk_that_is_too_small_is_reported_before_the_work(
         cache(tmp_path)
 
 
+def test_a_process_that_comes_while_another_begins_sees_its_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[feature_files.CacheFiles] = []
+
+    def begin(*_: Any) -> None:  # between the other's look at the disk and its first write
+        monkeypatch.setattr(feature_files, "_require_space", lambda *_: None)
+        first.append(feature_files.CacheFiles(tmp_path / "a.fp16", 3, (2,)))
+        first[0].write(1, np.ones(2, np.int16), np.array([feature_files.DONE], np.uint8))
+        first[0].flush()
+
+    monkeypatch.setattr(feature_files, "_require_space", begin)
+    second = feature_files.CacheFiles(tmp_path / "a.fp16", 3, (2,))
+    assert second.marks().tolist() == first[0].marks().tolist() == [0, feature_files.DONE, 0]
+    for each in (*first, second):
+        each.close()
+
+
 def test_a_full_disk_is_a_clear_error_and_the_work_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,12 +13,12 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from capdistill.errors import ConfigError
-from capdistill.files import from_json, remove_abandoned, user_path
+from capdistill.files import from_json, lock, remove_abandoned, user_path
 
 FORMAT = "capdistill.features/2"
 HASHES = "image-hashes.json"  # of image files: place -> [hash, stamp]
@@ -76,12 +76,17 @@ class CacheFiles:
         size = images * self.row_bytes
         if not path.exists() or path.stat().st_size != size:
             _require_space(path.parent, size)
-            marks_file(path).unlink(missing_ok=True)
-        self.values = _open_sized(path, size, buffering=-1)  # completes a write or raises
-        self.done = _open_sized(marks_file(path), images, buffering=0)  # sees others' marks
+        with open(path, "ab") as values, open(marks_file(path), "ab") as done:
+            lock(values)  # others may be here for the same reason
+            if os.fstat(values.fileno()).st_size != size:
+                done.truncate(0)  # of other values
+                values.truncate(size)
+            done.truncate(images)
+        self.values = path.open("r+b")  # buffered: it completes a write or raises
+        self.done = marks_file(path).open("r+b", buffering=0)  # sees the marks of others
 
     def marks(self) -> np.ndarray[Any, Any]:
-        """One of `_MISSING`, `_DONE`, `_UNREADABLE` per image."""
+        """One of `MISSING`, `DONE`, `UNREADABLE` per image."""
         self.done.seek(0)
         return np.frombuffer(self.done.read(), np.uint8)
 
@@ -116,14 +121,6 @@ class CacheFiles:
         self.close()
         for file in (self.path, marks_file(self.path), self.path.with_suffix(".json")):
             file.unlink(missing_ok=True)
-
-
-def _open_sized(path: Path, size: int, buffering: int) -> IO[bytes]:
-    """A file of that size, zeros where it is new, open to be written anywhere."""
-    with open(path, "ab") as file:
-        if os.fstat(file.fileno()).st_size != size:
-            file.truncate(size)
-    return open(path, "r+b", buffering)
 
 
 def _require_space(directory: Path, size: int) -> None:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from capdistill.errors import CapdistillError, ConfigError
+from capdistill.errors import CapdistillError, CheckpointError, ConfigError
 
 
 def read_object(path: str | Path, what: str, example: str = "") -> dict[str, Any]:
@@ -46,6 +46,35 @@ def read_object(path: str | Path, what: str, example: str = "") -> dict[str, Any
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
+    return content
+
+
+def read_manifest(
+    path: Path, form: str, what: str, writer: str, check: Callable[[Any], object]
+) -> dict[str, Any]:
+    """Read the JSON file that describes the other files of a directory.
+
+    Args:
+        path: The file.
+        form: Its "format".
+        what: What it describes, for messages.
+        writer: What writes such a directory, for messages.
+        check: Is given the content; raises `ValueError`, `LookupError` or `TypeError` at what does
+            not belong there.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged or of another format.
+    """
+    try:
+        content: dict[str, Any] = from_json(path.read_text(encoding="utf-8"))
+        if content.get("format") != form:
+            raise ValueError(f"format {content.get('format')!r}")
+        check(content)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not describe {what} ({type(error).__name__}: {error}). Expected a "
+            f"directory written by {writer}, with format '{form}'."
+        ) from error
     return content
 
 
@@ -206,6 +235,17 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
             f"Cannot write {path}: {error.strerror or error}. Give a directory that exists or can "
             "be created, is writable and has space; files written earlier were left as they are."
         ) from error
+
+
+def lock(stream: IO[bytes]) -> None:
+    """Wait for the exclusive right to a file. It ends when the file is closed.
+
+    Threads wait for each other, too. Where a system or a disk has no such locks it does nothing.
+    """
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX)
 
 
 def temporary_name(name: str) -> str:

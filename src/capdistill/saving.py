@@ -22,6 +22,7 @@ from capdistill import decoders, encoders
 from capdistill.errors import CapdistillError, CheckpointError, ConfigError, shortened
 from capdistill.files import (
     from_json,
+    read_manifest,
     remove_abandoned,
     temporary_name,
     write_atomically,
@@ -226,17 +227,8 @@ def read_description(directory: Path) -> Description:
         raise CheckpointError(
             f"{directory} holds a saved ensemble. Read it with capdistill.teachers.load(directory)."
         )
-    try:
-        content: Description = from_json(path.read_text(encoding="utf-8"))
-        if content.get("format") != _FORMAT:
-            raise ValueError(f"format {content.get('format')!r}")
-        _check_content(content)
-        _require_checksum(path, content, "name", _digest_of(content["name"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} does not describe a captioner ({type(error).__name__}: {error}). Expected a "
-            f"directory written by Captioner.save, with format '{_FORMAT}'."
-        ) from error
+    content = read_manifest(path, _FORMAT, "a captioner", "Captioner.save", _check_content)
+    _require_checksum(path, content, "name", _digest_of(content["name"]))
     return content
 
 

@@ -62,6 +62,17 @@ def test_targets_of_a_teacher_take_its_place(
             assert rows[1][role]["terms"][term]["raw"] == pytest.approx(value["raw"], rel=0.02)
 
 
+def test_targets_are_made_with_the_workers_and_batches_of_the_command(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("capdistill.teachers.cache", lambda *_, **options: given.update(options))
+    command = ["cache", "--teacher", str(teacher), "--student", "debug_student", *DATA]
+    command += ["--cache-dir", str(tmp_path), "--targets", "x", "--device", "cpu"]
+    assert main([*command, "--num-workers", "1", "--eval-batch-size", "3"]) == 0
+    assert (given["num_workers"], given["batch_size"]) == (1, 3)
+
+
 def test_a_model_alone_is_cached_and_caches_are_listed_and_cleared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

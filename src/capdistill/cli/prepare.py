@@ -123,6 +123,8 @@ def _cache_targets(options: argparse.Namespace, trainer: Any, train: Any, val: A
         keep=trainer.objective.needed_outputs & {"features", "attention"},
         image_size=image_size(*trainer.models),
         cache_features=True,
+        batch_size=config.eval_batch_size,
+        num_workers=config.num_workers,
         progress=config.progress is not False,
         **words,
         **{name: getattr(config, name) for name in _AS_TRAINED},

@@ -1,4 +1,4 @@
-"""Which images a data set holds: a key of their content that is cheap to compute again.
+"""Which images a data set holds: hashes of their content that are cheap to compute again.
 
 Every file is hashed once. Its hash is remembered beside its size and times: files that were not
 touched are not read again, and files that were only copied, moved or touched keep their key.
@@ -26,6 +26,7 @@ from capdistill.progress import progress as report_progress
 
 _MAX_BYTES = 2**28  # as for images that are read
 _THREADS, _AT_ONCE = 8, 32  # reading waits for the disk or network
+_UNREADABLE = "unreadable"
 _WORTH_KEEPING = 1.0  # seconds that hashing took
 
 
@@ -48,6 +49,25 @@ def images_key(examples: Sequence[Example], directory: Path, progress: bool = Fa
     for example, value in zip(examples, _hashes(examples, directory, progress), strict=True):
         digest.update(f"{example.image_id!r} {value}\n".encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
+
+
+def image_contents(
+    examples: Sequence[Example], directory: Path, progress: bool = False
+) -> dict[str, str]:
+    """Image id -> the hash of the bytes of its file, of all images that have one.
+
+    Example:
+        >>> import capdistill as cd, tempfile
+        >>> examples = [*cd.data.sample().val.examples, Example("a", "lost.jpg", ["a dog"])]
+        >>> len(examples), len(image_contents(examples, Path(tempfile.mkdtemp())))
+        (9, 8)
+
+    The arguments are those of `images_key`. A file that cannot be read is left out, and so is a row
+    of another data set, whose hash tells where it is.
+    """
+    own = [example for example in examples if _stamp(example.path) is not None]
+    values = zip(own, _hashes(own, directory, progress), strict=True)
+    return {example.image_id: value for example, value in values if value != _UNREADABLE}
 
 
 def _hashes(examples: Sequence[Example], directory: Path, progress: bool) -> list[str]:
@@ -121,7 +141,7 @@ def _hash(path: Path | StoredImage) -> str:
     try:
         return path.digest() if isinstance(path, StoredImage) else _hash_file(path)
     except Exception:  # it is named when it is read for its pixels
-        return "unreadable"
+        return _UNREADABLE
 
 
 def _hash_file(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from heapq import nlargest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -260,19 +260,23 @@ class CachedTeacher(CaptionGenerator):
             f"capdistill.teachers.cache(teacher, data, directory, keep=[{kept}], overwrite=True)."
         )
 
-    def require(self, source: Any) -> None:
+    def require(self, source: Any, progress: bool = False) -> None:
         """Check that it has the targets of all batches of a source, as far as that can be known.
+
+        Args:
+            source: A loader; of any other source, each batch is checked when it is read.
+            progress: Show the progress of hashing images, which takes time where they are new.
 
         Raises:
             ConfigError: other views, or random ones.
-            DataError: captions that were not cached, or that the loader's tokenizer splits
-                differently.
+            DataError: images that have changed, captions that were not cached, or that the
+                loader's tokenizer splits differently.
         """
         if not isinstance(source, Loader) or not isinstance(source.data, CaptionData):
-            return  # each batch is checked when it is read
+            return
         collator, index, data = source.collator, self.store.index, source.data
-        views = collator.views
-        chance = views == 1 and not collator.view and (collator.random_crop or collator.flip)
+        views = max(collator.views, collator.view + 1)
+        chance = views == 1 and (collator.random_crop or collator.flip)
         mirrored = bool(self.store.content["about"]["flip"])
         if chance or (views > 1 and collator.flip != mirrored):
             raise ConfigError(
@@ -290,7 +294,7 @@ class CachedTeacher(CaptionGenerator):
             for example, captions in wanted
             if example.image_id not in index.errors
             and captions
-            and not index.has(example.image_id, captions, max(views, collator.view + 1))
+            and not index.has(example.image_id, captions, views)
         ]
         if lacking:
             more = "" if source.train else " Validation images are cached by val=data.val."
@@ -298,7 +302,8 @@ class CachedTeacher(CaptionGenerator):
                 f"'{self.name}' lacks cached targets of {len(lacking)} of {len(data)} images of "
                 f"{data.name}, such as '{lacking[0]}' ({views} views). {_ANEW}.{more}"
             )
-        for caption in islice((c for e in data.examples for c in e.captions), 100):
+        self.store.require_unchanged(data, progress)
+        for caption in nlargest(100, (c for e in data.examples for c in e.captions), key=len):
             theirs, mine = collator.tokenizer.encode(caption), self.tokenizer.encode(caption)
             if theirs != mine:
                 raise DataError(

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from capdistill.errors import CheckpointError, ConfigError
-from capdistill.files import from_json, write_text
+from capdistill.data.dataset import CaptionData
+from capdistill.data.image_keys import image_contents
+from capdistill.errors import CheckpointError, ConfigError, DataError
+from capdistill.files import from_json, lock, read_manifest, write_text
 from capdistill.saving import TARGETS
 
 FORMAT = "capdistill.targets/1"
@@ -56,7 +58,7 @@ class Line:
 
     Args:
         image_id: The id of the image.
-        size: Bytes of its file, 0 if it has none.
+        content: Hash of its file; "" if it has none.
         captions: The texts.
         lengths: Target tokens of each.
         tokens: First row of the first caption, for each view; the others follow it.
@@ -65,7 +67,7 @@ class Line:
     """
 
     image_id: str
-    size: int
+    content: str = ""
     captions: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -79,11 +81,13 @@ class Line:
         Raises:
             TypeError, ValueError, KeyError: it is none.
         """
-        line = cls(**from_json(text))
-        numbers = [line.size, *line.lengths, *line.tokens, *line.images]
+        values = {**from_json(text)}
+        values.pop("size", None)  # of an earlier version
+        line = cls(**values)
+        numbers = [*line.lengths, *line.tokens, *line.images]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise TypeError("a number is no whole number >= 0")
-        texts = [line.image_id, *line.captions]
+        texts = [line.image_id, line.content, *line.captions]
         if not all(type(text) is str for text in texts) or len(line.captions) != len(line.lengths):
             raise TypeError("captions and lengths do not fit")
         if len(line.tokens) != len(line.images):
@@ -108,14 +112,14 @@ class Index:
     """Image id, view and caption -> rows.
 
     Example:
-        >>> index = Index([Line("a", 9, ["dog", "cat"], [2, 3], tokens=[0, 5], images=[0, 1])])
+        >>> index = Index([Line("a", "f3", ["dog", "cat"], [2, 3], tokens=[0, 5], images=[0, 1])])
         >>> index.rows("a", 1, "cat"), index.has("a", ["dog"], views=2), index.rows("a", 0, "cow")
         ((7, 3), True, None)
     """
 
     def __init__(self, lines: Iterable[Line] = ()) -> None:
         self.entries: dict[str, list[Entry]] = {}
-        self.sizes: dict[str, int] = {}
+        self.contents: dict[str, str] = {}  # of images whose content is known
         self.errors: dict[str, str] = {}
         self.ends = (0, 0)  # rows of tokens, rows of images
         for line in lines:
@@ -127,7 +131,7 @@ class Index:
             self.errors[line.image_id] = line.error
             return
         self.errors.pop(line.image_id, None)
-        self.sizes[line.image_id] = line.size
+        self.contents |= {line.image_id: line.content} if line.content else {}
         offsets = np.cumsum([0, *line.lengths]).tolist()
         places = zip(offsets, line.lengths, strict=False)
         entry = Entry(line.tokens, line.images, dict(zip(line.captions, places, strict=True)))
@@ -160,15 +164,13 @@ class Block:
     """The targets of a batch of images, to be added; their rows stand view by view.
 
     Args:
-        images: Id, and bytes of the file, of each.
-        captions: Texts of each.
+        wanted: A line of each, with the captions, but without rows.
         lengths: Target tokens (I, k) of each caption; 0 behind the last of an image.
         views: Views of each image.
         arrays: By name.
     """
 
-    images: Sequence[tuple[str, int]]
-    captions: Sequence[Sequence[str]]
+    wanted: Sequence[Line]
     lengths: Sequence[Sequence[int]]
     views: int
     arrays: dict[str, np.ndarray[Any, Any]]
@@ -182,10 +184,11 @@ class Block:
         token, image = ends
         per_view = sum(map(sum, self.lengths))
         lines = []
-        for about, texts, counts in zip(self.images, self.captions, self.lengths, strict=True):
+        for line, counts in zip(self.wanted, self.lengths, strict=True):
             tokens = [token + view * per_view for view in range(self.views)]
-            images = [image + view * len(self.images) for view in range(self.views)]
-            lines.append(Line(*about, [*texts], [*counts[: len(texts)]], tokens, images))
+            images = [image + view * len(self.wanted) for view in range(self.views)]
+            lengths = [*counts[: len(line.captions)]]
+            lines.append(replace(line, lengths=lengths, tokens=tokens, images=images))
             token, image = token + sum(counts), image + 1
         return lines
 
@@ -195,6 +198,7 @@ class Store:
 
     Args:
         directory: Holds targets.json, the index and the arrays.
+        cut: Remove what a killed writer left incomplete. Only within `locked`.
 
     Attributes:
         content: What targets.json says: "about", whatever the targets depend on, and more.
@@ -205,43 +209,35 @@ class Store:
         CheckpointError: there are no such files, or they are damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, cut: bool = False) -> None:
         self.directory = directory
         self.content = read_content(directory)
         self.columns = {c[0]: Column(*c) for c in self.content["columns"]}
-        self.index = Index()
-        self.reload()
-
-    def reload(self, cut: bool = False) -> None:
-        """Read the index. `cut` removes what a killed writer left incomplete behind it."""
-        path = self.directory / INDEX
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-        rows = self._whole_rows()
-        lines: list[Line] = []
-        good = 0
-        for text in data.splitlines(keepends=True):
-            try:
-                line = Line.parse(text)
-            except (ValueError, TypeError, KeyError) as error:
-                if not text.endswith(b"\n"):
-                    break  # the writer was killed
-                raise CheckpointError(
-                    f"{path}, line {len(lines) + 1} is not one that teachers.cache wrote "
-                    f"({type(error).__name__}: {error}). Cache the targets anew, with "
-                    "overwrite=True."
-                ) from error
-            if not text.endswith(b"\n") or any(
-                end > count for end, count in zip(line.ends(), rows, strict=True)
-            ):
-                break
-            lines.append(line)
-            good += len(text)
+        lines, whole = _read_lines(directory / INDEX, self._whole_rows)
         self.index = Index(lines)
         if cut:
-            self._cut(good)
+            self._cut(whole)
+
+    def require_unchanged(self, data: CaptionData, progress: bool = False) -> dict[str, str]:
+        """Check that images are those whose targets are here.
+
+        Returns:
+            The hash of each image that has a file.
+
+        Raises:
+            DataError: the content of an image is another one.
+        """
+        contents = image_contents(data.examples, self.directory, progress)
+        known = self.index.contents
+        changed = [name for name, now in contents.items() if known.get(name, now) != now]
+        if changed:
+            raise DataError(
+                f"{len(changed)} of {len(data)} images of {data.name}, such as '{changed[0]}', are "
+                f"not those whose targets are in {self.directory}: their content differs. Give the "
+                "images that were cached; or cache these, in another directory or with "
+                "overwrite=True."
+            )
+        return contents
 
     def _whole_rows(self) -> tuple[int, int]:
         """Rows of tokens and of images that every array has."""
@@ -285,17 +281,41 @@ class Store:
         return np.asarray(np.memmap(path, column.dtype, "r", shape=(rows, column.width)))
 
 
+def _read_lines(path: Path, whole_rows: Callable[[], tuple[int, int]]) -> tuple[list[Line], int]:
+    """The lines of an index up to the first that is not complete, and the bytes that they take."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    tokens, images = whole_rows()  # behind the index, whose lines are written after the rows
+    lines: list[Line] = []
+    size = 0
+    for text in data.splitlines(keepends=True):
+        if not text.endswith(b"\n"):
+            break  # the writer was killed
+        try:
+            line = Line.parse(text)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}, line {len(lines) + 1} is not one that teachers.cache wrote "
+                f"({type(error).__name__}: {error}). Cache the targets anew, with overwrite=True."
+            ) from error
+        token_end, image_end = line.ends()
+        if token_end > tokens or image_end > images:
+            break
+        lines.append(line)
+        size += len(text)
+    return lines, size
+
+
 def read_content(directory: Path) -> dict[str, Any]:
     """What targets.json holds.
 
     Raises:
         CheckpointError: there is none, or it is damaged or of another format.
     """
-    path = directory / TARGETS
-    try:
-        content: dict[str, Any] = from_json(path.read_text("utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r}")
+
+    def check(content: dict[str, Any]) -> None:
         for each in content["columns"]:
             column = Column(*each)
             if [type(part) for part in column] != [str, str, int, str]:
@@ -313,12 +333,9 @@ def read_content(directory: Path) -> dict[str, Any]:
             raise ValueError("a temperature is no number")
         if type(about["flip"]) is not bool or type(content["name"]) is not str:
             raise ValueError("flip or name has another type")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} does not describe cached targets ({type(error).__name__}: {error}). Expected "
-            f"a directory that capdistill.teachers.cache wrote, with format '{FORMAT}'."
-        ) from error
-    return content
+
+    writer = "capdistill.teachers.cache"
+    return read_manifest(directory / TARGETS, FORMAT, "cached targets", writer, check)
 
 
 @contextmanager
@@ -331,7 +348,7 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with open(directory / INDEX, "ab") as stream:
-            _lock(stream)
+            lock(stream)
             yield
     except OSError as error:
         raise ConfigError(
@@ -339,15 +356,6 @@ def locked(directory: Path) -> Iterator[None]:
             "can be created, is writable and has space; what was written is kept, and the same "
             "call continues it."
         ) from error
-
-
-def _lock(stream: IO[bytes]) -> None:
-    """Wait for the exclusive right to write; released when the file is closed."""
-    try:
-        import fcntl
-    except ImportError:  # not on this system
-        return
-    fcntl.flock(stream, fcntl.LOCK_EX)
 
 
 def start(
@@ -381,9 +389,7 @@ def start(
         for name, write in files.items():
             write(directory / name)
         write_text(directory / TARGETS, json.dumps({"format": FORMAT, **content}, indent=2))
-    store = Store(directory)
-    store.reload(cut=True)
-    return store
+    return Store(directory, cut=True)
 
 
 def _require_same(directory: Path, about: Mapping[str, Any]) -> None:

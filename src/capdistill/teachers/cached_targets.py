@@ -40,7 +40,7 @@ def cache(
     min_mass: float = 0.9,
     image_size: int | None = None,
     batch_size: int = 32,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     device: str = "auto",
     precision: str = "auto",
     cache_features: bool = False,
@@ -92,7 +92,7 @@ def cache(
         image_size: Side in pixels of the images that the teacher reads; by default its own, and
             each member's own. The student of a run reads images at its own size.
         batch_size: Images per batch.
-        num_workers: Processes that read images.
+        num_workers: Processes that read images; None decides by `default_num_workers`.
         device, precision, cache_features, cache_dir, cache_dtype: As in `TrainConfig`; the cached
             features of a run with the same teacher, images and precision are used.
         overwrite: Start anew, whatever the directory holds.

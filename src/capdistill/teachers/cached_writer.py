@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,13 @@ from torch import Tensor
 from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
 from capdistill.data.collate import BatchIndex
-from capdistill.data.dataset import CaptionData, Example
+from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
 from capdistill.feature_files import CacheType
 from capdistill.files import write_atomically
 from capdistill.losses.divergence import full
-from capdistill.outputs import Batch
+from capdistill.outputs import Batch, select_images
 from capdistill.progress import progress as report_progress
 from capdistill.ranks import Ranks
 from capdistill.runtime import autocast, on_device, stable_hash
@@ -103,7 +104,7 @@ class Writer:
     kept: frozenset[str]
     words: Words | None
     batch_size: int
-    num_workers: int
+    num_workers: int | None
     device: torch.device
     precision: str
     trunks: Path | None
@@ -155,7 +156,7 @@ class Writer:
             store = made[0] if made else None
             with on_device([teacher], self.device):
                 for each, views in parts:
-                    missing = ranks.on_main(lambda: list(_missing(store, each, views)))  # noqa: B023
+                    missing = ranks.on_main(self._missing, store, each, views)
                     if missing:
                         caches = self._trunks(teacher, each, views)
                         self.complete(store, teacher, each, missing, views, caches)
@@ -201,17 +202,18 @@ class Writer:
         store: Store | None,
         teacher: Any,
         data: CaptionData,
-        missing: Sequence[tuple[int, list[str]]],
+        missing: Sequence[Line],
         views: int,
         caches: Sequence[dict[str, Any]],
     ) -> None:
         """Add missing targets: each rank takes every N-th batch, rank 0 writes them in order."""
         ranks, size = self.ranks, self.batch_size
-        chosen = data.subset(place for place, _ in missing)
+        wanted = {line.image_id: line for line in missing}
+        chosen = data.subset(n for n, image_id in enumerate(data.image_ids) if image_id in wanted)
         loaders = list(self._loaders(teacher, chosen, views, caches))
         begins = range(0, len(missing), size)
         batches = [(0, tuple(range(i, min(i + size, len(missing))))) for i in begins]
-        mine = self._blocks(teacher, chosen, [texts for _, texts in missing], loaders, batches)
+        mine = self._blocks(teacher, wanted, loaders, batches)
         shown = report_progress(
             range(0, len(batches), ranks.world_size),
             len(batches),
@@ -224,36 +226,50 @@ class Writer:
             for block in ranks.gather_on_main(next(mine, None)):
                 if store is not None and block is not None:
                     store.add(block)
-        ranks.gather_problems(loaders[0])
+        for loader in loaders:
+            ranks.gather_problems(loader)
         if store is not None:
-            _add_unreadable(store, chosen, loaders[0])
+            _add_unreadable(store, chosen, loaders)
 
     def _blocks(
         self,
         teacher: Any,
-        data: CaptionData,
-        captions: Sequence[Sequence[str]],
+        wanted: Mapping[str, Line],
         loaders: Sequence[Loader],
         batches: Sequence[BatchIndex],
     ) -> Iterator[Block | None]:
         """The targets of the batches of this rank; None for one without a readable image."""
         checked = not self.ranks.main  # as a single process does
-        numbers = {image_id: number for number, image_id in enumerate(data.image_ids)}
         mine = [*batches[self.ranks.rank :: self.ranks.world_size]]
         for results in zip(*(loader.read(mine) for loader in loaders), strict=True):
-            group = [each.batch for each in results if each.batch is not None]
-            if len(group) < len(results):
+            group = _in_all_views([each.batch for each in results])
+            if not group:
                 yield None
                 continue
-            images = [numbers[image_id] for image_id in group[0].image_ids]
-            texts = [captions[number] for number in images]
+            lines = [wanted[image_id] for image_id in group[0].image_ids]
+            texts = [line.captions for line in lines]
             shown = [_captioned(batch, texts, teacher) for batch in group]
             made = [self._targets(teacher, batch, not checked) for batch in shown]
             checked = True
-            lengths = shown[0].target_mask.sum(1).view(len(images), -1)  # (I, k)
+            lengths = shown[0].target_mask.sum(1).view(len(lines), -1)  # (I, k)
             arrays = {name: np.concatenate([each[name] for each in made]) for name in made[0]}
-            about = [(data.image_ids[n], _size(data.examples[n])) for n in images]
-            yield Block(about, texts, lengths.tolist(), len(group), arrays)
+            yield Block(lines, lengths.tolist(), len(group), arrays)
+
+    def _missing(self, store: Store | None, data: CaptionData, views: int) -> list[Line]:
+        """A line of each image of a data set that lacks targets, with the captions that do.
+
+        Raises:
+            DataError: the file of an image is another one than before.
+        """
+        assert store is not None  # this is rank 0
+        contents = store.require_unchanged(data, self.progress)
+        found = []
+        for example in data.examples:
+            has = partial(store.index.has, example.image_id, views=views)
+            lacking = [c for c in dict.fromkeys(example.captions) if not has([c])]
+            if lacking or not has([]):
+                found.append(Line(example.image_id, contents.get(example.image_id, ""), lacking))
+        return found
 
     def _trunks(self, teacher: Any, data: CaptionData, views: int) -> list[dict[str, Any]]:
         """The cached features of each view; none if trunks are to run."""
@@ -344,46 +360,31 @@ def _write_output(teacher: Captioner, path: Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
-def _missing(store: Store | None, data: CaptionData, views: int) -> Iterator[tuple[int, list[str]]]:
-    """Places of the images that lack targets, and the captions to add.
-
-    Raises:
-        DataError: the file of an image is another one than before.
-    """
-    assert store is not None  # this is rank 0
-    index = store.index
-    for place, example in enumerate(data.examples):
-        captions = list(dict.fromkeys(example.captions))
-        before = index.sizes.get(example.image_id)
-        if before is not None and before != _size(example):
-            raise DataError(
-                f"Image '{example.image_id}' ({example.path}) had {before} bytes when the targets "
-                f"in {store.directory} were cached and has {_size(example)} now. Cache images "
-                "with equal ids in different directories, or use overwrite=True."
-            )
-        lacking = [c for c in captions if not index.has(example.image_id, [c], views)]
-        if lacking or not index.has(example.image_id, [], views):
-            yield place, lacking
+def _in_all_views(batches: Sequence[Batch | None]) -> list[Batch]:
+    """Batches of the views of the same images, without those that a view lacks."""
+    given = [batch for batch in batches if batch is not None]
+    common = set.intersection(*({*b.image_ids} for b in given)) if given else set[str]()
+    if not common or len(given) < len(batches):
+        return []
+    if all(batch.num_images == len(common) for batch in given):
+        return given
+    places = [[n for n, i in enumerate(b.image_ids) if i in common] for b in given]
+    return [select_images(batch, chosen) for batch, chosen in zip(given, places, strict=True)]
 
 
-def _size(example: Example) -> int:
-    try:
-        return example.path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _add_unreadable(store: Store, data: CaptionData, loader: Loader) -> None:
+def _add_unreadable(store: Store, data: CaptionData, loaders: Sequence[Loader]) -> None:
     """List the images that could not be read.
 
     Raises:
         DataError: none of them, and no other, could be read.
     """
-    told, errors = {each.file: each.detail for each in loader.skipped}, store.index.errors
+    told = {each.file: each.detail for loader in loaders for each in loader.skipped}
+    errors = store.index.errors
     broken = [(e.image_id, told[str(e.path)]) for e in data.examples if str(e.path) in told]
     if not store.index.entries:
-        raise DataError(f"None of the {loader.num_images} images can be used.\n{loader.skipped}")
-    store.append([Line(i, 0, error=why) for i, why in broken if errors.get(i) != why], {})
+        none = f"None of the {len(data)} images can be used."
+        raise DataError(f"{none}\n{loaders[0].skipped}")
+    store.append([Line(i, error=why) for i, why in broken if errors.get(i) != why], {})
 
 
 def _captioned(batch: Batch, captions: Sequence[Sequence[str]], teacher: Any) -> Batch:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capdistill.errors import CheckpointError, ConfigError
-from capdistill.files import from_json, remove_abandoned, temporary_name, write_text
+from capdistill.files import read_manifest, remove_abandoned, temporary_name, write_text
 from capdistill.saving import DESCRIPTION, ENSEMBLE, saved_file
 
 _FORMAT = "capdistill.ensemble/1"
@@ -96,17 +96,14 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
             f"{directory} holds a saved captioner, no ensemble. Read it with "
             "capdistill.teachers.load(directory)."
         )
-    try:
-        content = from_json(path.read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
-            raise ValueError(f"format {content['format']!r}")
-        places = {str(each["name"]): str(each["directory"]) for each in content["members"]}
-        if any(Path(place).name != place for place in places.values()):
-            raise ValueError("a member is not in a directory within")
-        about = {key: content[key] for key in ("name", "mixing", "weights")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} does not describe an ensemble ({type(error).__name__}: {error}). Expected a "
-            f"directory written by Ensemble.save, with format '{_FORMAT}'."
-        ) from error
-    return about, {name: directory / place for name, place in places.items()}
+    content = read_manifest(path, _FORMAT, "an ensemble", "Ensemble.save", _check)
+    about = {key: content[key] for key in ("name", "mixing", "weights")}
+    places = {each["name"]: directory / each["directory"] for each in content["members"]}
+    return about, places
+
+
+def _check(content: Mapping[str, Any]) -> None:
+    _ = content["name"], content["mixing"], content["weights"]
+    for each in content["members"]:
+        if type(each["name"]) is not str or Path(each["directory"]).name != each["directory"]:
+            raise ValueError("a member has no name, or is not in a directory within")

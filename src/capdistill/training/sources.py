@@ -127,9 +127,10 @@ def require_usable(stepper: Stepper, train: Source, val: Source | None) -> Batch
         DataError: no image can be used.
         ConfigError: validation batches without references, or cached targets of other views.
     """
+    show = stepper.config.progress is not False
     for cached in [part for model in stepper.models for part in cached_parts(model)]:
         for source in (train, val):
-            cached.require(source)
+            stepper.ranks.on_main(cached.require, source, show)
     if val is not None:
         ready = isinstance(val, FixedBatches) and isinstance(val.batches, (list, tuple))
         found = list(val.epoch(0)) if ready else [_first_batch(val)]
