@@ -212,7 +212,7 @@ def test_a_disk_that_is_too_small_is_reported_before_the_work(
 ) -> None:
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(feature_files.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ConfigError, match=r"need 0\.0 GB.*Set cache_dir="):
+    with pytest.raises(ConfigError, match=r"need 0\.0 MB.*Set cache_dir="):
         cache(tmp_path)
 
 
@@ -263,6 +263,9 @@ def test_a_full_disk_is_a_clear_error_and_the_work_is_kept(
         {"shape": [-4, -5]},
         {"shape": "x"},
         {"image_ids": ["0"]},
+        {"image_ids": [str(number + 1) for number in range(IMAGES)]},
+        {"checksums": [1.5] * IMAGES},
+        {"checksums": []},
         {"unreadable": [99]},
         {"unreadable": 5},
         {"complete": []},
@@ -278,6 +281,33 @@ def test_a_damaged_index_is_written_anew(tmp_path: Path, damage: dict[str, Any])
     cache(tmp_path, encoder)
     assert contents(tmp_path) == good
     assert encoder.seen in (IMAGES, IMAGES + BATCH)  # a first batch tells the shape
+
+
+def test_damaged_values_are_no_features_of_their_image(tmp_path: Path) -> None:
+    cache(tmp_path)
+    [values] = tmp_path.glob("*.fp16")
+    damaged = bytearray(values.read_bytes())
+    damaged[3] ^= 1  # of image 0; that of image 10 is lost as a whole
+    damaged[-40:] = bytes(40)
+    values.write_bytes(damaged)
+    found = cache(tmp_path)
+    assert found["5"].isfinite().all()
+    for image in ("0", "10"):
+        with pytest.raises(DataError, match=rf"{values.name} are damaged. Remove that file"):
+            found[image]
+    values.unlink()
+    assert cache(tmp_path)["10"].any()
+
+
+def test_a_cache_of_an_older_version_has_no_checksums(tmp_path: Path) -> None:
+    cache(tmp_path)
+    [index] = tmp_path.glob("*.json")
+    content = json.loads(index.read_text())
+    del content["checksums"]
+    index.write_text(json.dumps(content))
+    encoder = Encoder()
+    assert cache(tmp_path, encoder)["5"].any()
+    assert encoder.seen == 0
 
 
 def test_caches_are_listed_and_cleared_and_other_files_stay(tmp_path: Path) -> None:

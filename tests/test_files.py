@@ -6,16 +6,18 @@ import errno
 import io
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from capdistill.errors import ConfigError, DataError
-from capdistill.files import printable, user_path, write_atomically, write_text
+from capdistill.files import DirectoryLock, printable, user_path, write_atomically, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -267,3 +269,33 @@ def test_files_needs_no_torch() -> None:
     code = "import capdistill.files, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no such processes")
+def test_a_forked_process_does_not_keep_a_directory_locked(tmp_path: Path) -> None:
+    started, tell = os.pipe()
+    with DirectoryLock() as lock:
+        lock.take(tmp_path)
+        child = os.fork()
+        if not child:  # like a worker process, which lives on where its parent is killed
+            os.write(tell, b"x")
+            time.sleep(60)
+            os._exit(0)
+        try:
+            os.read(started, 1)
+            with pytest.raises(ConfigError, match="in use"):
+                DirectoryLock().take(tmp_path)
+            lock.__exit__(None, None, None)
+            with DirectoryLock() as again:
+                again.take(tmp_path)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(started)
+            os.close(tell)
+
+
+def test_a_missing_directory_needs_no_lock(tmp_path: Path) -> None:
+    with DirectoryLock() as lock:
+        lock.take(tmp_path / "none")
+    assert names(tmp_path) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from capdistill.feature_files import (
     marks_file,
     read_index,
 )
-from capdistill.files import write_text
+from capdistill.files import system_error, write_text
 from capdistill.progress import progress as report_progress
 from capdistill.ranks import Ranks
 from capdistill.runtime import autocast, evaluating
@@ -111,7 +112,7 @@ def cache_trunk(
     name = hashlib.sha256(about.encode()).hexdigest()[:32]
     path = directory / f"{name}.{dtype}"
     ranks = ranks or Ranks()
-    cache = _open_cache(path)
+    cache = _open_cache(path, source.collator.image_ids)
     elsewhere = ranks.any(cache is None)  # a disk that not all processes see
     if cache is not None:
         for _ in range(2 if elsewhere else 0):
@@ -121,8 +122,8 @@ def cache_trunk(
         with evaluating(encoder), torch.no_grad():
             return _Caching(encoder, source, path, precision, trained, progress, ranks).run()
     except (OSError, ConfigError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(cause, OSError):
+        cause = system_error(error)
+        if cause is None:
             raise
         raise ConfigError(
             f"Cannot write {path}: {cause.strerror or cause}. cache_dir= sets where features are "
@@ -130,22 +131,36 @@ def cache_trunk(
         ) from error
 
 
-def _open_cache(path: Path) -> FeatureCache | None:
+def _open_cache(path: Path, image_ids: Sequence[str]) -> FeatureCache | None:
     """The cache that an earlier run wrote, if it is complete."""
     index = read_index(path.with_suffix(".json"))
     try:
         ids, shape = index["image_ids"], (len(index["image_ids"]), *index["shape"])
         whole = index["complete"] and path.stat().st_size == 2 * int(np.prod(shape))
+        if not whole or ids != [*image_ids]:
+            return None
         for row in index["unreadable"]:
             ids[row] = None
-        if not whole:
-            return None
         values = np.memmap(path, STORED_AS[kind_of(path)], "r", shape=shape)
-        cache = FeatureCache(values, ids)
+        cache = FeatureCache(values, ids, _checksums_in(index, len(ids)))
     except (OSError, LookupError, TypeError, ValueError):  # damaged: it is written anew
         return None
     marks_file(path).unlink(missing_ok=True)  # of a process killed at the last moment
     return cache
+
+
+def _checksums_in(index: dict[str, Any], rows: int) -> list[int] | None:
+    """The checksums of all rows; None in the index of an older version.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    checksums = index.get("checksums")
+    if checksums is None:
+        return None
+    if len(checksums) != rows or not all(type(each) is int for each in checksums):
+        raise ValueError("a checksum is no whole number")
+    return list(checksums)
 
 
 class _Caching:
@@ -190,8 +205,11 @@ class _Caching:
             if self.files is not None:
                 self.files.close()
         unreadable = np.flatnonzero(marks == UNREADABLE).tolist()
-        self._write_index(shape, {"complete": True, "unreadable": unreadable})
-        cache = _open_cache(self.path)
+        rows = np.memmap(self.path, np.int16, "r", shape=(len(self.image_ids), *shape))
+        checksums = [zlib.crc32(row.data) for row in rows]
+        more = {"complete": True, "unreadable": unreadable, "checksums": checksums}
+        self._write_index(shape, more)
+        cache = _open_cache(self.path, self.image_ids)
         assert cache is not None
         return cache
 

@@ -127,7 +127,7 @@ def _require_space(directory: Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < size:
         raise ConfigError(
-            f"Cached features need {size / 1e9:.1f} GB, but {directory} has {free / 1e9:.1f} GB "
+            f"Cached features need {size / 1e6:,.1f} MB, but {directory} has {free / 1e6:,.1f} MB "
             "left. Set cache_dir= to a directory on a larger disk, or cache_features=False."
         )
 

@@ -248,6 +248,12 @@ def lock(stream: IO[bytes]) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX)
 
 
+def system_error(error: BaseException) -> OSError | None:
+    """The error of the system that an error is or was raised from, or None."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return cause if isinstance(cause, OSError) else None
+
+
 def temporary_name(name: str) -> str:
     """A name for a file or directory that this process fills and then renames to `name`.
 
@@ -303,6 +309,78 @@ def _may_be_in_use(path: Path, host: str, process: str, token: str) -> bool:
     except (OSError, OverflowError):  # somebody else's process
         return True
     return True
+
+
+class DirectoryLock:
+    """The sole right to write a directory, for one process and one purpose at a time.
+
+    It ends with the process, however that ends, and leaves no file. Processes that are forked
+    meanwhile do not have it. Where the system or the file system has no such locks (Windows, some
+    network disks), it is always granted.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, DirectoryLock() as first:
+        ...     first.take(Path(folder))
+        ...     try:
+        ...         DirectoryLock().take(Path(folder))
+        ...     except ConfigError:
+        ...         print("in use")
+        in use
+    """
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def take(self, directory: Path) -> None:
+        """Take the right, unless this object has it. Without a directory nothing happens.
+
+        Raises:
+            ConfigError: another process has it, or another object of this one.
+        """
+        if self._descriptor is not None or not directory.is_dir():
+            return
+        try:
+            import fcntl
+
+            descriptor = os.open(directory, os.O_RDONLY)
+        except (ImportError, OSError):
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ConfigError(
+                f"{directory} is in use: another training writes to it. Wait until it is over or "
+                "end it, or give another out=."
+            ) from error
+        except OSError:  # a file system without locks
+            os.close(descriptor)
+            return
+        self._descriptor = descriptor
+        _LOCKED.add(descriptor)
+
+    def __enter__(self) -> DirectoryLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor in _LOCKED:  # not so in a forked process
+            _LOCKED.remove(self._descriptor)
+            os.close(self._descriptor)
+        self._descriptor = None
+
+
+_LOCKED: set[int] = set()  # the descriptors of directories that this process holds
+
+
+def _forget_locks() -> None:
+    """Close a forked process's copies, lest it keep the directories when its parent is killed."""
+    while _LOCKED:
+        os.close(_LOCKED.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def finite_or_none(value: Any) -> Any:

@@ -24,6 +24,7 @@ from capdistill.files import (
     from_json,
     read_manifest,
     remove_abandoned,
+    system_error,
     temporary_name,
     write_atomically,
     write_text,
@@ -129,11 +130,14 @@ def write(
             shutil.rmtree(staged, ignore_errors=True)
         _sync(directory)
         _move_into_place(directory)
-    except OSError as error:
+    except (OSError, ConfigError) as error:
+        cause = system_error(error)
+        if cause is None:
+            raise
         raise ConfigError(
-            f"Cannot write {directory}: {error.strerror or error}. Give a directory that exists or "
+            f"Cannot write {directory}: {cause.strerror or cause}. Give a directory that exists or "
             "can be created, is writable and has space; the captioner in it was left as it was."
-        ) from error
+        ) from cause
 
 
 def saved_file(directory: str | Path, name: str) -> Path:

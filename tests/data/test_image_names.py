@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from capdistill.data import CocoCaptions, Example, Flickr8k, Folder, Karpathy
+from capdistill.data import CocoCaptions, Example, Flickr8k, Folder, Images, Karpathy
 from capdistill.data.image_names import image_finder
 from capdistill.errors import DataError
 from tests.data.data_pictures import picture
@@ -195,3 +195,13 @@ def test_every_reader_expands_the_home_directory(tmp_path: Path, monkeypatch: An
     assert len(Folder("~")) == len(Folder("~", "~/captions.csv")) == 1
     assert len(Flickr8k("~").train) == 1
     assert Example("7", "~/a.jpg", ["a dog"]).path == tmp_path / "a.jpg"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_a_pipe_or_folder_named_like_an_image_is_none(tmp_path: Path) -> None:
+    picture(tmp_path / "dog.jpg")
+    os.mkfifo(tmp_path / "cat.jpg")
+    (tmp_path / "cow.jpg").mkdir()
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    assert Images(tmp_path).image_ids == ("dog.jpg", "gone.jpg")  # the last is reported when read
+    assert captioned(tmp_path, "dog,a dog", "cat,a cat", "cow,a cow").image_ids == ("dog",)

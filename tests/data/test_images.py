@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -381,3 +382,12 @@ def test_the_order_of_pixels_in_memory_changes_no_value() -> None:
     )
     assert torch.equal(first, second)
     assert first.is_contiguous()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_an_image_that_comes_through_a_pipe_is_read_whole(tmp_path: Path) -> None:
+    noise(300).save(tmp_path / "a.png")  # larger than what a pipe holds
+    os.mkfifo(tmp_path / "pipe.png")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((tmp_path / "pipe.png").write_bytes, (tmp_path / "a.png").read_bytes())
+        assert torch.equal(read_image(tmp_path / "pipe.png"), read_image(tmp_path / "a.png"))

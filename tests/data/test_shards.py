@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -307,8 +308,18 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, sample: Any) -> None:
     file = make_tar(tmp_path / "a.tar", {"0.jpg": jpeg(1), "0.txt": b"text"})
     Shards(file)
     index = tmp_path / "a.tar.index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "samples": [sample]}))
+    made = {"samples": [sample], "checksum": zlib.crc32(json.dumps([sample]).encode())}
+    index.write_text(json.dumps({**json.loads(index.read_text()), **made}))
     assert Shards(file).references == {"0": ("text",)}
+
+
+def test_an_index_with_another_text_is_made_anew(tmp_path: Path) -> None:
+    file = make_tar(tmp_path / "a.tar", {"0.jpg": jpeg(1), "0.txt": b"a dog"})
+    Shards(file)
+    index = tmp_path / "a.tar.index.json"
+    index.write_text(index.read_text().replace("a dog", "a fog"))
+    assert Shards(file).references == {"0": ("a dog",)}
+    assert "a dog" in index.read_text()
 
 
 def test_names_that_lead_nowhere_are_reported(tmp_path: Path) -> None:

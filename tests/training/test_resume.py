@@ -288,9 +288,19 @@ def test_a_full_disk_is_a_clear_error_and_leaves_earlier_files_intact(
     assert {path.name for path in before} == {"state.pt", "state.previous.pt"}
     state = load_state(tmp_path / "state.pt")
     state["ballast"] = torch.rand(300_000)
-    with files_limited_to(400_000), pytest.raises(ConfigError, match=r"Cannot write .*state"):
+    why = r"Cannot write .*state.*: (File too large|No space left)"
+    with files_limited_to(400_000), pytest.raises(ConfigError, match=why):
         save_state(tmp_path / "state.pt", state)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
+
+
+def test_a_full_disk_at_the_start_names_the_directory_that_was_given(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    why = rf"Cannot write to {tmp_path}/run: (File too large|No space left)"
+    with files_limited_to(1000), pytest.raises(ConfigError, match=why):
+        distiller(saveable()).fit(colours, out=tmp_path / "run")
+    assert not any((tmp_path / "run").iterdir())
 
 
 def test_a_nan_keeps_the_last_good_checkpoint(

@@ -118,6 +118,36 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one_as_it_was(
     assert files(tmp_path / "run") == before
 
 
+@pytest.mark.skipif(os.name != "posix", reason="there are no such locks")
+def test_a_directory_that_another_run_writes_is_refused(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    ways: list[dict[str, Any]] = [{"resume": "auto"}, {"resume": True}, {}, {"overwrite": True}]
+
+    def try_too(trainer: Any) -> None:
+        before = files(out)
+        for how in ways:
+            with pytest.raises(ConfigError, match=r"run is in use.*another out="):
+                distiller(saveable()).fit(colours, out=out, **how)
+        assert files(out) == before
+
+    history = distiller(saveable()).fit(colours, out=out, callbacks=[At(try_too, step=1)])
+    assert len(history.epochs) == 3
+    again = distiller(saveable()).fit(colours, out=out, resume=True)
+    assert len(again.epochs) == 3
+
+
+def test_a_run_stays_in_its_directory_if_the_working_directory_changes(
+    saveable: Make, colours: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    away = At(lambda trainer: os.chdir(tmp_path / "pictures"), step=1)
+    distiller(saveable(), epochs=1).fit(colours, out="run", callbacks=[away])
+    assert Captioner.load(tmp_path / "run" / "best").name == "student"
+    assert not (tmp_path / "pictures" / "run").exists()
+
+
 @pytest.mark.parametrize("resume", [1, "yes", None, np.True_])
 def test_resume_is_true_false_or_auto(saveable: Make, tmp_path: Path, resume: Any) -> None:
     with pytest.raises(ConfigError, match="Expected resume=True, False or 'auto'"):

@@ -55,6 +55,15 @@ def test_no_flipped_bit_gives_other_values(file: Path) -> None:
     assert refused > len(data) / 12  # the rest is padding, and names that are not read
 
 
+def test_a_part_that_is_marked_as_a_folder_is_refused(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"/data/1"))
+    data[entry + 38] ^= 0x10  # torch would read zeros
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="marked as a folder"):
+        read_file(file, FORM)
+
+
 def test_no_cut_file_is_read(file: Path) -> None:
     data = file.read_bytes()
     for length in range(0, len(data), 29):

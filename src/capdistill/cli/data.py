@@ -29,7 +29,7 @@ Policy = Literal["skip", "raise"]
 
 
 def _absolute(path: str) -> str:
-    return str(user_path(path).absolute())
+    return path if "://" in path else str(user_path(path).absolute())  # an address stays one
 
 
 def absolute_paths(given: Any) -> Any:

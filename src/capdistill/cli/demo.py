@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from capdistill.cli import DONE, interrupted, print_result, print_status
 from capdistill.errors import ConfigError, MissingExtra
-from capdistill.files import user_path
+from capdistill.files import DirectoryLock, user_path
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner
@@ -103,7 +103,8 @@ def _run(options: argparse.Namespace) -> int:
     print_status(_INTRODUCTION.format(images=len(data.all), held_out=len(data.val)))
     overwrite = options.overwrite or _is_a_demo(out)
     for role in runs:
-        open_directory(out / role, resume=False, overwrite=overwrite)
+        with DirectoryLock() as lock:
+            open_directory(out / role, resume=False, overwrite=overwrite, lock=lock)
     models, number = _train_all(runs, data, overwrite=overwrite)
     if models is None:
         return interrupted(number)

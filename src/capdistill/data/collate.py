@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pickle
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from statistics import median_low
@@ -345,6 +346,8 @@ def _features(cache: Any, key: str, item: Item) -> Tensor:
     except KeyError as error:
         reason = f"the cache {key[:12]} lacks it; what could not be read was left out there"
         raise _UnusableError("no cached features", item.place, reason) from error
+    except DataError as error:
+        raise _UnusableError("no cached features", item.place, str(error)) from error
     return tokens
 
 
@@ -359,14 +362,30 @@ class FeatureCache:
         tokens: (images, ...) float16, or the bits of bfloat16 as int16; a memory map is reopened in
             every worker.
         image_ids: In the order of the rows; None for a row without an image.
+        checksums: Of the rows, each compared once; None compares nothing.
     """
 
-    def __init__(self, tokens: np.ndarray[Any, Any], image_ids: Iterable[str | None]) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray[Any, Any],
+        image_ids: Iterable[str | None],
+        checksums: Sequence[int] | None = None,
+    ) -> None:
         self.tokens = tokens
         self.rows = {name: row for row, name in enumerate(image_ids) if name is not None}
+        self.unchecked = {} if checksums is None else dict(enumerate(checksums))
 
     def __getitem__(self, image_id: str) -> Tensor:
-        value = torch.from_numpy(np.array(self.tokens[self.rows[image_id]]))  # (...)
+        row = self.rows[image_id]
+        bits = np.array(self.tokens[row])  # (...)
+        expected = self.unchecked.get(row)
+        if expected is not None and zlib.crc32(bits.data) != expected:
+            raise DataError(
+                f"its values in {getattr(self.tokens, 'filename', 'the cache')} are damaged. "
+                "Remove that file; it is then written anew"
+            )
+        self.unchecked.pop(row, None)
+        value = torch.from_numpy(bits)
         return value.view(torch.bfloat16) if value.dtype == torch.int16 else value
 
     def __contains__(self, image_id: object) -> bool:
@@ -379,8 +398,8 @@ class FeatureCache:
         """A memory map is pickled as the name of its file, without its content."""
         if not isinstance(self.tokens, np.memmap):
             return vars(self)
-        shape, kind = self.tokens.shape, self.tokens.dtype.name
-        return {"rows": self.rows, "file": self.tokens.filename, "shape": shape, "kind": kind}
+        place = {"file": self.tokens.filename, "shape": self.tokens.shape}
+        return {**vars(self), "tokens": None, **place, "kind": self.tokens.dtype.name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "file" in state:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -82,15 +83,25 @@ def images_below(folder: Path) -> list[Path]:
     for directory, inner, names in os.walk(folder):
         inner[:] = [name for name in inner if not name.startswith(".")]
         paths = [Path(directory, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
+        found += [path for path in paths if _is_image(path)]
     return sorted(found)
 
 
 def _images(folder: Path) -> list[Path]:
     try:
-        return [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
+        return [file for file in sorted(folder.iterdir()) if _is_image(file)]
     except OSError:
         return []
+
+
+def _is_image(path: Path) -> bool:
+    """Whether this may be an image file: a pipe would be waited for, a folder cannot be read."""
+    if path.suffix.lower() not in SUFFIXES:
+        return False
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True  # whoever reads it reports what is wrong
 
 
 def _file_name(name: str) -> str:

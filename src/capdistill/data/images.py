@@ -238,10 +238,10 @@ def image_bytes(source: Encoded) -> tuple[str, bytes]:
     if isinstance(source, (str, os.PathLike)):
         path = user_path(source, DataError)
         try:
-            with open(path, "rb", buffering=0) as file:
+            with open(path, "rb") as file:  # buffered: a pipe gives its content in pieces
                 status = os.fstat(file.fileno())  # reading allocates what it asks for
                 size = status.st_size if stat.S_ISREG(status.st_mode) else MAX_BYTES
-                return str(path), _bounded(file.read(min(size, MAX_BYTES) + 1) or b"", str(path))
+                return str(path), _bounded(file.read(min(size, MAX_BYTES) + 1), str(path))
         except OSError as error:
             reason = error.strerror or error
             raise DataError(f"{path}: the image cannot be read ({reason}).") from error

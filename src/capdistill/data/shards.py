@@ -14,6 +14,7 @@ import mmap
 import os
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -255,12 +256,15 @@ def samples_of(file: Path) -> list[Sample]:
     index, stamp = index_file(file), (file_stamp(file) or [])[:2]  # as it is before it is read
     try:
         known = from_json(index.read_text(encoding="utf-8"))
-        if known["format"] == FORMAT and known["stamp"] == stamp:
+        whole = known["checksum"] == _checksum(known["samples"])
+        if whole and known["format"] == FORMAT and known["stamp"] == stamp:
             return [_checked(Sample(**sample)) for sample in known["samples"]]
     except (OSError, ValueError, LookupError, TypeError):
         pass  # none, old or damaged
     samples = list(_scan(file))
-    content = {"format": FORMAT, "stamp": stamp, "samples": [vars(sample) for sample in samples]}
+    described = [vars(sample) for sample in samples]
+    content = {"format": FORMAT, "stamp": stamp, "checksum": _checksum(described)}
+    content["samples"] = described
     with suppress(CapdistillError):  # it saves time and nothing else
         write_text(index, json.dumps(content))
     return samples
@@ -283,6 +287,10 @@ def _checked(sample: Sample) -> Sample:
 def index_file(file: Path) -> Path:
     """The index beside a shard."""
     return file.with_name(f"{file.name}.index.json")
+
+
+def _checksum(samples: Any) -> int:
+    return zlib.crc32(json.dumps(samples).encode())
 
 
 def _scan(file: Path) -> Iterator[Sample]:

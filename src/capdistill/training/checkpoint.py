@@ -135,7 +135,7 @@ def _fitting() -> Iterator[None]:
     """What foreign code raises at parts of a state that it cannot use, as our error."""
     try:
         yield
-    except CapdistillError:
+    except (CapdistillError, Warning):  # warnings may be errors
         raise
     except Exception as error:
         raise CheckpointError(

@@ -23,7 +23,7 @@ from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import Loader
 from capdistill.data.source import Source
 from capdistill.errors import ConfigError
-from capdistill.files import user_path, write_text
+from capdistill.files import DirectoryLock, system_error, user_path, write_text
 from capdistill.losses.schedules import NamedSchedule, as_data
 from capdistill.outputs import Batch
 from capdistill.registry import recipe_of
@@ -48,7 +48,7 @@ Resume = bool | Literal["auto"]
 
 
 def open_directory(
-    out: str | Path | None, resume: Resume, overwrite: bool
+    out: str | Path | None, resume: Resume, overwrite: bool, lock: DirectoryLock
 ) -> tuple[Path | None, bool]:
     """The directory of a run, and whether to resume from the state in it. Nothing is written yet.
 
@@ -56,9 +56,11 @@ def open_directory(
         out: As given to `fit`.
         resume: True needs a state; "auto" uses one if there is one.
         overwrite: Whether a new run may replace the results of an earlier one.
+        lock: Takes the directory, if it exists, so that no other process trains in it.
 
     Raises:
-        ConfigError: options that contradict each other, or a directory that holds a run.
+        ConfigError: options that contradict each other, or a directory that holds a run or is in
+            use.
     """
     known = isinstance(resume, bool) or (isinstance(resume, str) and resume == "auto")
     if not known or not isinstance(overwrite, bool):
@@ -72,7 +74,8 @@ def open_directory(
         if resume is True:
             raise ConfigError("resume=True needs out=, the directory of the run to continue.")
         return None, False
-    directory = user_path(out)
+    directory = user_path(out).absolute()  # a callback may change the working directory
+    lock.take(directory)
     for captioner in (directory, directory.parent):
         if any((captioner / name).exists() for name in (DESCRIPTION, ENSEMBLE)):
             raise ConfigError(
@@ -133,21 +136,26 @@ def _matching(out: Path, name: re.Pattern[str]) -> Iterator[tuple[re.Match[str],
             yield match, path
 
 
-def check_can_save(captioner: Captioner, out: Path) -> None:
+def check_can_save(captioner: Captioner, out: Path, lock: DirectoryLock) -> None:
     """Save once to a temporary directory, so that an unsaveable captioner fails before training.
 
     Raises:
-        ConfigError: `out` cannot be written, or a part could not be made again from a file.
+        ConfigError: `out` cannot be written or is in use, or a part could not be made again from a
+            file.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock.take(out)
         with tempfile.TemporaryDirectory(prefix=".check.", dir=out) as folder:
             captioner.save(Path(folder) / "captioner")
-    except OSError as error:
+    except (OSError, ConfigError) as error:
+        cause = system_error(error)
+        if cause is None:
+            raise
         raise ConfigError(
-            f"Cannot write to {out}: {error.strerror or error}. Give an out= that exists or can "
+            f"Cannot write to {out}: {cause.strerror or cause}. Give an out= that exists or can "
             "be made, is writable and has space."
-        ) from error
+        ) from cause
 
 
 def describe_run(stepper: Stepper, train: Source, captions: int | None, out: Path) -> None:

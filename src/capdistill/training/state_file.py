@@ -36,9 +36,11 @@ def _dump(content: dict[str, Any], path: Path) -> None:
     checks = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
-        torch.save(content, path)
+        with open(path, "wb") as file:
+            torch.save(content, file)
     except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"{error}".split("\n")[0]) from error
+        cause = error.__context__
+        raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from error
     finally:
         torch.serialization.set_crc32_options(checks)
 
@@ -93,9 +95,14 @@ def _verify(path: Path) -> None:
     with zipfile.ZipFile(path) as file:
         if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
             raise ValueError("it is compressed, which torch.save does not do")
+        if any(part.external_attr & _FOLDER for part in file.infolist()):
+            raise ValueError("damaged: a part is marked as a folder, which torch reads as zeros")
         damaged = file.testzip()
     if damaged is not None:
         raise ValueError(f"damaged: the checksum of its part '{damaged}' is wrong")
+
+
+_FOLDER = 0x10  # the attribute of MS-DOS
 
 
 def _require_small(state: Any) -> None:

@@ -20,6 +20,7 @@ from capdistill.data.loader import Loader
 from capdistill.data.rows import accept_rows
 from capdistill.data.source import numbered_batches, part_of
 from capdistill.errors import ConfigError, require_bool
+from capdistill.files import DirectoryLock
 from capdistill.outputs import Batch
 from capdistill.runtime import evaluating, seed_everything
 from capdistill.training.callbacks import (
@@ -162,7 +163,7 @@ class Trainer(Stepper):
             options: Fields of the configuration; they apply to this fit only.
 
         Raises:
-            ConfigError: invalid options or data, or an `out` that holds a run or is not writable.
+            ConfigError: invalid options or data; `out` holds a run, is in use or not writable.
             DataError: no usable image.
             CheckpointError: nothing to resume, or a state of another run.
             NotFiniteLoss: a loss became NaN; the last good checkpoint stays, and the step is in
@@ -172,16 +173,16 @@ class Trainer(Stepper):
         """
         check_callbacks(callbacks)
         ranks, self.parallel = self.ranks, parallel or self.parallel
-        with self._options(options), ranks.failing_together():
+        with self._options(options), ranks.failing_together(), DirectoryLock() as lock:
             # What can be wrong is found before the first step. Files belong to rank 0.
             ranks.join(self.device)
             monitor = self.make_monitor()  # refuses a score that nothing measures
             require_bool("fit: accept_changes", accept_changes)
-            directory, resumes = ranks.on_main(open_directory, out, resume, overwrite)
+            directory, resumes = ranks.on_main(open_directory, out, resume, overwrite, lock)
             state = None
             if directory is not None:
                 state = ranks.on_main(load_state, directory / STATE) if resumes else None
-                ranks.on_main(check_can_save, self.captioner, directory)
+                ranks.on_main(check_can_save, self.captioner, directory, lock)
             directory = directory if ranks.main else None
             if state is not None:
                 restore_frozen(self, state)
@@ -199,8 +200,7 @@ class Trainer(Stepper):
                 number_of_batches(self.train_source) / self.config.accumulation_steps
             )
             self.epoch = self.step_count = 0
-            self.meter, self.guard = EpochMeter(), StepGuard()
-            self.stopping = False
+            self.meter, self.guard, self.stopping = EpochMeter(), StepGuard(), False
             self.history = History()
             chose = state is not None and "BestEpoch.0" in state["callbacks"]
             monitored = monitor if val is not None or chose else None
