@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -355,6 +356,32 @@ def _flickr8k(path: Path) -> None:
     cd.data.Flickr8k(path.parent)
 
 
+def _subwords() -> list[bytes]:
+    """A trimmed and an untrimmed tokenizer of each kind of model, small enough to be altered."""
+    pieces = {piece: index for index, piece in enumerate(["</s>", "a", "b", "▁", "ab", "aab"])}
+    decoder = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    models: list[dict[str, Any]] = [
+        {"type": "BPE", "vocab": pieces, "merges": [["a", "b"], ["a", "ab"]]},
+        {"type": "Unigram", "vocab": [[piece, -1.0] for piece in pieces], "unk_id": 0},
+    ]
+    contents = []
+    for model in models:
+        content = {"version": "1.0", "model": model, "decoder": decoder, "pre_tokenizer": decoder}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "tokenizer.json")
+            path.write_text(json.dumps(content), encoding="utf-8")
+            for keep in (None, ["ab a"]):
+                cd.tokenizers.HuggingFace(path, keep).save(path.with_name("ours"))
+                contents.append(path.with_name("ours").read_bytes())
+    return contents
+
+
+def _decode_with(path: Path) -> str:
+    tokenizer = cd.tokenizers.load(path)
+    tokenizer.encode("a ab </s> ä")
+    return tokenizer.decode(range(len(tokenizer)))
+
+
 def targets(folder: Path) -> Mapping[str, tuple[Target, Iterable[Callable[[list[bytes]], Any]]]]:
     """Every reader with the ways to damage its files.
 
@@ -399,6 +426,7 @@ def targets(folder: Path) -> Mapping[str, tuple[Target, Iterable[Callable[[list[
         "tokenizer.json": (captioner("tokenizer.json"), [damaged, altered]),
         "model.safetensors": (captioner("model.safetensors"), [damaged]),
         "tokenizer": (Target(WordTokenizer.load, lambda: words), [damaged, altered]),
+        "subword tokenizer": (Target(_decode_with, _subwords), [damaged, altered]),
         "run file": (Target(_run, _run_files), [damaged, altered]),
         "history": (Target(History.load, _history), [damaged, lines_altered]),
         "flickr8k": (Target(_flickr8k, lambda: tokens[1:], "captions.txt"), [damaged]),

@@ -20,7 +20,15 @@ from tests.toy_captioner import Patches
 CASES = 15  # of each kind of file; benchmarks/fuzz.py tries thousands
 NAMES = (
     *("training state", "state to resume", "weights", "zipped weights", "captioner.json"),
-    *("tokenizer.json", "model.safetensors", "tokenizer", "run file", "history", "flickr8k"),
+    *(
+        "tokenizer.json",
+        "model.safetensors",
+        "tokenizer",
+        "subword tokenizer",
+        "run file",
+        "history",
+        "flickr8k",
+    ),
     *("flickr8k tokens", "csv", "json lines", "coco", "karpathy", "results", "references"),
     *("document frequencies", "image", "ensemble.json", "shard", "index of a shard"),
     *("teacher captions", "cached targets.json", "cached index.jsonl"),

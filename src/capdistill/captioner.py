@@ -170,8 +170,8 @@ class Captioner(CaptionGenerator):
     def save(self, directory: str | Path, *, allow_unregistered: bool = False) -> None:
         """Write model.safetensors, captioner.json and tokenizer.json: all of them, or none.
 
-        Arguments of the parts are kept as JSON. A tokenizer that is not a `WordTokenizer` is not
-        written: pass it to `load`.
+        Arguments of the parts are kept as JSON. A tokenizer of another class than
+        those of `capdistill.tokenizers` is not written: pass it to `load`.
 
         Args:
             directory: Created if it does not exist.
@@ -206,7 +206,7 @@ class Captioner(CaptionGenerator):
         Args:
             directory: As given to `save`.
             encoder, decoder: Parts that were not created by a registry.
-            tokenizer: The tokenizer it was trained with, unless it is a `WordTokenizer`.
+            tokenizer: The tokenizer it was trained with, unless it is in the directory.
             device: Device of the loaded model.
 
         Raises:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from capdistill.errors import ConfigError
 from capdistill.generation import GenerationConfig, GenerationSpec, Hypothesis, generate
-from capdistill.generation.config import FUNCTION_WORDS
+from capdistill.generation.words import FUNCTION_WORDS
 from capdistill.tokenizer import WordTokenizer
 from tests.generation.decoding_cases import (
     END,

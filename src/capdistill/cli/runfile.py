@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool
 
 from capdistill.cli.common import Teachers, captioner_directory, default_losses, teacher_section
 from capdistill.cli.data import FORMATS, DataSection, FullPath, parse_data
+from capdistill.cli.tokenizers import TokenizerSection
 from capdistill.errors import ConfigError, parse
 from capdistill.files import from_json, read_object, write_text
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, TrainConfig
@@ -65,15 +66,6 @@ class ModelSection(Section):
     encoder: ComponentConfig | None = None
     decoder: ComponentConfig | None = None
     start: FullPath | None = None
-
-
-class TokenizerSection(Section):
-    """A saved tokenizer (a file or a captioner's directory), or how to train one."""
-
-    path: FullPath | None = None
-    min_count: StrictInt = Field(default=5, ge=1)
-    max_size: StrictInt | None = Field(default=None, ge=5)
-    max_length: StrictInt = Field(default=40, ge=1)
 
 
 class RunConfig(Section):

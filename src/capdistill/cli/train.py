@@ -25,7 +25,6 @@ from capdistill.cli.runfile import (
     DistillRun,
     ModelSection,
     RunConfig,
-    TokenizerSection,
     TrainRun,
     make_captioner,
     override,
@@ -33,13 +32,14 @@ from capdistill.cli.runfile import (
     read_values,
     write_resolved,
 )
+from capdistill.cli.tokenizers import TokenizerSection, make_tokenizer
 from capdistill.errors import ConfigError
 from capdistill.files import user_path
 from capdistill.training.config import DistillConfig, TrainConfig
 
 if TYPE_CHECKING:
     from capdistill.data import Splits
-    from capdistill.tokenizer import Tokenizer, WordTokenizer
+    from capdistill.tokenizer import Tokenizer
     from capdistill.training.history import History
     from capdistill.training.run_directory import Resume
     from capdistill.training.trainer import Trainer
@@ -246,20 +246,6 @@ def _words(section: TokenizerSection | None, model: ModelSection, data: Splits) 
     if section is None and alone:
         return None
     return make_tokenizer(section or TokenizerSection(), data)
-
-
-def make_tokenizer(section: TokenizerSection, data: Splits) -> WordTokenizer:
-    """A saved tokenizer, or one trained on the captions of the training split."""
-    from capdistill.saving import TOKENIZER, saved_file
-    from capdistill.tokenizer import WordTokenizer
-
-    if section.path is None:
-        options = section.model_dump(exclude={"path"})
-        return WordTokenizer.train(data.train.captions, **options)
-    path = Path(section.path)
-    if not path.is_file():
-        path = saved_file(captioner_directory(section.path), TOKENIZER)
-    return WordTokenizer.load(path)
 
 
 def make_run(options: argparse.Namespace) -> RunConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from types import UnionType
@@ -21,6 +21,7 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 from capdistill.errors import ConfigError, refusal
+from capdistill.generation import words
 
 if TYPE_CHECKING:
     from capdistill.tokenizer import Tokenizer
@@ -281,6 +282,7 @@ class GenerationSpec:
         phrases: Sequences of two and more ids that are never generated.
         not_last: Ids that no caption ends with.
         prefix: Ids that every caption begins with.
+        subwords: What words that consist of pieces need beside that.
 
     Raises:
         ConfigError: max_length < 1, or a prefix that leaves no room for more.
@@ -294,6 +296,7 @@ class GenerationSpec:
     phrases: tuple[tuple[int, ...], ...] = ()
     not_last: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
+    subwords: words.SubwordRules | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
@@ -333,22 +336,17 @@ class GenerationSpec:
             ConfigError: words that the vocabulary does not have; see `GenerationConfig`.
         """
         longest = getattr(tokenizer, "max_length", 40) + 1
-        banned = known_ids(tokenizer, "banned_words", config.banned_words)
-        words = {ids[0] for ids in banned if len(ids) == 1}
-        if config.not_last == _FUNCTION:
-            last = function_words(tokenizer)
-        else:
-            ends = known_ids(tokenizer, "not_last", config.not_last)
-            last = tuple(ids[0] for ids in ends if len(ids) == 1)
+        ids: dict[str, Any] = {}
+        if config.banned_words or config.not_last or config.prefix or config.min_length:
+            options = config.banned_words, config.not_last, config.prefix
+            ids = words.find(tokenizer, *options, counts=bool(config.min_length))
+        never = _never_generated(tokenizer, config.allow_unknown)
         return cls(
             tokenizer.start_id,
             tokenizer.end_id,
             longest if config.max_length is None else config.max_length,
             config,
-            banned=tuple(sorted(words | _never_generated(tokenizer, config.allow_unknown))),
-            phrases=tuple(ids for ids in banned if len(ids) > 1),
-            not_last=last,
-            prefix=prefix_ids(tokenizer, config.prefix),
+            **{**ids, "banned": tuple(sorted({*ids.get("banned", ()), *never}))},
         )
 
 
@@ -357,61 +355,3 @@ def _never_generated(tokenizer: Tokenizer, allow_unknown: bool) -> set[int]:
     keys = ("pad_id", "start_id") if allow_unknown else ("unk_id", "pad_id", "start_id")
     ids = {getattr(tokenizer, key, None) for key in keys}
     return {i for i in ids if i is not None and i != tokenizer.end_id}
-
-
-_FUNCTION_WORDS = """a an the and or but nor of with without to at from for into onto in on as than
-that which who whose while because if his its my our your their is are was were be very"""
-FUNCTION_WORDS = tuple(_FUNCTION_WORDS.split())  # words with which an English caption cannot end
-
-
-def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Ids of the text alone, without start and end."""
-    ids = list(tokenizer.encode(text))
-    if ids and ids[0] == tokenizer.start_id:
-        ids = ids[1:]
-    if ids and ids[-1] == tokenizer.end_id:
-        ids = ids[:-1]
-    return tuple(ids)
-
-
-def known_ids(tokenizer: Tokenizer, option: str, texts: Iterable[str]) -> list[tuple[int, ...]]:
-    """The ids of each text whose words are in the vocabulary; the others cannot occur anyway.
-
-    Raises:
-        ConfigError: a text without any word.
-    """
-    unknown, found = getattr(tokenizer, "unk_id", None), []
-    for text in texts:
-        ids = encode(tokenizer, text)
-        if not ids:
-            raise ConfigError(f"generation: {option} has {text!r}, which holds no word.")
-        if unknown is None or unknown not in ids:
-            found.append(ids)
-    return found
-
-
-def function_words(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids of `FUNCTION_WORDS` that are one entry of the vocabulary."""
-    ids = {entry: index for index, entry in enumerate(tokenizer.vocabulary)}
-    return tuple(ids[word] for word in FUNCTION_WORDS if word in ids)
-
-
-def prefix_ids(tokenizer: Tokenizer, prefix: str) -> tuple[int, ...]:
-    """The prefix' ids.
-
-    Raises:
-        ConfigError: a word that the vocabulary does not have, or no word at all.
-    """
-    if not prefix:
-        return ()
-    ids = encode(tokenizer, prefix)
-    if not ids:
-        raise ConfigError(f"generation: prefix={prefix!r} holds no word.")
-    unknown = getattr(tokenizer, "unk_id", None)
-    if unknown in ids:
-        missing = [w for w in prefix.split() if unknown in encode(tokenizer, w)]
-        raise ConfigError(
-            f"generation: prefix={prefix!r} has words that are not in the vocabulary: "
-            f"{', '.join(missing)}. Leave them out."
-        )
-    return ids

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from capdistill.generation.config import GenerationSpec
+from capdistill.generation.words import SubwordRules
 
 IMPOSSIBLE = -1e9  # floor for log-probabilities: below any real one, above a banned one (-inf)
 
@@ -33,6 +36,12 @@ class Constraints:
         self.cannot_end = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self.cannot_end[self.not_last] = True
         self.dynamic = bool(self.ngram or self.min_length or spec.not_last or spec.phrases)
+        if spec.subwords is not None:
+            self.dynamic = True
+            self.run_on = ids(spec.subwords.run_on)
+            self.added, self.first = torch.zeros(2, vocabulary, dtype=torch.bool, device=device)
+            self.added[ids(spec.subwords.added)] = True
+            self.first[ids(spec.subwords.first)] = True
 
     def __call__(self, log_probs: Tensor, generated: Tensor, position: int) -> Tensor:
         """Set the banned tokens to -inf, in place.
@@ -61,7 +70,9 @@ class Constraints:
 
     def _ban(self, log_probs: Tensor, generated: Tensor) -> None:
         position, end = generated.shape[1], self.spec.end_id
-        if position < self.min_length:
+        if self.spec.subwords is not None:
+            self._ban_by_words(log_probs, generated, self.spec.subwords)
+        elif position < self.min_length:
             log_probs[:, end] = -torch.inf
         if self.ngram:
             ban_repeats(log_probs, generated, self.ngram)
@@ -72,6 +83,44 @@ class Constraints:
                 log_probs[:, end].masked_fill_(self.cannot_end[generated[:, -1]], -torch.inf)
             if position + 1 == self.spec.max_length:
                 log_probs.index_fill_(1, self.not_last, -torch.inf)
+
+    def _ban_by_words(self, log_probs: Tensor, generated: Tensor, rules: SubwordRules) -> None:
+        """What concerns words that consist of pieces."""
+        position, end = generated.shape[1], self.spec.end_id
+        if position and position == len(self.spec.prefix):
+            log_probs.index_fill_(1, self.run_on, -torch.inf)
+        if self.min_length:
+            words = self.first[generated[:, :1]].sum(1) + self.added[generated[:, 1:]].sum(1)
+            log_probs[:, end].masked_fill_(words < self.min_length, -torch.inf)
+        for ids in rules.banned_first:
+            if position + 1 == len(ids):
+                log_probs[:, ids[-1]].masked_fill_(ends_with(generated, ids[:-1]), -torch.inf)
+        if position:
+            whole = [ids for ids in rules.not_whole if len(ids) == position]
+            for ids in (*rules.not_last, *whole):
+                log_probs[:, end].masked_fill_(ends_with(generated, ids), -torch.inf)
+        if position + 1 == self.spec.max_length:
+            whole = [ids for ids in rules.not_whole if len(ids) == position + 1]
+            for ids in (*rules.not_last, *whole):
+                log_probs[:, ids[-1]].masked_fill_(ends_with(generated, ids[:-1]), -torch.inf)
+
+
+def ends_with(generated: Tensor, ids: Sequence[int]) -> Tensor:
+    """(R,) whether the last tokens of each row are these ids.
+
+    Example:
+        >>> ends_with(torch.tensor([[1, 2, 3], [2, 3, 2]]), (2, 3)).tolist()
+        [True, False]
+
+    Args:
+        generated: (R, T) token ids.
+        ids: Token ids; every row ends with none.
+    """
+    n = len(ids)
+    if n > generated.shape[1]:
+        return torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
+    last = generated[:, generated.shape[1] - n :]  # (R, n)
+    return (last == torch.tensor(ids, dtype=torch.int64, device=generated.device)).all(1)
 
 
 def ban_repeats(log_probs: Tensor, generated: Tensor, n: int) -> None:

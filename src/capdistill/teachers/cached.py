@@ -58,7 +58,7 @@ class CachedTeacher(CaptionGenerator):
 
     Args:
         directory: As given to `cache`.
-        tokenizer: The teacher's tokenizer, unless it is a `WordTokenizer`.
+        tokenizer: The teacher's tokenizer, unless it is in the directory.
 
     Attributes:
         outputs: What it gives of "logits", "hidden" (the last entry alone), "features" and

@@ -237,7 +237,7 @@ class Ensemble(CaptionGenerator):
 
         Args:
             directory: As given to `save`.
-            tokenizer: The members' tokenizer, unless it is a `WordTokenizer`.
+            tokenizer: The members' tokenizer, unless it is in the directory.
             device: Device of the loaded model.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Any Hugging Face tokenizer as the content of its tokenizer.json and its special tokens."""
+"""The content of tokenizer files: any Hugging Face tokenizer's, and our own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capdistill.errors import ConfigError, is_count, shortened
+from capdistill.errors import ConfigError, is_count, require_int, shortened
 from capdistill.files import from_json, user_path
 
-_ROLES = ("bos_token", "cls_token", "eos_token", "sep_token", "pad_token")
+FORMAT = "capdistill.subword_tokenizer/1"
+ROLES = ("start", "end", "pad", "unknown")
+_DECLARED = ("bos_token", "cls_token", "eos_token", "sep_token", "pad_token")
 _STARTS = ("<s>", "[CLS]", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "<start>")
 _ENDS = ("</s>", "[SEP]", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "<end>")
 _PADS = ("<pad>", "[PAD]", "<|pad|>")
@@ -65,7 +67,7 @@ def _from_object(tokenizer: Any) -> tuple[dict[str, Any], dict[str, str]]:
             "expected a fast tokenizer of transformers (AutoTokenizer.from_pretrained(...), "
             "use_fast=True), a tokenizers.Tokenizer, or the path of a tokenizer.json."
         )
-    roles = {role: getattr(tokenizer, role, None) for role in _ROLES}
+    roles = {role: getattr(tokenizer, role, None) for role in _DECLARED}
     return from_json(backend.to_str()), {k: str(v) for k, v in roles.items() if v is not None}
 
 
@@ -96,7 +98,7 @@ def _roles_beside(directory: Path) -> dict[str, str]:
             values = from_json((directory / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        for role in _ROLES if isinstance(values, dict) else ():
+        for role in _DECLARED if isinstance(values, dict) else ():
             value = values.get(role)
             token = value.get("content") if isinstance(value, dict) else value
             if isinstance(token, str):
@@ -190,3 +192,39 @@ def _specials(given: Given) -> str:
 def as_text(content: Mapping[str, Any]) -> str:
     """Compact JSON."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+
+def check_content(content: Any) -> None:
+    """Refuse a file that `HuggingFace.save` did not write.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError("its format is another one")
+    pieces, full, ids = (content[key] for key in ("pieces", "full_vocabulary", "full_ids"))
+    if not _are(pieces, str) or len(set(pieces)) != len(pieces) or not pieces:
+        raise ValueError("'pieces' is not a list of different strings")
+    if (full is None) != (ids is None):
+        raise ValueError("'full_ids' and 'full_vocabulary' do not go together")
+    if ids is not None and not (
+        _are(full, str) and _are(ids, int) and all(0 <= index < len(full) for index in ids)
+    ):
+        raise ValueError("'full_ids' are not ids of 'full_vocabulary'")
+    if ids is not None and [full[index] for index in ids] != pieces:
+        raise ValueError("'pieces' are not those of 'full_ids'")
+    special, roles = content["special"], [content[role] for role in ROLES]
+    if not _are(special, int) or not all(0 <= index < len(pieces) for index in special):
+        raise ValueError("'special' is not a list of ids")
+    if not all(type(index) is int and 0 <= index < len(pieces) for index in roles[:3]):
+        raise ValueError("start, end and pad are not ids")
+    if roles[3] is not None and not (type(roles[3]) is int and 0 <= roles[3] < len(pieces)):
+        raise ValueError("'unknown' is not an id")
+    require_int("max_length", content["max_length"], 1)
+    model = content["tokenizer"]["model"]
+    if not isinstance(model, Mapping) or not isinstance(model.get("type"), str):
+        raise ValueError("'tokenizer' has no model")
+
+
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from capdistill.errors import (
     CheckpointError,
@@ -19,13 +19,36 @@ from capdistill.errors import (
     shortened,
 )
 from capdistill.files import from_json, write_text
-from capdistill.tokenizers.given import as_text, find_roles, read, special_pieces, unknown_piece
+from capdistill.tokenizers.given import (
+    FORMAT,
+    ROLES,
+    as_text,
+    check_content,
+    find_roles,
+    read,
+    special_pieces,
+    unknown_piece,
+)
 from capdistill.tokenizers.joining import Joining
 from capdistill.tokenizers.trimming import Speller, kept_pieces, reduced
 
-FORMAT = "capdistill.subword_tokenizer/1"
-_ROLES = ("start", "end", "pad", "unknown")
 Span = tuple[int, int]
+_CLOSING = frozenset(".,;:!?")
+
+
+class WordBorders(NamedTuple):
+    """How pieces make words.
+
+    Args:
+        added: Each of these is one more word in a caption: the first pieces of words, or the last
+            ones where a tokenizer marks those.
+        first: Those that are a word as the first piece of a caption.
+        run_on: Pieces that belong to the word before them.
+    """
+
+    added: tuple[int, ...]
+    first: tuple[int, ...]
+    run_on: tuple[int, ...]
 
 
 class HuggingFace:
@@ -90,7 +113,7 @@ class HuggingFace:
         given = read(tokenizer, size)
         full, unknown = given.vocabulary, unknown_piece(given.content)
         roles: dict[str, int | None] = dict(
-            zip(_ROLES, find_roles(given, start, end, pad), strict=False)
+            zip(ROLES, find_roles(given, start, end, pad), strict=False)
         )
         roles["unknown"] = None if unknown is None else full.index(unknown)
         special = special_pieces(given.content) | {full[i] for i in roles.values() if i is not None}
@@ -103,7 +126,7 @@ class HuggingFace:
             "pieces": list(full),
             "full_ids": None,
             "full_vocabulary": None,
-            "tokenizer": _text_only(given.content, special, unknown),
+            "tokenizer": _text_only(given.content, special),
         }
         self._set(content)
         if keep is not None:
@@ -129,12 +152,12 @@ class HuggingFace:
         special = {full[index] for index in self._special}
         occurring = {index for text in _texts(keep) for index in self._pieces(_spaced(text))[0]}
         kept = kept_pieces(tokenizer, {full[i] for i in occurring - self._special}, special)
-        needed = {content[role] for role in _ROLES} | {self._own[p] for p in kept if p in self._own}
+        needed = {content[role] for role in ROLES} | {self._own[p] for p in kept if p in self._own}
         ids = sorted(index for index in needed if index is not None)
         place = {index: number for number, index in enumerate(ids)}
         return {
             **content,
-            **{role: place.get(content[role]) for role in _ROLES},
+            **{role: place.get(content[role]) for role in ROLES},
             "special": [place[index] for index in content["special"] if index in place],
             "pieces": [full[index] for index in ids],
             "full_ids": ids,
@@ -244,6 +267,38 @@ class HuggingFace:
         ids = [i for text in _texts(captions) for i in self._pieces(_spaced(text))[0]]
         return (0 if self.unk_id is None else ids.count(self.unk_id)), len(ids)
 
+    def word_forms(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of words as the beginning of a caption, and as they stand within one.
+
+        Example:
+            >>> from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+            >>> theirs = Tokenizer(models.BPE({"a": 0, "Ġ": 1, "Ġa": 2, "end": 3}, [("Ġ", "a")]))
+            >>> theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            >>> theirs.decoder = decoders.ByteLevel()
+            >>> HuggingFace(theirs, end="end").word_forms("a a")
+            ((0, 2), (2, 2))
+        """
+        text, before = _spaced(text), self._pieces("a")[0]
+        within = self._pieces(f"a {text}")[0]
+        same = within[: len(before)] == before
+        inside = within[len(before) :] if same else self._pieces(f" {text}")[0]
+        return tuple(self._pieces(text)[0]), tuple(inside)
+
+    @cached_property
+    def word_borders(self) -> WordBorders:
+        """Which pieces begin or complete a word, and which continue the one before."""
+        before = [self._vocabulary[index] for index in self._pieces("a")[0]]
+        text, suffix = self._joining(before), self._speller.suffix
+        count, run_on, solid = [], [], []
+        for piece, index in sorted(self._own.items(), key=operator.itemgetter(1)):
+            added = self._joining([*before, piece])[len(text) :]
+            word = any(c.isalnum() or c == "\ufffd" for c in added) or added.isspace()
+            spaced = added[:1].isspace()
+            count += [index] * (word and (piece.endswith(suffix) if suffix else spaced))
+            solid += [index] * (word and not added.isspace())
+            run_on += [index] * (not (suffix or spaced or _CLOSING.issuperset(added)))
+        return WordBorders(tuple(count), tuple(count if suffix else solid), tuple(run_on))
+
     def _pieces(self, text: str) -> tuple[list[int], list[Span]]:
         """Own ids of a text, and the characters of it that each covers."""
         encoding = self._encoder.encode(text, add_special_tokens=False)
@@ -327,48 +382,9 @@ class HuggingFace:
             ) from error
 
 
-def check_content(content: Any) -> None:
-    """Refuse a file that `save` did not write.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError("its format is another one")
-    pieces, full, ids = (content[key] for key in ("pieces", "full_vocabulary", "full_ids"))
-    if not _are(pieces, str) or len(set(pieces)) != len(pieces) or not pieces:
-        raise ValueError("'pieces' is not a list of different strings")
-    if (full is None) != (ids is None):
-        raise ValueError("'full_ids' and 'full_vocabulary' do not go together")
-    if ids is not None and not (
-        _are(full, str) and _are(ids, int) and all(0 <= index < len(full) for index in ids)
-    ):
-        raise ValueError("'full_ids' are not ids of 'full_vocabulary'")
-    if ids is not None and [full[index] for index in ids] != pieces:
-        raise ValueError("'pieces' are not those of 'full_ids'")
-    special, roles = content["special"], [content[role] for role in _ROLES]
-    if not _are(special, int) or not all(0 <= index < len(pieces) for index in special):
-        raise ValueError("'special' is not a list of ids")
-    if not all(type(index) is int and 0 <= index < len(pieces) for index in roles[:3]):
-        raise ValueError("start, end and pad are not ids")
-    if roles[3] is not None and not (type(roles[3]) is int and 0 <= roles[3] < len(pieces)):
-        raise ValueError("'unknown' is not an id")
-    require_int("max_length", content["max_length"], 1)
-    model = content["tokenizer"]["model"]
-    if not isinstance(model, Mapping) or not isinstance(model.get("type"), str):
-        raise ValueError("'tokenizer' has no model")
-
-
-def _are(values: Any, kind: type) -> bool:
-    return isinstance(values, list) and all(type(value) is kind for value in values)
-
-
-def _text_only(
-    content: Mapping[str, Any], special: set[str], unknown: str | None
-) -> dict[str, Any]:
+def _text_only(content: Mapping[str, Any], special: set[str]) -> dict[str, Any]:
     """The tokenizer without special tokens, which are never part of a caption's text."""
-    added = content.get("added_tokens") or ()
-    kept = [t for t in added if t["content"] not in special or t["content"] == unknown]
+    kept = [t for t in content.get("added_tokens") or () if t["content"] not in special]
     return {
         **json.loads(json.dumps(content)),
         **{"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None},

@@ -7,7 +7,8 @@ from pathlib import Path
 from capdistill.errors import CheckpointError
 from capdistill.files import from_json
 from capdistill.tokenizer import WordTokenizer
-from capdistill.tokenizers.huggingface import FORMAT, HuggingFace
+from capdistill.tokenizers.given import FORMAT
+from capdistill.tokenizers.huggingface import HuggingFace
 
 _MAX_BYTES = 2**28  # of a file; the largest vocabularies take a tenth
 
@@ -34,5 +35,11 @@ def load(path: str | Path) -> WordTokenizer | HuggingFace:
         raise CheckpointError(
             f"{path} is not a saved tokenizer ({type(error).__name__}: {error})."
         ) from error
+    if isinstance(content, dict) and "model" in content and "format" not in content:
+        raise CheckpointError(
+            f"{path} is a tokenizer.json of the library tokenizers. Use it with "
+            "capdistill.tokenizers.HuggingFace(path, keep=captions), or in a run file as "
+            '"tokenizer": {"name": "huggingface", "path": ...}.'
+        )
     is_subwords = isinstance(content, dict) and content.get("format") == FORMAT
     return HuggingFace.load(path) if is_subwords else WordTokenizer.load(path)
