@@ -156,7 +156,7 @@ def test_a_captioner_of_subwords_is_saved_with_them(tmp_path: Path) -> None:
     student.save(tmp_path)
     again = cd.Captioner.load(tmp_path)
     assert again.tokenizer == tokenizer
-    image = cd.data.sample().train[0].image
+    image = cd.data.sample().train.examples[0].image
     assert again.caption(image) == student.eval().caption(image)
     with pytest.raises(cd.errors.CheckpointError, match="vocabulary of the HuggingFace"):
         cd.Captioner.load(tmp_path, tokenizer=untrimmed("byte-level BPE"))
@@ -168,8 +168,8 @@ def test_fast_tokenizers_of_transformers_declare_their_special_tokens(tmp_path: 
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
     theirs = PreTrainedTokenizerFast(tokenizer_object=full("SentencePiece BPE"), **special)
     theirs.save_pretrained(tmp_path)
-    for given in (theirs, tmp_path, str(tmp_path)):
-        tokenizer = cd.tokenizers.HuggingFace(given, keep=captions()[:9])
+    for each in (theirs, tmp_path, str(tmp_path)):
+        tokenizer = cd.tokenizers.HuggingFace(each, keep=captions()[:9])
         names = [tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id, tokenizer.unk_id]
         assert [tokenizer.vocabulary[i] for i in names] == ["<s>", "</s>", "<unk>", "<unk>"]
     caption = captions()[0]

@@ -34,7 +34,8 @@ RULES = [
         ],
     },
     {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, META]},
-    {"type": "Strip", "content": "a", "start": 2, "stop": 1},
+    {"type": "Strip", "content": "a", "start": 1, "stop": 0},
+    {"type": "Strip", "content": "b", "start": 0, "stop": 1},
 ]
 FIXED = ["a", "aab", "Ġdog", "▁dog", "▁", "##s", "@@s", "dog</w>", ".", "n't", "'s", " do not"]
 BYTES = ["<0x41>", "<0xE2>", "<0x96>", "<0x81>", "<0xc3>", "<0xA9>", "<0xZZ>", "<0x4>", "Ã", "©"]
