@@ -156,7 +156,7 @@ def test_a_captioner_of_subwords_is_saved_with_them(tmp_path: Path) -> None:
     student.save(tmp_path)
     again = cd.Captioner.load(tmp_path)
     assert again.tokenizer == tokenizer
-    image = cd.data.sample().train.examples[0].image
+    image = cd.data.sample().train.examples[0].path
     assert again.caption(image) == student.eval().caption(image)
     with pytest.raises(cd.errors.CheckpointError, match="vocabulary of the HuggingFace"):
         cd.Captioner.load(tmp_path, tokenizer=untrimmed("byte-level BPE"))
