@@ -137,9 +137,15 @@ def blip2(language: str = "opt"):
 
 def florence2():
     tokenizer = words_tokenizer(
-        "<s>", "<pad>", "</s>", "<image>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<image>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
     )
-    tokenizer.image_token, tokenizer.image_token_id = "<image>", 3
     side = {"embed_dim": [16], "num_heads": [2], "num_groups": [2], "depths": [1]}
     patches = {"patch_size": [7], "patch_stride": [4], "patch_padding": [3], "window_size": 2}
     config = hf.Florence2Config(
@@ -225,7 +231,7 @@ QWEN_CHAT = (
     "{% for m in messages %}<|im_start|>user\n{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
-    "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
 )
 
 
@@ -295,11 +301,10 @@ def paligemma():
         bos_token="<bos>",
         eos_token="<eos>",
         pad_token="<pad>",
-        additional_special_tokens=["<image>"],
+        extra_special_tokens={"image_token": "<image>"},
     )
     image = hf.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
     image.image_seq_length = 4
-    tokenizer.image_token, tokenizer.image_token_id = "<image>", 3
     processor = hf.PaliGemmaProcessor(image, tokenizer)
     language = text(
         tokenizer,

@@ -1,0 +1,86 @@
+"""A cache that gives other logits is noticed and not used; captions stay right."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from torch.testing import assert_close
+
+import capdistill as cd
+from tests.teachers.huggingface import tiny
+from tests.teachers.huggingface.conftest import batch_of, made
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+BROKEN = {"git"} if VERSION < (5, 1) else set()
+
+
+def test_the_models_cache_is_used_unless_this_version_broke_it(family, teacher):
+    assert teacher.use_cache == (family not in BROKEN)
+    assert not teacher.rereads_prefix
+
+
+def wrong(adapter, monkeypatch, fails):
+    """Let the model's forward forget something once there are words in its cache."""
+    read = adapter.read
+
+    def changed(ids, encoded, keep, **options):
+        cache = options.get(adapter.cache_name)
+        used = cache is not None and cache.get_seq_length() > 0
+        if used and fails:
+            raise TypeError("no cache")
+        return read(ids + 1 if used else ids, encoded, keep, **options)
+
+    monkeypatch.setattr(adapter, "read", changed)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("family", ["blip", "smolvlm"])
+def test_a_broken_cache_is_reported_and_not_used(family, teacher, batch, fails, monkeypatch):
+    module, processor, tokenizer = tiny.make(family)
+    other = cd.teachers.from_pretrained(module, tokenizer, processor)
+    wrong(other.adapter, monkeypatch, fails)
+    reason = "it fails with TypeError: no cache" if fails else "they differ by"
+    with pytest.warns(UserWarning, match=f"the cache of .* does not give .*{reason}"):
+        found = other.generate(batch, beam_size=2, max_length=5)
+    assert other.use_cache is False
+    expected = teacher.generate(batch, beam_size=2, max_length=5)
+    assert [each.tokens for each in found] == [each.tokens for each in expected]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")  # it is said once
+        assert_close(other(batch).logits, teacher(batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_check_changes_no_flag_and_no_random_state():
+    module, processor, tokenizer = tiny.make("vision_encoder_decoder")
+    teacher = cd.teachers.from_pretrained(module, tokenizer, processor).train()
+    state = torch.get_rng_state()
+    teacher.spec()
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(part.training for part in teacher.modules())
+    assert teacher.spec() is teacher.spec()
+
+
+def test_captions_of_a_teacher_are_training_data(tmp_path):
+    module, processor, tokenizer = tiny.make("blip")
+    with torch.no_grad():
+        module.text_decoder.get_output_embeddings().bias[3] = 9.0  # captions end soon
+    teacher = cd.teachers.from_pretrained(module, tokenizer, processor)
+    train = cd.data.sample().train.subset(2)
+    search = {"beam_size": 2, "max_length": 9, "min_length": 1}
+    options = {**search, "device": "cpu", "precision": "fp32"}
+    data = cd.teachers.caption(teacher, train, tmp_path / "c.jsonl", progress=False, **options)
+    again = teacher.caption([each.path for each in train.examples], **search)
+    assert all(again)
+    assert [list(each.captions) for each in data.examples] == [[text] for text in again]
+
+
+def test_a_teacher_is_part_of_an_ensemble():
+    teacher = made("git")[0]
+    both = cd.teachers.Ensemble({"one": teacher, "other": teacher})
+    batch = batch_of(teacher)
+    with torch.no_grad():
+        assert_close(both(batch).logits.softmax(-1), teacher(batch).logits.softmax(-1))
+    alone = teacher.generate(batch, max_length=4)
+    assert [e.text for e in both.generate(batch, max_length=4)] == [e.text for e in alone]
