@@ -165,6 +165,7 @@ class Captioner(CaptionGenerator):
             vocabulary=self.tokenizer.vocabulary,
             has_attention=self.decoder.has_attention,
             name=self.name,
+            tokenizer=self.tokenizer,
         )
 
     def save(self, directory: str | Path, *, allow_unregistered: bool = False) -> None:

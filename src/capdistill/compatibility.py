@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError, IncompatibleModels, suggest
 from capdistill.losses.base import DistillationLoss
-from capdistill.losses.token import first_difference
+from capdistill.losses.token import ACROSS_VOCABULARIES, first_difference
 from capdistill.outputs import LOGITS, Batch, CaptionerOutput, ModelSpec, TopWords
 from capdistill.runtime import inference
 from capdistill.tokenizer import pad_batch
@@ -53,7 +53,7 @@ def checked_forward(model: Any, batch: Batch, needed: frozenset[str]) -> Caption
     Raises:
         IncompatibleModels: the output is not as in the model's specification.
     """
-    batch = batch.to(device_of(model))
+    batch = as_read(model, batch).to(device_of(model))
     with inference(model, fork_rng=True):
         output: CaptionerOutput = model(batch, need=needed)
     spec = model.spec(batch)
@@ -62,6 +62,12 @@ def checked_forward(model: Any, batch: Batch, needed: frozenset[str]) -> Caption
         required -= {"attention"}
     require_output(f"'{spec.name}' gives", output, batch, required, len(spec.vocabulary), spec)
     return output_to(output, torch.device("cpu"))
+
+
+def as_read(model: Any, batch: Batch) -> Batch:
+    """The batch with the ids that a model reads: a teacher may encode the captions itself."""
+    reads = getattr(model, "as_read", None)
+    return batch if reads is None else cast(Batch, reads(batch))
 
 
 def require_output(
@@ -150,26 +156,34 @@ def _require_shape(source: str, what: str, value: Tensor, shape: tuple[int | Non
     )
 
 
-def require_one_vocabulary(student: ModelSpec, teacher: ModelSpec) -> None:
-    """Check that both vocabularies are equal: the teacher reads the student's ids.
+def require_one_vocabulary(
+    losses: Iterable[DistillationLoss],
+    student: ModelSpec,
+    teachers: Mapping[str | None, ModelSpec],
+) -> None:
+    """Check that the vocabularies are equal where a loss compares word with word by position.
 
     Raises:
-        IncompatibleModels: names the first entry that differs.
+        IncompatibleModels: names the first entry that differs, and what to do.
     """
-    place = first_difference(student.vocabulary, teacher.vocabulary)
-    if place is None:
-        return
-    mine, theirs = (
-        repr(spec.vocabulary[place]) if place < len(spec.vocabulary) else "no entry"
-        for spec in (student, teacher)
-    )
-    raise IncompatibleModels(
-        f"The vocabularies differ at entry {place}: '{student.name}' has {mine} "
-        f"({len(student.vocabulary)} entries), '{teacher.name}' has {theirs} "
-        f"({len(teacher.vocabulary)} entries). The teacher would read words other than those of "
-        "the captions. Build both models with one tokenizer, or compare only features: "
-        'losses={"feature": {"name": "feature", "match": "pooled"}}.'
-    )
+    for loss in losses:
+        compares = loss.from_teacher and bool(loss.needs - {"features"})
+        if not compares or loss.across_vocabularies:
+            continue
+        teacher = teachers[loss.teacher]
+        place = first_difference(student.vocabulary, teacher.vocabulary)
+        if place is not None:
+            mine, theirs = (_entry(spec, place) for spec in (student, teacher))
+            raise IncompatibleModels(
+                f"The vocabularies differ at entry {place}: '{student.name}' has {mine}, "
+                f"'{teacher.name}' has {theirs}. {type(loss).__name__} would compare different "
+                f"words. {ACROSS_VOCABULARIES}"
+            )
+
+
+def _entry(spec: ModelSpec, place: int) -> str:
+    words = spec.vocabulary
+    return f"{words[place]!r} ({len(words)} entries)" if place < len(words) else "no entry"
 
 
 def teachers_of(teacher: nn.Module) -> dict[str, nn.Module]:

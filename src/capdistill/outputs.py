@@ -328,6 +328,7 @@ class ModelSpec:
         vocabulary: The entries in the order of their ids.
         has_attention: Whether the model can return attention over visual tokens.
         name: Name of the model in messages.
+        tokenizer: Encodes the captions that the model reads, if a loss may ask for it.
     """
 
     feature_dim: int | None
@@ -338,6 +339,7 @@ class ModelSpec:
     vocabulary: Sequence[str]
     has_attention: bool
     name: str = "model"
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)

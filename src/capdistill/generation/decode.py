@@ -188,6 +188,10 @@ class CaptionGenerator(nn.Module):
     def image_size(self) -> int | None:
         """Side in pixels of the images that it reads; None if it reads any."""
 
+    def as_read(self, batch: Batch) -> Batch:
+        """The batch with the ids that the model reads; most read those that it has."""
+        return batch
+
     def generate(
         self,
         batch: Batch | Tensor,

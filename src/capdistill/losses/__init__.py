@@ -13,6 +13,8 @@ from capdistill.losses.base import DistillationLoss as DistillationLoss
 from capdistill.registry import Registry, lazy_exports
 
 if TYPE_CHECKING:
+    from capdistill.losses.across_vocabularies import UniversalKD as UniversalKD
+    from capdistill.losses.across_vocabularies import WordKD as WordKD
     from capdistill.losses.attention import AttentionKD as AttentionKD
     from capdistill.losses.contrastive import ContrastiveKD as ContrastiveKD
     from capdistill.losses.decoupled import DecoupledKD as DecoupledKD
@@ -39,6 +41,8 @@ else:
             "ReverseKD": "generalised",
             "TokenKD": "token",
             "TopKD": "top_k",
+            "UniversalKD": "across_vocabularies",
+            "WordKD": "across_vocabularies",
         },
         "DistillationLoss",
         "create",
@@ -65,6 +69,8 @@ registry: Registry[DistillationLoss] = Registry(
         "reverse_kl": "capdistill.losses.generalised:ReverseKD",
         "token": "capdistill.losses.token:TokenKD",
         "top_k": "capdistill.losses.top_k:TopKD",
+        "universal": "capdistill.losses.across_vocabularies:UniversalKD",
+        "word": "capdistill.losses.across_vocabularies:WordKD",
     },
 )
 

@@ -35,6 +35,8 @@ class DistillationLoss(nn.Module):
             several processes the images of one rank.
         from_teacher: False for a term that reads no teacher: `forward` may be given None as the
             teacher's output.
+        across_vocabularies: True for a loss on words whose teacher may have another vocabulary: it
+            is then given the teacher's output for the teacher's own ids of the captions.
         teacher: Name of the teacher that the loss reads, where there are several; set by
             `{"name": "feature", "teacher": "lite2"}`, too.
         progress: Share of the run that is done, 0 to 1, for schedules; the trainer sets it before
@@ -49,6 +51,7 @@ class DistillationLoss(nn.Module):
     per: Literal["token", "image"] = "token"
     couples_batch: bool = False
     from_teacher: bool = True
+    across_vocabularies: bool = False
     teacher: str | None = None
     progress: float = 0.0
 
@@ -83,13 +86,13 @@ class DistillationLoss(nn.Module):
         """Scalar float32 sum; gradients reach the student and the projectors only."""
 
 
-_DECLARED = {"needs", "per", "couples_batch", "from_teacher"}
+_DECLARED = {"needs", "per", "couples_batch", "from_teacher", "across_vocabularies"}
 
 
 def _declared(cls: type[DistillationLoss], name: str, value: Any) -> Any:
     """Check the value of an attribute that the trainer relies on, and return it."""
     where = f"The loss {cls.__name__}: {name} = {value!r}"
-    if name in ("couples_batch", "from_teacher"):
+    if name in ("couples_batch", "from_teacher", "across_vocabularies"):
         if not isinstance(value, bool):
             raise ConfigError(f"{where}; expected True or False.")
         return value

@@ -20,6 +20,15 @@ from capdistill.losses.entries import entries_divergence
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec, TopWords
 
 
+ACROSS_VOCABULARIES = (
+    "A student whose tokenizer is the teacher's, trimmed to the captions, learns by any loss: "
+    "capdistill.tokenizers.HuggingFace(teacher.tokenizer, keep=captions). Between different "
+    'vocabularies there are losses={"word": "word"} and "universal", pooled features ({"name": '
+    '"feature", "match": "pooled"}), and captions of the teacher (capdistill.teachers.caption). '
+    "check() recommends one."
+)
+
+
 class LogitsLoss(DistillationLoss):
     """Base class of losses on the next-token distributions, softened by a temperature.
 
@@ -54,7 +63,7 @@ class LogitsLoss(DistillationLoss):
                 f"{type(self).__name__}: the vocabularies differ at entry {place}: "
                 f"{_entry(student, place)}, {_entry(teacher, place)}.\n"
                 "Token distillation compares one entry with the same entry: build both models with "
-                "one tokenizer, or remove this loss."
+                f"one tokenizer, or remove this loss. {ACROSS_VOCABULARIES}"
             )
 
     def forward(self, student: CaptionerOutput, teacher: CaptionerOutput, batch: Batch) -> Tensor:

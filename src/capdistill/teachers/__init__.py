@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from capdistill.teachers.huggingface.loading import from_pretrained as from_pretrained
     from capdistill.teachers.huggingface.teacher import HuggingFaceTeacher as HuggingFaceTeacher
     from capdistill.teachers.mean_teacher import MeanTeacher as MeanTeacher
+    from capdistill.teachers.vocabularies import RetokenizingTeacher as RetokenizingTeacher
+    from capdistill.teachers.vocabularies import TrimmedTeacher as TrimmedTeacher
 else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
@@ -29,7 +31,9 @@ else:
             "ForeignTeacher": "foreign",
             "HuggingFaceTeacher": "huggingface.teacher",
             "MeanTeacher": "mean_teacher",
+            "RetokenizingTeacher": "vocabularies",
             "TeacherCaptions": "caption_file",
+            "TrimmedTeacher": "vocabularies",
             "cache": "cached_targets",
             "caption": "captions",
             "from_pretrained": "huggingface.loading",

@@ -155,7 +155,8 @@ class Ensemble(CaptionGenerator):
             logits = self._drawn(batch, found, drawn)
         elif mixed:
             logits = self.mix([_logits(found, n) for n in self._names if n in in_mixture])
-        return CaptionerOutput(logits=logits, mask=batch.target_mask, members=found)
+        mask = self.as_read(batch).target_mask
+        return CaptionerOutput(logits=logits, mask=mask, members=found)
 
     def mix(self, logits: Sequence[Tensor]) -> Tensor:
         """Logits (..., V) of the members with a weight to log-probabilities of the mixture."""
@@ -200,7 +201,13 @@ class Ensemble(CaptionGenerator):
         """The specification: that of a single member; of several, the vocabulary alone."""
         if len(self._names) == 1:
             return replace(self.members[self._names[0]].spec(batch), name=self.name)
-        return ModelSpec(None, None, 0, None, (), self.tokenizer.vocabulary, False, self.name)
+        first = self.members[self._names[0]].spec(batch)
+        vocabulary, tokenizer = first.vocabulary, first.tokenizer
+        return ModelSpec(None, None, 0, None, (), vocabulary, False, self.name, tokenizer)
+
+    def as_read(self, batch: Batch) -> Batch:
+        """The batch with the ids that the members read."""
+        return self.members[self._names[0]].as_read(batch)
 
     @property
     def image_size(self) -> int | None:
@@ -290,7 +297,13 @@ def load(
 
 
 def leaves(model: nn.Module) -> list[nn.Module]:
-    """The captioners of an ensemble, those of ensembles within it too; any other model itself."""
+    """The captioners of an ensemble, those of ensembles within it too; any other model itself.
+
+    In place of a teacher that reads for a student with another vocabulary it is the teacher within.
+    """
+    within = getattr(model, "retokenized", None)
+    if isinstance(within, nn.Module):
+        return leaves(within)
     if not isinstance(model, Ensemble):
         return [model]
     return [leaf for member in model.members.values() for leaf in leaves(member)]

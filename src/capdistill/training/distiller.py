@@ -40,6 +40,7 @@ from capdistill.teachers.cached import (
     require_kept,
 )
 from capdistill.teachers.ensemble import Ensemble, leaves
+from capdistill.teachers.vocabularies import for_student, with_dropped_mass
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, DistillOptions
 from capdistill.training.gradnorm import GradNorm
 from capdistill.training.objective import Objective, Weights
@@ -115,7 +116,7 @@ class Distiller(Trainer):
         config: DistillConfig | None,
         options: Mapping[str, Any],
     ) -> None:
-        self.teacher = teacher
+        self.teacher: nn.Module | None = for_student(teacher, student)
         self._sharing: list[Captioner] = []  # one for each frozen trunk that several models have
         super().__init__(student, config, **options)
 
@@ -146,7 +147,7 @@ class Distiller(Trainer):
     @property
     def models(self) -> list[nn.Module]:
         """Student and teacher."""
-        return [self.captioner] if self.teacher is None else [self.captioner, self.teacher]
+        return [self.captioner, *([] if self.teacher is None else [self.teacher])]
 
     def prepare(self, batch: Batch) -> None:
         """Build the losses if the teacher's specification had to be probed on a real batch."""
@@ -176,8 +177,7 @@ class Distiller(Trainer):
     def teacher_output(self, batch: Batch) -> CaptionerOutput | None:
         """The teacher's output for a batch: evaluation mode, no gradients, no dropout.
 
-        `fit` sets the mode once; elsewhere the teacher's flags are restored after each batch. Each
-        of several teachers runs once, for what the losses need of it.
+        `fit` sets the mode once; elsewhere flags are restored. Each of several teachers runs once.
         """
         if self.teacher is None or not self.objective.teacher_needs:
             return None
@@ -221,7 +221,10 @@ class Distiller(Trainer):
     def needs_whole_weights(self) -> dict[str, object]:
         """As in `Stepper`; and what samples from the student, or follows its weights."""
         own = {"on_policy": self.config.samples_on_policy, "MeanTeacher": self._followers}
-        return {**super().needs_whole_weights(), **own}
+        return super().needs_whole_weights() | own
+
+    def _make_callbacks(self, out: Any, monitor: Any, callbacks: Any) -> list[Any]:
+        return super()._make_callbacks(out, monitor, with_dropped_mass(callbacks, self.teacher))
 
     def _find_followers(self) -> dict[str, WeightAverage]:
         parts = {} if self.teacher is None else dict(self.teacher.named_modules(prefix="teacher"))
@@ -249,13 +252,11 @@ class Distiller(Trainer):
 
     def _build_losses(self, batch: Batch | None) -> None:
         """Build every loss with both specifications; projectors are seeded by the run."""
-        student = self.captioner.spec()
-        theirs = self._teacher_specs(batch)
+        student, theirs = self.captioner.spec(), self._teacher_specs(batch)
         with seeded(self.config.seed):
             for loss in self._losses.values():
                 loss.build(student, theirs[loss.teacher])
-        if self.objective.needed_outputs - {"features"}:
-            require_one_vocabulary(student, theirs[None])
+        require_one_vocabulary(self._losses.values(), student, theirs)
         self._keep_apart()  # the projectors just created
         self._built = True
 
@@ -276,8 +277,7 @@ class Distiller(Trainer):
 
         A foreign teacher is tried on the first real batch: it may not accept a made-up one.
         """
-        batch = probe_batch(self.captioner, self.models)
-        ours = (Captioner, CachedTeacher)
+        batch, ours = probe_batch(self.captioner, self.models), (Captioner, CachedTeacher)
         if self.teacher is None or all(isinstance(each, ours) for each in leaves(self.teacher)):
             with made_up_targets(self.teacher):
                 self._try_losses(batch)
