@@ -1,25 +1,16 @@
-"""Losses between vocabularies: words by character spans, and sorted probabilities, by brute force."""
+"""Losses between vocabularies, by brute force: words by spans, and sorted probabilities."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
-from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from capdistill.errors import ConfigError, IncompatibleModels
-from capdistill.losses import TokenKD, UniversalKD, WordKD
-from capdistill.losses.alignment import WordAlignment, split_tokens
+from capdistill.losses import WordKD
 from capdistill.outputs import CaptionerOutput, ModelSpec
-from capdistill.testing import check_loss
-from capdistill.tokenizer import WordTokenizer
 from tests.losses.tiny_tokenizers import Pieces, batch_of, logits_of
 
 WORDS = Pieces(["a", "dog", "dogs", "run", "running", "cat"], "words")

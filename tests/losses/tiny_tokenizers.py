@@ -1,4 +1,4 @@
-"""Subword tokenizers of a few pieces in the three usual notations, with spans as those have them."""
+"""Subword tokenizers of a few pieces in the usual notations, with spans as those have them."""
 
 from __future__ import annotations
 

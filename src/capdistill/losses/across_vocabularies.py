@@ -1,4 +1,4 @@
-"""Losses on words between models of different vocabularies: by word, and by sorted probabilities."""
+"""Losses on words between models of different vocabularies."""
 
 from __future__ import annotations
 

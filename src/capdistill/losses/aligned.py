@@ -105,7 +105,7 @@ def _over_words(value: object, rows: Tensor) -> Tensor:
 
 
 def _chain_log_probs(side: WordLogits) -> Tensor:
-    """(n, 1) the log-probability of the tokens of each word behind the first, given those before."""
+    """(n, 1) the log-probability of the tokens of each word behind its first one."""
     words, rows, tokens = side.chain.unbind(1)
     each = F.log_softmax(full(side.logits[rows]), -1).gather(-1, tokens[:, None])[:, 0]
     total = each.new_zeros(len(side.rows)).index_add(0, words, each)
@@ -152,11 +152,12 @@ def sorted_distance(
 ) -> Tensor:
     """Sum over positions of the distance between the sorted probabilities of two vocabularies.
 
-    It is the Wasserstein-1 distance where the cost of moving probability from any entry to any other
-    is equal. The shorter vector is filled up with zeros.
+    It is the Wasserstein-1 distance where the cost of moving probability between any two entries is
+    equal. The shorter vector is filled up with zeros.
 
     Example:
-        >>> student, teacher = torch.tensor([[0.6, 0.4]]).log(), torch.tensor([[0.1, 0.2, 0.7]]).log()
+        >>> student, teacher = torch.tensor([[0.6, 0.4]]), torch.tensor([[0.1, 0.2, 0.7]])
+        >>> student, teacher = student.log(), teacher.log()
         >>> round(float(sorted_distance(student, teacher, torch.tensor([0]))), 4)  # .1 + .2 + .1
         0.4
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -152,13 +152,7 @@ class WordAlignment:
 
     Example:
         >>> from capdistill.tokenizer import WordTokenizer
-        >>> class Letters(WordTokenizer):
-        ...     def encode_spans(self, caption):  # one word, one token
-        ...         words, at, spans = caption.split(), 0, []
-        ...         for word in words:
-        ...             spans.append((at := caption.index(word, at), at + len(word)))
-        ...         return self.encode(caption), [(0, 0), *spans, (len(caption),) * 2]
-        >>> one, other = Letters(["a", "dog"]), Letters(["dog", "cat", "a"])
+        >>> one, other = WordTokenizer(["a", "dog"]), WordTokenizer(["dog", "cat", "a"])
         >>> aligned = WordAlignment(one, other)
         >>> aligned.contexts[1].student.ids.tolist(), aligned.contexts[1].teacher.ids.tolist()
         ([2, 5, 4], [2, 4, 6])
@@ -174,8 +168,8 @@ class WordAlignment:
         for role, tokenizer in {"student": student, "teacher": teacher}.items():
             if not callable(getattr(tokenizer, "encode_spans", None)):
                 raise ConfigError(
-                    f"The tokenizer of the {role}, {type(tokenizer).__name__}, has no encode_spans, "
-                    "by which words are aligned: encode_spans(caption) returns the ids of encode "
+                    f"The tokenizer of the {role}, {type(tokenizer).__name__}, has no "
+                    "encode_spans, by which words are aligned: it returns the ids of encode "
                     "and the characters (start, end) that each covers. Add it, or learn from "
                     "captions of the teacher: cd.teachers.caption."
                 )
@@ -215,7 +209,7 @@ class WordAlignment:
             words.append(np.insert(known.words[:count], 0, row, axis=1))
             for each, chain in zip(chains, known.chains, strict=True):
                 chain = chain[chain[:, 0] < count]
-                each.append(np.insert(chain + [done, 0, 0], 1, row, axis=1))
+                each.append(np.insert(chain + np.array([done, 0, 0]), 1, row, axis=1))
             done += count
         device = batch.input_ids.device
 
@@ -224,13 +218,12 @@ class WordAlignment:
             return torch.from_numpy(whole).to(device)
 
         table = tensor(words, 11)
-        row, context, own, mine, _, my_id, my_move, theirs, _, their_id, their_move = table.unbind(1)
-        return AlignedWords(
-            Side(row, mine, my_id, my_move.bool(), tensor(chains[0], 4)),
-            Side(row, theirs, their_id, their_move.bool(), tensor(chains[1], 4)),
-            context,
-            own,
-        )
+        row, context, own = table[:, :3].unbind(1)
+        sides = []
+        for columns, chain in zip((table[:, 3:7], table[:, 7:]), chains, strict=True):
+            first, _, token, moves = columns.unbind(1)
+            sides.append(Side(row, first, token, moves.bool(), tensor(chain, 4)))
+        return AlignedWords(sides[0], sides[1], context, own)
 
     def side_by_side(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(n,) captions, and positions up to the end of the shorter encoding, equal in both."""

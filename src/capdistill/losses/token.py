@@ -19,7 +19,6 @@ from capdistill.losses.divergence import kl_divergence
 from capdistill.losses.entries import entries_divergence
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec, TopWords
 
-
 ACROSS_VOCABULARIES = (
     "A student whose tokenizer is the teacher's, trimmed to the captions, learns by any loss: "
     "capdistill.tokenizers.HuggingFace(teacher.tokenizer, keep=captions). Between different "

@@ -29,9 +29,9 @@ _KEPT = 2**16  # captions whose ids are kept
 class RetokenizingTeacher(CaptionGenerator):
     """A teacher that reads the captions of a batch with its own tokenizer.
 
-    Its logits, hidden states and attention belong to its own tokens: (B, T' - 1, ...). Losses across
-    vocabularies ("word", "universal") align them with the student's; features belong to images, and
-    are what they are for any teacher.
+    Its logits, hidden states and attention belong to its own tokens: (B, T' - 1, ...). Losses
+    across vocabularies ("word", "universal") align them with the student's. Its features belong to
+    images, as those of any teacher.
 
     Example:
         >>> import capdistill as cd
@@ -246,8 +246,8 @@ def is_trimmed(student: Any, teacher: Tokenizer) -> bool:
 def for_student(teacher: Any, student: Any) -> Any:
     """The teacher as it reads for a student; itself if both have one vocabulary.
 
-    For a trimmed vocabulary it is a `TrimmedTeacher`, which may teach by any loss; for any other one
-    it is a `RetokenizingTeacher`. The members of an ensemble are wrapped one by one.
+    For a trimmed vocabulary it is a `TrimmedTeacher`, which may teach by any loss; for any other
+    one it is a `RetokenizingTeacher`. The members of an ensemble are wrapped one by one.
 
     Args:
         teacher: A captioner of any kind, an ensemble, or None.
