@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError, IncompatibleModels, suggest
+from capdistill.losses.alignment import WordAlignment
 from capdistill.losses.base import DistillationLoss
 from capdistill.losses.token import ACROSS_VOCABULARIES, first_difference
 from capdistill.outputs import LOGITS, Batch, CaptionerOutput, ModelSpec, TopWords
@@ -175,10 +176,52 @@ def require_one_vocabulary(
         if place is not None:
             mine, theirs = (_entry(spec, place) for spec in (student, teacher))
             raise IncompatibleModels(
-                f"The vocabularies differ at entry {place}: '{student.name}' has {mine}, "
-                f"'{teacher.name}' has {theirs}. {type(loss).__name__} would compare different "
-                f"words. {ACROSS_VOCABULARIES}"
+                f"{type(loss).__name__}: the vocabularies differ at entry {place}: "
+                f"'{student.name}' has {mine}, '{teacher.name}' has {theirs}. Different words "
+                f"would be compared. {ACROSS_VOCABULARIES} "
+                f"{recommended(student.tokenizer, teacher.tokenizer)}"
             )
+
+
+ENOUGH_WORDS = 0.5  # share of the words that must be aligned to learn from them
+
+
+def recommended(student: Any, teacher: Any, captions: Sequence[str] = ()) -> str:
+    """Which way of learning between two tokenizers is recommended, and why.
+
+    Example:
+        >>> from capdistill.tokenizer import WordTokenizer
+        >>> one, other = WordTokenizer(["a", "dog"]), WordTokenizer(["dog", "a"])
+        >>> print(recommended(one, other, ["a dog"]))
+        Recommended: the loss "word"; of 3 words, 3 begin at the same character for both models, \
+and 3 are one token in both vocabularies.
+
+    Args:
+        student, teacher: The tokenizers.
+        captions: Some that are trained on; by default the words of the student's vocabulary.
+    """
+    if not all(callable(getattr(each, "encode_spans", None)) for each in (student, teacher)):
+        return (
+            "Recommended: captions of the teacher; words cannot be aligned, since a tokenizer has "
+            "no encode_spans."
+        )
+    alignment = WordAlignment(student, teacher)
+    if not captions:
+        known, size = alignment.contexts[-1].student, len(student.vocabulary)
+        why, share = (
+            f"{len(known.ids)} of {size} entries are a token for both",
+            len(known.ids) / size,
+        )
+    else:
+        words, aligned, single = alignment.coverage(captions)
+        share = aligned / max(words, 1)
+        why = (
+            f"of {words} words, {aligned} begin at the same character for both models, and "
+            f"{single} are one token in both vocabularies"
+        )
+    if share >= ENOUGH_WORDS:
+        return f'Recommended: the loss "word"; {why}.'
+    return f"Recommended: captions of the teacher, with pooled features; {why}."
 
 
 def _entry(spec: ModelSpec, place: int) -> str:

@@ -95,7 +95,7 @@ def test_the_dropped_mass_is_the_mean_over_valid_tokens_however_they_are_padded(
     full = teacher(replace(batch, input_ids=ids[batch.input_ids])).logits.double().softmax(-1)
     lost = 1 - full[..., ids].sum(-1)
     assert 0.01 < trimmed.dropped_mass < 0.95
-    assert trimmed.dropped_mass == pytest.approx(float(lost[batch.target_mask].mean()), rel=1e-5)
+    assert trimmed.dropped_mass == pytest.approx(lost[batch.target_mask].mean().item(), rel=1e-5)
     again = TrimmedTeacher(teacher, FEWER)
     again(replace(batch, input_ids=F.pad(batch.input_ids, (0, 3)), mask=F.pad(batch.mask, (0, 3))))
     assert again.dropped_mass == pytest.approx(trimmed.dropped_mass, rel=1e-5)
@@ -194,7 +194,14 @@ def test_losses_that_compare_position_by_position_are_refused_with_the_options(l
     student = captioner(WORDS, "lstm", 2, "student")
     with pytest.raises(IncompatibleModels, match=r"vocabularies differ at entry 4") as caught:
         distiller(captioner(SUBWORDS), student, [loss])
-    for option in ("HuggingFace", '"word"', '"universal"', "pooled", "teachers.caption", "check()"):
+    for option in (
+        "HuggingFace",
+        '"word"',
+        '"universal"',
+        "pooled",
+        "teachers.caption",
+        "Recommended",
+    ):
         assert option in str(caught.value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from capdistill.outputs import Batch
 from capdistill.tokenizer import Tokenizer
 
 Spans = Sequence[tuple[int, int]]
+Table = np.ndarray[Any, np.dtype[np.int64]]
 _JOINERS = "'’ʼ-‐‑"
 _KEPT = 2**16  # captions whose alignment is kept
 _FIRST, _LATER = 0, 1  # contexts: units differ at the start of a caption ("dog", " dog")
@@ -138,13 +139,21 @@ class AlignedWords(NamedTuple):
     classes: Tensor
 
 
+class Coverage(NamedTuple):
+    """Numbers of words: all of the student's, the aligned ones, those that both have as a token."""
+
+    words: int
+    aligned: int
+    single: int
+
+
 @dataclass(frozen=True)
 class _Caption:
     """The aligned words of a caption: (n, 10) numbers, and the chains of both models."""
 
     ids: list[int]  # of the student
-    words: np.ndarray[Any, Any]
-    chains: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # (m, 3): word, position, id
+    words: Table
+    chains: tuple[Table, Table]  # (m, 3): word, position, id
 
 
 class WordAlignment:
@@ -199,31 +208,37 @@ class WordAlignment:
         """
         _ = self.contexts
         given = batch.input_ids.masked_fill(~batch.mask, -1).tolist()
-        words, chains, done = [], ([], []), 0
-        for row, caption in enumerate(batch.captions):
+        words: list[Table] = []
+        chains: tuple[list[Table], list[Table]] = ([], [])
+        done = 0
+        for number, caption in enumerate(batch.captions):
             known = self._caption(caption)
-            limit = _common_length(known.ids, given[row]) - 1  # targets
+            limit = _common_length(known.ids, given[number]) - 1  # targets
             count = int(np.searchsorted(known.words[:, 3], limit, side="right"))
-            if not count:
-                continue
-            words.append(np.insert(known.words[:count], 0, row, axis=1))
-            for each, chain in zip(chains, known.chains, strict=True):
-                chain = chain[chain[:, 0] < count]
-                each.append(np.insert(chain + np.array([done, 0, 0]), 1, row, axis=1))
+            words.append(np.insert(known.words[:count], 0, number, axis=1))
+            for several, chain in zip(chains, known.chains, strict=True):
+                kept = chain[chain[:, 0] < count] + np.array([done, 0, 0])
+                several.append(np.insert(kept, 1, number, axis=1))
             done += count
         device = batch.input_ids.device
-
-        def tensor(parts: list[np.ndarray[Any, Any]], width: int) -> Tensor:
-            whole = np.concatenate(parts) if parts else np.zeros((0, width), np.int64)
-            return torch.from_numpy(whole).to(device)
-
-        table = tensor(words, 11)
+        table, *further = (torch.from_numpy(np.concatenate(x)).to(device) for x in (words, *chains))
         row, context, own = table[:, :3].unbind(1)
         sides = []
-        for columns, chain in zip((table[:, 3:7], table[:, 7:]), chains, strict=True):
+        for columns, following in zip((table[:, 3:7], table[:, 7:]), further, strict=True):
             first, _, token, moves = columns.unbind(1)
-            sides.append(Side(row, first, token, moves.bool(), tensor(chain, 4)))
+            sides.append(Side(row, first, token, moves.bool(), following))
         return AlignedWords(sides[0], sides[1], context, own)
+
+    def coverage(self, captions: Iterable[str]) -> Coverage:
+        """How many words of some captions are aligned."""
+        words = aligned = single = 0
+        for caption in captions:
+            table = self._caption(caption).words
+            words += len(split_tokens(caption, self.student.encode_spans(caption)[1]))
+            aligned += len(table)
+            sizes = np.array([each.size for each in self.contexts])[table[:, 0]]
+            single += int((table[:, 1] < sizes).sum())
+        return Coverage(words, aligned, single)
 
     def side_by_side(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(n,) captions, and positions up to the end of the shorter encoding, equal in both."""

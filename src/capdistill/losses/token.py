@@ -23,8 +23,7 @@ ACROSS_VOCABULARIES = (
     "A student whose tokenizer is the teacher's, trimmed to the captions, learns by any loss: "
     "capdistill.tokenizers.HuggingFace(teacher.tokenizer, keep=captions). Between different "
     'vocabularies there are losses={"word": "word"} and "universal", pooled features ({"name": '
-    '"feature", "match": "pooled"}), and captions of the teacher (capdistill.teachers.caption). '
-    "check() recommends one."
+    '"feature", "match": "pooled"}), and captions of the teacher (capdistill.teachers.caption).'
 )
 
 

@@ -201,9 +201,8 @@ class Ensemble(CaptionGenerator):
         """The specification: that of a single member; of several, the vocabulary alone."""
         if len(self._names) == 1:
             return replace(self.members[self._names[0]].spec(batch), name=self.name)
-        first = self.members[self._names[0]].spec(batch)
-        vocabulary, tokenizer = first.vocabulary, first.tokenizer
-        return ModelSpec(None, None, 0, None, (), vocabulary, False, self.name, tokenizer)
+        words, name = self.tokenizer, self.name
+        return ModelSpec(None, None, 0, None, (), words.vocabulary, False, name, words)
 
     def as_read(self, batch: Batch) -> Batch:
         """The batch with the ids that the members read."""

@@ -83,7 +83,8 @@ class RetokenizingTeacher(CaptionGenerator):
     def spec(self, batch: Batch | None = None) -> ModelSpec:
         """That of the teacher, with its tokenizer."""
         own = None if batch is None else self.as_read(batch)
-        return replace(self.retokenized.spec(own), tokenizer=self.tokenizer)
+        theirs: ModelSpec = self.retokenized.spec(own)
+        return replace(theirs, tokenizer=self.tokenizer)
 
     def decoding(self, images: Batch | Tensor) -> tuple[Decoder, Any]:
         """That of the teacher."""
@@ -166,8 +167,9 @@ class TrimmedTeacher(CaptionGenerator):
         self._measure(output.logits, batch.target_mask)
         return replace(output, logits=output.logits.index_select(-1, self.full_ids))
 
+    @torch.no_grad()
     def _measure(self, logits: Tensor, mask: Tensor) -> None:
-        parts = zip(logits.split(_CHUNK), mask.split(_CHUNK), strict=True)
+        parts = zip(torch.split(logits, _CHUNK), torch.split(mask, _CHUNK), strict=True)
         masses = [self._mass(full(rows))[valid].sum() for rows, valid in parts]
         new = torch.stack([torch.stack(masses).sum(), mask.sum()])
         self._dropped = new if self._dropped is None else self._dropped.to(new) + new
@@ -190,7 +192,7 @@ class TrimmedTeacher(CaptionGenerator):
 
     def spec(self, batch: Batch | None = None) -> ModelSpec:
         """That of the teacher, with the student's vocabulary."""
-        whole = self.retokenized.spec(None if batch is None else self._in_full(batch))
+        whole: ModelSpec = self.retokenized.spec(None if batch is None else self._in_full(batch))
         return replace(whole, vocabulary=self.tokenizer.vocabulary)
 
     def decoding(self, images: Batch | Tensor) -> tuple[Decoder, Any]:

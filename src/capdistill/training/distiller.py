@@ -253,10 +253,10 @@ class Distiller(Trainer):
     def _build_losses(self, batch: Batch | None) -> None:
         """Build every loss with both specifications; projectors are seeded by the run."""
         student, theirs = self.captioner.spec(), self._teacher_specs(batch)
+        require_one_vocabulary(self._losses.values(), student, theirs)
         with seeded(self.config.seed):
             for loss in self._losses.values():
                 loss.build(student, theirs[loss.teacher])
-        require_one_vocabulary(self._losses.values(), student, theirs)
         self._keep_apart()  # the projectors just created
         self._built = True
 

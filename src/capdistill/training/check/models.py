@@ -11,16 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
-from capdistill.compatibility import checked_forward, checked_teaching, loss_value, probe_batch
+from capdistill.compatibility import (
+    as_read,
+    checked_forward,
+    checked_teaching,
+    device_of,
+    loss_value,
+    probe_batch,
+    recommended,
+)
 from capdistill.encoders.base import Encoder
 from capdistill.errors import IncompatibleModels
+from capdistill.losses.across_vocabularies import WordKD
 from capdistill.losses.base import DistillationLoss
 from capdistill.losses.divergence import cross_entropy
-from capdistill.losses.token import first_difference
+from capdistill.losses.token import ACROSS_VOCABULARIES, first_difference
 from capdistill.outputs import Batch, CaptionerOutput, LossTerm, ModelSpec, part
 from capdistill.registry import recipe_of
 from capdistill.runtime import autocast, inference
 from capdistill.teachers.ensemble import leaves
+from capdistill.teachers.vocabularies import trimmed_parts
 from capdistill.testing import double_batch, double_output, step_logits
 from capdistill.training.check.trial import CheckRow, Trial, listed, millions, name_of, numel
 from capdistill.training.objective import Objective
@@ -50,23 +60,33 @@ def check_sizes(trial: Trial) -> Iterator[CheckRow]:
 
 
 def check_vocabularies(trial: Trial) -> Iterator[CheckRow]:
-    """Compare the vocabularies entry by entry: the teacher reads the student's ids."""
-    student, *teachers = [model.tokenizer.vocabulary for model in trial.roles.values()]
-    place = first_difference(student, teachers[0]) if teachers else None
+    """Compare the vocabularies entry by entry: what the teacher reads, and what can be learned."""
+    student, *teachers = [model.tokenizer for model in trial.roles.values()]
+    mine, *theirs = [each.vocabulary for each in (student, *teachers)]
+    place = first_difference(mine, theirs[0]) if teachers else None
     if place is None:
         same = ", the same for both models" if teachers else ""
-        yield CheckRow("vocabulary", "ok", f"{len(student)} entries{same}")
+        yield CheckRow("vocabulary", "ok", f"{len(mine)} entries{same}")
+        for trimmed in trimmed_parts(trial.roles.get("teacher")):
+            whole = len(trimmed.retokenized.tokenizer.vocabulary)
+            finding = f"'{trimmed.name}' has {whole} entries; the student keeps {len(mine)}"
+            yield CheckRow("vocabulary", "ok", finding)
         return
     finding = (
-        f"student and teacher differ at entry {place} ({len(student)} and {len(teachers[0])} "
-        "entries): the teacher would read words other than those of the captions"
+        f"student and teacher differ at entry {place} ({len(mine)} and {len(theirs[0])} entries): "
+        "the teacher reads the captions with its own tokenizer"
     )
-    # Ids that the teacher lacks would even break a CUDA context. Whether attention is needed is
-    # known once the losses are built.
-    if trial.need - {"features", "attention"}:
-        raise IncompatibleModels(f"{finding}. Build both models with one tokenizer.")
-    fix = "Compare only features, as here, or build both models with one tokenizer."
-    yield CheckRow("vocabulary", "note", finding, fix)
+    captions = [caption for caption in trial.batch.captions if caption]
+    advice = recommended(student, teachers[0], captions)
+    # Whether attention is needed is known once the losses are built.
+    losses = cast("dict[str, DistillationLoss]", dict(trial.trainer.objective.losses.items()))
+    across = {name: loss for name, loss in losses.items() if loss.across_vocabularies}
+    by_position = [loss for name, loss in losses.items() if name not in across]
+    if any(loss.from_teacher and loss.needs - {"features", "attention"} for loss in by_position):
+        one = "Build both models with one tokenizer."
+        raise IncompatibleModels(f"{finding}. {one} {ACROSS_VOCABULARIES} {advice}")
+    best = '"word"' in advice and any(isinstance(loss, WordKD) for loss in across.values())
+    yield CheckRow("vocabulary", "ok" if best else "note", finding, advice)
 
 
 def check_shapes(trial: Trial) -> Iterator[CheckRow]:
@@ -164,20 +184,66 @@ def _looks_random(encoder: Encoder) -> bool:
 
 
 def _check_teacher_knows(trial: Trial) -> Iterator[CheckRow]:
-    """Check that the teacher is better than random guessing on real captions."""
-    trainer, batch = trial.trainer, trial.batch.to(trial.trainer.device)
-    teacher = trial.roles["teacher"]
-    with inference(teacher), autocast(trainer.device, trainer.precision):
-        output = teacher(batch)
-    loss = float(cross_entropy(output.logits, batch.targets, batch.target_mask))
-    loss /= max(int(batch.target_mask.sum()), 1)
-    chance = math.log(output.logits.shape[-1])
-    finding = f"teacher: cross-entropy {loss:.2f} on a batch, chance is {chance:.2f}"
-    if loss < UNTRAINED_SHARE * chance:
-        yield CheckRow("weights", "ok", finding)
-        return
+    """Check that each teacher is better than guessing on real captions, at their positions."""
+    trainer = trial.trainer
+    for role, teacher in trial.captioners.items():
+        if not role.startswith("teacher"):
+            continue
+        batch = as_read(teacher, trial.batch).to(device_of(teacher))
+        with inference(teacher), autocast(trainer.device, trainer.precision):
+            logits = teacher(batch).logits
+        if logits is not None:  # else its most probable words are cached, which were checked
+            yield _knowledge(role, logits, batch)
+    for trimmed in trimmed_parts(trial.roles["teacher"]):
+        mass, much = trimmed.dropped_mass, trimmed.dropped_mass > MUCH_DROPPED
+        finding = f"{mass:.1%} of its probability is on entries that the student lacks"
+        fix = "Keep the pieces of more captions: HuggingFace(..., keep=captions)." if much else ""
+        yield CheckRow(
+            "weights", "note" if much else "ok", f"teacher '{trimmed.name}': {finding}", fix
+        )
+
+
+MUCH_DROPPED = 0.1  # probability on dropped entries
+CLEARLY = 0.8  # factor of the cross-entropy of logits that fit another position
+
+
+def _knowledge(role: str, logits: Tensor, batch: Batch) -> CheckRow:
+    """How well logits fit the targets, and the targets one position before and after."""
+    losses = {shift: _shifted_loss(logits, batch, shift) for shift in (-1, 0, 1)}
+    loss, best = losses[0], min(losses, key=losses.__getitem__)
+    guesses = UNTRAINED_SHARE * math.log(logits.shape[-1])
+    finding = (
+        f"{role}: cross-entropy {loss:.2f} on a batch, chance is {math.log(logits.shape[-1]):.2f}"
+    )
+    if best and losses[best] < min(CLEARLY * loss, guesses):
+        order, fits = ("ahead", "t + 1") if best > 0 else ("behind", "t - 1")
+        finding += (
+            f", but {losses[best]:.2f} for targets shifted by one: its logits are one position "
+            f"{order}, those at position t fit target {fits}"
+        )
+        fix = (
+            "Return the logits that follow batch.inputs: those at position t are read at "
+            "batch.inputs[:, t] and predict batch.targets[:, t]. Look for a shift of labels in the "
+            "model, or a slice of one position too many in adapt."
+        )
+        return CheckRow("alignment", "fail", finding, fix)
+    if loss < guesses:
+        shifted = f"{losses[-1]:.2f} and {losses[1]:.2f} one position before and after"
+        return CheckRow("weights", "ok", f"{finding}; {shifted}")
     fix = "Train it first, or load trained weights (Captioner.load)."
-    yield CheckRow("weights", "note", f"{finding}: the teacher looks untrained", fix)
+    return CheckRow("weights", "note", f"{finding}: the teacher looks untrained", fix)
+
+
+def _shifted_loss(logits: Tensor, batch: Batch, shift: int) -> float:
+    """The mean cross-entropy of logits at t for the targets at t + shift; inf without any."""
+    length = logits.shape[1]
+    begin, end = max(shift, 0), length + min(shift, 0)
+    targets, mask = batch.targets[:, begin:end], batch.target_mask[:, begin:end]
+    count = int(mask.sum())
+    if not count:
+        return math.inf
+    rows = logits[:, begin - shift : end - shift]
+    return float(cross_entropy(rows, targets, mask)) / count
 
 
 MIN_GRADIENT_SHARE = 1e-3  # a term with a smaller share of the gradient has no effect

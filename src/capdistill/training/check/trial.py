@@ -21,6 +21,7 @@ from capdistill.data.source import Source
 from capdistill.outputs import Batch
 from capdistill.runtime import seed_everything
 from capdistill.teachers.ensemble import leaves
+from capdistill.tokenizer import pad_batch
 
 if TYPE_CHECKING:
     from capdistill.training.step import Stepper
@@ -78,13 +79,17 @@ def made_up_batch(trainer: Stepper) -> Batch:
     rows = images * (trainer.config.captions_per_image or _CAPTIONS)
     ids = torch.randint(len(tokenizer.vocabulary), (rows, _WORDS))
     ids[:, 0], ids[:, -1] = tokenizer.start_id, tokenizer.end_id
+    mask, captions = torch.ones_like(ids, dtype=torch.bool), ("",) * rows
+    if any(loss.across_vocabularies for loss in trainer.objective.losses.children()):
+        captions = tuple(tokenizer.decode(row) for row in ids.tolist())
+        ids, mask = pad_batch([tokenizer.encode(text) for text in captions], tokenizer.pad_id)
     shape = (images, *probe.images.shape[1:])
     return replace(
         probe,
         images=torch.randint(256, shape, dtype=torch.uint8),
         input_ids=ids,
-        mask=torch.ones_like(ids, dtype=torch.bool),
-        captions=("",) * rows,
+        mask=mask,
+        captions=captions,
         image_ids=tuple(str(number) for number in range(images)),
     )
 
