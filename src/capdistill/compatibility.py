@@ -157,19 +157,30 @@ def _require_shape(source: str, what: str, value: Tensor, shape: tuple[int | Non
     )
 
 
-def require_one_vocabulary(
-    losses: Iterable[DistillationLoss],
+def build_losses(
+    losses: Sequence[DistillationLoss],
     student: ModelSpec,
     teachers: Mapping[str | None, ModelSpec],
 ) -> None:
-    """Check that the vocabularies are equal where a loss compares word with word by position.
+    """Build losses whose models fit: vocabularies are equal where words are compared by position.
 
     Raises:
         IncompatibleModels: names the first entry that differs, and what to do.
     """
+    _require_one_vocabulary(losses, student, teachers, frozenset({"features", "attention"}))
     for loss in losses:
-        compares = loss.from_teacher and bool(loss.needs - {"features"})
-        if not compares or loss.across_vocabularies:
+        loss.build(student, teachers[loss.teacher])
+    _require_one_vocabulary(losses, student, teachers, frozenset({"features"}))
+
+
+def _require_one_vocabulary(
+    losses: Sequence[DistillationLoss],
+    student: ModelSpec,
+    teachers: Mapping[str | None, ModelSpec],
+    harmless: frozenset[str],
+) -> None:
+    for loss in losses:
+        if not loss.from_teacher or loss.across_vocabularies or not loss.needs - harmless:
             continue
         teacher = teachers[loss.teacher]
         place = first_difference(student.vocabulary, teacher.vocabulary)

@@ -206,7 +206,6 @@ class WordAlignment:
         Words are read from the captions. Where the ids of a row are no longer those of its caption
         (a sample that was cut, or cut into other pieces), its further words are left out.
         """
-        _ = self.contexts
         given = batch.input_ids.masked_fill(~batch.mask, -1).tolist()
         words: list[Table] = []
         chains: tuple[list[Table], list[Table]] = ([], [])
@@ -261,6 +260,7 @@ class WordAlignment:
         return found
 
     def _align(self, caption: str) -> _Caption:
+        contexts = self.contexts
         ids, spans = self.student.encode_spans(caption)
         their_ids, their_spans = self.teacher.encode_spans(caption)
         others = {word.start: word for word in split_tokens(caption, their_spans)}
@@ -273,9 +273,9 @@ class WordAlignment:
             context = _FIRST if mine.first == theirs.first == 0 else _LATER
             parts = ids[1 + mine.first : 1 + mine.end], their_ids[1 + theirs.first : 1 + theirs.end]
             own = self._own_class(context, *parts) if mine.stop == theirs.stop else None
-            row = [context, self.contexts[context].size if own is None else own]
+            row = [context, contexts[context].size if own is None else own]
             for side, (word, tokens) in enumerate(zip((mine, theirs), parts, strict=True)):
-                rest = self.contexts[context].size
+                rest = contexts[context].size
                 before = self._classes[context][side].get(tokens[0], rest)
                 row += [word.first, word.end, tokens[0], int(own not in (None, before))]
                 following = enumerate(tokens[1:], word.first + 1)

@@ -181,7 +181,7 @@ class TrimmedTeacher(CaptionGenerator):
 
     @property
     def dropped_mass(self) -> float:
-        """The mean probability of the entries that the student lacks, since `measured` was called.
+        """The mean probability of the entries that the student lacks.
 
         It is NaN if no token was read.
         """
@@ -283,7 +283,12 @@ class DroppedMass:
     """
 
     def __init__(self, teachers: Sequence[TrimmedTeacher]) -> None:
-        self.teachers = teachers
+        self.teachers, self._resumed = teachers, False
+
+    def on_fit_start(self, trainer: object) -> None:
+        """Forget what was read before the run, unless it is continued."""
+        for teacher in () if self._resumed else self.teachers:
+            teacher._dropped = None
 
     def on_epoch(self, trainer: object, row: dict[str, Any]) -> None:
         """Add the number, and begin anew."""
@@ -300,6 +305,7 @@ class DroppedMass:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from there."""
+        self._resumed = True
         for teacher, dropped in zip(self.teachers, state["dropped"], strict=False):
             teacher._dropped = dropped
 

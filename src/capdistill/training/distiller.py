@@ -15,6 +15,7 @@ from capdistill import losses as loss_registry
 from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
 from capdistill.compatibility import (
+    build_losses,
     checked_forward,
     checked_teaching,
     device_of,
@@ -22,7 +23,6 @@ from capdistill.compatibility import (
     probe_batch,
     require_apart,
     require_named_teachers,
-    require_one_vocabulary,
     require_scalars,
     shared_modules,
     teacher_specs,
@@ -253,10 +253,8 @@ class Distiller(Trainer):
     def _build_losses(self, batch: Batch | None) -> None:
         """Build every loss with both specifications; projectors are seeded by the run."""
         student, theirs = self.captioner.spec(), self._teacher_specs(batch)
-        require_one_vocabulary(self._losses.values(), student, theirs)
         with seeded(self.config.seed):
-            for loss in self._losses.values():
-                loss.build(student, theirs[loss.teacher])
+            build_losses([*self._losses.values()], student, theirs)
         self._keep_apart()  # the projectors just created
         self._built = True
 
