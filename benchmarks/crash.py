@@ -2,6 +2,7 @@
 
     python benchmarks/crash.py                    # 50 points, about ten minutes
     python benchmarks/crash.py --points 5 --seed 3
+    python benchmarks/crash.py --ranks 2          # two processes on gloo
 
 A point is an event of a run: a step begins or ends; a file is opened for writing, flushed, renamed
 or removed; features or targets of a teacher are computed. The process ends at a random one (every
@@ -10,7 +11,8 @@ the end its weights, history, random state and file names are compared with thos
 
 The runs: `plain` with random crops, word dropout, accumulation, an unreadable image and a loss that
 draws from `random`, NumPy and torch, with 0 and 2 worker processes; `features` on cached features;
-`targets` on cached targets of a teacher.
+`targets` on cached targets of a teacher. Of several ranks, one is killed and the others end with
+`RankFailed`, or all are killed.
 """
 
 from __future__ import annotations
@@ -18,20 +20,26 @@ from __future__ import annotations
 import argparse
 import builtins
 import json
+import math
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import torch
 from PIL import Image
 
@@ -39,12 +47,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from capdistill import Captioner, Distiller, encoders, teachers
 from capdistill.data import CaptionData, Example
+from capdistill.errors import RankFailed
 from capdistill.losses.base import DistillationLoss
 from capdistill.training.checkpoint import load_state
 from capdistill.training.history import History
 from tests.training import tiny_models as tiny
 
 KINDS = ("plain 0", "features 0", "targets 0", "plain 2")
+PATIENCE = 10.0  # seconds until a launcher ends the ranks that are left
 CLOCK = ("seconds", "images_per_second")
 OPTIONS: dict[str, Any] = {
     **tiny.QUIET,
@@ -132,37 +142,103 @@ class Events:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def started(kind: str, pictures: Path, folder: Path, last: int) -> int:
-    """Start the program in a process of its own; its id."""
+class Kill(NamedTuple):
+    """The end of a run.
+
+    Args:
+        rank: The process that is killed, at an event or after some seconds.
+        event: 0 if it is killed by the clock.
+        seconds: 0 if it is killed at an event.
+        all: Whether the other processes are killed with it, as a launcher does; else they must end
+            by themselves.
+    """
+
+    rank: int
+    event: int
+    seconds: float
+    all: bool
+
+    def __str__(self) -> str:
+        when = f"at event {self.event}" if self.event else f"after {self.seconds:.2f} s"
+        return f"rank {self.rank} {when}{', all' if self.all else ''}"
+
+
+def started(kind: str, pictures: Path, folder: Path, last: int, where: Mapping[str, str]) -> int:
+    """Start the program in a process of its own; its id.
+
+    Args:
+        kind, pictures, folder: What it trains.
+        last: The event at which it ends; 0 for none.
+        where: The variables of a launcher.
+    """
     process = os.fork()
     if process:
         return process
     code = 1
     try:
+        os.environ.update(where)
         events = Events(last)
         events.watch()
         warnings.simplefilter("ignore")
         train(kind, pictures, folder)
-        (folder.parent / f"{folder.name}.events").write_text(str(events.count))
+        name = f"{folder.name}.{where.get('RANK', 0)}.events"
+        (folder.parent / name).write_text(str(events.count))
+        if where:
+            torch.distributed.destroy_process_group()
         code = 0
+    except RankFailed as error:
+        print(f"rank {where['RANK']}: {error}", file=sys.stderr)
+        code = 3
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
 
 
-def run(kind: str, pictures: Path, folder: Path, last: int = 0, seconds: float = 0.0) -> int:
-    """Run the program until it ends, or is killed at an event or after some time; the signal."""
-    process = started(kind, pictures, folder, last)
-    if seconds:
-        time.sleep(seconds)
+def run(kind: str, pictures: Path, folder: Path, world: int = 1, kill: Kill | None = None) -> bool:
+    """Run the program until it ends or is killed; whether it was killed."""
+    where: dict[str, Any] = {}
+    if world > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    processes = []
+    for rank in range(world):
+        if world > 1:
+            where |= {"RANK": rank, "LOCAL_RANK": rank}
+            where |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), world)
+        last = kill.event if kill and rank == kill.rank else 0
+        texts = {name: str(value) for name, value in where.items()}
+        processes.append(started(kind, pictures, folder, last, texts))
+    if kill and kill.seconds:
+        time.sleep(kill.seconds)
+        os.kill(processes[kill.rank], signal.SIGKILL)
+    left, killed = set(processes), False
+    until = math.inf
+    while left:
+        process, status = os.waitpid(-1, os.WNOHANG)
+        if not process:
+            time.sleep(0.01)
+            if time.monotonic() > until:
+                end(left)  # they wait for one that had not yet joined
+                until = math.inf
+            continue
+        left.discard(process)
+        if os.WIFSIGNALED(status) and kill is None:
+            raise SystemExit(f"{kind}: the program ended by signal {os.WTERMSIG(status)}")
+        if os.WIFSIGNALED(status) and not killed:
+            killed, until = True, time.monotonic() + PATIENCE
+            if kill and kill.all:
+                end(left)
+        elif os.WIFEXITED(status) and os.WEXITSTATUS(status) not in (0, 3):
+            end(left)
+            raise SystemExit(f"{kind}: the program failed, see above")
+    return killed
+
+
+def end(processes: Collection[int]) -> None:
+    for process in processes:
         os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    if os.WIFSIGNALED(status):
-        return os.WTERMSIG(status)
-    if os.WEXITSTATUS(status):
-        raise SystemExit(f"{kind}: the program failed, see above")
-    return 0
 
 
 # -- what must be equal ---------------------------------------------------------------------------
@@ -209,6 +285,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--points", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1], help="processes of a run; points for each"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     encoders.register("patches")(tiny.Patches)
@@ -223,29 +302,34 @@ def main() -> int:
             pixels = noise.integers(0, 256, (12, 12, 3), np.uint8)
             Image.fromarray(pixels).save(pictures / f"g{number}.png")
         (pictures / "g5.png").write_bytes(b"no picture")
-        wholes: dict[str, tuple[dict[str, Any], int, float]] = {}
-        for point in range(options.points):
+        wholes: dict[str, tuple[dict[str, Any], list[int], float]] = {}
+        for world, point in product(options.ranks, range(options.points)):
             kind = KINDS[point % len(KINDS)]
-            if kind not in wholes:
+            name = f"{kind}, {world} ranks"
+            if name not in wholes:
                 began = time.monotonic()
-                run(kind, pictures, root / kind)
+                run(kind, pictures, root / name, world)
                 seconds = time.monotonic() - began
-                events = int((root / f"{kind}.events").read_text())
-                wholes[kind] = result(root / kind), events, seconds
-            whole, events, seconds = wholes[kind]
-            folder, kills = root / f"point {point}", []
+                files = [root / f"{name}.{rank}.events" for rank in range(world)]
+                events = [int(file.read_text()) for file in files]
+                wholes[name] = result(root / name), events, seconds
+            whole, events, seconds = wholes[name]
+            folder, kills = root / f"point {point} of {world}", []
             for _ in range(draw.choice([1, 1, 2])):
+                rank = draw.randrange(world)
                 timed = draw.random() * seconds if point % 3 == 2 else 0.0
-                last = 0 if timed else draw.randint(1, events)
-                if run(kind, pictures, folder, last, timed):
-                    kills.append(f"after {timed:.2f} s" if timed else f"at event {last}")
-            run(kind, pictures, folder)
+                last = 0 if timed else draw.randint(1, events[rank])
+                kill = Kill(rank, last, timed, world > 1 and draw.random() < 0.5)
+                if run(kind, pictures, folder, world, kill):
+                    kills.append(str(kill))
+            run(kind, pictures, folder, world)
             found = differences(whole, result(folder))
             failed += bool(found)
-            record = {"point": point, "run": kind, "events": events, "killed": kills}
-            print(json.dumps({**record, "differs": found}), flush=True)
+            record = {"point": point, "ranks": world, "run": kind, "events": events}
+            print(json.dumps({**record, "killed": kills, "differs": found}), flush=True)
             shutil.rmtree(folder)
-    print(f"{options.points - failed} of {options.points} runs equal the one never stopped")
+    tried = options.points * len(options.ranks)
+    print(f"{tried - failed} of {tried} runs equal the one never stopped")
     return 1 if failed else 0
 
 

@@ -23,6 +23,7 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=1)  # for a rank that caches features or scores captions
 _CHUNK = 2**25  # values that are sent at once
 _FAILURE = "capdistill/failure"
+_KILLED = "Another rank has ended. Its own output has the reason; without one, it was killed."
 
 
 class Ranks:
@@ -222,7 +223,7 @@ class Ranks:
         except BaseException as error:
             if not self.several or isinstance(error, RankFailed):
                 raise
-            cause = _failure_of_another(self.rank) if _is_lost(error) else None
+            cause = _failure_of_another(self.rank, error)
             if cause is not None:
                 raise RankFailed(cause) from error
             _tell(self.rank, error)
@@ -261,20 +262,19 @@ def _tell(rank: int, error: BaseException) -> None:
         return  # the store is gone: so are the others
 
 
-def _is_lost(error: BaseException) -> bool:
-    """Whether an error may come from a connection that another rank closed."""
-    return isinstance(error, RuntimeError) and not isinstance(error, CapdistillError)
-
-
-def _failure_of_another(rank: int) -> str | None:
-    """What another rank told before it ended, or None."""
+def _failure_of_another(rank: int, error: BaseException) -> str | None:
+    """What another rank told before it ended; None if this error is not for its sake."""
+    if not isinstance(error, RuntimeError) or isinstance(error, CapdistillError):
+        return None
     try:
         known = _store().check([_FAILURE])
         told = _store().get(_FAILURE).decode() if known else ""
     except (RuntimeError, ValueError):
-        return "Another rank has ended; its own output has the reason."
+        return _KILLED  # the store is gone
     number, _, message = told.partition(" ")
-    return None if not told or number == str(rank) else f"Rank {number} failed. {message}"
+    if told and number != str(rank):
+        return f"Rank {number} failed. {message}"
+    return _KILLED if isinstance(error, dist.DistError) or "gloo" in str(error) else None
 
 
 def _alike(values: Iterable[Tensor]) -> Iterator[list[Tensor]]:
