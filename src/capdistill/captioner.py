@@ -17,6 +17,7 @@ from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
 from capdistill.tokenizer import Tokenizer, require_tokenizer
+from capdistill.weights import require_loaded
 
 
 class Captioner(CaptionGenerator):
@@ -147,6 +148,7 @@ class Captioner(CaptionGenerator):
 
     def decoding(self, images: Batch | Tensor) -> tuple[Decoder, Tensor]:
         """The decoder, and the features that it reads."""
+        require_loaded(self, self.name)
         return self.decoder, self.encode(images)
 
     @property
@@ -181,6 +183,7 @@ class Captioner(CaptionGenerator):
         Raises:
             ConfigError: a part was not made by a registry, or the directory cannot be written.
         """
+        require_loaded(self, self.name)
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "decoder": self.decoder}
         description = {
             "name": self.name,

@@ -227,19 +227,32 @@ def on_device(models: Iterable[object], device: torch.device) -> Iterator[None]:
     """Modules on `device` and in evaluation mode; flags and devices are restored after the block.
 
     Args:
-        models: The models; objects that are not modules are unchanged.
+        models: The models; objects that are not modules, and modules that somebody has placed on
+            devices, are not moved.
         device: Device inside the block.
     """
     modules = [model for model in models if isinstance(model, nn.Module)]
-    origins = [next((p.device for p in module.parameters()), device) for module in modules]
+    moved = [module for module in modules if not is_placed(module)]
+    origins = [next((p.device for p in module.parameters()), device) for module in moved]
     try:
         with evaluating(*modules):
-            for module in modules:
+            for module in moved:
                 module.to(device)
             yield
     finally:
-        for module, origin in zip(modules, origins, strict=True):
+        for module, origin in zip(moved, origins, strict=True):
             module.to(origin)
+
+
+def is_placed(module: nn.Module) -> bool:
+    """Whether somebody has decided where the parts of a model lie: it is not moved as a whole.
+
+    This holds for FSDP2 and for `device_map` of Hugging Face libraries, which loads the parts to
+    several devices and moves what they read.
+    """
+    mapped = any(hasattr(p, "hf_device_map") or hasattr(p, "_hf_hook") for p in module.modules())
+    sharded = any(hasattr(p, "full_tensor") for p in module.parameters())
+    return mapped or sharded or len({p.device for p in module.parameters()}) > 1
 
 
 def worker_start_method(given: str | None) -> str:

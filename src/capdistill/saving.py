@@ -173,9 +173,16 @@ def _sync(directory: Path) -> None:
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names and values."""
+    """SHA-256 of names and values.
+
+    Raises:
+        ConfigError: a tensor has no values.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name in sorted(state):
+        tensor = state[name]
+        if tensor.is_meta:
+            raise ConfigError(f"{name} is on the device 'meta', without values. Load the weights.")
         value = tensor.detach().cpu()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)

@@ -11,7 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from capdistill.errors import CheckpointError
+from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import user_path
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "model"})
@@ -111,6 +111,58 @@ def strip_prefixes(state: Mapping[str, Tensor], expected: Iterable[str]) -> dict
             )
         source[bare] = name
     return {bare: state[name] for bare, name in source.items()}
+
+
+def require_loaded(module: nn.Module, name: str) -> None:
+    """Refuse a model some of whose weights are loaded only while a part of it runs.
+
+    Raises:
+        ConfigError: with such a weight.
+    """
+    away = [key for key, value in module.named_parameters() if value.is_meta]
+    if away:
+        raise ConfigError(
+            f"'{name}': weights such as {away[0]} lie on the device "
+            "'meta': device_map= has put them on a disk or in another memory, and loads them for "
+            "the forward pass of their own part alone. A capdistill.Captioner reads weights "
+            "outside of it. Place it on devices without offloading, shard it by fully_shard(...), "
+            "or cache its targets on a machine that holds it."
+        )
+
+
+class StateOf(Mapping[str, Tensor]):
+    """The state dict of a module; weights that `device_map` has put elsewhere are read one by one.
+
+    Example:
+        >>> sorted(StateOf(nn.Linear(2, 1)))
+        ['bias', 'weight']
+
+    Args:
+        module: Any. A weight that nobody can give stays on the device "meta".
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.state: dict[str, Tensor] = module.state_dict()
+        self.places: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+        for prefix, part in module.named_modules():
+            hook = getattr(part, "_hf_hook", None)
+            for each in getattr(hook, "hooks", [hook]):
+                values = getattr(each, "weights_map", None)
+                for name in [] if values is None else part.state_dict():
+                    self.places[f"{prefix}.{name}" if prefix else name] = values, name
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.state[name]
+        if value.is_meta and name in self.places:
+            values, key = self.places[name]
+            return values[key]
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -22,6 +22,7 @@ from capdistill.teachers.cached_writer import Words, Writer
 from capdistill.teachers.caption_file import require_data
 from capdistill.teachers.ensemble import Ensemble, leaves
 from capdistill.teachers.mean_teacher import MeanTeacher
+from capdistill.weights import require_loaded
 
 KEPT = ("features", "attention")
 
@@ -153,6 +154,9 @@ def _require(teacher: Any, words: Words | None, kept: frozenset[str]) -> None:
             "cache: a MeanTeacher changes with every step of the student, so its targets cannot be "
             "kept. Give the teacher itself to the distiller."
         )
+    for part in leaves(teacher):
+        if isinstance(part, Captioner):
+            require_loaded(part, part.name)
     if words is not None:
         _require_as_one(teacher, kept)
         return

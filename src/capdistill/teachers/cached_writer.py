@@ -36,6 +36,7 @@ from capdistill.teachers.captions import cache_key, trunk_caches
 from capdistill.teachers.directory import write_list
 from capdistill.teachers.ensemble import Ensemble, leaves
 from capdistill.tokenizer import pad_batch
+from capdistill.weights import StateOf
 
 
 class Words(NamedTuple):
@@ -176,7 +177,7 @@ class Writer:
         mixtures = [m for m in teacher.modules() if isinstance(m, Ensemble)]
         about = {
             "teacher": teacher.name,
-            "weights of the teacher": hash_weights(teacher.state_dict()),
+            "weights of the teacher": hash_weights(StateOf(teacher)),
             "mixture": [f"{each.mixing} {each.weights}" for each in mixtures],
             "vocabulary": vocabulary,
             "longest caption": getattr(teacher.tokenizer, "max_length", None),

@@ -48,6 +48,7 @@ from capdistill.teachers.caption_file import (
     require_data,
 )
 from capdistill.teachers.ensemble import Ensemble, leaves
+from capdistill.weights import StateOf
 
 
 def caption(
@@ -337,7 +338,7 @@ def _about(
     return {
         "format": "capdistill.captions/1",
         "teacher": str(getattr(teacher, "name", type(teacher).__name__)),
-        "weights of the teacher": hash_weights(teacher.state_dict()),
+        "weights of the teacher": hash_weights(StateOf(teacher)),
         "mixture": [
             f"{m.mixing} {m.weights}" for m in teacher.modules() if isinstance(m, Ensemble)
         ],

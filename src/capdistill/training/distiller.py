@@ -51,7 +51,7 @@ from capdistill.training.on_policy import (
     with_shared_tokens,
 )
 from capdistill.training.run_directory import options_of
-from capdistill.training.sharding import is_placed
+from capdistill.training.sharding import is_placed_teacher
 from capdistill.training.trainer import Trainer
 from capdistill.training.weighting import LossRatio, Uncertainty, Weighting
 
@@ -124,7 +124,7 @@ class Distiller(Trainer):
         """Build the objective; fit the models to each other and to the losses."""
         self.objective = Objective(self.student, losses, weights, self.config.label_smoothing)
         self.loss_options = {name: options_of(loss) for name, loss in self._losses.items()}
-        self._teacher_is_placed = self.teacher is not None and is_placed(self.teacher)
+        self._teacher_is_placed = is_placed_teacher(self.teacher)
         self._teacher_parts = [] if self.teacher is None else list(self.teacher.modules())
         self._followers = self._find_followers()
         if self.teacher is not None:

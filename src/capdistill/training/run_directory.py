@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FunctionType
@@ -34,6 +34,7 @@ from capdistill.training.monitor import monitor_key
 from capdistill.training.sharding import whole
 from capdistill.training.sources import captions_per_image
 from capdistill.training.step import Stepper
+from capdistill.weights import StateOf
 
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
@@ -330,15 +331,17 @@ def _teacher_digest(teacher: nn.Module) -> str:
     averages = {n: getattr(part, "average", None) for n, part in teacher.named_modules()}
     decays = {n: each.decay for n, each in averages.items() if isinstance(each, WeightAverage)}
     moving = tuple(f"{name}." if name else "" for name in decays)
-    fixed = {n: v for n, v in teacher.state_dict().items() if not (moving and n.startswith(moving))}
+    state = StateOf(teacher)
+    fixed = [name for name in state if not (moving and name.startswith(moving))]
     named = [f"average with decay {decay} {name}" for name, decay in decays.items()]
-    return " ".join([*named, _digest(_bytes_of(fixed))] if fixed else named)
+    digest = _digest(_bytes_of((name, state[name]) for name in fixed))
+    return " ".join([*named, digest] if fixed else named)
 
 
-def _bytes_of(values: dict[str, Tensor]) -> Iterator[Any]:
-    for name, value in values.items():
+def _bytes_of(values: Iterable[tuple[str, Tensor]]) -> Iterator[Any]:
+    for name, value in values:
         yield name
-        if value.device.type == "meta":  # loaded when it runs
+        if value.is_meta:  # loaded when it runs, nobody knows from where
             continue
         value = whole(value)
         yield value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data

@@ -10,7 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError
+from capdistill.runtime import is_placed
+from capdistill.weights import require_loaded
 
 
 def is_sharded(value: Tensor) -> bool:
@@ -23,15 +26,16 @@ def any_sharded(*modules: nn.Module) -> bool:
     return any(is_sharded(p) for module in modules for p in module.parameters())
 
 
-def is_placed(module: nn.Module) -> bool:
-    """Whether somebody has decided where the parts of a model lie: it is not moved as a whole.
+def is_placed_teacher(teacher: nn.Module | None) -> bool:
+    """Whether there is a teacher that somebody has placed.
 
-    This holds for FSDP2 and for `device_map` of Hugging Face libraries, which loads the parts to
-    several devices and moves what they read.
+    Raises:
+        ConfigError: it is a captioner of ours some of whose weights are not loaded.
     """
-    parts = list(module.modules())
-    mapped = any(hasattr(p, "hf_device_map") or hasattr(p, "_hf_hook") for p in parts)
-    return mapped or any_sharded(module) or len({p.device for p in module.parameters()}) > 1
+    for part in () if teacher is None else teacher.modules():
+        if isinstance(part, Captioner):
+            require_loaded(part, part.name)
+    return teacher is not None and is_placed(teacher)
 
 
 def move(module: nn.Module, device: torch.device, model: nn.Module | None = None) -> None:

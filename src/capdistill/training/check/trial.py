@@ -177,7 +177,7 @@ def restoring_state(trainer: Stepper) -> Iterator[None]:
 
 def _remember(module: nn.Module) -> Callable[[], None]:
     """A function that restores a module's device, attributes, buffers and gradients."""
-    device = next((p.device for p in module.parameters()), None)
+    devices = [p.device for p in module.parameters()]
     parts = [(part, part.training, dict(vars(part))) for part in module.modules()]
     buffers = [
         (part._buffers, key, buffer, buffer.clone())
@@ -190,10 +190,10 @@ def _remember(module: nn.Module) -> Callable[[], None]:
         parameter.grad = None
 
     def undo() -> None:
-        if any(p.device != device for p, _ in grads):
+        if [p.device for p, _ in grads] != devices:
             for parameter, _ in grads:
                 parameter.grad = None
-            module.to(device)
+            module.to(devices[0])
         for part, training, attributes in parts:
             vars(part).clear()
             vars(part).update(attributes)
