@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -23,6 +24,7 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=1)  # for a rank that caches features or scores captions
 _CHUNK = 2**25  # values that are sent at once
 _FAILURE = "capdistill/failure"
+_OTHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 _KILLED = "Another rank has ended. Its own output has the reason; without one, it was killed."
 
 
@@ -62,6 +64,7 @@ class Ranks:
             ConfigError: the launcher left out a variable that the ranks need to meet.
         """
         if not dist.is_available() or (not dist.is_initialized() and launched().world_size == 1):
+            _warn_of_copies()
             return
         if not dist.is_initialized():
             _require_variables()
@@ -249,6 +252,19 @@ def _require_variables() -> None:
             f"but {', '.join(missing)} is not set. Start them by torchrun or accelerate launch, or "
             "with these variables exported (see docs/distributed.md)."
         )
+
+
+def _warn_of_copies() -> None:
+    """Warn if a launcher whose variables are not read has started several processes."""
+    for name, launcher in _OTHERS.items():
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1 and not os.environ.get("WORLD_SIZE"):
+            warnings.warn(
+                f"{launcher} started {count} processes ({name}), but RANK and WORLD_SIZE are not "
+                "set, so each trains by itself. To train together, set them as docs/distributed.md "
+                "shows; WORLD_SIZE=1 says that the processes are meant to be apart.",
+                stacklevel=3,
+            )
 
 
 def _store() -> Any:

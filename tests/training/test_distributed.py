@@ -14,6 +14,8 @@ import torch
 
 from capdistill import Captioner, Distiller
 from capdistill.compatibility import device_of
+from capdistill.ranks import Ranks
+from capdistill.runtime import launched
 from tests.training import tiny_models as tiny
 
 QUIET: dict[str, Any] = {**tiny.QUIET, "schedule": "constant"}
@@ -181,10 +183,65 @@ def close(value: Any) -> Any:
     return pytest.approx(value, rel=1e-5, abs=1e-5) if isinstance(value, float) else value
 
 
+def test_the_lines_for_srun_in_the_docs_set_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    script = text[text.index("#!/bin/bash") :].split("```")[0]
+    starts = 'for i in 0 1 2 3; do SLURM_PROCID=$i SLURM_LOCALID=$((i % 2)) "${@:2}"; done'
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    commands = {
+        "srun": starts,
+        "scontrol": "printf 'first\\nsecond\\n'",
+        "capdistill": "echo " + " ".join(f"${name}" for name in names),
+    }
+    for name, line in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], env={**slurm, "PATH": path}, capture_output=True, text=True
+    )
+    assert not done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    for rank, line in enumerate(lines):
+        for name, value in zip(names, line.split(), strict=True):
+            monkeypatch.setenv(name, value)
+        assert launched() == (rank, rank % 2, 4, 2)
+        assert os.environ["MASTER_ADDR"] == "first"
+
+
+def test_copies_that_srun_started_are_told_that_they_train_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.warns(UserWarning, match="srun started 4 processes .* each trains by itself"):
+        Ranks().join(torch.device("cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "1")  # one run per seed: no warning
+    ranks = Ranks()
+    ranks.join(torch.device("cpu"))
+    assert ranks.world_size == 1
+
+
+LAUNCHERS = {
+    "torch": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": [
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--main_process_port", "0"),
+    ],
+}
+
+
 @pytest.mark.slow
-def test_the_command_line_trains_under_torchrun_and_rank_0_speaks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", LAUNCHERS)
+def test_the_command_line_trains_under_a_launcher_and_rank_0_speaks(
+    library: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(library)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = LAUNCHERS[library]
     command = "-m capdistill train --preset debug_student --data sample --limit 12 --epochs 1"
     command += " --device cpu --precision fp32 --batch-size 3 --num-workers 0 --json"
     words = [sys.executable, *launcher, *command.split(), "--out", str(tmp_path / "run")]
