@@ -188,8 +188,7 @@ class Writer:
             "temperatures": list(self.words.temperatures) if self.words else [],
             "precision": self.precision,
         }
-        size = len(teacher.tokenizer.vocabulary)
-        columns = self.words.columns(size) if self.words else []
+        columns = self.words.columns(len(teacher.tokenizer.vocabulary)) if self.words else []
         return {
             "about": about,
             "name": teacher.name,
