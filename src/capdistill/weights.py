@@ -147,7 +147,7 @@ class StateOf(Mapping[str, Tensor]):
         for prefix, part in module.named_modules():
             hook = getattr(part, "_hf_hook", None)
             for each in getattr(hook, "hooks", [hook]):
-                values = getattr(each, "weights_map", None)
+                values: Any = getattr(each, "weights_map", None)
                 for name in [] if values is None else part.state_dict():
                     self.places[f"{prefix}.{name}" if prefix else name] = values, name
 
