@@ -95,12 +95,9 @@ def write(
     files are then moved into place. Readers look there first (`saved_file`).
 
     Raises:
-        ConfigError: the directory cannot be written, or holds an ensemble.
+        ConfigError: the directory cannot be written, or holds something else.
     """
-    if (directory / ENSEMBLE).is_file():
-        raise ConfigError(
-            f"{directory} holds a saved ensemble. Give another directory for the captioner."
-        )
+    require_no_other(directory, DESCRIPTION)
     state = {
         key.replace(_COMPILED, ""): value.detach().to("cpu", copy=True).contiguous()
         for key, value in model.state_dict().items()
@@ -138,6 +135,19 @@ def write(
             f"Cannot write {directory}: {cause.strerror or cause}. Give a directory that exists or "
             "can be created, is writable and has space; the captioner in it was left as it was."
         ) from cause
+
+
+def require_no_other(directory: Path, own: str = "") -> None:
+    """Raise ConfigError if a directory holds something saved that another file describes."""
+    for name, kind in _KINDS.items():
+        if name != own and saved_file(directory, name).is_file():
+            raise ConfigError(
+                f"{directory} holds {kind}, whose files would be mixed with others. Give another "
+                "directory."
+            )
+
+
+_KINDS = {DESCRIPTION: "a saved captioner", ENSEMBLE: "a saved ensemble", TARGETS: "cached targets"}
 
 
 def saved_file(directory: str | Path, name: str) -> Path:
@@ -200,6 +210,8 @@ def load_weights(directory: Path, content: Description, model: nn.Module) -> Non
             not fit; the message lists names and shapes.
     """
     path = saved_file(directory, WEIGHTS)
+    if not path.is_file():
+        raise CheckpointError(f"{directory} lacks {WEIGHTS}. Copy all files of the captioner.")
     identity = read_metadata(path).get(_ID)
     expected = content.get("weights")
     if identity and expected and identity != expected:

@@ -48,7 +48,7 @@ def test_a_run_is_not_written_into_an_ensemble(
     ensemble: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", "--preset", "debug_teacher", "--data", "sample", "--limit", "2"]
-    assert "holds a saved captioner" in refused([*command, "--out", str(ensemble)], capsys)
+    assert "holds a saved ensemble" in refused([*command, "--out", str(ensemble)], capsys)
 
 
 @pytest.mark.parametrize("how", ["list", "mapping", "ensemble"])

@@ -636,3 +636,23 @@ def test_members_and_student_read_images_at_their_own_sizes(
     cached = cache(live, data, tmp_path / "one size", image_size=tiny.SIDE, **QUIET)
     sizes = {m.store.content["about"]["image_size"] for m in cached.members.values()}
     assert sizes == {tiny.SIDE}
+
+
+@pytest.mark.parametrize("held", ["captioner", "ensemble", "targets"])
+def test_what_is_saved_in_a_directory_is_not_mixed_with_anything_else(
+    data: CaptionData, tmp_path: Path, held: str
+) -> None:
+    folder = tmp_path / "targets"
+    saved = cd.Captioner.create("debug_student", tokenizer=tiny.TOKENIZER, weights=False)
+    ways: dict[str, Any] = {
+        "captioner": lambda: saved.save(folder),
+        "ensemble": lambda: Ensemble([saved]).save(folder),
+        "targets": lambda: write(data, tmp_path, tiny.make_teacher()),
+        "run": lambda: cd.Trainer(tiny.make_student(), **QUIET).fit(data, out=folder),
+    }
+    ways.pop(held)()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for another in ways.values():
+        with pytest.raises(ConfigError, match=rf"{folder} holds (a saved|cached) .*{held}"):
+            another()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import capdistill as cd
+from capdistill.errors import ConfigError
 from capdistill.outputs import Batch
 from capdistill.training.check.costs import bytes_kept_for_backward
 from capdistill.training.execution import repeated_blocks
@@ -92,3 +93,10 @@ def test_compiled_models_train_the_same() -> None:
         return [trainer.step(batch)["loss"] for batch in given]
 
     assert losses(True) == pytest.approx(losses(False), rel=1e-4)
+
+
+def test_an_unknown_backend_is_named_with_those_that_exist() -> None:
+    student = cd.Captioner.create("debug_student", tokenizer=tiny.TOKENIZER, weights=False)
+    with pytest.raises(ConfigError, match=r"compile='eagre': .*Did you mean 'eager'"):
+        cd.Trainer(student, **QUIET, compile="eagre")
+    assert student.encoder._compiled_call_impl is None

@@ -443,6 +443,33 @@ def test_sigterm_to_all_processes_leaves_the_workers_to_the_main_one(
     assert load_state(tmp_path / "state.pt")["step"] == 1
 
 
+def test_no_worker_stays_when_a_run_fails(saveable: Make, colours: CaptionData) -> None:
+    others = {*multiprocessing.active_children()}
+
+    def fail(trainer: Any) -> None:
+        assert {*multiprocessing.active_children()} - others
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more") as caught:  # keeps the frames of the run alive
+        distiller(saveable(), num_workers=2).fit(colours, callbacks=[At(fail, step=1)])
+    assert caught.traceback
+    assert not {*multiprocessing.active_children()} - others
+
+
+def test_damaged_weights_of_the_best_epoch_are_found_before_the_first_step(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    distiller(saveable()).fit(colours, colours, out=tmp_path, callbacks=[At(stop, epoch=1)])
+    path = tmp_path / "best" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    trainer = distiller(saveable())
+    with pytest.raises(CheckpointError, match=r"best does not hold its weights .*damaged.*Restore"):
+        trainer.fit(colours, colours, out=tmp_path, resume=True)
+    assert trainer.step_count == 6
+
+
 class InValidation(Distiller):
     """A distiller that is asked to stop while it validates."""
 

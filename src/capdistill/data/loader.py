@@ -229,7 +229,10 @@ class Loader:
 
     def close(self) -> None:
         """Stop the workers. The next epoch starts new ones."""
-        self._pool = None
+        pool, self._pool = self._pool, None
+        reader: Any = getattr(pool, "_iterator", None)
+        if reader is not None:  # an epoch that was left may still refer to it
+            reader._shutdown_workers()
 
     def _batch_indices(self, epoch: int) -> list[BatchIndex]:
         order = list(range(self.num_images))

@@ -17,6 +17,7 @@ from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.ranks import Ranks
 from capdistill.runtime import pick_device, pick_precision
+from capdistill.saving import ENSEMBLE, TARGETS, require_no_other
 from capdistill.teachers.cached import CachedTeacher
 from capdistill.teachers.cached_writer import Words, Writer
 from capdistill.teachers.caption_file import require_data
@@ -142,6 +143,8 @@ def cache(
         ranks=ranks,
     )
     parts = [(data, cache_views), *([] if val is None else [(val, 1)])]
+    several = isinstance(teacher, Ensemble) and words is None
+    require_no_other(user_path(directory), ENSEMBLE if several else TARGETS)
     with ranks.failing_together():
         ranks.join(place)
         return writer.run(teacher, parts, user_path(directory))

@@ -11,7 +11,7 @@ from typing import Any
 
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import read_manifest, remove_abandoned, temporary_name, write_text
-from capdistill.saving import DESCRIPTION, ENSEMBLE, saved_file
+from capdistill.saving import DESCRIPTION, ENSEMBLE, require_no_other, saved_file
 
 _FORMAT = "capdistill.ensemble/1"
 
@@ -25,12 +25,9 @@ def write(directory: Path, members: Mapping[str, Any], about: Mapping[str, Any])
         about: Arguments of `Ensemble` beside the members, as JSON.
 
     Raises:
-        ConfigError: the directory cannot be written, or holds a captioner.
+        ConfigError: the directory cannot be written, or holds something else.
     """
-    if saved_file(directory, DESCRIPTION).exists():
-        raise ConfigError(
-            f"{directory} holds a saved captioner. Give another directory for the ensemble."
-        )
+    require_no_other(directory, ENSEMBLE)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         remove_abandoned(directory)

@@ -186,16 +186,18 @@ class Checkpoints:
         """Load the best student so far, which is needed at the end.
 
         Raises:
-            CheckpointError: it is no longer in the directory.
+            CheckpointError: it is no longer in the directory, or damaged.
         """
         if self.out is None or self.monitor is None or self.monitor.best_epoch is None:
             return
-        if not saved_file(self.out / "best", WEIGHTS).exists():
+        try:
+            read_weights(saved_file(self.out / "best", WEIGHTS))
+        except CheckpointError as error:
             raise CheckpointError(
                 f"The best epoch of this run is {self.monitor.best_epoch + 1}, but {self.out}/best "
-                "does not hold its weights. Restore the directory, or start again with "
+                f"does not hold its weights ({error}). Restore the directory, or start again with "
                 "overwrite=True."
-            )
+            ) from error
 
     def on_step(self, trainer: Run, row: Row) -> None:
         """Save the state within an epoch, by steps or by time."""

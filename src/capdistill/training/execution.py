@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from capdistill.captioner import Captioner
+from capdistill.errors import ConfigError, suggest
 from capdistill.runtime import batch_norms
 from capdistill.teachers.ensemble import leaves
 from capdistill.training.config import TrainConfig
@@ -41,6 +42,9 @@ class Execution:
         Args:
             models: The model that is trained, whose blocks may be checkpointed, and its teachers.
             config: The options.
+
+        Raises:
+            ConfigError: there is no such backend.
         """
         for undo in reversed(self._undo):
             undo()
@@ -51,8 +55,18 @@ class Execution:
                 self._undo.append(partial(vars(block).pop, "forward", None))
         for part in _parts(models) if config.compile else ():
             if part._compiled_call_impl is None:
-                part.compile(backend="inductor" if config.compile is True else config.compile)
+                _compile(part, "inductor" if config.compile is True else str(config.compile))
                 self._undo.append(partial(setattr, part, "_compiled_call_impl", None))
+
+
+def _compile(part: nn.Module, backend: str) -> None:
+    try:
+        part.compile(backend=backend)
+    except RuntimeError as error:  # of TorchDynamo
+        known = torch.compiler.list_backends(exclude_tags=())
+        raise ConfigError(
+            f"compile={backend!r}: torch has no such backend. {suggest(backend, known)}"
+        ) from error
 
 
 def _parts(models: Iterable[nn.Module]) -> Iterator[nn.Module]:

@@ -27,7 +27,7 @@ from capdistill.files import DirectoryLock, system_error, user_path, write_text
 from capdistill.losses.schedules import NamedSchedule, as_data
 from capdistill.outputs import Batch
 from capdistill.registry import recipe_of
-from capdistill.saving import DESCRIPTION, ENSEMBLE
+from capdistill.saving import TARGETS, require_no_other
 from capdistill.teachers.cached import CachedTeacher
 from capdistill.teachers.ensemble import Ensemble
 from capdistill.training.monitor import monitor_key
@@ -77,12 +77,8 @@ def open_directory(
         return None, False
     directory = user_path(out).absolute()  # a callback may change the working directory
     lock.take(directory)
-    for captioner in (directory, directory.parent):
-        if any((captioner / name).exists() for name in (DESCRIPTION, ENSEMBLE)):
-            raise ConfigError(
-                f"{captioner} holds a saved captioner, which a run inside it would mix with its "
-                "own files. Give another out=."
-            )
+    require_no_other(directory)
+    require_no_other(directory.parent, TARGETS)  # a captioner or ensemble has directories within
     found = [name for name in _RESULTS if (directory / name).exists()]
     states = {STATE, PREVIOUS} & {*found}
     if resume is True or (resume == "auto" and states and not overwrite):

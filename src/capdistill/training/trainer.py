@@ -238,7 +238,6 @@ class Trainer(Stepper):
                     if ranks.interrupted(self.history):
                         break
                 self._finish()
-            close_workers(self.train_source, self.val_source)
         return self.history
 
     def _groups(self) -> Iterator[list[Batch | None]]:
@@ -356,6 +355,7 @@ class Trainer(Stepper):
                 self._emit("on_fit_start")
                 yield
         finally:
+            close_workers(self.train_source, self.val_source)
             for callback in self.callbacks:
                 if isinstance(callback, Callback):
                     callback.close()
