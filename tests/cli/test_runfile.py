@@ -75,6 +75,13 @@ def test_a_setting_of_another_form_is_refused(setting: str) -> None:
         ({"tokenizer": {"min_count": True}}, "tokenizer: option 'min_count' was given True"),
         ({"data": {"format": "sample", "limit": True}}, "option 'limit' was given True"),
         ({"tokenizer": {"min_count": 0}}, "tokenizer: option 'min_count' was given 0"),
+        ({"tokenizer": {"name": "huggingface"}}, "tokenizer: name 'huggingface' needs path"),
+        ({"tokenizer": {"name": "bert", "path": "x"}}, "'name' was given 'bert'"),
+        ({"tokenizer": {"trim": False}}, "'trim' is an option of the tokenizer 'huggingface'"),
+        (
+            {"tokenizer": {"name": "huggingface", "path": "x", "max_size": 9}},
+            "'max_size' is an option of the tokenizer 'words'",
+        ),
         ({"teacher": None}, "teacher: no directory"),
         ({"teacher": 5}, r"'teacher' was given 5.*expected a directory, a list"),
         ({"teacher": ["a", 5]}, r"'teacher' was given .*expected a directory, a list"),

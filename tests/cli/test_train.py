@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+import capdistill as cd
 from capdistill import Captioner, Trainer
 from capdistill.cli import main
+from capdistill.tokenizers import HuggingFace
 from capdistill.training import History
 from tests.cli.cli_commands import TINY, distill, final_weights, refused
+from tests.tokenizers.subword_cases import full
 
 
 def test_train_says_what_came_out_as_json(
@@ -31,6 +34,28 @@ def test_train_says_what_came_out_as_json(
 def test_the_student_has_the_teachers_words(teacher: Path, student: Path) -> None:
     ours, theirs = (Captioner.load(run / "best").tokenizer for run in (student, teacher))
     assert ours == theirs
+
+
+def test_a_student_of_subwords_is_trained_saved_and_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, run = tmp_path / "theirs.json", tmp_path / "run"
+    full("byte-level BPE").save(str(theirs))
+    settings = ["--tokenizer", str(theirs), "--set", "tokenizer.name=huggingface"]
+    settings += ["--set", "tokenizer.max_length=25", "--set", 'train.generation.prefix="a photo"']
+    command = ["train", "--preset", "debug_student", *TINY, "--out", str(run)]
+    assert main([*command, *settings]) == 0
+    student = Captioner.load(run / "best")
+    assert isinstance(student.tokenizer, HuggingFace)
+    assert 256 < len(student.tokenizer) < len(student.tokenizer.full_vocabulary)
+    theirs.unlink()  # the student needs its directory alone
+    capsys.readouterr()
+    photo = next((Path(cd.__file__).parent / "data" / "sample").rglob("*.jpg"))
+    assert main(["caption", str(run / "best"), str(photo), "--device", "cpu"]) == 0
+    assert student.caption(photo) in capsys.readouterr().out
+    again = ["distill", "--teacher", str(run / "best"), "--student", "debug_student", *TINY]
+    assert main([*again, "--out", str(tmp_path / "student")]) == 0
+    assert Captioner.load(tmp_path / "student" / "best").tokenizer == student.tokenizer
 
 
 def test_the_resolved_run_file_gives_the_same_weights_again(student: Path, tmp_path: Path) -> None:

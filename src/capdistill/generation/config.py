@@ -87,7 +87,8 @@ class GenerationConfig(Options):
             True at once; False when the best open beam, as long as it is now, scores less than the
             worst kept; "never" when no open beam could do better at any length (exact).
         num_return: Hypotheses returned per image, as `Hypothesis.n_best`.
-        no_repeat_ngram: No n tokens in a row occur twice in a caption; 0 allows it.
+        no_repeat_ngram: No n tokens in a row occur twice in a caption; 0 allows it. With subwords,
+            tokens are pieces.
         banned_words: Words (or phrases) that are never generated.
         allow_unknown: Whether the unknown token may be generated.
         not_last: Words that no caption ends with; "function_words" are the English articles,

@@ -98,8 +98,8 @@ class TrainConfig(Options):
             0.999, or None. Validation scores the average, best/ and final/ hold it; training
             continues on the weights themselves. The first updates decay less; see `WeightAverage`.
         label_smoothing: Label smoothing of the cross-entropy term, never of the teacher's targets.
-        word_dropout: Probability that an input word is replaced by the unknown token. Targets and
-            the teacher's input stay as they are.
+        word_dropout: Probability that an input word (with subwords, a piece) is replaced by the
+            unknown token. Targets and the teacher's input stay as they are.
         scheduled_sampling: Probability, reached at the end of the run, that an input word is
             replaced by one sampled from the model. It grows linearly from 0. The decoder runs
             twice.

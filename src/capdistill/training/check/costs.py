@@ -310,11 +310,12 @@ def _check_captions(
     cut = _count_truncated(tokenizer, captions)
     unknown, words = getattr(tokenizer, "count_unknown", lambda captions: (0, 0))(captions)
     finding = f"{name}: {cut} of {len(captions)} captions are cut"
-    finding += f", {unknown / words:.1%} of the words are unknown" if words else ""
+    kind = "pieces" if hasattr(tokenizer, "word_forms") else "words"
+    finding += f", {unknown / words:.1%} of the {kind} are unknown" if words else ""
     fixes = ["Train the tokenizer with a larger max_length."] * (cut > _TRUNCATED * len(captions))
-    fixes += ["Train the tokenizer on more captions, or with a smaller min_count."] * (
-        unknown > _UNKNOWN * words
-    )
+    more = "Train the tokenizer on more captions, or with a smaller min_count."
+    more = more if kind == "words" else "The full tokenizer does not know these characters."
+    fixes += [more] * (unknown > _UNKNOWN * words)
     yield CheckRow("captions", "note" if fixes else "ok", finding, " ".join(fixes))
 
 
