@@ -21,6 +21,7 @@ from capdistill.cli.tune import TuneRun
 from capdistill.evaluation import measure
 from capdistill.evaluation.evaluation import Evaluation
 from capdistill.metrics import DIRECTIONS
+from capdistill.teachers import huggingface
 from capdistill.training.config import DistillConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +91,7 @@ def table(page: Path, heading: str) -> list[list[str]]:
 @pytest.fixture
 def fresh_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a page registers is gone afterwards, so that another may use the name."""
-    for kind in (encoders, decoders, losses):
+    for kind in (encoders, decoders, losses, huggingface):
         monkeypatch.setattr(kind.registry, "_decorated", {**kind.registry._decorated})
 
 

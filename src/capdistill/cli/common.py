@@ -309,13 +309,16 @@ def captioner_directory(given: str) -> Path:
 
     Args:
         given: A directory that `Captioner.save` wrote, a file in it, the directory of a run, or
-            one of cached targets.
+            one of cached targets; or a directory of Hugging Face transformers, or "hf:NAME".
 
     Raises:
         CheckpointError: no captioner is there; the message says what is.
     """
     from capdistill.saving import DESCRIPTION, ENSEMBLE, TARGETS, saved_file
+    from capdistill.teachers.directory import is_pretrained
 
+    if is_pretrained(given):
+        return Path(given)
     path = user_path(given, CheckpointError)
     for directory in (path, path / "best", path / "final", path.parent if path.is_file() else path):
         if any(saved_file(directory, n).is_file() for n in (DESCRIPTION, ENSEMBLE, TARGETS)):

@@ -343,7 +343,10 @@ def _joined(old: Any, new: Any) -> Any:
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
     """Add --teacher, --student and what belongs to them."""
-    text = "the teacher: a run's or a saved captioner's directory; or several teachers"
+    text = (
+        "the teacher: a run's or a saved captioner's directory, that of a Hugging Face model, or "
+        "hf:NAME on its Hub; or several teachers"
+    )
     parser.add_argument("--teacher", metavar="DIR", nargs="+", help=text)
     parser.add_argument(
         "--teacher-weights",

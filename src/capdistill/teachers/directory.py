@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from capdistill.errors import CheckpointError, ConfigError
-from capdistill.files import read_manifest, remove_abandoned, temporary_name, write_text
+from capdistill.files import from_json, read_manifest, remove_abandoned, temporary_name, write_text
 from capdistill.saving import DESCRIPTION, ENSEMBLE, require_no_other, saved_file
 
 _FORMAT = "capdistill.ensemble/1"
+HUB = "hf:"  # before a name on the Hugging Face Hub, where a directory could be meant
 
 
 def write(directory: Path, members: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -104,3 +105,21 @@ def _check(content: Mapping[str, Any]) -> None:
     for each in content["members"]:
         if type(each["name"]) is not str or Path(each["directory"]).name != each["directory"]:
             raise ValueError("a member has no name, or is not in a directory within")
+
+
+def is_pretrained(given: Any) -> bool:
+    """Whether it names a model of Hugging Face transformers: its directory, or "hf:NAME".
+
+    Example:
+        >>> is_pretrained("hf:Salesforce/blip-image-captioning-base"), is_pretrained("runs/teacher")
+        (True, False)
+    """
+    if not isinstance(given, (str, Path)):
+        return False
+    if str(given).startswith(HUB):
+        return True
+    try:
+        content = from_json(Path(given, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "model_type" in content  # a run has a config.json, too

@@ -24,7 +24,7 @@ from capdistill.outputs import LOGITS, Batch, CaptionerOutput, ModelSpec, select
 from capdistill.runtime import SAFE_SEED, stable_hash
 from capdistill.saving import ENSEMBLE
 from capdistill.teachers.cached import CachedTeacher, is_cached
-from capdistill.teachers.directory import read, write
+from capdistill.teachers.directory import HUB, is_pretrained, read, write
 from capdistill.teachers.mixing import EnsembleDecoder, EnsembleFeatures, mixture
 from capdistill.tokenizer import Tokenizer
 
@@ -262,8 +262,11 @@ def load(
     *,
     tokenizer: Tokenizer | None = None,
     device: str | torch.device = "cpu",
-) -> Captioner | Ensemble | CachedTeacher:
+) -> Captioner | Ensemble | CachedTeacher | CaptionGenerator:
     """A saved captioner or ensemble, or cached targets of one; of several, an ensemble.
+
+    A directory of Hugging Face transformers, and "hf:" before a name on the Hub, give what
+    `from_pretrained` makes of it.
 
     Example:
         >>> import tempfile, capdistill as cd
@@ -287,6 +290,10 @@ def load(
         return Ensemble({name: load(place, **how) for name, place in directory.items()})
     if isinstance(directory, Sequence) and not isinstance(directory, (str, bytes)):
         return Ensemble([load(place, **how) for place in directory])
+    if is_pretrained(directory):
+        from capdistill.teachers.huggingface.loading import from_pretrained
+
+        return from_pretrained(str(directory).removeprefix(HUB)).to(device)
     place = user_path(directory, CheckpointError)
     if is_cached(place):
         return CachedTeacher(place, tokenizer).to(device)
