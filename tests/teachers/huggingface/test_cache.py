@@ -1,5 +1,6 @@
 """A cache that gives other logits is noticed and not used; captions stay right."""
 
+import copy
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ import transformers
 from torch.testing import assert_close
 
 import capdistill as cd
+from capdistill.teachers.huggingface.base import answering
 from tests.teachers.huggingface import tiny
 from tests.teachers.huggingface.conftest import batch_of, made
 
@@ -18,7 +20,7 @@ BROKEN = {"git"} if VERSION < (5, 1) else set()
 
 def test_the_models_cache_is_used_unless_this_version_broke_it(family, teacher):
     assert teacher.use_cache == (family not in BROKEN)
-    assert not teacher.rereads_prefix
+    assert teacher.rereads_prefix == (family in BROKEN)  # its time is compared otherwise
 
 
 def wrong(adapter, monkeypatch, fails):
@@ -84,3 +86,38 @@ def test_a_teacher_is_part_of_an_ensemble():
         assert_close(both(batch).logits.softmax(-1), teacher(batch).logits.softmax(-1))
     alone = teacher.generate(batch, max_length=4)
     assert [e.text for e in both.generate(batch, max_length=4)] == [e.text for e in alone]
+
+
+def test_a_copied_teacher_reads_its_own_weights():
+    teacher = made("blip")[0]
+    copied = copy.deepcopy(teacher)
+    assert copied.adapter.module is copied.module
+    assert copied.module is not teacher.module
+
+
+def test_what_a_method_answers_is_given_back_with_its_hook():
+    module = torch.nn.Linear(2, 2)
+    with answering(module, "forward", "known"):
+        assert module(torch.zeros(1, 2)) == "known"
+    assert module(torch.zeros(1, 2)).shape == (1, 2)
+    module.forward = lambda _: "hooked"  # as accelerate does
+    with pytest.raises(KeyError), answering(module, "forward", "known"):
+        raise KeyError
+    assert module(torch.zeros(1, 2)) == "hooked"
+
+
+def test_targets_of_a_teacher_are_kept_on_disk(tmp_path):
+    teacher = made("git")[0]
+    train = cd.data.sample().train.subset(2)
+    kept = {"top_k": len(teacher.tokenizer.vocabulary) - 1, "device": "cpu", "precision": "fp32"}
+    cached = cd.teachers.cache(teacher, train, tmp_path, progress=False, **kept)
+    loader = cd.data.Loader(
+        train, teacher.tokenizer, image_size=16, batch_size=2, captions_per_image=1
+    )
+    batch = next(iter(loader.epoch(0)))
+    words = cached(batch).words
+    with torch.no_grad():
+        logits = teacher(batch).logits.log_softmax(-1)
+    real = batch.target_mask
+    found = words.log_probs(1.0)[..., :-1]
+    assert_close(found[real], logits.gather(-1, words.ids)[real], rtol=0, atol=0.02)

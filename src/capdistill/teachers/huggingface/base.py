@@ -209,8 +209,12 @@ class EncoderDecoder(Adapter):
 @contextmanager
 def answering(owner: Any, method: str, answer: Any) -> Iterator[None]:
     """Within the block, a method of an object returns what it has already computed."""
+    hooked = vars(owner).get(method)  # device_map replaces methods, too
     setattr(owner, method, lambda *_, **__: answer)
     try:
         yield
     finally:
-        delattr(owner, method)
+        if hooked is None:
+            delattr(owner, method)
+        else:
+            setattr(owner, method, hooked)

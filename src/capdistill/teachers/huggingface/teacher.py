@@ -159,7 +159,7 @@ class HuggingFaceTeacher(CaptionGenerator):
                 reason = _difference(whole, found)
             except Exception as error:  # models fail in many ways
                 reason = f"it fails with {type(error).__name__}: {error}"
-        self.use_cache = reason is None
+        self.use_cache, self.rereads_prefix = reason is None, reason is not None
         if reason:
             warnings.warn(
                 f"{self.name}: the cache of {type(self.module).__name__} does not give the logits "
