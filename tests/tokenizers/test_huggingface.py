@@ -110,6 +110,13 @@ def test_bytes_of_one_character_all_cover_it() -> None:
 
 
 @every_kind
+def test_half_an_emoji_is_read_as_a_replacement_character(kind: str) -> None:
+    for tokenizer in (trimmed(kind), untrimmed(kind)):
+        broken, replaced = "a \ud83d dog", "a \ufffd dog"
+        assert tokenizer.encode_spans(broken) == tokenizer.encode_spans(replaced)
+
+
+@every_kind
 def test_a_caption_that_is_cut_has_no_end_token_and_is_counted(kind: str) -> None:
     tokenizer = trimmed(kind, 5)
     short, long = "a dog", " ".join(captions()[:2])
@@ -251,3 +258,61 @@ def test_pieces_that_llama_takes_whole_are_kept_whole() -> None:
         assert ids == theirs.encode(" ".join(caption.split()), add_special_tokens=False).ids
     for caption in captions():
         assert small.decode(small.encode(caption)) == " ".join(caption.split())
+
+
+def _of_transformers() -> dict[str, Any]:
+    """Tokenizers as the classes of the supported families make them, with small vocabularies."""
+    import transformers
+
+    def model(kind: str) -> dict[str, Any]:
+        content = json.loads(full(kind).to_str())["model"]
+        merges = [tuple(merge) for merge in content.get("merges", ())]
+        vocabulary = content["vocab"]
+        if isinstance(vocabulary, list):
+            vocabulary = [tuple(entry) for entry in vocabulary]
+        return {"vocab": vocabulary, **({"merges": merges} if merges else {})}
+
+    byte_level, pieces = model("byte-level BPE"), model("SentencePiece BPE")
+    ends = model("BPE with ends of words")
+    ends["vocab"] = {**ends["vocab"], "<|startoftext|>": 700, "<|endoftext|>": 701}
+    return {
+        "GPT-2": transformers.GPT2Tokenizer(**byte_level),
+        "BART": transformers.BartTokenizer(**byte_level),
+        "Qwen2": transformers.Qwen2Tokenizer(**byte_level),
+        "BERT": transformers.BertTokenizer(**model("WordPiece")),
+        "T5": transformers.T5Tokenizer(**model("Unigram")),
+        "Llama": transformers.LlamaTokenizer(**pieces),
+        "Gemma": transformers.GemmaTokenizer(**pieces),
+        "CLIP": transformers.CLIPTokenizer(**ends),
+    }
+
+
+ROLES = {
+    "GPT-2": ("<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    "BART": ("<s>", "</s>", "<pad>"),
+    "Qwen2": ("<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    "BERT": ("[CLS]", "[SEP]", "[PAD]"),
+    "T5": ("</s>", "</s>", "<pad>"),
+    "Llama": ("<s>", "</s>", "</s>"),
+    "Gemma": ("<bos>", "<eos>", "<pad>"),
+    "CLIP": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>"),
+}
+
+
+def test_captions_are_those_of_every_family_of_transformers() -> None:
+    families = _of_transformers()
+    assert families.keys() == ROLES.keys()
+    keep, others = captions()[:150:3], captions()[1:150:9]
+    for name, theirs in families.items():
+        small = cd.tokenizers.HuggingFace(theirs, keep, max_length=1000)
+        whole = cd.tokenizers.HuggingFace(theirs, max_length=1000)
+        roles = (small.start_id, small.end_id, small.pad_id)
+        assert tuple(small.vocabulary[role] for role in roles) == ROLES[name]
+        for caption in (*keep, *others):
+            ids = theirs(" ".join(caption.split()), add_special_tokens=False)["input_ids"]
+            assert whole.encode(caption)[1:-1] == ids, name
+            if caption in keep:
+                assert [small.full_ids[i] for i in small.encode(caption)[1:-1]] == ids, name
+            text = theirs.backend_tokenizer.decode(ids).strip()
+            assert whole.decode(whole.encode(caption)) == text, name
+            assert small.decode(small.encode(caption)) == text, name

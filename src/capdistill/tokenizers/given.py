@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capdistill.errors import ConfigError, is_count, require_int, shortened
+from capdistill.errors import ConfigError, MissingExtra, is_count, require_int, shortened
 from capdistill.files import from_json, user_path
 
 FORMAT = "capdistill.subword_tokenizer/1"
 ROLES = ("start", "end", "pad", "unknown")
-_DECLARED = ("bos_token", "cls_token", "eos_token", "sep_token", "pad_token")
+_DECLARED = ("bos_token", "cls_token", "eos_token", "sep_token", "pad_token", "unk_token")
 _STARTS = ("<s>", "[CLS]", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "<start>")
 _ENDS = ("</s>", "[SEP]", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "<end>")
 _PADS = ("<pad>", "[PAD]", "<|pad|>")
@@ -56,7 +56,16 @@ def read(tokenizer: Any, size: int | None = None) -> Given:
             f"HuggingFace: the tokenizer is a {kind} model; expected one of {', '.join(_MODELS)}. "
             "Words as they are have capdistill.WordTokenizer."
         )
-    return Given(content, roles, _entries(content, size))
+    return Given(_with_spaces(content), roles, _entries(content, size))
+
+
+def _with_spaces(content: dict[str, Any]) -> dict[str, Any]:
+    """CLIP's decoder leaves ends of words in the text; transformers replaces them afterwards."""
+    suffix, rule = content["model"].get("end_of_word_suffix"), content.get("decoder")
+    if not suffix or rule is None or suffix in as_text(rule):
+        return content
+    spaces = {"type": "Replace", "pattern": {"String": suffix}, "content": " "}
+    return {**content, "decoder": {"type": "Sequence", "decoders": [rule, spaces]}}
 
 
 def _from_object(tokenizer: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -88,7 +97,43 @@ def _from_path(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             f"HuggingFace: {file} is no tokenizer.json of the library tokenizers. "
             + (fix if ours else "Expected an object with the key 'model'.")
         )
-    return content, _roles_beside(file.parent)
+    return from_json(library_tokenizer(file.read_text(encoding="utf-8")).to_str()), _roles_beside(
+        file.parent
+    )
+
+
+def library_tokenizer(content: str) -> Any:
+    """A `tokenizers.Tokenizer` from its JSON; files of older versions become those of this one.
+
+    Raises:
+        MissingExtra: the package tokenizers is not installed.
+        ConfigError: it cannot read this.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingExtra(
+            "Encoding subwords needs the package tokenizers, which is not installed. Install "
+            'the extra: pip install "capdistill[hf]"'
+        ) from error
+    return library_call(lambda: Tokenizer.from_str(content))
+
+
+def library_call(call: Callable[[], Any]) -> Any:
+    """What the library tokenizers returns.
+
+    Raises:
+        ConfigError: it fails; a panic of the library is no `Exception`.
+    """
+    try:
+        return call()
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ConfigError(
+            f"HuggingFace: the library tokenizers cannot use this tokenizer ({error}). Update "
+            "the library, or save the tokenizer again with the installed version."
+        ) from error
 
 
 def _roles_beside(directory: Path) -> dict[str, str]:
@@ -134,7 +179,7 @@ def special_pieces(content: Mapping[str, Any]) -> set[str]:
 
 
 def unknown_piece(content: Mapping[str, Any]) -> str | None:
-    """The entry for what the model cannot spell, if it has one."""
+    """The entry that the model itself gives for what it cannot spell."""
     model = content["model"]
     if model["type"] == "Unigram":
         index = model.get("unk_id")
@@ -145,8 +190,8 @@ def unknown_piece(content: Mapping[str, Any]) -> str | None:
 
 def find_roles(
     given: Given, start: str | int | None, end: str | int | None, pad: str | int | None
-) -> tuple[int, int, int]:
-    """The ids of start, end and padding: those given, or those that the tokenizer declares.
+) -> tuple[int, int, int, int | None]:
+    """The ids of start, end, padding and unknown: those given, or those that it declares.
 
     Raises:
         ConfigError: one that was given does not exist, or there is no end token.
@@ -179,7 +224,12 @@ def find_roles(
     begin, padding = chosen("start", start), chosen("pad", pad)
     begin = first(role("bos_token"), role("cls_token"), *_STARTS) if begin is None else begin
     padding = first(role("pad_token"), *_PADS) if padding is None else padding
-    return (last if begin is None else begin), last, (last if padding is None else padding)
+    begin, padding = (last if begin is None else begin), (last if padding is None else padding)
+    unknown = first(unknown_piece(given.content))
+    unknown = None if unknown == last else unknown
+    if unknown is None and first(role("unk_token")) not in (begin, last, padding):
+        unknown = first(role("unk_token"))  # of byte-level models, which never need it
+    return begin, last, padding, unknown
 
 
 def _specials(given: Given) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,7 @@ from typing import Any, NamedTuple
 
 from capdistill.errors import (
     CheckpointError,
-    ConfigError,
     DataError,
-    MissingExtra,
     require_int,
     require_text,
     shortened,
@@ -25,14 +24,16 @@ from capdistill.tokenizers.given import (
     as_text,
     check_content,
     find_roles,
+    library_call,
+    library_tokenizer,
     read,
     special_pieces,
-    unknown_piece,
 )
 from capdistill.tokenizers.joining import Joining
 from capdistill.tokenizers.trimming import Speller, kept_pieces, reduced
 
 Span = tuple[int, int]
+_HALVES = re.compile("[\ud800-\udfff]")
 _CLOSING = frozenset(".,;:!?")
 
 
@@ -111,11 +112,8 @@ class HuggingFace:
     ) -> None:
         require_int("HuggingFace: max_length", max_length, 1)
         given = read(tokenizer, size)
-        full, unknown = given.vocabulary, unknown_piece(given.content)
-        roles: dict[str, int | None] = dict(
-            zip(ROLES, find_roles(given, start, end, pad), strict=False)
-        )
-        roles["unknown"] = None if unknown is None else full.index(unknown)
+        full = given.vocabulary
+        roles = dict(zip(ROLES, find_roles(given, start, end, pad), strict=True))
         special = special_pieces(given.content) | {full[i] for i in roles.values() if i is not None}
         special |= {piece for index, piece in enumerate(full) if piece == f"<unused {index}>"}
         content = {
@@ -301,7 +299,8 @@ class HuggingFace:
 
     def _pieces(self, text: str) -> tuple[list[int], list[Span]]:
         """Own ids of a text, and the characters of it that each covers."""
-        encoding = self._encoder.encode(text, add_special_tokens=False)
+        encoder = self._encoder
+        encoding = library_call(lambda: encoder.encode(text, add_special_tokens=False))
         ids: list[int] = []
         spans: list[Span] = []
         for index, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -318,8 +317,9 @@ class HuggingFace:
         if index not in self._spelled:
             piece = self._encoder.id_to_token(index)
             own = self._own.get(piece)
-            parts = [piece] if own is not None else self._speller(piece)
             unknown = () if self.unk_id is None else (self.unk_id,)
+            is_unknown = piece == self._content["tokenizer"]["model"].get("unk_token")
+            parts = [piece] if own is not None else None if is_unknown else self._speller(piece)
             self._spelled[index] = unknown if parts is None else tuple(self._own[p] for p in parts)
         return self._spelled[index]
 
@@ -337,26 +337,12 @@ class HuggingFace:
 
     @cached_property
     def _speller(self) -> Speller:
-        return Speller(self._content["tokenizer"]["model"], self._own)
+        pieces = (piece for piece, index in self._own.items() if index != self.unk_id)
+        return Speller(self._content["tokenizer"]["model"], pieces)
 
     @cached_property
     def _encoder(self) -> Any:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise MissingExtra(
-                "Encoding subwords needs the package tokenizers, which is not installed. Install "
-                'the extra: pip install "capdistill[hf]"'
-            ) from error
-        try:
-            return Tokenizer.from_str(as_text(self._content["tokenizer"]))
-        except BaseException as error:  # a panic of the library is no Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise ConfigError(
-                f"HuggingFace: the library tokenizers cannot read this tokenizer ({error}). Update "
-                "the library, or save the tokenizer again with the installed version."
-            ) from error
+        return library_tokenizer(as_text(self._content["tokenizer"]))
 
     def save(self, path: str | Path) -> None:
         """Write the vocabulary, the rules and the special tokens as JSON."""
@@ -392,7 +378,8 @@ def _text_only(content: Mapping[str, Any], special: set[str]) -> dict[str, Any]:
 
 
 def _spaced(caption: str) -> str:
-    return " ".join(caption.split())
+    """With single spaces, and without half characters, which have no bytes."""
+    return _HALVES.sub("\ufffd", " ".join(caption.split()))
 
 
 def _texts(captions: Iterable[str]) -> Iterable[str]:

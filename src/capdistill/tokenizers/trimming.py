@@ -9,6 +9,7 @@ one. WordPiece: the longest piece that matches is kept, and fewer pieces give no
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from capdistill.tokenizers.given import as_text, pieces_of, unknown_piece
 from capdistill.tokenizers.joining import byte_of
 
 _BYTE_COST = 1e3  # a byte is the last resort
+_LONGEST = 256  # characters of a piece that spells others; bounds the time of a hostile file
 _ASCII = {chr(code) for code in range(33, 127)}
 
 
@@ -40,7 +42,7 @@ class Speller:
         self.bytes = has_byte_fallback(model)
         scores = model["vocab"] if model["type"] == "Unigram" else ()
         self.costs = {piece: -float(score) for piece, score in scores}
-        self.longest = max(map(len, self.pieces), default=0)
+        self.longest = min(max(map(len, self.pieces), default=0), _LONGEST)
 
     def body(self, piece: str) -> tuple[str, bool, bool]:
         """A piece without prefix and suffix, and whether it has them."""
@@ -61,19 +63,21 @@ class Speller:
     def __call__(self, piece: str) -> list[str] | None:
         """The pieces that spell a piece; None if there are none."""
         text, inside, last = self.body(piece)
-        best: list[tuple[float, list[str]] | None] = [(0.0, [])] + [None] * len(text)
-        for end in range(1, len(text) + 1):
+        size = len(text)
+        costs, before = [0.0] + [math.inf] * size, [0] * (size + 1)
+        parts: list[list[str]] = [[]] * (size + 1)  # the last pieces of the best spelling so far
+        for end in range(1, size + 1):
             for begin in range(max(0, end - self.longest), end):  # the longest first
-                before = best[begin]
-                if before is None:
-                    continue
-                form = self._form(text[begin:end], inside or begin > 0, last and end == len(text))
-                cost, parts = self._cost(form, text[begin:end])
-                total = before[0] + cost
-                if parts and (best[end] is None or total < best[end][0]):  # type: ignore[index]
-                    best[end] = (total, before[1] + parts)
-        found = best[len(text)]
-        return None if found is None else found[1]
+                form = self._form(text[begin:end], inside or begin > 0, last and end == size)
+                cost, found = self._cost(form, text[begin:end])
+                if found and costs[begin] + cost < costs[end]:
+                    costs[end], before[end], parts[end] = costs[begin] + cost, begin, found
+        if costs[size] == math.inf:
+            return None
+        spelled: list[str] = []
+        while size:
+            spelled, size = parts[size] + spelled, before[size]
+        return spelled
 
     def _cost(self, form: str, text: str) -> tuple[float, list[str]]:
         if form in self.pieces:
