@@ -49,7 +49,8 @@ class ImageTextToText(Adapter):
         if cache is not None and cache.get_seq_length():
             return self.module(input_ids=ids, logits_to_keep=keep, **options)
         values = prompts.with_captions(self._flat(encoded), ids, self.module)
-        with answering(self.base, "get_image_features", kept) if kept else nullcontext():
+        done = kept is not None
+        with answering(self.base, "get_image_features", kept) if done else nullcontext():
             output = self.module(**values, logits_to_keep=keep, **options)
         if getattr(self.base, "rope_deltas", None) is not None:  # equal for images of one size
             self.base.rope_deltas = self.base.rope_deltas[:1]
