@@ -208,7 +208,10 @@ class EncoderDecoder(Adapter):
 
 @contextmanager
 def answering(owner: Any, method: str, answer: Any) -> Iterator[None]:
-    """Within the block, a method of an object returns what it has already computed."""
+    """Within the block, a method of an object returns what it has already computed, if anything."""
+    if answer is None:
+        yield
+        return
     hooked = vars(owner).get(method)  # device_map replaces methods, too
     setattr(owner, method, lambda *_, **__: answer)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -49,8 +48,7 @@ class ImageTextToText(Adapter):
         if cache is not None and cache.get_seq_length():
             return self.module(input_ids=ids, logits_to_keep=keep, **options)
         values = prompts.with_captions(self._flat(encoded), ids, self.module)
-        done = kept is not None
-        with answering(self.base, "get_image_features", kept) if done else nullcontext():
+        with answering(self.base, "get_image_features", kept):  # where it has been called
             output = self.module(**values, logits_to_keep=keep, **options)
         if getattr(self.base, "rope_deltas", None) is not None:  # equal for images of one size
             self.base.rope_deltas = self.base.rope_deltas[:1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from capdistill.runtime import inference
 from capdistill.teachers.huggingface.base import Adapter, Encoded
 from capdistill.teachers.huggingface.reading import CachedDecoder, teacher_forced
 from capdistill.tokenizer import Tokenizer
+from capdistill.tokenizers.huggingface import HuggingFace
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the logits' spread; else 0.1
 
@@ -145,6 +147,20 @@ class HuggingFaceTeacher(CaptionGenerator):
     def image_size(self) -> int | None:
         """Side in pixels of the images it reads; its processor resizes others."""
         return self.adapter.image_size
+
+    def trimmed(self, captions: Iterable[str], max_length: int = 40) -> HuggingFace:
+        """A tokenizer for a student: of the teacher's pieces, those that occur in captions.
+
+        `Distiller` maps its ids to the teacher's, so that all losses can be used.
+
+        Args:
+            captions: Those of the training split, such as `data.captions`.
+            max_length: Pieces kept of a caption.
+        """
+        mine = self.tokenizer
+        roles: dict[str, int] = {"start": mine.start_id, "end": mine.end_id, "pad": mine.pad_id}
+        size = len(mine.vocabulary)
+        return HuggingFace(self.adapter.tokenizer, captions, max_length, **roles, size=size)
 
     def _check_cache(self) -> None:
         """Caption one image with and without the cache, and compare the logits."""
