@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -308,6 +309,22 @@ def test_a_cache_of_an_older_version_has_no_checksums(tmp_path: Path) -> None:
     encoder = Encoder()
     assert cache(tmp_path, encoder)["5"].any()
     assert encoder.seen == 0
+
+
+def test_a_complete_cache_is_read_from_a_directory_that_may_only_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache(tmp_path)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    encoder = Encoder()
+    assert cache(tmp_path, encoder)["5"].any()
+    assert encoder.seen == 0
+    with pytest.raises(ConfigError, match=r"Cannot remove .*Read-only.*cache_dir="):
+        feature_files.clear_caches(tmp_path)
 
 
 def test_caches_are_listed_and_cleared_and_other_files_stay(tmp_path: Path) -> None:

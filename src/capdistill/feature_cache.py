@@ -6,6 +6,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ def _open_cache(path: Path, image_ids: Sequence[str]) -> FeatureCache | None:
         cache = FeatureCache(values, ids, _checksums_in(index, len(ids)))
     except (OSError, LookupError, TypeError, ValueError):  # damaged: it is written anew
         return None
-    marks_file(path).unlink(missing_ok=True)  # of a process killed at the last moment
+    with suppress(OSError):  # such as a directory that may only be read
+        marks_file(path).unlink(missing_ok=True)  # of a process killed at the last moment
     return cache
 
 

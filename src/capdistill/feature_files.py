@@ -177,12 +177,20 @@ def clear_caches(directory: str | os.PathLike[str] | None = None) -> int:
 
     Returns:
         The number of bytes that were freed.
+
+    Raises:
+        ConfigError: they cannot be removed.
     """
     folder = default_cache_dir() if directory is None else user_path(directory)
     files = [*_cache_files(folder), *folder.glob(HASHES)]
     freed = sum(_disk_bytes(file) for file in files)
-    for file in files:
-        file.unlink(missing_ok=True)
+    try:
+        for file in files:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot remove {error.filename}: {error.strerror}. Give a cache_dir= that is writable."
+        ) from error
     remove_abandoned(folder)
     return freed
 

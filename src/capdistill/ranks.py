@@ -151,8 +151,18 @@ class Ranks:
 
     @torch.no_grad()
     def share(self, values: Iterable[Tensor]) -> None:
-        """Give tensors the values of rank 0."""
-        for chunk in _alike(values) if self.several else ():
+        """Give tensors the values of rank 0.
+
+        Raises:
+            ConfigError: other ranks have others.
+        """
+        if not self.several:
+            return
+        values = list(values)
+        shapes = [str((*value.shape, value.dtype)) for value in values]
+        size = f"{len(values)} tensors, {sum(value.numel() for value in values):,} values"
+        self.require_equal({"weights": f"{size} ({stable_hash(*shapes) % 16**6:06x})"})
+        for chunk in _alike(values):
             flat = torch.cat([value.detach().reshape(-1) for value in chunk])
             dist.broadcast(flat, src=0, group=self._group(flat))
             for value, part in zip(

@@ -38,6 +38,7 @@ from capdistill.weights import load_exactly, read_metadata, read_state_dict, str
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "captioner.json", "tokenizer.json"
 ENSEMBLE = "ensemble.json"  # describes the members of an ensemble, each in a directory within
 TARGETS = "targets.json"  # describes cached targets of a teacher
+_KINDS = {DESCRIPTION: "a saved captioner", ENSEMBLE: "a saved ensemble", TARGETS: "cached targets"}
 PENDING = ".captioner"  # a directory of files that are complete but not yet in place
 _FORMAT = "capdistill.captioner/1"
 _ID = "capdistill.weights"  # in the metadata of the weights
@@ -142,12 +143,8 @@ def require_no_other(directory: Path, own: str = "") -> None:
     for name, kind in _KINDS.items():
         if name != own and saved_file(directory, name).is_file():
             raise ConfigError(
-                f"{directory} holds {kind}, whose files would be mixed with others. Give another "
-                "directory."
+                f"{directory} holds {kind}: choose a directory without a saved model."
             )
-
-
-_KINDS = {DESCRIPTION: "a saved captioner", ENSEMBLE: "a saved ensemble", TARGETS: "cached targets"}
 
 
 def saved_file(directory: str | Path, name: str) -> Path:

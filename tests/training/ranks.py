@@ -30,6 +30,7 @@ from capdistill.errors import CapdistillError
 from capdistill.outputs import Batch
 from capdistill.runtime import generator
 from capdistill.teachers import MeanTeacher, cache
+from capdistill.tokenizer import WordTokenizer
 from capdistill.training import GradNorm, LossRatio, SelfCritical, Uncertainty
 from capdistill.training.sharding import whole
 from tests.training import tiny_models as tiny
@@ -37,6 +38,9 @@ from tests.training import tiny_models as tiny
 IMAGES = 11
 SIDE = tiny.SIDE
 WORDS = ["red", "lime", "blue", "a", "dog", "cat"]
+
+
+SMALLER = WordTokenizer(WORDS[:3])
 
 
 class Pictures:
@@ -380,12 +384,25 @@ def unshardable(rank: int, world: int, out: Path) -> Any:
 def refused(rank: int, world: int, out: Path) -> Any:
     """What rank 0 refuses ends all with the same message; and ranks that differ are told."""
     messages = []
-    for seed, folder in ((2, "c"), (2 + rank, "other")):  # "c" holds a run
+    ways: list[tuple[int, str, dict[str, Any]]] = [
+        (2, "c", {}),  # it holds a run
+        (2 + rank, "other", {}),
+        (2, "other", {"batch_size": 2 + rank}),
+        (2, "other", {"epochs": 1 + rank}),
+    ]
+    for seed, folder, options in ways:
         trainer = Distiller(tiny.make_teacher(seed), student(), {"token": "token"}, **OPTIONS)
         try:
-            trainer.fit(Pictures(), batch_size=2, out=out / folder)
+            trainer.fit(Pictures(), out=out / folder, **{"batch_size": 2, **options})
         except CapdistillError as error:
             messages.append(str(error))
+    own = Captioner.create(
+        "debug_student", tokenizer=[tiny.TOKENIZER, SMALLER][rank], weights=False
+    )
+    try:
+        Trainer(own, **OPTIONS).fit(Pictures(), batch_size=2)
+    except CapdistillError as error:
+        messages.append(str(error))
     return {"messages": messages}
 
 

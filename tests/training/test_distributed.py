@@ -166,6 +166,10 @@ def test_what_rank_0_refuses_or_what_differs_ends_all_with_one_message(found: Re
     assert main["messages"] == other["messages"]
     assert "holds the results of an earlier run" in main["messages"][0]
     assert "do not train the same: teacher 1" in main["messages"][1]
+    assert "do not train the same: batch_size: ['2', '3']" in main["messages"][2]
+    assert "do not train the same: epochs: ['1', '2']" in main["messages"][3]
+    assert "do not train the same: weights: " in main["messages"][4]
+    assert len(main["messages"]) == 5
 
 
 def test_an_error_on_one_rank_ends_all_with_its_message(found: Results) -> None:

@@ -18,6 +18,7 @@ from capdistill.data.loader import Loader
 from capdistill.data.source import Source
 from capdistill.errors import CapdistillError, CheckpointError, ConfigError
 from capdistill.files import temporary_name
+from capdistill.training.distributed import HARMLESS
 from capdistill.training.optim import make_schedule
 from capdistill.training.random_state import random_state, restore_random
 from capdistill.training.run_directory import (
@@ -145,27 +146,6 @@ def _fitting() -> Iterator[None]:
         ) from error
 
 
-# Options that may differ between two parts of a run without changing what is trained.
-_HARMLESS = frozenset(
-    {
-        "num_workers",
-        "device",
-        "compile",
-        "gradient_checkpointing",
-        "cache_images",
-        "cache_dir",
-        "eval_batch_size",
-        "log_every",
-        "save_every",
-        "keep",
-        "keep_best",
-        "log",
-        "profile",
-        "progress",
-    }
-)
-
-
 def snapshot(
     stepper: Stepper,
     train: Source | None,
@@ -235,7 +215,7 @@ def restore(
         else:
             average.restart()  # it begins with the resumed run
     same = _position(stepper, train).get("batch_size") == state["position"].get("batch_size")
-    harmless = _HARMLESS | {"batch_size"} if same else _HARMLESS  # on another number of ranks
+    harmless = HARMLESS | {"batch_size"} if same else HARMLESS  # on another number of ranks
     _warn_of_changes(stepper.config.model_dump(), state["config"], harmless)
     _restore_optimizer(stepper, state)
     stepper.scaler.load_state_dict(state["scaler"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,37 @@ from torch.nn.parallel import DistributedDataParallel
 
 from capdistill.errors import ConfigError
 from capdistill.runtime import batch_norms_in_eval
+from capdistill.training.config import TrainConfig
 from capdistill.training.objective import Objective
 
 Parallel = Callable[[nn.Module], nn.Module]
+
+
+# Options that may differ between two parts of a run without changing what is trained.
+HARMLESS = frozenset(
+    {
+        "num_workers",
+        "device",
+        "compile",
+        "gradient_checkpointing",
+        "cache_images",
+        "cache_dir",
+        "eval_batch_size",
+        "log_every",
+        "save_every",
+        "keep",
+        "keep_best",
+        "log",
+        "profile",
+        "progress",
+    }
+)
+
+
+def decisive_options(config: TrainConfig) -> dict[str, Any]:
+    """The options that determine what is trained, or what ranks do together, as text."""
+    own = HARMLESS - {"eval_batch_size"}
+    return {key: repr(value) for key, value in config.model_dump().items() if key not in own}
 
 
 def wrap(objective: Objective, parallel: Parallel | None = None, unused: bool = False) -> nn.Module:

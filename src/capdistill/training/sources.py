@@ -31,7 +31,7 @@ from capdistill.teachers.cached import CachedTeacher, cached_parts
 from capdistill.teachers.ensemble import leaves
 from capdistill.teachers.mean_teacher import MeanTeacher
 from capdistill.training.config import TrainConfig
-from capdistill.training.distributed import tensors_of
+from capdistill.training.distributed import decisive_options, tensors_of
 from capdistill.training.monitor import LOSS
 from capdistill.training.step import Stepper
 from capdistill.training.validation import add_references
@@ -52,6 +52,7 @@ def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source,
         DataError: no usable image.
     """
     config = stepper.config
+    stepper.ranks.require_equal(decisive_options(config))  # before they wait for each other
     cached = wants_cache(stepper, train)
     crops = wants_crops(config, cached)
     options = {"seed": config.seed, "errors": config.errors, "cache_images": config.cache_images}
