@@ -142,9 +142,7 @@ def require_no_other(directory: Path, own: str = "") -> None:
     """Raise ConfigError if a directory holds something saved that another file describes."""
     for name, kind in _KINDS.items():
         if name != own and saved_file(directory, name).is_file():
-            raise ConfigError(
-                f"{directory} holds {kind}: choose a directory without a saved model."
-            )
+            raise ConfigError(f"{directory} holds {kind}. Give another directory.")
 
 
 def saved_file(directory: str | Path, name: str) -> Path:
