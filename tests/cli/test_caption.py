@@ -328,3 +328,29 @@ def test_a_run_file_trains_on_the_captions_of_a_teacher(
     capsys.readouterr()
     wrong = [*command, "--set", "data.teacher_captions.mix=-1", "--out", str(tmp_path / "other")]
     assert "mix" in refused(wrong, capsys)
+
+
+def test_photos_and_an_apis_captions_become_a_student(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    photos, captions = tmp_path / "photos", tmp_path / "api.jsonl"
+    photos.mkdir()
+    rows = []
+    for number in range(8):
+        Image.new("RGB", (16, 16), (30 * number, 0, 0)).save(photos / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": f"a dog {'sits' if number % 2 else ''}"})
+    captions.write_text("\n".join(map(json.dumps, rows)))
+    where = [str(photos) if value == "sample" else value for value in TINY]
+    command = ["train", "--preset", "debug_student", *where, "--format", "images"]
+    command += ["--set", "tokenizer.min_count=1", "--set", "data.val_share=0.3"]
+    command += ["--set", f"data.teacher_captions.path={captions}"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["data"]["teacher_captions"]["path"] == str(captions)
+    rows = [json.loads(r) for r in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert "cider_d" in next(row for row in rows if row["kind"] == "epoch")["scores"]
+    words = json.loads((tmp_path / "run" / "best" / "tokenizer.json").read_text())["words"]
+    assert set(words) == {"a", "dog", "sits"}
+    capsys.readouterr()

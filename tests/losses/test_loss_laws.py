@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from capdistill.errors import ConfigError
+from capdistill.losses.across_vocabularies import UniversalKD, WordKD
 from capdistill.losses.attention import AttentionKD
 from capdistill.losses.contrastive import ContrastiveKD
 from capdistill.losses.decoupled import DecoupledKD
@@ -49,6 +50,8 @@ LOSSES = {
     "dist": (DistKD, {}),
     "dist-inter": (DistKD, {"gamma": 0}),
     "attention": (AttentionKD, {}),
+    "word": (WordKD, {"temperature": 2.0}),
+    "universal": (UniversalKD, {}),
     "contrastive": (ContrastiveKD, {"dim": 5, "tau": 0.5}),
 }
 PROJECTING = [name for name in LOSSES if name.startswith(("feature", "hidden", "contrastive"))]

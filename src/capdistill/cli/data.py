@@ -89,19 +89,33 @@ class DataSection(BaseModel):
         """Read the whole data set."""
 
     def load(self) -> Splits:
-        """Read the data set and cut it to `limit`."""
-        return self.read() if self.limit is None else _cut(self.read(), self.limit)
+        """Read the data set and cut it to `limit`; what has no captions gets the teacher's."""
+        data = self.read() if self.limit is None else _cut(self.read(), self.limit)
+        bare = [n for n in data if n in ("train", "val") and not data.get(n).captions]
+        if self.teacher_captions is None or not bare:
+            return data
+        return _with_parts(data, {name: self._captioned(data.get(name), name) for name in bare})
+
+    def _captioned(self, data: Any, split: str = "train") -> Any:
+        """A split with the captions of the file, which need not have any but the training split."""
+        from capdistill.errors import DataError
+        from capdistill.teachers import TeacherCaptions, read_captions
+
+        captions = self.teacher_captions
+        if captions is None or isinstance(data, TeacherCaptions):
+            return data
+        try:
+            return read_captions(captions.path, data, **captions.model_dump(exclude={"path"}))
+        except DataError:
+            if split == "train":
+                raise
+            return data
 
     def training_data(self, data: Splits) -> Any:
         """What to train on: the training split, with a teacher's captions or in a curriculum."""
         from capdistill.data import Curriculum
 
-        train, captions = data.train, self.teacher_captions
-        if captions is not None:
-            from capdistill.teachers import read_captions
-
-            choice = captions.model_dump(exclude={"path"})
-            train = read_captions(captions.path, train, **choice)
+        train = self._captioned(data.train)
         if self.curriculum is None:
             return train
         options = self.curriculum.model_dump()
@@ -283,7 +297,12 @@ def parse_data(values: Any) -> DataSection:
 
 
 def _cut(data: Splits, limit: int) -> Splits:
+    return _with_parts(data, {name: data.get(name).subset(limit) for name in data})
+
+
+def _with_parts(data: Splits, parts: Mapping[str, Any]) -> Splits:
+    """The data with some splits replaced."""
     from capdistill.data import Splits
 
-    parts = {name: data.get(name).subset(limit) for name in data}
-    return Splits(parts, name=data.name, note=data.note, absent=data.absent, report=data.report)
+    whole = {**{name: data.get(name) for name in data}, **parts}
+    return Splits(whole, name=data.name, note=data.note, absent=data.absent, report=data.report)

@@ -21,7 +21,9 @@ from capdistill.data.rows import accept_rows
 from capdistill.errors import ConfigError, DataError, require_int, require_number, suggest
 from capdistill.files import from_json, user_path, write_text
 from capdistill.generation.hypotheses import Hypothesis
+from capdistill.metrics import CaptionScorer
 from capdistill.runtime import SAFE_SEED, stable_hash
+from capdistill.teachers.foreign_captions import read_texts, texts_of
 
 Keep = Literal["cider", "score"]
 
@@ -35,12 +37,15 @@ def read_captions(
     mix: float = 0,
     reweight: float | None = None,
 ) -> TeacherCaptions:
-    """Training data with the captions that `caption` wrote to a file.
+    """Training data with the captions that `caption`, or another program, wrote to a file.
 
     Args:
-        path: The file.
-        data: The images that it was made for, or some of them.
-        num_return, keep, mix, reweight: As for `caption`.
+        path: The file of `caption`; or captions of any other origin, such as an API: JSON Lines or
+            JSON, by the id of the image or the name of its file (see `foreign_captions.py`).
+        data: The images that it was made for, or some of them. With captions of another origin,
+            images that the file lacks keep their own.
+        num_return, keep, mix, reweight: As for `caption`. Those of another origin have no
+            log-probabilities: `keep="score"` and `reweight` are refused.
 
     Raises:
         DataError: no such file, a damaged one, or images of `data` that it does not have.
@@ -50,7 +55,7 @@ def read_captions(
     data = accept_rows(data)
     require_data("read_captions", data)
     file = user_path(path, DataError)
-    rows = read_rows(file)
+    rows = _foreign_rows(file, data, choice) if _is_foreign(file) else read_rows(file)
     missing = [image for image in data.image_ids if image not in rows]
     if missing:
         raise DataError(
@@ -66,6 +71,60 @@ def read_captions(
             report.add(Problem("corrupt image", str(example.path), "", row.error))
         examples.append(choice.example(example, row, counts))
     return TeacherCaptions(examples, dict(counts), name=data.name, report=report)
+
+
+def _is_foreign(file: Path) -> bool:
+    """Whether another program wrote a file: its first row has nothing that ours have."""
+    if file.suffix == ".json":
+        return True
+    try:
+        with open(file, "rb") as stream:
+            row = json.loads(stream.readline() or b"0")
+    except (OSError, ValueError, RecursionError):
+        return False  # reading it says what is wrong
+    return isinstance(row, dict) and not {"log_probs", "lengths", "duplicates"} & row.keys()
+
+
+def _foreign_rows(file: Path, data: CaptionData, choice: Choice) -> dict[str, Row]:
+    """The rows of all images; those that the file lacks have no captions.
+
+    Raises:
+        DataError: it has none of the images.
+        ConfigError: a choice that needs log-probabilities.
+    """
+    if choice.keep == "score" or choice.reweight is not None:
+        raise ConfigError(
+            f"read_captions: {file} has captions without log-probabilities, so keep='score' and "
+            "reweight= have nothing to go by. Use keep='cider', or None for the order of the file."
+        )
+    texts, rows = read_texts(file), dict[str, Row]()
+    for example in data.examples:
+        row = rows[example.image_id] = Row(str(example.path), example.image_id, [], [], [])
+        for text in texts_of(texts, example) or ():
+            if not text:
+                row.empty += 1
+            elif text in row.captions:
+                row.duplicates += 1
+            else:
+                row.captions.append(text)
+    if not any(row.captions for row in rows.values()):
+        theirs, ours = (", ".join(repr(n) for n in [*names][:3]) for names in (texts, rows))
+        raise DataError(
+            f"{file} has captions of {len(texts)} images, such as {theirs}, but of none of the "
+            f"{len(data)} images of the data, such as {ours}. Name them by id or by file."
+        )
+    if choice.keep == "cider":
+        _score(rows, data)
+    return rows
+
+
+def _score(rows: Mapping[str, Row], data: CaptionData) -> None:
+    """Add the CIDEr-D of each caption against the references of its image."""
+    known = {image: texts for image, texts in data.references.items() if texts}
+    scorer = CaptionScorer(known, metrics=["cider_d"]) if known else None
+    for image, row in rows.items():
+        if scorer is not None and image in known:
+            row.cider_d = scorer.rewards([image] * len(row.captions), row.captions).tolist()
 
 
 def require_data(function: str, data: object) -> None:
