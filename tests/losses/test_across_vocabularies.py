@@ -349,7 +349,7 @@ def test_words_of_real_tokenizers_end_where_words_of_captions_do(kind):
             first, end = row[6], row[7]
             covered = caption[spans[1 + first][0] : spans[end][1]]
             wanted = caption[mine[1 + row[2]][0] : mine[row[3]][1]]
-            assert covered.strip() == wanted
+            assert covered.strip(" .,!") == wanted  # SentencePiece may keep "mirror."
         assert [int(t) for t in table[:, 8]] == [ids[1 + first] for first in table[:, 6]]
 
 
@@ -364,7 +364,7 @@ def test_common_words_of_real_tokenizers_are_whole_words(kind):
         for token, number in pairs:
             text = tokenizer.decode([token])
             assert words.encode(text)[1:-1] in ([names[number]], [])
-            assert text.lower() in (words.vocabulary[names[number]], "")
+            assert text.lower().strip("().,!") in (words.vocabulary[names[number]], "")
 
 
 def test_random_words_begin_where_a_brute_force_search_says():

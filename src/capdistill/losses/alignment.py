@@ -43,9 +43,9 @@ def split_tokens(caption: str, spans: Spans) -> list[Word]:
     alone belong to the word that follows.
 
     Example:
-        >>> spans = [(0, 0), (0, 1), (1, 4), (4, 6), (6, 7), (7, 7)]
+        >>> spans = [(0, 0), (0, 1), (1, 5), (5, 7), (7, 8), (8, 8)]
         >>> [(word.start, word.first, word.end) for word in split_tokens("a doggy.", spans)]
-        [(0, 0, 1), (2, 1, 3), (7, 3, 4)]
+        [(0, 0, 1), (2, 1, 3), (7, 3, 4), (8, 4, 5)]
 
     Args:
         caption: The raw caption.
@@ -272,7 +272,7 @@ class WordAlignment:
                 continue
             context = _FIRST if mine.first == theirs.first == 0 else _LATER
             parts = ids[1 + mine.first : 1 + mine.end], their_ids[1 + theirs.first : 1 + theirs.end]
-            own = self._own_class(context, *parts) if mine.stop == theirs.stop else None
+            own = self._own_class(context, *parts) if _same(caption, mine, theirs) else None
             row = [context, contexts[context].size if own is None else own]
             for side, (word, tokens) in enumerate(zip((mine, theirs), parts, strict=True)):
                 rest = contexts[context].size
@@ -294,6 +294,17 @@ class WordAlignment:
         if unknown[0] in mine or unknown[1] in theirs:
             return None
         return self.contexts[context].size + 1
+
+
+def _same(caption: str, *words: Word) -> bool:
+    """Whether words that begin together also end together, but for punctuation."""
+    ends = []
+    for word in words:
+        stop = word.stop
+        while stop > word.start and not _is_letter(caption[stop - 1]):
+            stop -= 1
+        ends.append(stop)
+    return ends[0] == ends[1]
 
 
 def _by_id(units: Units) -> dict[int, int]:

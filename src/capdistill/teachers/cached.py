@@ -303,8 +303,13 @@ class CachedTeacher(CaptionGenerator):
                 f"{data.name}, such as '{lacking[0]}' ({views} views). {_ANEW}.{more}"
             )
         self.store.require_unchanged(data, progress)
+        given: Any = collator.tokenizer
+        whole = getattr(given, "full_vocabulary", given.vocabulary)
+        if tuple(whole) != tuple(self.tokenizer.vocabulary):
+            return  # it reads its own ids of the captions, or features alone
+        ids = getattr(given, "full_ids", range(len(whole)))
         for caption in nlargest(100, (c for e in data.examples for c in e.captions), key=len):
-            theirs, mine = collator.tokenizer.encode(caption), self.tokenizer.encode(caption)
+            theirs, mine = [ids[i] for i in given.encode(caption)], self.tokenizer.encode(caption)
             if theirs != mine:
                 raise DataError(
                     f"'{self.name}': its tokenizer splits {shortened(caption)} into {mine}, the "
@@ -369,6 +374,7 @@ def require_kept(losses: Mapping[str, DistillationLoss], teachers: Mapping[str, 
     for term, loss in losses.items():
         only = next(iter(teachers)) if len(teachers) == 1 else None
         teacher = teachers.get(loss.teacher or only or "")
+        teacher = getattr(teacher, "retokenized", teacher)  # one that reads another vocabulary
         if not isinstance(teacher, CachedTeacher) or not loss.from_teacher:
             continue
         if loss.needs - teacher.outputs:
