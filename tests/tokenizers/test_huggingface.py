@@ -195,6 +195,25 @@ def test_a_model_wider_than_its_tokenizer_has_unused_entries() -> None:
     assert len(small.full_vocabulary) == size + 2
 
 
+@every_kind
+def test_a_teachers_tokenizer_is_trimmed_as_the_one_it_was_made_from(kind: str) -> None:
+    keep, theirs = captions()[::3], full(kind)
+    teachers = cd.tokenizers.HuggingFace(theirs, start="</s>" if "Uni" in kind else None)
+    direct = cd.tokenizers.HuggingFace(theirs, keep, start=teachers.start_id)
+    ours = cd.tokenizers.HuggingFace(teachers, keep)
+    assert ours == direct
+    again = cd.tokenizers.HuggingFace(ours, keep[:9], 7)
+    small = cd.tokenizers.HuggingFace(theirs, keep[:9], 7)
+    assert (again.full_vocabulary, again.max_length) == (small.full_vocabulary, 7)
+    assert [small.full_vocabulary[i] for i in again.full_ids] == [*again.vocabulary]
+    assert len(again) < len(ours)
+    for caption in keep[:9]:
+        ids = [again.full_ids[i] for i in again.encode(caption)]
+        assert ids == [small.full_ids[i] for i in small.encode(caption)]
+    with pytest.raises(cd.errors.ConfigError, match="Leave it out"):
+        cd.tokenizers.HuggingFace(teachers, keep, size=10_000)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from capdistill.errors import (
     CheckpointError,
+    ConfigError,
     DataError,
     require_int,
     require_text,
@@ -21,6 +22,7 @@ from capdistill.files import from_json, write_text
 from capdistill.tokenizers.given import (
     FORMAT,
     ROLES,
+    Given,
     as_text,
     check_content,
     find_roles,
@@ -80,8 +82,8 @@ class HuggingFace:
         'dad add'
 
     Args:
-        tokenizer: A fast tokenizer of transformers, a `tokenizers.Tokenizer`, or the path of a
-            tokenizer.json or of its directory.
+        tokenizer: A fast tokenizer of transformers, a `tokenizers.Tokenizer`, the path of a
+            tokenizer.json or of its directory, or one of this class, such as a teacher's.
         keep: Captions of the training split; None keeps the whole vocabulary with its ids.
         max_length: Pieces kept of a caption. A longer one is cut and gets no end token.
         start, end, pad: Tokens or ids. By default those that the tokenizer declares (start: BOS or
@@ -111,24 +113,42 @@ class HuggingFace:
         size: int | None = None,
     ) -> None:
         require_int("HuggingFace: max_length", max_length, 1)
-        given = read(tokenizer, size)
+        ours = isinstance(tokenizer, HuggingFace)
+        given = tokenizer._given(size) if ours else read(tokenizer, size)
+        if ours:
+            start = tokenizer.start_id if start is None else start
+            end = tokenizer.end_id if end is None else end
+            pad = tokenizer.pad_id if pad is None else pad
         full = given.vocabulary
         roles = dict(zip(ROLES, find_roles(given, start, end, pad), strict=True))
         special = special_pieces(given.content) | {full[i] for i in roles.values() if i is not None}
         special |= {piece for index, piece in enumerate(full) if piece == f"<unused {index}>"}
+        special_ids = [index for index, piece in enumerate(full) if piece in special]
         content = {
             "format": FORMAT,
             "max_length": int(max_length),
             **roles,
-            "special": [index for index, piece in enumerate(full) if piece in special],
+            "special": special_ids,
             "pieces": list(full),
             "full_ids": None,
             "full_vocabulary": None,
             "tokenizer": _text_only(given.content, special),
         }
+        if ours:
+            before = tokenizer._content
+            content |= {key: before[key] for key in ("unknown", "full_ids", "full_vocabulary")}
+            content["special"] = sorted(set(before["special"]).union(special_ids))
         self._set(content)
         if keep is not None:
             self._set(self._trimmed(content, keep))
+
+    def _given(self, size: int | None) -> Given:
+        if size not in (None, len(self)):
+            raise ConfigError(
+                f"HuggingFace: size={size!r} was given with a tokenizer of {len(self)} entries "
+                "that capdistill made. Leave it out."
+            )
+        return Given(self._content["tokenizer"], {}, self._vocabulary)
 
     def _set(self, content: dict[str, Any]) -> None:
         self._content = content
@@ -142,8 +162,8 @@ class HuggingFace:
             self._own[self._vocabulary[self.unk_id]] = self.unk_id
         self._joining = Joining(content["tokenizer"].get("decoder"))
         self._spelled: dict[int, tuple[int, ...]] = {}
-        self.__dict__.pop("_encoder", None)
-        self.__dict__.pop("_speller", None)
+        for cached in ("_encoder", "_speller", "full_ids", "full_vocabulary", "word_borders"):
+            self.__dict__.pop(cached, None)
 
     def _trimmed(self, content: dict[str, Any], keep: Iterable[str]) -> dict[str, Any]:
         full, tokenizer = self._vocabulary, content["tokenizer"]
@@ -158,8 +178,8 @@ class HuggingFace:
             **{role: place.get(content[role]) for role in ROLES},
             "special": [place[index] for index in content["special"] if index in place],
             "pieces": [full[index] for index in ids],
-            "full_ids": ids,
-            "full_vocabulary": content["pieces"],
+            "full_ids": [self.full_ids[index] for index in ids],
+            "full_vocabulary": list(self.full_vocabulary),
             "tokenizer": reduced(tokenizer, kept, special),
         }
 
