@@ -15,7 +15,7 @@ class Git(Adapter):
 
     Source:
         Wang et al. (2022), "GIT". transformers, `GitForCausalLM`: captions begin with [CLS] and end
-        with [SEP]. The cache of transformers 5.0 gives other logits, which a teacher notices.
+        with [SEP]. Its cache is wrong up to transformers 5.12 at least, which a teacher notices.
     """
 
     model_class = "GitForCausalLM"
