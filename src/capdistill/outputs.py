@@ -329,6 +329,7 @@ class ModelSpec:
         has_attention: Whether the model can return attention over visual tokens.
         name: Name of the model in messages.
         tokenizer: Encodes the captions that the model reads, if a loss may ask for it.
+        retokenizes: Whether it reads the captions of a batch, not its ids.
     """
 
     feature_dim: int | None
@@ -340,6 +341,7 @@ class ModelSpec:
     has_attention: bool
     name: str = "model"
     tokenizer: Any = None
+    retokenizes: bool = False
 
 
 @dataclass(frozen=True)

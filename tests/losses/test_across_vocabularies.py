@@ -34,7 +34,8 @@ each_pair = pytest.mark.parametrize(("mine", "theirs"), PAIRS)
 
 
 def spec(tokenizer, name="model"):
-    return ModelSpec(None, None, 0, None, (), tokenizer.vocabulary, False, name, tokenizer)
+    about = (tokenizer.vocabulary, False, name, tokenizer, True)
+    return ModelSpec(None, None, 0, None, (), *about)
 
 
 def built(loss, mine, theirs):
@@ -315,7 +316,7 @@ def test_a_tokenizer_without_spans_and_a_teacher_that_reads_other_ids_are_refuse
 
     with pytest.raises(ConfigError, match=r"tokenizer of the teacher, Bare, has no encode_spans"):
         built(WordKD(), WORDS, Bare())
-    plain = replace(spec(BYTES, "theirs"), tokenizer=None)
+    plain = replace(spec(BYTES, "theirs"), retokenizes=False)
     with pytest.raises(IncompatibleModels, match=r"RetokenizingTeacher\(teacher\)"):
         WordKD().build(spec(WORDS), plain)
     with pytest.raises(ConfigError, match=r"align='words' is unknown. Did you mean 'word'"):

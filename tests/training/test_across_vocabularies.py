@@ -14,6 +14,7 @@ import capdistill as cd
 from capdistill import Captioner, Distiller
 from capdistill.data import CaptionData
 from capdistill.errors import ConfigError
+from capdistill.teachers import RetokenizingTeacher
 from tests.teachers.test_vocabularies import FEWER, SUBWORDS, Trimmed, batch_for, captioner
 from tests.training import tiny_models as tiny
 
@@ -103,3 +104,40 @@ def test_the_dropped_mass_is_continued_by_a_resumed_run() -> None:
     after.on_epoch(None, rows[1])
     assert rows[0] == rows[1]
     assert second.dropped_mass != second.dropped_mass  # NaN: the next epoch begins anew
+
+
+def test_captions_of_a_teacher_of_another_vocabulary_are_text(
+    colours: CaptionData, tmp_path: Path
+) -> None:
+    teacher, student = captioner(SUBWORDS), captioner(WORDS, "lstm", 2, "student")
+    captioned = cd.teachers.caption(
+        teacher, colours, tmp_path / "c.jsonl", beam_size=3, max_length=9, mix=1, **tiny.QUIET
+    )
+    again = cd.teachers.caption(
+        RetokenizingTeacher(teacher),
+        colours,
+        tmp_path / "d.jsonl",
+        beam_size=3,
+        max_length=9,
+        mix=1,
+        **tiny.QUIET,
+    )
+    assert captioned.captions == again.captions
+    history = distiller(teacher, student).fit(captioned)
+    words = sum(len(caption.split()) + 1 for caption in captioned.captions)
+    assert words > 12
+    assert history.epochs[-1]["train"]["terms"]["word"]["raw"] > 0
+
+
+def test_a_hugging_face_teacher_teaches_words() -> None:
+    hugging_face = pytest.importorskip("tests.teachers.huggingface.conftest")
+    for family in ("git", "vision_encoder_decoder"):
+        teacher = hugging_face.made(family)[0]
+        texts = ["a dog runs", "the cat sits on the grass", "a red dog"]
+        tokenizer = cd.WordTokenizer.train(texts, min_count=1)
+        student = cd.Captioner.create("debug_student", tokenizer=tokenizer)
+        trainer = distiller(teacher, student, schedule="constant", learning_rate=0.01)
+        batch = hugging_face.batch_of(student, captions=(*texts, "a cat"))
+        rows = [trainer.step(batch) for _ in range(8)]
+        assert rows[0]["counts"]["word"] == sum(len(text.split()) + 1 for text in batch.captions)
+        assert rows[-1]["terms"]["word"]["raw"] < rows[0]["terms"]["word"]["raw"]

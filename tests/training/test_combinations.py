@@ -24,6 +24,7 @@ from capdistill.errors import ConfigError
 from capdistill.teachers import Ensemble, MeanTeacher, cache
 from capdistill.teachers import caption as caption_with
 from capdistill.training import GradNorm, LossRatio, Uncertainty
+from tests.teachers.test_vocabularies import SUBWORDS, captioner
 from tests.training import tiny_models as tiny
 
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "epochs": 2, "batch_size": 2, "learning_rate": 0.01}
@@ -66,6 +67,12 @@ def drawn_teacher(plan: Plan) -> None:
 
 def mean_teacher(plan: Plan) -> None:
     plan.teacher = MeanTeacher(plan.student, decay=0.9)
+
+
+def another_vocabulary(plan: Plan) -> None:
+    plan.teacher = captioner(SUBWORDS)
+    plan.losses["token"] = {**plan.losses["token"], "name": "word"}
+    plan.losses["feature"] = {"name": "feature", "match": "pooled"}
 
 
 def options(**values: Any) -> Callable[[Plan], None]:
@@ -128,6 +135,7 @@ METHODS: dict[str, Callable[[Plan], None]] = {
     "accumulation": options(accumulation_steps=2),
     "views": options(cache_features=True, cache_views=2),
     "temperature": temperature,
+    "another_vocabulary": another_vocabulary,
     "several_teachers": several_teachers,
     "drawn_teacher": drawn_teacher,
     "mean_teacher": mean_teacher,
@@ -139,7 +147,7 @@ METHODS: dict[str, Callable[[Plan], None]] = {
     "loss_ratio": adaptive(LossRatio),
     "cached_targets": cached_targets,
 }
-TEACHERS = {"several_teachers", "drawn_teacher", "mean_teacher"}
+TEACHERS = {"another_vocabulary", "several_teachers", "drawn_teacher", "mean_teacher"}
 ADAPTIVE = {"uncertainty", "grad_norm", "loss_ratio"}
 REFUSED = {
     ("on_policy", "self_critical"): "on_policy",
@@ -220,6 +228,7 @@ def test_what_cannot_combine_is_refused_with_the_reason(
 
 def test_all_methods_that_combine_train_together(make_plan: Callable[..., Plan]) -> None:
     methods = set(METHODS) - {"drawn_teacher", "mean_teacher", "self_critical", "cached_targets"}
+    methods -= {"another_vocabulary"}
     plan = make_plan(*(methods - {"grad_norm", "loss_ratio"}))
     history = plan.make().fit(plan.train)
     assert len(history.epochs) == 2

@@ -39,12 +39,11 @@ class AlignedLoss(LogitsLoss):
         """
         if first_difference(student.vocabulary, teacher.vocabulary) is None:
             return
-        if student.tokenizer is None or teacher.tokenizer is None:
-            lacking = student if student.tokenizer is None else teacher
+        if not teacher.retokenizes or student.tokenizer is None:
             raise IncompatibleModels(
                 f"{type(self).__name__}: '{student.name}' and '{teacher.name}' have different "
-                f"vocabularies, and the spec of '{lacking.name}' names no tokenizer. Give the "
-                "teacher as capdistill.teachers.RetokenizingTeacher(teacher)."
+                "vocabularies, but the teacher reads the student's ids. Give it as "
+                "capdistill.teachers.RetokenizingTeacher(teacher), as Distiller does."
             )
         self.alignment = WordAlignment(student.tokenizer, teacher.tokenizer)
 

@@ -201,8 +201,10 @@ class Ensemble(CaptionGenerator):
         """The specification: that of a single member; of several, the vocabulary alone."""
         if len(self._names) == 1:
             return replace(self.members[self._names[0]].spec(batch), name=self.name)
-        words, name = self.tokenizer, self.name
-        return ModelSpec(None, None, 0, None, (), words.vocabulary, False, name, words)
+        first, words = self.members[self._names[0]], self.tokenizer
+        reads = type(first).as_read is not CaptionGenerator.as_read
+        about = (words.vocabulary, False, self.name, words, reads)
+        return ModelSpec(None, None, 0, None, (), *about)
 
     def as_read(self, batch: Batch) -> Batch:
         """The batch with the ids that the members read."""

@@ -84,7 +84,7 @@ class RetokenizingTeacher(CaptionGenerator):
         """That of the teacher, with its tokenizer."""
         own = None if batch is None else self.as_read(batch)
         theirs: ModelSpec = self.retokenized.spec(own)
-        return replace(theirs, tokenizer=self.tokenizer)
+        return replace(theirs, tokenizer=self.tokenizer, retokenizes=True)
 
     def decoding(self, images: Batch | Tensor) -> tuple[Decoder, Any]:
         """That of the teacher."""
@@ -142,10 +142,6 @@ class TrimmedTeacher(CaptionGenerator):
         self.rereads_prefix = getattr(teacher, "rereads_prefix", False)
         self.register_buffer("full_ids", torch.tensor(tokenizer.full_ids), persistent=False)
         self._dropped: Tensor | None = None  # sum over tokens, and their number
-
-    def as_read(self, batch: Batch) -> Batch:
-        """The batch as given: the ids are mapped for the teacher alone."""
-        return batch
 
     def _in_full(self, batch: Batch) -> Batch:
         return replace(batch, input_ids=self.full_ids[batch.input_ids])
