@@ -248,6 +248,19 @@ def lock(stream: IO[bytes]) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX)
 
 
+def append_bytes(path: Path, data: bytes) -> None:
+    """Add bytes to a file; they are on the disk when the function returns."""
+    with open(path, "ab") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def json_checksum(value: Any) -> int:
+    """A checksum of a value that JSON can hold; it is the same when the value is read again."""
+    return zlib.crc32(json.dumps(value).encode())
+
+
 def system_error(error: BaseException) -> OSError | None:
     """The error of the system that an error is or was raised from, or None."""
     cause = error if isinstance(error, OSError) else error.__cause__

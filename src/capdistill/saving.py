@@ -41,7 +41,7 @@ TARGETS = "targets.json"  # describes cached targets of a teacher
 _KINDS = {DESCRIPTION: "a saved captioner", ENSEMBLE: "a saved ensemble", TARGETS: "cached targets"}
 PENDING = ".captioner"  # a directory of files that are complete but not yet in place
 _FORMAT = "capdistill.captioner/1"
-_ID = "capdistill.weights"  # in the metadata of the weights
+IDENTITY = "capdistill.weights"  # in the metadata of the weights
 _REGISTRIES: dict[str, Any] = {"encoder": encoders, "decoder": decoders}
 _COMPILED = "_orig_mod."  # what torch.compile adds to names
 
@@ -109,7 +109,7 @@ def write(
         part = description[kind]
         checksums[kind] = _checksum(part, registry.get(part["name"]) if part else None)
     content = {"format": _FORMAT, **description, "weights": weights, "checksums": checksums}
-    data = to_safetensors(state, {_ID: weights})
+    data = to_safetensors(state, {IDENTITY: weights})
     staged, pending = directory / temporary_name("captioner"), directory / PENDING
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ def load_weights(directory: Path, content: Description, model: nn.Module) -> Non
     path = saved_file(directory, WEIGHTS)
     if not path.is_file():
         raise CheckpointError(f"{directory} lacks {WEIGHTS}. Copy all files of the captioner.")
-    identity = read_metadata(path).get(_ID)
+    identity = read_metadata(path).get(IDENTITY)
     expected = content.get("weights")
     if identity and expected and identity != expected:
         raise CheckpointError(
@@ -225,7 +225,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: they cannot be read, or have changed since they were saved.
     """
-    state, identity = read_state_dict(path), read_metadata(path).get(_ID)
+    state, identity = read_state_dict(path), read_metadata(path).get(IDENTITY)
     if identity and identity != hash_weights(state):
         raise CheckpointError(
             f"'{path}' is damaged: the values are not those that were saved (their checksum is "

@@ -296,7 +296,7 @@ def test_targets_of_an_earlier_version_which_knew_sizes_are_read(
     index = tmp_path / "targets" / INDEX
     lines = [json.loads(line) for line in index.read_text().splitlines()]
     for line in lines:
-        del line["content"]
+        del line["content"], line["checksum"]
         line["size"] = 99
     index.write_text("".join(json.dumps(line) + "\n" for line in lines))
     batch = batches(data)[0]
@@ -405,6 +405,31 @@ def test_damaged_files_are_named(data: CaptionData, tmp_path: Path) -> None:
     index = place / INDEX
     index.write_bytes(b'{"image_id": 3}\n' + index.read_bytes())
     with pytest.raises(CheckpointError, match=r"index.jsonl, line 1 is not one"):
+        CachedTeacher(place)
+
+
+def test_other_rows_and_another_output_matrix_are_noticed(
+    data: CaptionData, tmp_path: Path
+) -> None:
+    place = tmp_path / "targets"
+    cache(tiny.make_teacher(), data, place, **QUIET)
+    index, output = place / INDEX, place / "output.safetensors"
+    whole = index.read_text()
+    index.write_text(whole.replace('"tokens": [0]', '"tokens": [1]', 1))
+    with pytest.raises(CheckpointError, match=r"line 1 .*checksum is wrong.*overwrite=True"):
+        CachedTeacher(place)
+    lines = [json.loads(line) for line in whole.splitlines()]
+    older = [{key: line[key] for key in line if key != "checksum"} for line in lines]
+    index.write_text("".join(json.dumps(line) + "\n" for line in older))
+    assert len(CachedTeacher(place).store.index.entries) == 6
+
+    values = bytearray(output.read_bytes())
+    values[-2] ^= 1
+    output.write_bytes(values)
+    with pytest.raises(CheckpointError, match=r"output.safetensors' is damaged.*overwrite=True"):
+        CachedTeacher(place)
+    output.unlink()
+    with pytest.raises(CheckpointError, match=r"output.safetensors.*overwrite=True"):
         CachedTeacher(place)
 
 

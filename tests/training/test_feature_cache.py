@@ -86,6 +86,16 @@ def losses_of_terms(distiller: Distiller) -> dict[str, float]:
     return {name: term["raw"] for name, term in terms.items()}
 
 
+def test_ready_made_batches_are_validated_beside_cached_training_images(
+    colours: CaptionData, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**OPTIONS, "cache_dir": str(tmp_path), "cache_features": None}
+    trainer = Trainer(frozen(), **{**options, "augment": None})
+    trainer.fit(colours, list(loader(colours).epoch(0)))
+    assert trainer.cached
+    assert losses(trainer) == pytest.approx(losses(cached(frozen(), colours, tmp_path)), rel=2e-3)
+
+
 def test_every_image_is_encoded_once_and_never_again(colours: CaptionData, tmp_path: Path) -> None:
     first = frozen()
     cached(first, colours, tmp_path)

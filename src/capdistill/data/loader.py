@@ -365,7 +365,7 @@ def make_source(data: Any, tokenizer: Tokenizer, *, image_size: int, **options: 
     if callable(getattr(data, "epoch", None)):
         return data  # type: ignore[no-any-return]
     if not isinstance(data, (str, bytes, os.PathLike, Mapping)):
-        if _has_items(data):
+        if has_items(data):
             return Loader(data, tokenizer, image_size=image_size, **options)
         if isinstance(data, Iterable):
             return FixedBatches(data)
@@ -385,7 +385,7 @@ def _require_vocabulary(given: Any, expected: Any) -> None:
         )
 
 
-def _has_items(data: Any) -> bool:
+def has_items(data: Any) -> bool:
     """Whether these are items (image, captions) by number, not ready-made batches."""
     if isinstance(data, Dataset):
         return not isinstance(data, IterableDataset)

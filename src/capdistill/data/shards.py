@@ -14,7 +14,6 @@ import mmap
 import os
 import re
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -36,7 +35,7 @@ from capdistill.data.image_keys import file_stamp, hash_bytes
 from capdistill.data.image_names import SUFFIXES, StoredImage
 from capdistill.data.rows import CAPTION_COLUMNS, caption_texts
 from capdistill.errors import CapdistillError, DataError
-from capdistill.files import from_json, user_path, write_text
+from capdistill.files import from_json, json_checksum, user_path, write_text
 
 FORMAT = "capdistill.shards/1"
 _BLOCK = 512  # bytes of a tar header; data are padded to a multiple
@@ -256,14 +255,14 @@ def samples_of(file: Path) -> list[Sample]:
     index, stamp = index_file(file), (file_stamp(file) or [])[:2]  # as it is before it is read
     try:
         known = from_json(index.read_text(encoding="utf-8"))
-        whole = known["checksum"] == _checksum(known["samples"])
+        whole = known["checksum"] == json_checksum(known["samples"])
         if whole and known["format"] == FORMAT and known["stamp"] == stamp:
             return [_checked(Sample(**sample)) for sample in known["samples"]]
     except (OSError, ValueError, LookupError, TypeError):
         pass  # none, old or damaged
     samples = list(_scan(file))
     described = [vars(sample) for sample in samples]
-    content = {"format": FORMAT, "stamp": stamp, "checksum": _checksum(described)}
+    content = {"format": FORMAT, "stamp": stamp, "checksum": json_checksum(described)}
     content["samples"] = described
     with suppress(CapdistillError):  # it saves time and nothing else
         write_text(index, json.dumps(content))
@@ -287,10 +286,6 @@ def _checked(sample: Sample) -> Sample:
 def index_file(file: Path) -> Path:
     """The index beside a shard."""
     return file.with_name(f"{file.name}.index.json")
-
-
-def _checksum(samples: Any) -> int:
-    return zlib.crc32(json.dumps(samples).encode())
 
 
 def _scan(file: Path) -> Iterator[Sample]:

@@ -22,10 +22,9 @@ from capdistill.losses.base import DistillationLoss
 from capdistill.losses.hidden import HiddenKD
 from capdistill.losses.token import LogitsLoss, words_missing
 from capdistill.outputs import OUTPUTS, Batch, CaptionerOutput, ModelSpec, TopWords
-from capdistill.saving import TARGETS, find_tokenizer
+from capdistill.saving import TARGETS, find_tokenizer, read_weights
 from capdistill.teachers.cached_store import Store
 from capdistill.tokenizer import Tokenizer
-from capdistill.weights import read_state_dict
 
 OUTPUT = "output.safetensors"
 WORDS = ("ids", "logits", "rest")
@@ -93,7 +92,11 @@ class CachedTeacher(CaptionGenerator):
 
     def _load_output_layer(self) -> None:
         path = self.directory / OUTPUT
-        weights = read_state_dict(path)
+        try:
+            weights = read_weights(path)
+        except CheckpointError as error:
+            fix = "Cache the targets anew, with overwrite=True"
+            raise CheckpointError(f"{error} Or: {fix}.") from error
         words, width = len(self.tokenizer.vocabulary), self.store.columns["hidden"].width
         shapes = {"weight": (words, width), "bias": (words,)}
         if "weight" not in weights or any(

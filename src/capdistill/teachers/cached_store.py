@@ -19,11 +19,10 @@ import numpy as np
 from capdistill.data.dataset import CaptionData
 from capdistill.data.image_keys import image_contents
 from capdistill.errors import CheckpointError, ConfigError, DataError
-from capdistill.files import from_json, lock, read_manifest, write_text
+from capdistill.files import append_bytes, from_json, json_checksum, lock, read_manifest, write_text
 from capdistill.saving import TARGETS
 
-FORMAT = "capdistill.targets/1"
-INDEX = "index.jsonl"
+FORMAT, INDEX = "capdistill.targets/1", "index.jsonl"
 DTYPES = (".float16", ".float32", ".uint16", ".int32")  # the endings of the arrays' files
 
 
@@ -74,14 +73,17 @@ class Line:
     images: list[int] = field(default_factory=list)
     error: str | None = None
 
+    def text(self) -> str:
+        """The line as JSON, with a checksum."""
+        content = asdict(self)
+        return json.dumps({**content, "checksum": json_checksum(content)}) + "\n"
+
     @classmethod
     def parse(cls, text: bytes) -> Line:
-        """The line that `asdict` gave.
-
-        Raises:
-            TypeError, ValueError, KeyError: it is none.
-        """
+        """The line of a text; TypeError, ValueError or KeyError if it is none."""
         values = {**from_json(text)}
+        if values.pop("checksum", None) not in (None, json_checksum(values)):
+            raise ValueError("its checksum is wrong")
         values.pop("size", None)  # of an earlier version
         line = cls(**values)
         numbers = [*line.lengths, *line.tokens, *line.images]
@@ -265,9 +267,8 @@ class Store:
         for name, column in self.columns.items():
             if name in arrays:
                 values = np.ascontiguousarray(arrays[name], dtype=column.dtype)
-                _append(column.file(self.directory), values.tobytes())
-        text = "".join(json.dumps(asdict(line)) + "\n" for line in lines)
-        _append(self.directory / INDEX, text.encode())
+                append_bytes(column.file(self.directory), values.tobytes())
+        append_bytes(self.directory / INDEX, "".join(line.text() for line in lines).encode())
         for line in lines:
             self.index.add(line)
 
@@ -411,10 +412,3 @@ def _require_same(directory: Path, about: Mapping[str, Any]) -> None:
 def _change(key: str, before: object, now: object) -> str:
     short = all(len(str(value)) < 40 for value in (before, now))
     return f"{key} was {before!r} and is {now!r}" if short else f"other {key}"
-
-
-def _append(path: Path, data: bytes) -> None:
-    with open(path, "ab") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())

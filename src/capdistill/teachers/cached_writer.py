@@ -29,7 +29,7 @@ from capdistill.outputs import Batch, select_images
 from capdistill.progress import progress as report_progress
 from capdistill.ranks import Ranks
 from capdistill.runtime import autocast, on_device, stable_hash
-from capdistill.saving import TOKENIZER, describe_tokenizer, hash_weights, is_saved
+from capdistill.saving import IDENTITY, TOKENIZER, describe_tokenizer, hash_weights, is_saved
 from capdistill.teachers.cached import OUTPUT, CachedTeacher, kept_mass
 from capdistill.teachers.cached_store import Block, Column, Line, Store, locked, start
 from capdistill.teachers.captions import cache_key, trunk_caches
@@ -356,7 +356,7 @@ def _write_output(teacher: Captioner, path: Path) -> None:
     weight, bias = teacher.decoder.output_layer()
     values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     data = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-    content = to_safetensors(data)
+    content = to_safetensors(data, {IDENTITY: hash_weights(data)})
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 

@@ -13,7 +13,7 @@ from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
 from capdistill.data.collate import FeatureCache
 from capdistill.data.dataset import CaptionData
-from capdistill.data.loader import Loader, make_source
+from capdistill.data.loader import Loader, has_items, make_source
 from capdistill.data.rows import accept_rows
 from capdistill.data.source import FixedBatches, Source
 from capdistill.encoders.base import Encoder
@@ -72,7 +72,8 @@ def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source,
     if val is None:
         return training, None
     val_options = {**options, "train": False, "batch_size": config.eval_batch_size}
-    return training, _source(stepper, val, cached and not _is_source(val), **val_options)
+    cached = cached and not _is_source(val) and has_items(val)  # batches are taken as they are
+    return training, _source(stepper, val, cached, **val_options)
 
 
 def cache_features(stepper: Stepper, train: Any, val: Any = None) -> list[CacheEntry]:
