@@ -305,3 +305,23 @@ def test_a_caption_that_is_not_text_is_refused_at_every_entrance(caption):
 def test_one_string_in_place_of_captions_is_refused():
     with pytest.raises(DataError, match="one string; give a list of captions"):
         WordTokenizer.train("a dog runs", min_count=1)
+
+
+ACCENTED = "aB'-é.  e\u0301\u0302İΣᄀ\u1161\u11a8ſ\u0327\u212b—’日"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from(ACCENTED), max_size=12))
+def test_spans_of_words_are_where_the_words_are_written(caption):
+    tokenizer = WordTokenizer(["a", "dog"], max_length=3)
+    ids, spans = tokenizer.encode_spans(caption)
+    assert ids == tokenizer.encode(caption)
+    assert len(ids) == len(spans)
+    assert spans[0] == (0, 0)
+    if ids[-1] == tokenizer.end_id:
+        assert spans[-1] == (len(caption), len(caption))
+    words = split_words(caption)
+    for (begin, end), word in zip(spans[1:], words, strict=False):
+        written = unicodedata.normalize("NFC", caption[begin:end]).lower()
+        straight = written.replace("’", "'").replace("ς", "σ")
+        assert straight == word.replace("ς", "σ")

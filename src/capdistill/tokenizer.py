@@ -108,8 +108,8 @@ def word_spans(caption: str) -> list[tuple[str, tuple[int, int]]]:
         [('a', (0, 1)), ("man's", (2, 7)), ('t-shirt', (8, 15))]
     """
     text = unicodedata.normalize("NFC", caption).lower().translate(_STRAIGHT)
-    same = len(text) == len(caption)
-    places = [(n, n + 1) for n in range(len(caption))] if same else _places(caption)
+    plain = [(n, n + 1) for n in range(len(caption))]
+    places = plain if caption.isascii() else _places(caption)
     words, at = [], 0
     for word in split_words(caption):
         at = text.index(word, at)
@@ -130,7 +130,9 @@ def _places(caption: str) -> list[tuple[int, int]]:
         alone = normal + unicodedata.normalize("NFC", following)
         if following and (unicodedata.combining(following) or composed != alone):
             continue
-        places += [(begin, end)] * len(normal.lower())
+        size = len(normal.lower())
+        each = [(place, place + 1) for place in range(begin, end)]
+        places += each if size == end - begin else [(begin, end)] * size
         begin = end
     return places
 
