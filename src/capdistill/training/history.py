@@ -31,6 +31,7 @@ class History:
     - Epoch rows: `train` (`loss` and `terms`), `val` (the same, with the number of `images` it
       covers and of those `skipped`; empty without validation data), `weights` (at the end of the
       epoch), `scores`, `improved` and `best` (with validation data), `images`, `skipped`,
+      `dropped_mass` (probability that a trimmed teacher gives to entries that the student lacks),
       `problems` (images that could not be used, named in the epoch that met them first),
       `skipped_steps`, `spikes`, `running_statistics` (micro-batches of one image whose batch norms
       used running statistics), `images_per_second`, `seconds`, `profile` (if asked for).
