@@ -15,7 +15,7 @@ import capdistill as cd
 from capdistill.generation import GenerationConfig, GenerationSpec, Hypothesis, generate
 from capdistill.generation.words import FUNCTION_WORDS
 from tests.generation.decoding_cases import FORMS, all_same, every_hypothesis, pictures, real
-from tests.tokenizers.subword_cases import KINDS, captions, trimmed
+from tests.tokenizers.subword_cases import KINDS, captions, trimmed, untrimmed
 
 PIECES = ("<pad>", "<s>", "</s>", "a", "Ġa", "Ġb", "b", "Ġ")
 SPACE, LIMIT = PIECES.index("Ġ"), 4
@@ -157,6 +157,14 @@ def test_every_case_of_a_word_is_banned_at_the_beginning_and_within():
     for case in ("dog", "Dog", "DOG"):
         assert tuple(tokenizer.encode(f"a {case}")[2:-1]) in sequences
         assert tuple(tokenizer.encode(case)[1:-1]) in spec.subwords.banned_first
+
+
+def test_special_tokens_are_never_generated():
+    tokenizer = untrimmed("WordPiece")
+    special = {tokenizer.vocabulary.index(t) for t in ("[PAD]", "[UNK]", "[CLS]", "[MASK]")}
+    assert set(GenerationSpec.of(GenerationConfig(), tokenizer).banned) == special
+    allowed = GenerationSpec.of(GenerationConfig(allow_unknown=True), tokenizer)
+    assert set(allowed.banned) == special - {tokenizer.unk_id}
 
 
 def test_words_without_pieces_are_refused():

@@ -157,16 +157,23 @@ def test_decoding_needs_no_library(
         again.encode(caption)
 
 
-def test_a_captioner_of_subwords_is_saved_with_them(tmp_path: Path) -> None:
+def test_a_captioner_of_subwords_is_saved_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = trimmed("byte-level BPE", 20)
     student = cd.Captioner.create("debug_student", tokenizer=tokenizer, weights=False)
     student.save(tmp_path)
     again = cd.Captioner.load(tmp_path)
-    assert again.tokenizer == tokenizer
+    assert again.tokenizer == tokenizer == cd.tokenizers.load(tmp_path)
     image = cd.data.sample().train.examples[0].path
     assert again.caption(image) == student.eval().caption(image)
     with pytest.raises(cd.errors.CheckpointError, match="vocabulary of the HuggingFace"):
         cd.Captioner.load(tmp_path, tokenizer=untrimmed("byte-level BPE"))
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    again = cd.Captioner.load(tmp_path)
+    assert again.caption(image) == student.caption(image)
+    with pytest.raises(cd.errors.MissingExtra, match="capdistill\\[hf\\]"):
+        again.caption(image, prefix="a photo")
 
 
 def test_fast_tokenizers_of_transformers_declare_their_special_tokens(tmp_path: Path) -> None:

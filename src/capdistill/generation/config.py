@@ -352,7 +352,8 @@ class GenerationSpec:
 
 
 def _never_generated(tokenizer: Tokenizer, allow_unknown: bool) -> set[int]:
-    """Banned special tokens: unknown, padding and start, but never the end token."""
-    keys = ("pad_id", "start_id") if allow_unknown else ("unk_id", "pad_id", "start_id")
-    ids = {getattr(tokenizer, key, None) for key in keys}
+    """Banned special tokens: unknown, padding, start and others, but never the end token."""
+    unknown = getattr(tokenizer, "unk_id", None)
+    ids = {tokenizer.pad_id, tokenizer.start_id, *getattr(tokenizer, "special_ids", ())}
+    ids = ids - {unknown} if allow_unknown else ids | {unknown}
     return {i for i in ids if i is not None and i != tokenizer.end_id}

@@ -189,6 +189,11 @@ class HuggingFace:
         return self._vocabulary
 
     @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The ids of special tokens; `decode` leaves them out."""
+        return tuple(sorted(self._special))
+
+    @property
     def trimmed(self) -> bool:
         """Whether pieces were dropped."""
         return self._content["full_ids"] is not None

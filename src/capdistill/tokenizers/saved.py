@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from capdistill.errors import CheckpointError
-from capdistill.files import from_json
+from capdistill.files import from_json, user_path
 from capdistill.tokenizer import WordTokenizer
 from capdistill.tokenizers.given import FORMAT
 from capdistill.tokenizers.huggingface import HuggingFace
@@ -23,10 +23,14 @@ def load(path: str | Path) -> WordTokenizer | HuggingFace:
         ...     load(f"{folder}/tokenizer.json")
         WordTokenizer(6 words, max_length=40)
 
+    Args:
+        path: The file, or the directory of a saved captioner.
+
     Raises:
         CheckpointError: the file was not written by `save`.
     """
-    path = Path(path)
+    path = user_path(path, CheckpointError)
+    path = path / "tokenizer.json" if path.is_dir() else path
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")

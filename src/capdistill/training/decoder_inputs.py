@@ -154,6 +154,7 @@ def require_unknown_word(config: TrainConfig, tokenizer: Any) -> None:
 def _special(tokenizer: Tokenizer) -> Tensor:
     """The ids that no caption is made of, as in decoding."""
     ids = {getattr(tokenizer, f"{name}_id", None) for name in ("pad", "start", "end", "unk")}
+    ids |= {*getattr(tokenizer, "special_ids", ())}
     return torch.tensor(sorted(each for each in ids if each is not None))
 
 
