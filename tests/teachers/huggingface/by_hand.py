@@ -81,6 +81,7 @@ FAMILIES = {
     "blip2_t5": blip2_t5,
     "florence2": florence2,
     "smolvlm": prompted(f"User:<image>{ASK}<end_of_utterance>\nAssistant:"),
+    "smolvlm_tiles": prompted(f"User:<image>{ASK}<end_of_utterance>\nAssistant:"),
     "qwen2_vl": prompted(
         f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{ASK}<|im_end|>\n"
         "<|im_start|>assistant\n"

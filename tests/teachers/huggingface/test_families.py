@@ -12,6 +12,7 @@ from capdistill.compatibility import require_output
 from capdistill.errors import IncompatibleModels
 from capdistill.generation.config import GenerationConfig, GenerationSpec
 from capdistill.outputs import OUTPUTS, select_images
+from capdistill.teachers.huggingface.image_text_to_text import ImageTextToText
 from tests.teachers.huggingface import by_hand
 from tests.teachers.huggingface.conftest import batch_of
 
@@ -168,7 +169,7 @@ def generated_by_the_model(family, teacher, processor, image, length):
     text = {}
     if family == "florence2":
         text = processor(images=by_hand.picture(image), text="<CAPTION>", return_tensors="pt")
-    elif family in ("smolvlm", "qwen2_vl", "paligemma"):
+    elif isinstance(teacher.adapter, ImageTextToText):
         adapter = teacher.adapter
         text = processor(images=[by_hand.picture(image)], text=[adapter.text], return_tensors="pt")
     text = {name: value for name, value in text.items() if name != "labels"}

@@ -191,7 +191,7 @@ SMOL_CHAT = (
 )
 
 
-def smolvlm():
+def smolvlm(tiles: bool = False):
     special = (
         "<pad>",
         "<s>",
@@ -221,7 +221,7 @@ def smolvlm():
     image = hf.Idefics3ImageProcessor(  # SmolVLM's own needs num2words, for videos
         size={"longest_edge": 2 * SIDE},
         max_image_size={"longest_edge": SIDE},
-        do_image_splitting=False,
+        do_image_splitting=tiles,
     )
     processor = hf.Idefics3Processor(image, tokenizer, image_seq_len=1, chat_template=SMOL_CHAT)
     return hf.SmolVLMForConditionalGeneration(config), processor, tokenizer
@@ -336,6 +336,7 @@ FAMILIES = {
     "blip2_t5": lambda: blip2("t5"),
     "florence2": florence2,
     "smolvlm": smolvlm,
+    "smolvlm_tiles": lambda: smolvlm(tiles=True),
     "qwen2_vl": qwen2_vl,
     "paligemma": paligemma,
 }

@@ -126,6 +126,7 @@ class HuggingFaceTeacher(CaptionGenerator):
             vocabulary=self.tokenizer.vocabulary,
             has_attention="attention" in self.knowledge,
             name=self.name,
+            tokenizer=self.tokenizer,
         )
 
     def decoding(self, images: Batch | Tensor) -> tuple[Decoder, Encoded]:
