@@ -59,13 +59,15 @@ def florence2(module, processor, image, words, **more):
     )
 
 
-def prompted(text):
+def prompted(text, kind=0):
+    """A model that continues a text; `kind` marks what stands behind it."""
+
     def call(module, processor, image, words, **more):
         inputs = dict(processor(images=[picture(image)], text=[text], return_tensors="pt"))
         for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             if name in inputs:
-                suffix = [name in ("attention_mask", "token_type_ids")] * len(words)
-                last = words if name == "input_ids" else suffix
+                mark = {"attention_mask": 1, "token_type_ids": kind}.get(name, 0)
+                last = words if name == "input_ids" else [mark] * len(words)
                 inputs[name] = torch.cat([inputs[name], ids(*last)], 1)
         inputs.pop("labels", None)
         return module(**inputs, use_cache=False, **more)
@@ -73,6 +75,10 @@ def prompted(text):
     return call
 
 
+QWEN = (
+    f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{ASK}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
 FAMILIES = {
     "vision_encoder_decoder": vision_encoder_decoder,
     "blip": blip,
@@ -82,11 +88,11 @@ FAMILIES = {
     "florence2": florence2,
     "smolvlm": prompted(f"User:<image>{ASK}<end_of_utterance>\nAssistant:"),
     "smolvlm_tiles": prompted(f"User:<image>{ASK}<end_of_utterance>\nAssistant:"),
-    "qwen2_vl": prompted(
-        f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{ASK}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    ),
-    "paligemma": prompted("<image>caption en"),
+    "qwen2_vl": prompted(QWEN),
+    "qwen3_vl": prompted(QWEN),
+    "paligemma": prompted("<image>caption en", kind=1),
+    "llava": prompted("<image>caption en"),
+    "gemma3": prompted("<start_of_image>caption en"),
 }
 
 

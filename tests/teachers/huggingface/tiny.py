@@ -328,6 +328,96 @@ def paligemma():
     return hf.PaliGemmaForConditionalGeneration(config), processor, tokenizer
 
 
+def qwen3_vl():
+    """Its image encoder feeds several layers of the language model."""
+    _, processor, tokenizer = qwen2_vl()
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+    ids = {"vision_start_token_id": 3, "vision_end_token_id": 4}
+    language = text(
+        tokenizer,
+        num_key_value_heads=1,
+        head_dim=16,
+        rope_parameters={**rope, "rope_theta": 1e4},
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    sizes = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2}
+    patches = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    layers = {
+        "intermediate_size": 16,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    config = hf.Qwen3VLConfig(
+        text_config=language,
+        vision_config={**sizes, **patches, **layers, "deepstack_visual_indexes": [0]},
+        image_token_id=5,
+        video_token_id=6,
+        tie_word_embeddings=False,
+        **ids,
+    )
+    image, videos = processor.image_processor, hf.Qwen3VLVideoProcessor()
+    processor = hf.Qwen3VLProcessor(image, tokenizer, videos, chat_template=QWEN_CHAT)
+    return hf.Qwen3VLForConditionalGeneration(config), processor, tokenizer
+
+
+def llava():
+    tokenizer = words_tokenizer(
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<image>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = hf.LlavaConfig(
+        vision_config=vision(model_type="clip_vision_model", projection_dim=16),
+        text_config=text(tokenizer, num_key_value_heads=1, model_type="llama", **ids),
+        image_token_index=3,
+        vision_feature_layer=-1,
+    )
+    image = hf.CLIPImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+    )
+    how = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = hf.LlavaProcessor(image, tokenizer, patch_size=8, **how)
+    return hf.LlavaForConditionalGeneration(config), processor, tokenizer
+
+
+def gemma3():
+    """The tokens of an image see each other; some layers see eight words back alone."""
+    names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>"}
+    names["eoi_token"] = "<end_of_image>"
+    tokenizer = words_tokenizer(
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<start_of_image>",
+        "<end_of_image>",
+        "<image_soft_token>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        extra_special_tokens=names,
+    )
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    config = hf.Gemma3Config(
+        vision_config=vision(model_type="siglip_vision_model"),
+        text_config=text(tokenizer, num_key_value_heads=1, head_dim=16, sliding_window=8, **ids),
+        mm_tokens_per_image=4,
+        image_token_index=5,
+        boi_token_index=3,
+        eoi_token_index=4,
+    )
+    image = hf.Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
+    processor = hf.Gemma3Processor(image, tokenizer, image_seq_length=4)
+    return hf.Gemma3ForConditionalGeneration(config), processor, tokenizer
+
+
 FAMILIES = {
     "vision_encoder_decoder": vision_encoder_decoder,
     "blip": blip,
@@ -338,7 +428,10 @@ FAMILIES = {
     "smolvlm": smolvlm,
     "smolvlm_tiles": lambda: smolvlm(tiles=True),
     "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
     "paligemma": paligemma,
+    "llava": llava,
+    "gemma3": gemma3,
 }
 
 

@@ -17,7 +17,8 @@ def prompt_text(processor: Any, prompt: str | None) -> str:
     A request is put into the chat template. Without one, and where the prompt holds the image token
     itself, it is the text: "caption en" is what PaliGemma was trained with.
     """
-    image = str(getattr(processor, "image_token", None) or "<image>")
+    tokens = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
+    image = str(next(filter(None, tokens), "<image>"))
     if image in (prompt or ""):
         return str(prompt)
     if not getattr(processor, "chat_template", None):
@@ -30,9 +31,10 @@ def prompt_text(processor: Any, prompt: str | None) -> str:
 def model_inputs(processor: Any, text: str, images: Tensor, module: Any) -> dict[str, Tensor]:
     """What the processor makes of (I, 3, H, W) uint8 images with one text, on their device.
 
-    There is no mask: images of one size and one text make rows of one length.
+    Images of one size and one text make rows of one length.
     """
-    made = processor(images=list(images), text=[text] * len(images), return_tensors="pt")
+    nested = [[image] for image in images]  # one image for each text
+    made = processor(images=nested, text=[text] * len(images), return_tensors="pt")
     values = dict(made.to(images.device, dtype=module.dtype))
     for name in {"attention_mask", "labels"} & values.keys():
         del values[name]
@@ -42,8 +44,11 @@ def model_inputs(processor: Any, text: str, images: Tensor, module: Any) -> dict
 
 
 def with_captions(values: dict[str, Tensor], ids: Tensor, module: Any) -> dict[str, Tensor]:
-    """The inputs for prompts and captions (R, L) instead of prompts alone."""
-    longer = {"input_ids": ids}
+    """The inputs for prompts and captions (R, L) instead of prompts alone.
+
+    A mask, although of ones, tells the models that positions of patches are no new sequences.
+    """
+    longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     for name, kinds in values.items():
         if name.endswith("token_type_ids"):
             more = ids.shape[1] - kinds.shape[1]
