@@ -296,7 +296,7 @@ def test_targets_of_an_earlier_version_which_knew_sizes_are_read(
     index = tmp_path / "targets" / INDEX
     lines = [json.loads(line) for line in index.read_text().splitlines()]
     for line in lines:
-        del line["content"], line["checksum"]
+        del line["content"], line["checksum"], line["checks"]
         line["size"] = 99
     index.write_text("".join(json.dumps(line) + "\n" for line in lines))
     batch = batches(data)[0]
@@ -408,6 +408,27 @@ def test_damaged_files_are_named(data: CaptionData, tmp_path: Path) -> None:
         CachedTeacher(place)
 
 
+@pytest.mark.parametrize("name", ["hidden", "attention", "features"])
+def test_a_damaged_array_is_noticed_where_it_is_read(
+    data: CaptionData, tmp_path: Path, name: str
+) -> None:
+    options: dict[str, Any] = {"keep": ["attention", "features"], "cache_views": 2}
+    cached = write(data, tmp_path, **options)
+    need = frozenset({"logits", "attention", "features"})
+    shown = [batches(data.subset([n]), train=False) for n in range(6)]
+    wanted = [cached(batch, need=need) for [batch] in shown]
+
+    path = cached.store.columns[name].file(tmp_path / "targets")
+    values = bytearray(path.read_bytes())
+    values[0] ^= 1  # the first image, in the first view
+    path.write_bytes(values)
+    damaged = CachedTeacher(tmp_path / "targets")
+    with pytest.raises(DataError, match=rf"{path} is damaged .*'id0', view 0.*overwrite=True"):
+        damaged(shown[0][0], need=need)
+    for [batch], expected in zip(shown[1:], wanted[1:], strict=True):
+        assert torch.equal(damaged(batch, need=need).logits, expected.logits)
+
+
 def test_other_rows_and_another_output_matrix_are_noticed(
     data: CaptionData, tmp_path: Path
 ) -> None:
@@ -419,7 +440,9 @@ def test_other_rows_and_another_output_matrix_are_noticed(
     with pytest.raises(CheckpointError, match=r"line 1 .*checksum is wrong.*overwrite=True"):
         CachedTeacher(place)
     lines = [json.loads(line) for line in whole.splitlines()]
-    older = [{key: line[key] for key in line if key != "checksum"} for line in lines]
+    older = [
+        {key: line[key] for key in line if key not in ("checksum", "checks")} for line in lines
+    ]
     index.write_text("".join(json.dumps(line) + "\n" for line in older))
     assert len(CachedTeacher(place).store.index.entries) == 6
 

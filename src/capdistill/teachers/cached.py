@@ -86,8 +86,7 @@ class CachedTeacher(CaptionGenerator):
         self.register_buffer("teacher", torch.tensor(list(key), dtype=torch.uint8))
         self.outputs = frozenset({"logits", *OUTPUTS.intersection(self.store.columns)})
         self.temperatures: tuple[float, ...] = tuple(content["about"]["temperatures"])
-        self.made_up = False
-        self._maps: dict[str, np.ndarray[Any, Any]] = {}
+        self.made_up, self._maps = False, dict[str, np.ndarray[Any, Any]]()
         self.eval()
 
     def _load_output_layer(self) -> None:
@@ -95,8 +94,7 @@ class CachedTeacher(CaptionGenerator):
         try:
             weights = read_weights(path)
         except CheckpointError as error:
-            fix = "Cache the targets anew, with overwrite=True"
-            raise CheckpointError(f"{error} Or: {fix}.") from error
+            raise CheckpointError(f"{error} Or cache anew, with overwrite=True.") from error
         words, width = len(self.tokenizer.vocabulary), self.store.columns["hidden"].width
         shapes = {"weight": (words, width), "bias": (words,)}
         if "weight" not in weights or any(
@@ -205,6 +203,8 @@ class CachedTeacher(CaptionGenerator):
                 "augment=False and flip=False, or cache_features=True with cache_views= as cached; "
                 "in batches of your own, give Batch(views=...)."
             )
+        for image_id, view in zip(batch.image_ids, batch.views, strict=True):
+            self.store.require_whole(image_id, view, self._array)
         return batch.views
 
     def _require_lengths(self, batch: Batch, lengths: np.ndarray[Any, Any]) -> None:
@@ -229,11 +229,16 @@ class CachedTeacher(CaptionGenerator):
             f"{shortened(caption)}. {_ANEW}."
         )
 
-    def _read(self, name: str, rows: np.ndarray[Any, Any] | list[int]) -> Tensor:
-        """(n, W) rows of an array, on the device."""
+    def _array(self, name: str) -> np.ndarray[Any, Any]:
         if name not in self._maps:
             self._maps[name] = self.store.array(name)
-        values = torch.from_numpy(self._maps[name][rows]).to(self.teacher.device, non_blocking=True)
+        return self._maps[name]
+
+    def _read(self, name: str, rows: np.ndarray[Any, Any] | list[int]) -> Tensor:
+        """(n, W) rows of an array, on the device."""
+        values = torch.from_numpy(self._array(name)[rows]).to(
+            self.teacher.device, non_blocking=True
+        )
         return values.long() if name == "ids" else values.float()
 
     def _words(self, found: Mapping[str, Tensor]) -> TopWords:

@@ -31,7 +31,8 @@ from capdistill.ranks import Ranks
 from capdistill.runtime import autocast, on_device, stable_hash
 from capdistill.saving import IDENTITY, TOKENIZER, describe_tokenizer, hash_weights, is_saved
 from capdistill.teachers.cached import OUTPUT, CachedTeacher, kept_mass
-from capdistill.teachers.cached_store import Block, Column, Line, Store, locked, start
+from capdistill.teachers.cached_index import Block, Column, Line
+from capdistill.teachers.cached_store import Store, locked, start
 from capdistill.teachers.captions import cache_key, trunk_caches
 from capdistill.teachers.directory import write_list
 from capdistill.teachers.ensemble import Ensemble, leaves
@@ -173,13 +174,12 @@ class Writer:
 
     def _content(self, teacher: Any) -> dict[str, Any]:
         """What targets.json says; "about" is all that the targets depend on."""
-        vocabulary = describe_tokenizer(teacher.tokenizer)["vocabulary"]
         mixtures = [m for m in teacher.modules() if isinstance(m, Ensemble)]
         about = {
             "teacher": teacher.name,
             "weights of the teacher": hash_weights(StateOf(teacher)),
             "mixture": [f"{each.mixing} {each.weights}" for each in mixtures],
-            "vocabulary": vocabulary,
+            "vocabulary": describe_tokenizer(teacher.tokenizer)["vocabulary"],
             "longest caption": getattr(teacher.tokenizer, "max_length", None),
             "image_size": self.image_size,
             "flip": self.flip,
@@ -357,7 +357,7 @@ def _write_output(teacher: Captioner, path: Path) -> None:
     values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     data = {name: value.detach().cpu().contiguous() for name, value in values.items()}
     content = to_safetensors(data, {IDENTITY: hash_weights(data)})
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    write_atomically(path, lambda new: new.write_bytes(content))
 
 
 def _in_all_views(batches: Sequence[Batch | None]) -> list[Batch]:

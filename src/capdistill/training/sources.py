@@ -52,7 +52,8 @@ def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source,
         DataError: no usable image.
     """
     config = stepper.config
-    stepper.ranks.require_equal(decisive_options(config))  # before they wait for each other
+    if stepper.ranks.several:  # before they wait for each other
+        stepper.ranks.require_equal(decisive_options(config))
     cached = wants_cache(stepper, train)
     crops = wants_crops(config, cached)
     options = {"seed": config.seed, "errors": config.errors, "cache_images": config.cache_images}
