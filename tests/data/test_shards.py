@@ -331,6 +331,9 @@ def test_names_that_lead_nowhere_are_reported(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(DataError, match=reason):
             find_shards(source)
+    for use in (find_shards, shard_splits, Shards):
+        with pytest.raises(DataError, match=r"s3:/+bucket/shards is not a file.* copy or mount"):
+            use(Path("s3://bucket/shards"))
     with pytest.raises(DataError, match="the list is empty"):
         Shards([])
     with pytest.raises(DataError, match="bytes was given"):

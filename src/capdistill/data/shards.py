@@ -41,6 +41,7 @@ FORMAT = "capdistill.shards/1"
 _BLOCK = 512  # bytes of a tar header; data are padded to a multiple
 _MAX_TEXT = 2**24  # bytes of a member with captions
 _TEXTS = ("txt", "caption", "captions", "text")  # members with one caption per line
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/|pipe:", re.IGNORECASE)  # Path makes "s3://a" "s3:/a"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _NUMBERED = re.compile(r"(.+?)[-_]\d+\.tar")
 _SPLITS = {"dev": "val", "valid": "val", "validation": "val"}
@@ -203,10 +204,12 @@ def find_shards(source: Any) -> list[Path]:
 
 
 def _find(source: str) -> list[Path]:
-    if "://" in source or source.startswith("pipe:"):
+    if _ADDRESS.match(source):
         raise DataError(
             f"Shards: {source} is not a file. Images are read in any order, so shards must lie on "
-            "a disk or a mounted file system: copy or mount them, then give the directory."
+            "a disk or a mounted file system: copy or mount them (curl --remote-name, rclone "
+            "mount), then give the directory. To train on a stream, give batches: an object with "
+            "epoch(n, start)."
         )
     match = _RANGE.search(source)
     if match:
