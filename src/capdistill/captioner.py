@@ -17,7 +17,6 @@ from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
 from capdistill.tokenizer import Tokenizer, require_tokenizer
-from capdistill.weights import require_loaded
 
 
 class Captioner(CaptionGenerator):
@@ -148,7 +147,7 @@ class Captioner(CaptionGenerator):
 
     def decoding(self, images: Batch | Tensor) -> tuple[Decoder, Tensor]:
         """The decoder, and the features that it reads."""
-        require_loaded(self, self.name)
+        require_loaded(self)
         return self.decoder, self.encode(images)
 
     @property
@@ -183,7 +182,7 @@ class Captioner(CaptionGenerator):
         Raises:
             ConfigError: a part was not made by a registry, or the directory cannot be written.
         """
-        require_loaded(self, self.name)
+        require_loaded(self)
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "decoder": self.decoder}
         description = {
             "name": self.name,
@@ -226,3 +225,20 @@ class Captioner(CaptionGenerator):
         )
         saving.load_weights(directory, content, captioner)
         return captioner.to(device).eval()
+
+
+def require_loaded(captioner: Captioner) -> None:
+    """Refuse a captioner some of whose weights are loaded only while a part of it runs.
+
+    Raises:
+        ConfigError: with such a weight.
+    """
+    away = [key for key, value in captioner.named_parameters() if value.is_meta]
+    if away:
+        raise ConfigError(
+            f"'{captioner.name}': weights such as {away[0]} lie on the device "
+            "'meta': device_map= has put them on a disk or in another memory, and loads them for "
+            "the forward pass of their own part alone. A capdistill.Captioner reads weights "
+            "outside of it. Place it on devices without offloading, shard it by fully_shard(...), "
+            "or cache its targets on a machine that holds it."
+        )

@@ -33,7 +33,7 @@ from capdistill.registry import recipe_of
 from capdistill.tokenizer import Tokenizer, WordTokenizer
 from capdistill.tokenizers.huggingface import HuggingFace
 from capdistill.tokenizers.saved import load as load_tokenizer
-from capdistill.weights import load_exactly, read_metadata, read_state_dict, strip_prefixes
+from capdistill.weights import StateOf, load_exactly, read_metadata, read_state_dict, strip_prefixes
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "captioner.json", "tokenizer.json"
 ENSEMBLE = "ensemble.json"  # describes the members of an ensemble, each in a directory within
@@ -177,7 +177,7 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def hash_weights(state: Mapping[str, Tensor]) -> str:
+def hash_weights(state: Mapping[str, Tensor] | StateOf) -> str:
     """SHA-256 of names and values.
 
     Raises:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from capdistill.errors import CheckpointError, ConfigError
+from capdistill.errors import CheckpointError
 from capdistill.files import user_path
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "model"})
@@ -113,24 +113,7 @@ def strip_prefixes(state: Mapping[str, Tensor], expected: Iterable[str]) -> dict
     return {bare: state[name] for bare, name in source.items()}
 
 
-def require_loaded(module: nn.Module, name: str) -> None:
-    """Refuse a model some of whose weights are loaded only while a part of it runs.
-
-    Raises:
-        ConfigError: with such a weight.
-    """
-    away = [key for key, value in module.named_parameters() if value.is_meta]
-    if away:
-        raise ConfigError(
-            f"'{name}': weights such as {away[0]} lie on the device "
-            "'meta': device_map= has put them on a disk or in another memory, and loads them for "
-            "the forward pass of their own part alone. A capdistill.Captioner reads weights "
-            "outside of it. Place it on devices without offloading, shard it by fully_shard(...), "
-            "or cache its targets on a machine that holds it."
-        )
-
-
-class StateOf(Mapping[str, Tensor]):
+class StateOf:
     """The state dict of a module; weights that `device_map` has put elsewhere are read one by one.
 
     Example:
@@ -160,9 +143,6 @@ class StateOf(Mapping[str, Tensor]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

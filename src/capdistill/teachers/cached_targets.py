@@ -7,7 +7,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from capdistill.captioner import Captioner
+from capdistill.captioner import Captioner, require_loaded
 from capdistill.compatibility import image_size as largest_size
 from capdistill.data.dataset import CaptionData
 from capdistill.data.rows import accept_rows
@@ -23,7 +23,6 @@ from capdistill.teachers.cached_writer import Words, Writer
 from capdistill.teachers.caption_file import require_data
 from capdistill.teachers.ensemble import Ensemble, leaves
 from capdistill.teachers.mean_teacher import MeanTeacher
-from capdistill.weights import require_loaded
 
 KEPT = ("features", "attention")
 
@@ -159,7 +158,7 @@ def _require(teacher: Any, words: Words | None, kept: frozenset[str]) -> None:
         )
     for part in leaves(teacher):
         if isinstance(part, Captioner):
-            require_loaded(part, part.name)
+            require_loaded(part)
     if words is not None:
         _require_as_one(teacher, kept)
         return

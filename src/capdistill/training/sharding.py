@@ -10,10 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from capdistill.captioner import Captioner
+from capdistill.captioner import Captioner, require_loaded
 from capdistill.errors import ConfigError
 from capdistill.runtime import is_placed
-from capdistill.weights import require_loaded
 
 
 def is_sharded(value: Tensor) -> bool:
@@ -34,7 +33,7 @@ def is_placed_teacher(teacher: nn.Module | None) -> bool:
     """
     for part in () if teacher is None else teacher.modules():
         if isinstance(part, Captioner):
-            require_loaded(part, part.name)
+            require_loaded(part)
     return teacher is not None and is_placed(teacher)
 
 
