@@ -22,7 +22,7 @@ from capdistill import feature_files
 from capdistill.data.collate import FeatureCache
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
-from capdistill.feature_cache import cache_trunk
+from capdistill.feature_cache import Wanted, cache_trunk, cache_trunks
 from tests.training import tiny_models as tiny
 
 IMAGES, BATCH = 11, 2
@@ -63,6 +63,42 @@ def cache(folder: Path, encoder: Encoder | None = None, **options: Any) -> Featu
     data = options.pop("data", Noise())
     source = Loader(data, tiny.TOKENIZER, image_size=tiny.SIDE, batch_size=BATCH)
     return cache_trunk(encoder or Encoder(), source, "key", folder, "fp32", **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_is_decoded_once_for_all_views_and_encoders(tmp_path: Path, workers: int) -> None:
+    class Counted(Noise):
+        reads = 0
+
+        def __getitem__(self, index: int) -> tuple[Tensor, str]:
+            Counted.reads += 1
+            return super().__getitem__(index)
+
+    def source(view: int = 0, workers: int = 0) -> Loader:
+        how: dict[str, Any] = {"image_size": tiny.SIDE, "batch_size": BATCH, "flip": True}
+        how |= {"captions_per_image": 1, "view": view, "num_workers": workers}
+        return Loader(Counted(unreadable=(3, 8, 9)), tiny.TOKENIZER, **how)
+
+    encoders = [Encoder(), Encoder(width=4)]
+    wanted = [Wanted(encoder, f"key {v}", v) for v in range(3) for encoder in encoders]
+    together = cache_trunks(wanted, source(workers=workers), tmp_path / "together", "fp32")
+    assert Counted.reads == (0 if workers else IMAGES)
+    apart = [
+        cache_trunk(each.encoder, source(each.view), each.data_key, tmp_path / "apart", "fp32")
+        for each in wanted
+    ]
+    for one, other in zip(together, apart, strict=True):
+        assert one.rows == other.rows
+        assert np.array_equal(one.tokens, other.tokens)
+    names = {path.name: path.read_bytes() for path in (tmp_path / "together").iterdir()}
+    assert names == {path.name: path.read_bytes() for path in (tmp_path / "apart").iterdir()}
+    # A view that is missing is added without encoding the others.
+    for path in (tmp_path / "together").glob(f"{Path(together[2].tokens.filename).stem}.*"):  # type: ignore[attr-defined]
+        path.unlink()
+    seen = [encoder.seen for encoder in encoders]
+    again = cache_trunks(wanted, source(), tmp_path / "together", "fp32")
+    assert np.array_equal(again[2].tokens, apart[2].tokens)
+    assert [e.seen - s for e, s in zip(encoders, seen, strict=True)] == [IMAGES - 3, 0]
 
 
 class Threads:

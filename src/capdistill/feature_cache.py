@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,31 +77,44 @@ def data_key(
     return digest.hexdigest()
 
 
-def cache_trunk(
-    encoder: Encoder,
-    source: Loader,
-    data_key: str,
-    directory: Path,
-    precision: str,
-    progress: bool = False,
-    trained: bool = True,
-    dtype: CacheType = "fp16",
-    ranks: Ranks | None = None,
-) -> FeatureCache:
-    """Encode every image of a loader once, or open what an earlier run wrote.
-
-    What a process that was killed has encoded is kept.
+class Wanted(NamedTuple):
+    """What is cached of the images: an encoder's values of one view.
 
     Args:
         encoder: Has frozen stages.
+        data_key: Identifies the images, their size and the view; with the encoder's `cache_key` it
+            is the key.
+        view: Number of the view, for `Loader`.
+        trained: Whether the encoder's other stages run at every step; otherwise its whole trunk is
+            cached.
+    """
+
+    encoder: Encoder
+    data_key: str
+    view: int = 0
+    trained: bool = True
+
+
+def cache_trunks(
+    wanted: Sequence[Wanted],
+    source: Loader,
+    directory: Path,
+    precision: str,
+    progress: bool = False,
+    dtype: CacheType = "fp16",
+    ranks: Ranks | None = None,
+) -> list[FeatureCache]:
+    """Encode every image of a loader once, or open what an earlier run wrote.
+
+    An image is decoded once for all that is wanted. What a process that was killed has encoded is
+    kept.
+
+    Args:
+        wanted: One entry for each cache.
         source: Loads the images in order, without augmentation.
-        data_key: Identifies the images and their size; with the encoder's `cache_key` it is the
-            key.
         directory: Directory of the memory maps.
         precision: Precision of the forward passes.
         progress: Show progress: a bar on a terminal, occasional lines elsewhere.
-        trained: Whether the encoder's other stages run at every step; otherwise its whole trunk is
-            cached.
         dtype: Type of the cached values: "fp16", or "bf16" for values beyond 65504.
         ranks: The processes that share the images; all of them call this function.
 
@@ -109,27 +122,50 @@ def cache_trunk(
         ConfigError: the directory cannot be written, or values are not finite in that type.
         DataError: no image can be read.
     """
-    about = f"{encoder.cache_key(trained)} {data_key} {precision} {dtype}"
-    name = hashlib.sha256(about.encode()).hexdigest()[:32]
-    path = directory / f"{name}.{dtype}"
+    abouts = [f"{w.encoder.cache_key(w.trained)} {w.data_key} {precision} {dtype}" for w in wanted]
+    names = [hashlib.sha256(about.encode()).hexdigest()[:32] for about in abouts]
+    paths = [directory / f"{name}.{dtype}" for name in names]
     ranks = ranks or Ranks()
-    cache = _open_cache(path, source.collator.image_ids)
-    elsewhere = ranks.any(cache is None)  # a disk that not all processes see
-    if cache is not None:
+    ids = source.collator.image_ids
+    opened = [_open_cache(path, ids) for path in paths]
+    missing = [
+        _Caching(each, source, path, precision)
+        for each, path, cache in zip(wanted, paths, opened, strict=True)
+        if cache is None
+    ]
+    elsewhere = ranks.any(bool(missing))  # a disk that not all processes see
+    if not missing:
         for _ in range(2 if elsewhere else 0):
             ranks.wait()  # as those that write it do
-        return cache
-    try:
-        with evaluating(encoder), torch.no_grad():
-            return _Caching(encoder, source, path, precision, trained, progress, ranks).run()
-    except (OSError, ConfigError) as error:
-        cause = system_error(error)
-        if cause is None:
-            raise
-        raise ConfigError(
-            f"Cannot write {path}: {cause.strerror or cause}. cache_dir= sets where features are "
-            "cached. What was written stays there, and the next run continues."
-        ) from error
+    else:
+        try:
+            with evaluating(*{each.encoder: None for each in missing}), torch.no_grad():
+                _write_all(missing, source, ranks, progress)
+        except (OSError, ConfigError) as error:
+            cause = system_error(error)
+            if cause is None:
+                raise
+            raise ConfigError(
+                f"Cannot write {missing[0].path}: {cause.strerror or cause}. cache_dir= sets where "
+                "features are cached. What was written stays there, and the next run continues."
+            ) from error
+    for place, path in enumerate(paths):
+        if opened[place] is None:
+            opened[place] = _open_cache(path, ids)
+    return [cache for cache in opened if cache is not None]
+
+
+def cache_trunk(
+    encoder: Encoder,
+    source: Loader,
+    data_key: str,
+    *args: Any,
+    trained: bool = True,
+    **options: Any,
+) -> FeatureCache:
+    """One cache; for the arguments see `Wanted` and `cache_trunks`."""
+    wanted = Wanted(encoder, data_key, source.collator.view, trained)
+    return cache_trunks([wanted], source, *args, **options)[0]
 
 
 def _open_cache(path: Path, image_ids: Sequence[str]) -> FeatureCache | None:
@@ -165,88 +201,131 @@ def _checksums_in(index: dict[str, Any], rows: int) -> list[int] | None:
     return list(checksums)
 
 
+def _write_all(caches: Sequence[_Caching], source: Loader, ranks: Ranks, progress: bool) -> None:
+    """Encode what is missing: first the part of this process, then what the others left."""
+    size, images = source.batch_size, len(source.collator.image_ids)
+    batches = [(0, tuple(range(i, min(i + size, images)))) for i in range(0, images, size)]
+    first, last = (len(batches) * i // ranks.world_size for i in (ranks.rank, ranks.rank + 1))
+    show = progress and ranks.rank == 0
+    source = source.in_views(sorted({each.view for each in caches}))
+    try:
+        _encode_missing(caches, source, batches[first:last], show)
+        for each in caches:
+            each.flush()
+        ranks.wait()
+        _encode_missing(caches, source, batches, show)  # none is left where all see the same files
+        marks = [each.finish(source) for each in caches]
+        ranks.wait()
+    finally:
+        source.close()
+        for each in caches:
+            each.close()
+    for each, mark in zip(caches, marks, strict=True):
+        each.complete(mark)
+
+
+def _encode_missing(
+    caches: Sequence[_Caching], source: Loader, batches: Sequence[BatchIndex], show: bool
+) -> None:
+    marks = [each.begin() for each in caches]
+    found = [
+        (batch, [c for c, m in zip(caches, marks, strict=True) if not m[list(batch[1])].all()])
+        for batch in batches
+    ]
+    missing = [(batch, lacking) for batch, lacking in found if lacking]
+    for encoded in report_progress(
+        _encoded(missing, source),
+        sum(len(numbers) for (_, numbers), _ in missing),
+        "Caching features",
+        show=show,
+        size=lambda each: len(each[0][1].numbers),
+    ):
+        for cache, values in encoded:
+            cache.write(values)
+
+
+def _encoded(
+    missing: Sequence[tuple[BatchIndex, list[_Caching]]], source: Loader
+) -> Iterator[list[tuple[_Caching, _Encoded]]]:
+    """One batch behind: the device encodes the next while this one is copied and written."""
+    views, last = source.collator.together, None
+    results = source.read([index for index, _ in missing])
+    for ((_, numbers), lacking), (batch, _, _) in zip(missing, results, strict=True):
+        made = []
+        for cache in lacking:
+            encoded = _Encoded(numbers)
+            if batch is not None:
+                count = batch.num_images // len(views)
+                begin = views.index(cache.view) * count
+                pixels = batch.images[begin : begin + count]
+                encoded = cache.encode(numbers, batch.image_ids[:count], pixels)
+            made.append((cache, encoded))
+        if last is not None:
+            yield last
+        last = made
+    if last is not None:
+        yield last
+
+
 class _Caching:
     """Writes one cache, in this process and in the others of the run."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        source: Loader,
-        path: Path,
-        precision: str,
-        trained: bool,
-        progress: bool,
-        ranks: Ranks,
-    ) -> None:
-        self.ranks = ranks
-        self.encoder, self.source, self.path = encoder, source, path
-        self.precision, self.trained, self.show = precision, trained, progress
-        self.device = next(encoder.parameters()).device
+    def __init__(self, wanted: Wanted, source: Loader, path: Path, precision: str) -> None:
+        self.encoder, self.view, self.trained = wanted.encoder, wanted.view, wanted.trained
+        self.path, self.precision = path, precision
+        self.data_name = str(getattr(source.data, "name", type(source.data).__name__))
+        self.device = next(self.encoder.parameters()).device
         self.image_ids = list(source.collator.image_ids)
         self.files: CacheFiles | None = None  # opened once the shape of the values is known
 
-    def run(self) -> FeatureCache:
-        """Encode what is missing: first the part of this process, then what the others left."""
-        size, images = self.source.batch_size, len(self.image_ids)
-        batches = [(0, tuple(range(i, min(i + size, images)))) for i in range(0, images, size)]
-        rank, ranks = self.ranks.rank, self.ranks.world_size
-        first, last = (len(batches) * i // ranks for i in (rank, rank + 1))
-        try:
-            self._encode_missing(batches[first:last])
-            if self.files is not None:
-                self.files.flush()
-            self.ranks.wait()
-            self._encode_missing(batches)  # none is left where all see the same files
-            if self.files is None:
-                none = f"None of the {images} images can be used."
-                raise DataError(f"{none}\n{self.source.skipped}")
+    def begin(self) -> np.ndarray[Any, Any]:
+        """Open the files if their shape is known; the marks of the images."""
+        shape = self._known_shape()
+        if self.files is None and shape is not None:
+            self.files = self._open(shape)
+        return np.zeros(len(self.image_ids)) if self.files is None else self.files.marks()
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        if self.files is not None:
             self.files.flush()
-            marks, shape = self.files.marks(), self.files.shape
-            self.ranks.wait()
-        finally:
-            if self.files is not None:
-                self.files.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self.files is not None:
+            self.files.close()
+
+    def finish(self, source: Loader) -> np.ndarray[Any, Any]:
+        """The marks, once all images are done.
+
+        Raises:
+            DataError: none can be used.
+        """
+        if self.files is None:
+            none = f"None of the {len(self.image_ids)} images can be used."
+            raise DataError(f"{none}\n{source.skipped}")
+        self.files.flush()
+        return self.files.marks()
+
+    def complete(self, marks: np.ndarray[Any, Any]) -> None:
+        """Say in the index that all is there."""
+        assert self.files is not None
+        shape = self.files.shape
         unreadable = np.flatnonzero(marks == UNREADABLE).tolist()
         rows = np.memmap(self.path, np.int16, "r", shape=(len(self.image_ids), *shape))
         checksums = [zlib.crc32(row.data) for row in rows]
         more = {"complete": True, "unreadable": unreadable, "checksums": checksums}
         self._write_index(shape, more)
-        cache = _open_cache(self.path, self.image_ids)
-        assert cache is not None
-        return cache
 
-    def _encode_missing(self, batches: Sequence[BatchIndex]) -> None:
-        shape = self._known_shape()
-        if self.files is None and shape is not None:
-            self.files = self._open(shape)
-        marks = np.zeros(len(self.image_ids)) if self.files is None else self.files.marks()
-        missing = [batch for batch in batches if not marks[list(batch[1])].all()]
-        for encoded in report_progress(
-            self._encoded(missing),
-            sum(len(numbers) for _, numbers in missing),
-            "Caching features",
-            show=self.show and self.ranks.main,
-            size=lambda each: len(each.numbers),
-        ):
-            self._write(encoded)
+    def encode(self, numbers: Sequence[int], ids: Sequence[str], images: Tensor) -> _Encoded:
+        """The values of the images that could be read, on their way to this machine's memory."""
+        with autocast(self.device, self.precision):
+            values = self.encoder.to_cache(images.to(self.device), self.trained)
+        host, ready = _to_host(values.to(_DTYPES[kind_of(self.path)]))
+        return _Encoded(numbers, ids, host, ready)
 
-    def _encoded(self, batches: Sequence[BatchIndex]) -> Iterator[_Encoded]:
-        """One batch behind: the device encodes the next while this one is copied and written."""
-        last: _Encoded | None = None
-        for (_, numbers), (batch, _, _) in zip(batches, self.source.read([*batches]), strict=True):
-            encoded = _Encoded(numbers)
-            if batch is not None:
-                with autocast(self.device, self.precision):
-                    values = self.encoder.to_cache(batch.images.to(self.device), self.trained)
-                host, ready = _to_host(values.to(_DTYPES[kind_of(self.path)]))
-                encoded = _Encoded(numbers, batch.image_ids, host, ready)
-            if last is not None:
-                yield last
-            last = encoded
-        if last is not None:
-            yield last
-
-    def _write(self, encoded: _Encoded) -> None:
+    def write(self, encoded: _Encoded) -> None:
+        """Write the values of a batch."""
         numbers, ids, values = encoded.numbers, encoded.image_ids, encoded.values
         if values is None:
             if self.files is not None:  # else it is read again when the shape is known
@@ -303,7 +382,7 @@ class _Caching:
         index = {
             "format": FORMAT,
             "encoder": str(getattr(self.encoder, "name", type(self.encoder).__name__)),
-            "data": str(getattr(self.source.data, "name", type(self.source.data).__name__)),
+            "data": self.data_name,
             "image_ids": self.image_ids,
             "shape": shape,
             **more,

@@ -94,22 +94,24 @@ class Collator(Dataset[BatchResult]):
         self.flip, self.random_crop = flip and (train or view > 0), train and crop
         self.with_images, self.max_length = with_images, max_length
         self.views, self.view = views, view
+        self.together: tuple[int, ...] = ()  # views that every batch shows, one after the other
         self.ids = None if isinstance(data, CaptionData) else image_ids_of(data)
         self.images: dict[int, Tensor] | None = {} if cache_images else None
         self._k = captions_per_image
 
     def __getitem__(self, index: BatchIndex) -> BatchResult:
         epoch, numbers = index
-        samples: list[_Sample] = []
+        samples: list[list[_Sample]] = []
         problems: list[Problem] = []
         cause: Exception | None = None
         for number in numbers:
             try:
-                samples.append(self._sample(number, epoch, problems))
+                samples.append(self._samples(number, epoch, problems))
             except _UnusableError as error:
                 problems.append(error.problem)
                 cause = cause or _portable(error.__cause__)
-        return BatchResult(self._collate(samples) if samples else None, problems, cause)
+        shown = [sample for of_view in zip(*samples, strict=True) for sample in of_view]
+        return BatchResult(self._collate(shown) if shown else None, problems, cause)
 
     @property
     def image_ids(self) -> Sequence[str]:
@@ -136,20 +138,24 @@ class Collator(Dataset[BatchResult]):
                 continue
         return 1
 
-    def _sample(self, number: int, epoch: int, problems: list[Problem]) -> _Sample:
+    def _samples(self, number: int, epoch: int, problems: list[Problem]) -> list[_Sample]:
+        """An image, decoded once, in each view that is shown."""
         again, number = divmod(number, self.num_images)
         item = self._item(number, problems)
         rng = generator(self.seed, epoch, item.image_id, *([again] if again else []))
         choices = list(zip(item.captions, item.weights or repeat(1.0), strict=False))
         chosen = choose_captions(choices, self.k, rng if self.train else None)
         view = view_of(epoch + again, item.image_id, self.views) if self.views > 1 else self.view
-        pixels = self._pixels(number, item, rng, view)  # (3, S, S)
+        image = self._image(number, item) if self.with_images else None
         cached = {
             key: _features(cache[view] if self.views > 1 else cache, key, item)  # (N, D0)
             for key, cache in self.caches.items()
         }
         by_chance = self.views == 1 and not view and (self.random_crop or self.flip)
-        return _Sample(item, chosen, pixels, cached, None if by_chance else view)
+        views = self.together or (view,)
+        pixels = [self._pixels(image, item, rng, each) for each in views]  # (3, S, S) each
+        shown = [None] * len(views) if by_chance else views
+        return [_Sample(item, chosen, *each, cached) for each in zip(pixels, shown, strict=True)]
 
     def _item(self, number: int, problems: list[Problem]) -> Item:
         if isinstance(self.data, CaptionData):
@@ -169,15 +175,18 @@ class Collator(Dataset[BatchResult]):
             raise _UnusableError("corrupt image", f"item {name}", _reason(error)) from error
         return _checked_item(pair, name, problems)
 
-    def _pixels(self, number: int, item: Item, rng: torch.Generator, view: int) -> Tensor:
-        if not self.with_images:
-            return torch.empty(3, 0, 0, dtype=torch.uint8)
+    def _image(self, number: int, item: Item) -> Tensor:
         image = None if self.images is None else self.images.get(number)
         if image is None:
             image = _decoded(item)
             if self.images is not None:
                 image = self.images[number] = self._to_keep(image)
-        if view or self.views > 1:
+        return image
+
+    def _pixels(self, image: Tensor | None, item: Item, rng: torch.Generator, view: int) -> Tensor:
+        if image is None:
+            return torch.empty(3, 0, 0, dtype=torch.uint8)
+        if view or self.views > 1 or self.together:
             return view_square(image, self.image_size, view, item.image_id, flip=self.flip)
         if self.random_crop:
             return random_square(image, self.image_size, rng, flip=self.flip)
@@ -265,8 +274,8 @@ class _Sample(NamedTuple):
     item: Item
     chosen: list[tuple[str, float]]
     pixels: Tensor
-    cached: dict[str, Tensor]
     view: int | None
+    cached: dict[str, Tensor]
 
 
 class _UnusableError(Exception):

@@ -7,7 +7,7 @@ import copy
 import os
 import signal
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ class Loader:
             views=views,
             view=view,
         )
-        self._start_method = start_method
+        self._start_method, self._flip = start_method, flip
         if num_workers is None and with_images and not cache_images:
             num_workers = default_num_workers(data, batch_size, start_method=start_method)
         self.num_workers = num_workers or 0
@@ -154,6 +154,18 @@ class Loader:
         """
         mine = copy.copy(self)
         mine.rank, mine.world_size, mine._pool, mine._busy = rank, world_size, None, False
+        return mine
+
+    def in_views(self, views: Sequence[int]) -> Loader:
+        """The same images, decoded once and shown in several views.
+
+        Args:
+            views: A batch of I images has all of them in the first view, then all in the second.
+        """
+        mine = self.for_rank(self.rank, self.world_size)
+        mine.collator = copy.copy(self.collator)
+        mine.collator.together = tuple(views)
+        mine.collator.flip = self._flip and any(views)
         return mine
 
     @property

@@ -276,11 +276,8 @@ class Writer:
         if self.trunks is None:
             return []
         how: dict[str, Any] = {"size": self.image_size, "flip": self.flip, "dtype": self.dtype}
-        how |= {"progress": self.progress, "ranks": self.ranks}
-        return [
-            trunk_caches(teacher, data, self.trunks, self.precision, view=view, **how)
-            for view in range(views)
-        ]
+        how |= {"progress": self.progress, "ranks": self.ranks, "views": views}
+        return trunk_caches(teacher, data, self.trunks, self.precision, **how)
 
     def _loaders(
         self, teacher: Any, data: CaptionData, views: int, caches: Sequence[dict[str, Any]]

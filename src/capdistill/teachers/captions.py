@@ -21,9 +21,11 @@ from capdistill.data.caption_files import DataReport, pluralize
 from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import Loader
 from capdistill.data.rows import accept_rows
+from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError, require_bool, require_int
 from capdistill.feature_cache import (
-    cache_trunk,
+    Wanted,
+    cache_trunks,
     data_key,
     keeps_frozen_stages,
 )
@@ -151,7 +153,7 @@ def caption(
             caches: dict[str, Any] = {}
             if cache_features:
                 directory = default_cache_dir() if cache_dir is None else user_path(cache_dir)
-                caches = trunk_caches(
+                [caches] = trunk_caches(
                     teacher, data, directory, precision, batch_size=batch_size, progress=progress
                 )
             loader = Loader(
@@ -280,25 +282,25 @@ def trunk_caches(
     batch_size: int = 64,
     progress: bool = False,
     size: int | None = None,
-    view: int = 0,
+    views: int = 1,
     flip: bool = False,
     dtype: CacheType = "fp16",
     ranks: Ranks | None = None,
-) -> dict[str, Any]:
-    """The cached features of every captioner in the teacher, by the key of its encoder.
+) -> list[dict[str, Any]]:
+    """For each view, the cached features of all captioners in the teacher by their encoder's key.
 
     Args:
         teacher: On the device to encode on.
         data: The images.
-        directory, precision, progress, dtype, ranks: As for `cache_trunk`.
+        directory, precision, progress, dtype, ranks: As for `cache_trunks`.
         batch_size: Images per batch.
         size: Side in pixels of the images; by default that of the largest that a member reads.
-        view, flip: The view of each image, as for `Loader`.
+        views, flip: How many views of each image; whether those beside the centre are mirrored.
 
     Raises:
         ConfigError: no encoder has anything that can be cached.
     """
-    found: dict[str, Any] = {}
+    encoders: dict[str, Encoder] = {}
     size = image_size(teacher) if size is None else size
     source = Loader(
         data,
@@ -306,24 +308,27 @@ def trunk_caches(
         image_size=size,
         batch_size=batch_size,
         captions_per_image=1,
-        view=view,
         flip=flip,
     )
     ranks = ranks or Ranks()
     key = ranks.on_main(data_key, data, source, size, directory, progress)
-    key = f"{key} view {view} flip {flip}" if view else key
-    how = (directory, precision, progress)
     for model in leaves(teacher):
         name = cache_key(model)
-        if isinstance(model, Captioner) and name is not None and name not in found:
-            encoder, cut = model.encoder, keeps_frozen_stages(model.encoder)
-            found[name] = cache_trunk(encoder, source, key, *how, cut, dtype, ranks)
-    if not found:
+        if isinstance(model, Captioner) and name is not None:
+            encoders.setdefault(name, model.encoder)
+    if not encoders:
         raise ConfigError(
             "cache_features=True, but the teacher has no encoder that can be cached. Set "
             "cache_features=False."
         )
-    return found
+    keys = [key, *(f"{key} view {view} flip {flip}" for view in range(1, views))]
+    wanted = [
+        Wanted(encoder, each, view, keeps_frozen_stages(encoder))
+        for view, each in enumerate(keys)
+        for encoder in encoders.values()
+    ]
+    made = iter(cache_trunks(wanted, source, directory, precision, progress, dtype, ranks))
+    return [{name: next(made) for name in encoders} for _ in keys]
 
 
 def _about(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from capdistill.data.source import FixedBatches, Source
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError
 from capdistill.feature_cache import (
-    cache_trunk,
+    Wanted,
+    cache_trunks,
     data_key,
     keeps_frozen_stages,
 )
@@ -297,7 +297,7 @@ def _source(stepper: Stepper, data: Any, cached: bool, **options: Any) -> Source
         data,
         tokenizer,
         image_size=size,
-        caches=_caches(stepper, frozen, list(_views(stepper, data, views, size, options))),
+        caches=_caches(stepper, frozen, views, *_plain_source(stepper, data, size, options)),
         with_images=reads_images,
         num_workers=config.num_workers,
         **options,
@@ -305,26 +305,22 @@ def _source(stepper: Stepper, data: Any, cached: bool, **options: Any) -> Source
     )
 
 
-def _views(
-    stepper: Stepper, data: Any, views: int, size: int, options: dict[str, Any]
-) -> Iterator[tuple[Loader, str]]:
-    """A source of every view of the images, each once, with its part of the cache key."""
+def _plain_source(
+    stepper: Stepper, data: Any, size: int, options: dict[str, Any]
+) -> tuple[Loader, str]:
+    """A source of the images, each once and as it is, and the part of the cache key for them."""
     config = stepper.config
     plain = {**options, "train": False, "batch_size": config.eval_batch_size}
     plain |= {"cache_images": False, "crop": False, "captions_per_image": 1}
     plain |= {"num_workers": config.num_workers}
-    key = ""
-    for view in range(views):
-        source = make_source(data, stepper.captioner.tokenizer, image_size=size, view=view, **plain)
-        if not isinstance(source, Loader):
-            raise ConfigError(
-                "cache_features=True needs a data set, but ready-made batches were given. Give "
-                "the data set they come from, or set cache_features=False."
-            )
-        if not key:
-            where, show = cache_directory(config), config.progress is not False
-            key = stepper.ranks.on_main(data_key, data, source, size, where, show)
-        yield source, f"{key} view {view} flip {config.flip}" if view else key
+    source = make_source(data, stepper.captioner.tokenizer, image_size=size, **plain)
+    if not isinstance(source, Loader):
+        raise ConfigError(
+            "cache_features=True needs a data set, but ready-made batches were given. Give "
+            "the data set they come from, or set cache_features=False."
+        )
+    where, show = cache_directory(config), config.progress is not False
+    return source, stepper.ranks.on_main(data_key, data, source, size, where, show)
 
 
 def is_changed(model: Any, trained: Captioner) -> bool:
@@ -361,33 +357,32 @@ def cache_directory(config: TrainConfig) -> Path:
 
 
 def _caches(
-    stepper: Stepper, models: list[Any], views: list[tuple[Loader, str]]
+    stepper: Stepper, models: list[Any], views: int, source: Loader, key: str
 ) -> dict[str, FeatureCache | list[FeatureCache]]:
     """Cached features by fingerprint; with several views, one cache per view."""
-    config, directory = stepper.config, cache_directory(stepper.config)
+    config = stepper.config
     if not models:
         raise ConfigError(
             "cache_features=True but no encoder has frozen stages that can be cached. Create "
             "it with trainable='none' or a number of last stages, or set cache_features=False."
         )
-    caches: dict[str, FeatureCache | list[FeatureCache]] = {}
+    keys = [key, *(f"{key} view {view} flip {config.flip}" for view in range(1, views))]
+    wanted: dict[str, list[Wanted]] = {}
     for model in models:
         encoder = model.encoder.to(stepper.device)
         trained = keeps_frozen_stages(encoder, is_changed(model, stepper.captioner))
-        key = encoder.cache_key(trained)
-        if key not in caches:
-            made = [
-                cache_trunk(
-                    encoder,
-                    *view,
-                    directory,
-                    stepper.precision,
-                    progress=config.progress is not False,
-                    trained=trained,
-                    dtype=config.cache_dtype,
-                    ranks=stepper.ranks,
-                )
-                for view in views
-            ]
-            caches[key] = made if len(made) > 1 else made[0]
-    return caches
+        of_views = [Wanted(encoder, each, view, trained) for view, each in enumerate(keys)]
+        wanted.setdefault(encoder.cache_key(trained), of_views)
+    made = iter(
+        cache_trunks(
+            [each for group in wanted.values() for each in group],
+            source,
+            cache_directory(config),
+            stepper.precision,
+            progress=config.progress is not False,
+            dtype=config.cache_dtype,
+            ranks=stepper.ranks,
+        )
+    )
+    caches = {name: [next(made) for _ in group] for name, group in wanted.items()}
+    return {name: each if views > 1 else each[0] for name, each in caches.items()}
