@@ -208,6 +208,7 @@ def _run_files() -> list[bytes]:
         "data": {"path": "a.json", "format": "coco", "images": "images"},
         "student": {"encoder": {"name": "timm", "kwargs": {"dim": 8}}, "decoder": {"name": "lstm"}},
         "teacher": "runs/teacher",
+        "tokenizer": {"name": "huggingface", "path": "gpt2", "end": "<|endoftext|>", "pad": 0},
         "losses": {"token": {"name": "token", "temperature": 2.0}, "hidden": {"name": "hidden"}},
         "weights": {"ce": 0.3, "token": [0.7, 0.1], "hidden": 0.1},
         "train": {"on_policy": [0.0, 0.5], "metrics": ["bleu"], "on_spike": "skip"},
