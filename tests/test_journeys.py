@@ -10,7 +10,7 @@ import pytest
 
 import capdistill as cd
 
-LIMITS = {"caption": 16, "step": 14, "fit": 20, "loss_name": 16, "option": 13}
+LIMITS = {"caption": 16, "step": 13, "fit": 17, "loss_name": 16, "option": 13}
 
 
 @pytest.mark.parametrize("name", LIMITS)

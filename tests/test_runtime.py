@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from capdistill.data.workers import max_workers
 from capdistill.errors import ConfigError
-from capdistill.runtime import evaluating, inference, max_workers, on_device, pick_device
+from capdistill.runtime import evaluating, inference, on_device, pick_device
 
 
 def model() -> nn.Module:

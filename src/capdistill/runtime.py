@@ -1,24 +1,19 @@
-"""Devices, precision, seeds, evaluation mode and workers."""
+"""Devices, precision, seeds, random states and evaluation mode."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-import pickle
 import random
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from capdistill.errors import ConfigError, shortened
+from capdistill.errors import ConfigError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -146,6 +141,45 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class Drawn(NamedTuple):
+    """Where Python's, NumPy's and torch's generators are, here and on CUDA devices."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: list[Tensor]
+
+
+def drawn() -> Drawn:
+    """Where the generators are now: cheap enough for every step."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return Drawn(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+
+def random_state(where: Drawn | None = None) -> dict[str, Any]:
+    """The states of the generators as plain data, now or at an earlier moment."""
+    where = drawn() if where is None else where
+    version, words, gauss = where.python
+    name, keys, *rest = where.numpy
+    return {
+        "torch": where.torch,
+        "cuda": where.cuda,
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), *map(float, rest)],
+    }
+
+
+def restore_random(state: Mapping[str, Any]) -> None:
+    """Continue drawing where `random_state` was taken."""
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), int(position), int(has_gauss), cached))
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Random numbers on the CPU inside the block depend on the seed alone; state is restored.
@@ -253,140 +287,6 @@ def is_placed(module: nn.Module) -> bool:
     mapped = any(hasattr(p, "hf_device_map") or hasattr(p, "_hf_hook") for p in module.modules())
     sharded = any(hasattr(p, "full_tensor") for p in module.parameters())
     return mapped or sharded or len({p.device for p in module.parameters()}) > 1
-
-
-def worker_start_method(given: str | None) -> str:
-    """How worker processes start: "fork", "spawn" or "forkserver"; None is Python's default.
-
-    Raises:
-        ConfigError: this system has no such method.
-    """
-    methods = multiprocessing.get_all_start_methods()  # the first is the default
-    if given is not None and given not in methods:
-        raise ConfigError(f"start_method={given!r} was given; use one of {', '.join(methods)}.")
-    return given or multiprocessing.get_start_method(allow_none=True) or methods[0]
-
-
-def max_workers(start_method: str | None = None) -> int:
-    """How many worker processes this one can use: its CPU cores, or none if it may not start any.
-
-    Several processes that train together on a computer share its cores.
-
-    Example:
-        >>> max_workers() >= 0
-        True
-    """
-    if multiprocessing.current_process().daemon:  # a worker itself
-        return 0
-    if worker_start_method(start_method) != "fork" and not _program_is_guarded():
-        return 0
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    return max(cores // launched().local_world_size, 1)
-
-
-def _program_is_guarded() -> bool:
-    """Whether a worker can import the program again without running it."""
-    main = sys.modules.get("__main__")
-    try:
-        return "__main__" in Path(str(main.__file__)).read_text("utf-8")  # type: ignore[union-attr]
-    except (AttributeError, OSError, ValueError):
-        return False
-
-
-def require_picklable(data: Any, name: str = "data") -> None:
-    """Reject data that cannot be sent to worker processes, and name the part that cannot.
-
-    Example:
-        >>> pairs = [("a.jpg", "a dog", lambda image: image)]
-        >>> require_picklable(pairs)
-        Traceback (most recent call last):
-        ...
-        capdistill.errors.ConfigError: data[0][2] cannot be pickled ...
-
-    Args:
-        data: A data set, with all that it holds, such as its transform.
-        name: Beginning of the message.
-
-    Raises:
-        ConfigError: it cannot be pickled.
-    """
-    error = _pickling_error(data)
-    if error is None:
-        return
-    part, value = _unpicklable_part(data, name)
-    raise ConfigError(
-        f"{part} cannot be pickled ({shortened(value)}: {error}), so it cannot be sent to worker "
-        "processes. Use num_workers=0, or replace it: a lambda by a function of a module, an open "
-        "file by its path."
-    ) from error
-
-
-def is_picklable(value: Any) -> bool:
-    """Whether a value can be sent to another process."""
-    return _pickling_error(value) is None
-
-
-def _pickling_error(value: Any) -> Exception | None:
-    try:
-        pickle.Pickler(_Discard(), pickle.HIGHEST_PROTOCOL).dump(value)
-    except Exception as error:
-        return error
-    return None
-
-
-class _Discard:
-    def write(self, data: Any) -> int:
-        return len(data)
-
-
-def _unpicklable_part(value: Any, name: str, depth: int = 0) -> tuple[str, Any]:
-    """The innermost part that cannot be pickled, with its name, such as "data.transform"."""
-    parts: dict[str, Any] = {}
-    if isinstance(value, Mapping):
-        parts = {f"{name}[{key!r}]": each for key, each in value.items()}
-    elif isinstance(value, (list, tuple)):
-        parts = {f"{name}[{number}]": each for number, each in enumerate(value)}
-    elif not isinstance(value, (type, FunctionType)):
-        parts = {f"{name}.{key}": each for key, each in getattr(value, "__dict__", {}).items()}
-    for part, each in parts.items():
-        if depth < 9 and not is_picklable(each):
-            return _unpicklable_part(each, part, depth + 1)
-    return name, value
-
-
-_FEW_BATCHES, _MAX_WORKERS = 8, 4
-
-
-def default_num_workers(data: Any, batch_size: int = 16, *, start_method: str | None = None) -> int:
-    """The number of processes to read a data set with.
-
-    As many as there are CPU cores for this process, at most four. None for less than eight batches,
-    for images in memory, on a single core, or in a process that may not start others. Without
-    "fork", where workers import the program again, none for a data set that cannot be pickled or a
-    program without `if __name__ == "__main__"`.
-
-    Example:
-        >>> from capdistill.data import sample
-        >>> default_num_workers(sample().train)
-        0
-
-    Args:
-        data: A data set.
-        batch_size: Images per batch.
-        start_method: As for `Loader`.
-    """
-    workers = max_workers(start_method)
-    if workers < 2 or len(data) < _FEW_BATCHES * batch_size or _is_in_memory(data):
-        return 0
-    forked = worker_start_method(start_method) == "fork"
-    return min(workers, _MAX_WORKERS) if forked or is_picklable(data) else 0
-
-
-def _is_in_memory(data: Any) -> bool:
-    first = data[0] if isinstance(data, (list, tuple)) else None
-    image = first[0] if isinstance(first, (list, tuple)) and first else None
-    return image is not None and not isinstance(image, (str, os.PathLike))
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from capdistill.data import Loader
+from capdistill.data.workers import require_picklable
 from capdistill.errors import ConfigError, DataError
-from capdistill.runtime import require_picklable
 from capdistill.tokenizer import WordTokenizer
 
 GOOD = torch.zeros(3, 9, 9, dtype=torch.uint8)

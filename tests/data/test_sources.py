@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from capdistill import runtime
-from capdistill.data import CaptionData, Loader, Splits
+from capdistill.data import CaptionData, Loader, Splits, workers
 from capdistill.data.loader import make_source
 from capdistill.data.source import FixedBatches
+from capdistill.data.workers import default_num_workers
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch, require_unique_ids
-from capdistill.runtime import default_num_workers
 from capdistill.tokenizer import WordTokenizer
 
 
@@ -168,10 +167,10 @@ def test_there_are_no_more_workers_than_cores(
 def test_workers_that_import_the_program_need_one_that_can_be_imported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runtime, "_program_is_guarded", lambda: True)
+    monkeypatch.setattr(workers, "_program_is_guarded", lambda: True)
     assert default_num_workers(Large(), start_method="spawn") == 4
     assert default_num_workers(Large(transform=lambda image: image), start_method="spawn") == 0
-    monkeypatch.setattr(runtime, "_program_is_guarded", lambda: False)
+    monkeypatch.setattr(workers, "_program_is_guarded", lambda: False)
     assert default_num_workers(Large(), start_method="spawn") == 0
     assert default_num_workers(Large(), start_method="fork") == 4
 
@@ -185,7 +184,7 @@ def test_a_worker_starts_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_asking_for_the_default_does_not_fix_it() -> None:
     before = multiprocessing.get_start_method(allow_none=True)
-    runtime.worker_start_method(None)
+    workers.worker_start_method(None)
     assert multiprocessing.get_start_method(allow_none=True) == before
 
 

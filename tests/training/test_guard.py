@@ -21,7 +21,7 @@ from capdistill.errors import CheckpointError, LossSpike, NotFiniteLoss
 from capdistill.losses.base import DistillationLoss
 from capdistill.training import replay_step
 from capdistill.training.checkpoint import load_state
-from capdistill.training.guard import ENOUGH, MAX_SKIPPED_STEPS, StepGuard
+from capdistill.training.optim import ENOUGH, MAX_SKIPPED_STEPS, StepGuard
 from tests.training import tiny_models as tiny
 
 Make = Callable[..., Captioner]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
 import os
-import signal
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,14 +16,10 @@ from capdistill.data.curriculum import Curriculum
 from capdistill.data.dataset import Splits
 from capdistill.data.rows import accept_rows
 from capdistill.data.source import FixedBatches, Source
+from capdistill.data.workers import default_num_workers, read_ahead, worker_pool
 from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.outputs import Batch
-from capdistill.runtime import (
-    default_num_workers,
-    generator,
-    require_picklable,
-    worker_start_method,
-)
+from capdistill.runtime import generator
 from capdistill.tokenizer import Tokenizer
 
 
@@ -267,70 +260,19 @@ class Loader:
             yield from map(self.collator.__getitem__, indices)
             return
         if self._busy:  # another epoch is being read by the workers
-            yield from _read_ahead(self._new_pool(indices))
+            yield from read_ahead(self._new_pool(indices))
             return
         if self._pool is None:
-            self._pool = self._new_pool(list[BatchIndex]())
+            self._pool = self._new_pool([])
         self._busy = True
         try:
             self._pool.sampler[:] = indices  # type: ignore[index]
-            yield from _read_ahead(self._pool)
+            yield from read_ahead(self._pool)
         finally:
             self._busy = False
 
     def _new_pool(self, indices: list[BatchIndex]) -> DataLoader[BatchResult]:
-        """Workers that stay for all epochs; each index names its epoch."""
-        if worker_start_method(self._start_method) != "fork":
-            for name, part in vars(self.collator).items():
-                require_picklable(part, name)
-        pool = DataLoader(
-            self.collator,
-            batch_size=None,
-            sampler=indices,
-            num_workers=self.num_workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_ignore_signals,
-            persistent_workers=True,
-            multiprocessing_context=self._start_method,
-            generator=torch.Generator(),  # leaves the global generator unchanged
-        )
-        _pools.add(pool)
-        return pool
-
-
-_pools: weakref.WeakSet[DataLoader[BatchResult]] = weakref.WeakSet()
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Python ends its children by SIGTERM and waits for them, but workers ignore that signal."""
-    for pool in _pools:
-        reader: Any = getattr(pool, "_iterator", None)
-        if reader is not None:
-            reader._shutdown_workers()
-            for worker in reader._workers:
-                worker.kill()
-
-
-def _read_ahead(pool: DataLoader[BatchResult]) -> Iterator[BatchResult]:
-    try:
-        yield from pool
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"A process that reads data has ended ({error}). It may have run out of memory, or "
-            "could not import the data set. Pass num_workers=0 to read in this process."
-        ) from error
-
-
-def _unchanged(result: Any) -> Any:
-    return result
-
-
-def _ignore_signals(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process finishes its step
-        signal.signal(number, signal.SIG_IGN)
+        return worker_pool(self.collator, [*indices], self.num_workers, self._start_method)
 
 
 def _length(data: Any) -> int:

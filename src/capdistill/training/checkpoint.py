@@ -18,9 +18,9 @@ from capdistill.data.loader import Loader
 from capdistill.data.source import Source
 from capdistill.errors import CapdistillError, CheckpointError, ConfigError
 from capdistill.files import temporary_name
+from capdistill.runtime import random_state, restore_random
 from capdistill.training.distributed import HARMLESS
 from capdistill.training.optim import make_schedule
-from capdistill.training.random_state import random_state, restore_random
 from capdistill.training.run_directory import (
     PREVIOUS,
     UNFINISHED,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +13,10 @@ from torch import nn
 from capdistill.errors import CapdistillError, CheckpointError, LossSpike, NotFiniteLoss
 from capdistill.files import user_path
 from capdistill.outputs import Batch, LossTerm, select_images
-from capdistill.runtime import evaluating
+from capdistill.runtime import Drawn, evaluating, random_state
 from capdistill.training.callbacks import Run
 from capdistill.training.history import Row
 from capdistill.training.objective import Objective
-from capdistill.training.random_state import Drawn, drawn, random_state
 from capdistill.training.run_directory import FAILED_STEP
 from capdistill.training.sharding import any_sharded
 from capdistill.training.state_file import read_file, write_file
@@ -49,26 +47,27 @@ class Trains(Run, Protocol):
         """Continue from a saved state."""
 
 
-@contextmanager
-def kept_if_it_fails(trainer: Trains, batches: Sequence[Batch | None]) -> Iterator[None]:
-    """Write what is needed to run a step again if it fails in the block, and name the images.
+def explained(
+    error: NotFiniteLoss | LossSpike,
+    trainer: Trains,
+    batches: Sequence[Batch | None],
+    before: Drawn,
+) -> NotFiniteLoss | LossSpike:
+    """The error of a step with the images behind it, and with a file to run the step again.
 
     The file is `failed_step.pt` in the directory of the run; without one nothing is written. Of
     several ranks, it holds the batches of the main one.
 
     Args:
-        trainer: The trainer, before the step.
+        error: What the step raised.
+        trainer: The trainer, whose weights the step did not change.
         batches: The micro-batches of the step.
+        before: The random state before the step.
     """
-    before = drawn()
-    try:
-        yield
-    except (NotFiniteLoss, LossSpike) as error:
-        kind = type(error)
-        own = [batch for batch in batches if batch is not None]
-        found = _images_alone(trainer, own) if kind is NotFiniteLoss else []
-        alone = f" By themselves, these give it too: {', '.join(found)}." if found else ""
-        raise kind(f"{error}{alone}{_keep(trainer, own, before, str(error))}") from error
+    own = [batch for batch in batches if batch is not None]
+    found = _images_alone(trainer, own) if isinstance(error, NotFiniteLoss) else []
+    alone = f" By themselves, these give it too: {', '.join(found)}." if found else ""
+    return type(error)(f"{error}{alone}{_keep(trainer, own, before, str(error))}")
 
 
 def _keep(trainer: Trains, batches: Sequence[Batch], before: Drawn, error: str) -> str:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from capdistill.errors import ConfigError, MissingExtra
 from capdistill.files import finite_or_none, from_json, write_text
-from capdistill.training.guard import Verdict
 
 Row = dict[str, Any]
+Verdict = Literal["good", "overflow", "spike"]  # of a step, before it changes the weights
 
 
 class History:

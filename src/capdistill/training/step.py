@@ -30,13 +30,13 @@ from capdistill.training.config import TrainConfig
 from capdistill.training.decoder_inputs import noisy_inputs, require_unknown_word
 from capdistill.training.distributed import Parallel, misses_some, standing_in, tensors_of, wrap
 from capdistill.training.execution import Execution
-from capdistill.training.guard import StepGuard, Verdict
-from capdistill.training.history import EpochMeter, LossMeter, Row
+from capdistill.training.history import EpochMeter, LossMeter, Row, Verdict
 from capdistill.training.monitor import Monitor
 from capdistill.training.objective import Objective, warn_of_untrained
 from capdistill.training.optim import (
     WEIGHTING,
     Scheduler,
+    StepGuard,
     make_schedule,
     parameter_groups,
     warn_of_constant_rate,

@@ -19,10 +19,10 @@ from capdistill.captioner import Captioner
 from capdistill.data.loader import Loader
 from capdistill.data.rows import accept_rows
 from capdistill.data.source import numbered_batches, part_of
-from capdistill.errors import ConfigError, require_bool
+from capdistill.errors import ConfigError, LossSpike, NotFiniteLoss, require_bool
 from capdistill.files import DirectoryLock
 from capdistill.outputs import Batch
-from capdistill.runtime import evaluating, seed_everything
+from capdistill.runtime import drawn, evaluating, seed_everything
 from capdistill.training.callbacks import (
     Callback,
     Checkpoints,
@@ -43,12 +43,12 @@ from capdistill.training.config import (
 from capdistill.training.decoder_inputs import require_unknown_word
 from capdistill.training.distributed import Parallel, tensors_of
 from capdistill.training.execution import PLACING
-from capdistill.training.failed_step import kept_if_it_fails
-from capdistill.training.guard import StepGuard
+from capdistill.training.failed_step import explained
 from capdistill.training.history import EpochMeter, History, Row
 from capdistill.training.loggers import make_loggers
 from capdistill.training.monitor import BestEpoch, Monitor
 from capdistill.training.objective import Objective
+from capdistill.training.optim import StepGuard
 from capdistill.training.profile import profiled
 from capdistill.training.run_directory import (
     STATE,
@@ -227,8 +227,11 @@ class Trainer(Stepper):
             with self._session():
                 while self.epoch < self.config.epochs and not self.stopping:
                     for micro_batches in self._groups():
-                        with kept_if_it_fails(self, micro_batches):
+                        before = drawn()
+                        try:
                             row = self.step(*micro_batches)
+                        except (NotFiniteLoss, LossSpike) as error:
+                            raise explained(error, self, micro_batches, before) from error
                         if row:
                             self._emit("on_step", row)
                         if ranks.interrupted(self.history):
@@ -279,11 +282,8 @@ class Trainer(Stepper):
             self.history.interrupted = False  # it came too late to matter
             if self.average is not None:
                 self.average.assign()  # what is kept from here on
-            if self.history.stopped is None:
-                asked = "a callback asked for it"
-                self.history.stopped = (
-                    f"all {self.config.epochs} epochs are done" if done else asked
-                )
+            all_done, asked = f"all {self.config.epochs} epochs are done", "a callback asked for it"
+            self.history.stopped = self.history.stopped or (all_done if done else asked)
         else:
             self.history.stopped = f"interrupted after step {self.step_count}"
             self._save()

@@ -17,9 +17,10 @@ from capdistill.compatibility import image_size
 from capdistill.data.loader import Loader
 from capdistill.data.rows import accept_rows
 from capdistill.data.source import FixedBatches, Source
+from capdistill.data.workers import default_num_workers, require_picklable, worker_start_method
 from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
-from capdistill.runtime import autocast, default_num_workers, require_picklable, worker_start_method
+from capdistill.runtime import autocast
 from capdistill.training.check.trial import (
     CheckRow,
     Trial,
