@@ -135,7 +135,7 @@ def holding(values: Collection[str | float], kinds: Collection[type] = ()) -> Ca
         if isinstance(thing, tuple(kinds)) or any(thing is kind for kind in kinds):
             return True
         parts: Iterable[Any] = ()
-        if isinstance(thing, Mapping):
+        if isinstance(thing, dict):  # not what may still be being made
             parts = (part for pair in thing.items() for part in pair)
         elif isinstance(thing, (list, tuple)):
             parts = thing
