@@ -62,6 +62,19 @@ def test_targets_of_a_teacher_take_its_place(
             assert rows[1][role]["terms"][term]["raw"] == pytest.approx(value["raw"], rel=0.02)
 
 
+def test_targets_that_were_made_differently_are_replaced_on_request(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["cache", "--teacher", str(teacher), "--student", "debug_student", *DATA]
+    command += ["--cache-dir", str(tmp_path / "features"), "--targets", str(tmp_path / "targets")]
+    run([*command, "--device", "cpu"], capsys)
+    command += ["--device", "cpu", "--set", "losses.feature.match=pooled"]
+    assert "made differently: keep was" in (said := refused(command, capsys))
+    assert "--overwrite" in said
+    run([*command, "--overwrite"], capsys)
+    run(command, capsys)
+
+
 def test_targets_are_made_with_the_workers_and_batches_of_the_command(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

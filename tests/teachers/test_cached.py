@@ -423,7 +423,7 @@ def test_a_damaged_array_is_noticed_where_it_is_read(
     values[0] ^= 1  # the first image, in the first view
     path.write_bytes(values)
     damaged = CachedTeacher(tmp_path / "targets")
-    with pytest.raises(DataError, match=rf"{path} is damaged .*'id0', view 0.*overwrite=True"):
+    with pytest.raises(DataError, match=rf"{path} is damaged .*'id0', view 0.*targets anew"):
         damaged(shown[0][0], need=need)
     for [batch], expected in zip(shown[1:], wanted[1:], strict=True):
         assert torch.equal(damaged(batch, need=need).logits, expected.logits)
@@ -437,7 +437,7 @@ def test_other_rows_and_another_output_matrix_are_noticed(
     index, output = place / INDEX, place / "output.safetensors"
     whole = index.read_text()
     index.write_text(whole.replace('"tokens": [0]', '"tokens": [1]', 1))
-    with pytest.raises(CheckpointError, match=r"line 1 .*checksum is wrong.*overwrite=True"):
+    with pytest.raises(CheckpointError, match=r"line 1 .*checksum is wrong.*targets anew"):
         CachedTeacher(place)
     lines = [json.loads(line) for line in whole.splitlines()]
     older = [
@@ -449,10 +449,10 @@ def test_other_rows_and_another_output_matrix_are_noticed(
     values = bytearray(output.read_bytes())
     values[-2] ^= 1
     output.write_bytes(values)
-    with pytest.raises(CheckpointError, match=r"output.safetensors' is damaged.*overwrite=True"):
+    with pytest.raises(CheckpointError, match=r"output.safetensors' is damaged.*targets anew"):
         CachedTeacher(place)
     output.unlink()
-    with pytest.raises(CheckpointError, match=r"output.safetensors.*overwrite=True"):
+    with pytest.raises(CheckpointError, match=r"output.safetensors.*targets anew"):
         CachedTeacher(place)
 
 

@@ -50,6 +50,8 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--targets", metavar="DIR", help=text)
     text = "of a large vocabulary, keep the N most probable words (default: all, exactly)"
     group.add_argument("--target-words", metavar="N", type=int, help=text)
+    text = "replace targets that were made differently"
+    group.add_argument("--overwrite", action="store_true", help=text)
     group = parser.add_argument_group("caches that are there")
     group.add_argument("--list", action="store_true", help="list them, and do nothing else")
     group.add_argument("--clear", action="store_true", help="remove them all, and do nothing else")
@@ -123,6 +125,7 @@ def _cache_targets(options: argparse.Namespace, trainer: Any, train: Any, val: A
         keep=trainer.objective.needed_outputs & {"features", "attention"},
         image_size=image_size(*trainer.models),
         cache_features=True,
+        overwrite=options.overwrite,
         batch_size=config.eval_batch_size,
         num_workers=config.num_workers,
         progress=config.progress is not False,

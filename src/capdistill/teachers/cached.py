@@ -94,7 +94,7 @@ class CachedTeacher(CaptionGenerator):
         try:
             weights = read_weights(path)
         except CheckpointError as error:
-            raise CheckpointError(f"{error} Or cache anew, with overwrite=True.") from error
+            raise CheckpointError(f"{error} Or cache the targets anew.") from error
         words, width = len(self.tokenizer.vocabulary), self.store.columns["hidden"].width
         shapes = {"weight": (words, width), "bias": (words,)}
         if "weight" not in weights or any(

@@ -134,7 +134,7 @@ class Store:
                 if zlib.crc32(rows.tobytes()) != checks[view]:
                     raise DataError(
                         f"{column.file(self.directory)} is damaged where it holds image "
-                        f"'{image_id}', view {view}. Cache the targets anew, with overwrite=True."
+                        f"'{image_id}', view {view}. Remove the directory; cache the targets anew."
                     )
         self._whole.add((image_id, view))
 
@@ -165,7 +165,7 @@ def _read_lines(path: Path, whole_rows: Callable[[], tuple[int, int]]) -> tuple[
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{path}, line {len(lines) + 1} is not one that teachers.cache wrote "
-                f"({type(error).__name__}: {error}). Cache the targets anew, with overwrite=True."
+                f"({type(error).__name__}: {error}). Remove the directory; cache the targets anew."
             ) from error
         token_end, image_end = line.ends()
         if token_end > tokens or image_end > images:
