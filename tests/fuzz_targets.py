@@ -31,6 +31,7 @@ from capdistill.metrics import DocumentFrequencies
 from capdistill.metrics.coco_files import read_coco_results
 from capdistill.teachers import load as load_teacher
 from capdistill.teachers.caption_file import read_rows
+from capdistill.teachers.foreign_captions import read_texts
 from capdistill.tokenizer import WordTokenizer
 from capdistill.training.checkpoint import load_state
 from capdistill.training.history import History
@@ -472,6 +473,10 @@ def targets(folder: Path) -> Mapping[str, tuple[Target, Iterable[Callable[[list[
         ),
         "teacher captions": (
             Target(read_rows, lambda: [_teacher_captions(folder, pictures)]),
+            [damaged, lines_altered],
+        ),
+        "captions of an API": (
+            Target(read_texts, lambda: [b'{"image": "1.jpg", "captions": ["a dog"]}\n' * 3]),
             [damaged, lines_altered],
         ),
         **{

@@ -14,7 +14,8 @@ import capdistill as cd
 from capdistill import Captioner, Distiller
 from capdistill.data import CaptionData
 from capdistill.errors import ConfigError
-from capdistill.teachers import RetokenizingTeacher
+from capdistill.teachers import RetokenizingTeacher, TrimmedTeacher
+from capdistill.teachers.vocabularies import DroppedMass
 from tests.teachers.test_vocabularies import FEWER, SUBWORDS, Trimmed, batch_for, captioner
 from tests.training import tiny_models as tiny
 
@@ -65,6 +66,22 @@ def test_cached_targets_of_a_trimmed_teacher_are_read_in_the_students_ids(
     assert rows[1]["dropped_mass"] == pytest.approx(rows[0]["dropped_mass"], rel=1e-2)
 
 
+def test_the_most_probable_words_of_a_trimmed_teacher_can_be_cached(
+    colours: CaptionData, tmp_path: Path
+) -> None:
+    few = Trimmed(SUBWORDS, tuple(colours.captions))
+    teacher, student = captioner(SUBWORDS), captioner(few, "lstm", 2, "student")
+    how: dict[str, Any] = {"top_k": len(few.vocabulary) - 1, "progress": False, "device": "cpu"}
+    cached = cd.teachers.cache(TrimmedTeacher(teacher, few), colours, tmp_path, **how)
+    losses = {"token": {"name": "token", "temperature": 1.0}}
+    runs = [distiller(t, copy.deepcopy(student), losses).fit(colours) for t in (teacher, cached)]
+    one, other = (run.epochs[-1]["train"]["terms"]["token"]["raw"] for run in runs)
+    assert other == pytest.approx(one, rel=1e-2)
+    full = cd.teachers.cache(teacher, colours, tmp_path / "full", **{**how, "top_k": 70})
+    with pytest.raises(ConfigError, match=r"Cache TrimmedTeacher\(teacher, tokenizer\) with top_k"):
+        distiller(full, student, losses)
+
+
 def test_a_run_that_is_resumed_is_the_same_to_the_bit(
     saveable: Callable[..., Captioner], tmp_path: Path
 ) -> None:
@@ -88,8 +105,6 @@ def test_a_run_that_is_resumed_is_the_same_to_the_bit(
 
 
 def test_the_dropped_mass_is_continued_by_a_resumed_run() -> None:
-    from capdistill.teachers.vocabularies import DroppedMass, TrimmedTeacher
-
     whole, first, second = (TrimmedTeacher(captioner(SUBWORDS), FEWER) for _ in range(3))
     parts = batch_for(FEWER), batch_for(FEWER, first=8)
     for batch in parts:

@@ -19,6 +19,7 @@ from capdistill.generation.decode import CaptionGenerator
 from capdistill.losses.divergence import full
 from capdistill.losses.token import first_difference
 from capdistill.outputs import Batch, CaptionerOutput, DecoderOutput, ModelSpec
+from capdistill.teachers.cached import cached_parts
 from capdistill.teachers.ensemble import Ensemble
 from capdistill.tokenizer import Tokenizer, pad_batch
 
@@ -124,6 +125,7 @@ class TrimmedTeacher(CaptionGenerator):
 
     Raises:
         IncompatibleModels: the tokenizer was not made from the teacher's vocabulary.
+        ConfigError: the teacher's targets are cached, its most probable words alone.
     """
 
     full_ids: Tensor
@@ -136,6 +138,13 @@ class TrimmedTeacher(CaptionGenerator):
                 f"'{getattr(teacher, 'name', 'the teacher')}'. Make it by "
                 "capdistill.tokenizers.HuggingFace(teacher.tokenizer, keep=captions)."
             )
+        for part in cached_parts(teacher):
+            if part.top_k is not None:
+                raise ConfigError(
+                    f"'{part.name}' keeps its most probable words alone, some of which the "
+                    "student's vocabulary lacks. Cache TrimmedTeacher(teacher, tokenizer) with "
+                    "top_k=, or the teacher without it."
+                )
         self.retokenized = teacher
         self.tokenizer = tokenizer
         self.name = str(getattr(teacher, "name", type(teacher).__name__))
@@ -147,17 +156,8 @@ class TrimmedTeacher(CaptionGenerator):
         return replace(batch, input_ids=self.full_ids[batch.input_ids])
 
     def forward(self, batch: Batch, need: frozenset[str] = frozenset()) -> CaptionerOutput:
-        """The teacher's outputs, with logits of the student's entries.
-
-        Raises:
-            ConfigError: the teacher gives its most probable words alone.
-        """
+        """The teacher's outputs, with logits of the student's entries."""
         output: CaptionerOutput = self.retokenized(self._in_full(batch), need=need)
-        if output.words is not None:
-            raise ConfigError(
-                f"'{self.name}' keeps its most probable words alone, some of which the student's "
-                "vocabulary does not have. Cache TrimmedTeacher(teacher, tokenizer) with top_k=."
-            )
         if output.logits is None:
             return output
         self._measure(output.logits, batch.target_mask)
