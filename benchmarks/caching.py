@@ -2,11 +2,13 @@
 
     python benchmarks/caching.py --images flickr8k/images --count 384
     python benchmarks/caching.py --images flickr8k/images --device cuda --workers 8 --count 6000
+    python benchmarks/caching.py --images flickr8k/images --count 192 --views 4
 
 Both sides decode, crop and resize the same JPEG files in the same number of worker processes, and
 run the same encoder in the same precision and batches. The plain loop keeps nothing; ours checks
 every value, writes the memory map and its marks, and brings them to the disk. The sides alternate;
 the figure is the ratio of the medians of one run. `--hash` times the key of the images alone.
+`--views` compares several views of each image, cached together and one after the other.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from capdistill.data.image_keys import images_key
 from capdistill.data.loader import Loader
 from capdistill.encoders import create
 from capdistill.encoders.base import Encoder
-from capdistill.feature_cache import cache_trunk
+from capdistill.feature_cache import Wanted, cache_trunks
 from capdistill.runtime import autocast, evaluating, pick_device, pick_precision
 
 
@@ -44,12 +46,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each side")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of the model on a CPU")
+    parser.add_argument("--views", type=int, help="views of each image, together and apart")
     parser.add_argument("--hash", action="store_true", help="time the key of the images alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     files = sorted(options.images.glob("*.jpg"))[: options.count]
     if options.hash:
         print(time_hashes(files))
+    elif options.views:
+        print(compare_views(files, options))
     else:
         print(compare(files, options))
 
@@ -74,6 +79,29 @@ def compare(files: list[Path], options: argparse.Namespace) -> str:
         f"plain {len(files) / plain:.1f} images/s, ours {len(files) / ours:.1f}, ratio of times "
         f"{ours / plain:.3f} (of processor times {ours_cpu / plain_cpu:.3f}, of the fastest rounds "
         f"{min(times['ours']) / min(times['plain']):.3f})"
+    )
+
+
+def compare_views(files: list[Path], options: argparse.Namespace) -> str:
+    device = pick_device(options.device)
+    precision = pick_precision(device)
+    encoder = create("timm", name=options.encoder, weights=False).eval().to(device)
+    wanted = [Wanted(encoder, f"view {view}", view) for view in range(options.views)]
+    times: dict[str, list[float]] = {"apart": [], "together": []}
+    for number in range(options.rounds + 1):  # the first one warms up
+        for name, groups in {"apart": [[each] for each in wanted], "together": [wanted]}.items():
+            folder = Path(tempfile.mkdtemp())
+            source = loader(files, encoder.image_size, options.batch_size, options.workers)
+            began = time.perf_counter()
+            for group in groups:
+                cache_trunks(group, source, folder, precision)
+            times[name] += [time.perf_counter() - began] * bool(number)
+            shutil.rmtree(folder)
+    apart, together = (statistics.median(each) for each in times.values())
+    return (
+        f"{options.encoder}, {len(files)} images in {options.views} views, {options.workers} "
+        f"workers, {device} {precision}: apart {apart:.2f} s, together {together:.2f} s, ratio "
+        f"{together / apart:.3f}"
     )
 
 
@@ -109,24 +137,22 @@ def our_caching(
     encoder: Encoder, files: list[Path], batch_size: int, workers: int, precision: str
 ) -> float:
     folder = Path(tempfile.mkdtemp())
-    data = cd.data.CaptionData(cd.data.Example(f.name, f, ["a photo"]) for f in files)
-    tokenizer = cd.WordTokenizer(["a", "photo"])
+    source = loader(files, encoder.image_size, batch_size, workers)
     began = time.perf_counter()
-    key = images_key(data.examples, folder)
-    source = Loader(
-        data,
-        tokenizer,
-        image_size=encoder.image_size,
-        batch_size=batch_size,
-        num_workers=workers,
-        captions_per_image=1,
-    )
-    cache = cache_trunk(encoder, source, key, folder, precision)
+    key = images_key(source.data.examples, folder)
+    [cache] = cache_trunks([Wanted(encoder, key)], source, folder, precision)
     seconds = time.perf_counter() - began
     assert len(cache) == len(files)
     source.close()
     shutil.rmtree(folder)
     return seconds
+
+
+def loader(files: list[Path], size: int, batch_size: int, workers: int) -> Loader:
+    data = cd.data.CaptionData(cd.data.Example(f.name, f, ["a photo"]) for f in files)
+    tokenizer = cd.WordTokenizer(["a", "photo"])
+    how = {"image_size": size, "batch_size": batch_size, "num_workers": workers}
+    return Loader(data, tokenizer, **how, captions_per_image=1)
 
 
 def time_hashes(files: list[Path]) -> str:

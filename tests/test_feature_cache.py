@@ -22,7 +22,7 @@ from capdistill import feature_files
 from capdistill.data.collate import FeatureCache
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
-from capdistill.feature_cache import Wanted, cache_trunk, cache_trunks
+from capdistill.feature_cache import Wanted, cache_trunks
 from tests.training import tiny_models as tiny
 
 IMAGES, BATCH = 11, 2
@@ -62,7 +62,8 @@ class Encoder(tiny.Patches):
 def cache(folder: Path, encoder: Encoder | None = None, **options: Any) -> FeatureCache:
     data = options.pop("data", Noise())
     source = Loader(data, tiny.TOKENIZER, image_size=tiny.SIDE, batch_size=BATCH)
-    return cache_trunk(encoder or Encoder(), source, "key", folder, "fp32", **options)
+    wanted = Wanted(encoder or Encoder(), "key")
+    return cache_trunks([wanted], source, folder, "fp32", **options)[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -83,21 +84,21 @@ def test_an_image_is_decoded_once_for_all_views_and_encoders(tmp_path: Path, wor
     wanted = [Wanted(encoder, f"key {v}", v) for v in range(3) for encoder in encoders]
     together = cache_trunks(wanted, source(workers=workers), tmp_path / "together", "fp32")
     assert Counted.reads == (0 if workers else IMAGES)
-    apart = [
-        cache_trunk(each.encoder, source(each.view), each.data_key, tmp_path / "apart", "fp32")
-        for each in wanted
-    ]
-    for one, other in zip(together, apart, strict=True):
-        assert one.rows == other.rows
-        assert np.array_equal(one.tokens, other.tokens)
-    names = {path.name: path.read_bytes() for path in (tmp_path / "together").iterdir()}
-    assert names == {path.name: path.read_bytes() for path in (tmp_path / "apart").iterdir()}
+    for each, cache in zip(wanted, together, strict=True):
+        loaded = list(source(each.view).epoch(0))
+        assert sum(batch.num_images for batch in loaded) == len(cache) == IMAGES - 3
+        for batch in loaded:
+            with torch.no_grad():
+                values = each.encoder.to_cache(batch.images).half()
+            for image_id, value in zip(batch.image_ids, values, strict=True):
+                assert torch.equal(cache[image_id], value)
     # A view that is missing is added without encoding the others.
+    before = np.array(together[2].tokens)
     for path in (tmp_path / "together").glob(f"{Path(together[2].tokens.filename).stem}.*"):  # type: ignore[attr-defined]
         path.unlink()
     seen = [encoder.seen for encoder in encoders]
     again = cache_trunks(wanted, source(), tmp_path / "together", "fp32")
-    assert np.array_equal(again[2].tokens, apart[2].tokens)
+    assert np.array_equal(again[2].tokens, before)
     assert [e.seen - s for e, s in zip(encoders, seen, strict=True)] == [IMAGES - 3, 0]
 
 

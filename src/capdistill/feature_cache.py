@@ -155,19 +155,6 @@ def cache_trunks(
     return [cache for cache in opened if cache is not None]
 
 
-def cache_trunk(
-    encoder: Encoder,
-    source: Loader,
-    data_key: str,
-    *args: Any,
-    trained: bool = True,
-    **options: Any,
-) -> FeatureCache:
-    """One cache; for the arguments see `Wanted` and `cache_trunks`."""
-    wanted = Wanted(encoder, data_key, source.collator.view, trained)
-    return cache_trunks([wanted], source, *args, **options)[0]
-
-
 def _open_cache(path: Path, image_ids: Sequence[str]) -> FeatureCache | None:
     """The cache that an earlier run wrote, if it is complete."""
     index = read_index(path.with_suffix(".json"))

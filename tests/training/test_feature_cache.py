@@ -18,7 +18,7 @@ from capdistill.data import CaptionData
 from capdistill.data.collate import FeatureCache
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
-from capdistill.feature_cache import cache_trunk
+from capdistill.feature_cache import Wanted, cache_trunks
 from tests.training import tiny_models as tiny
 
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "batch_size": 2, "epochs": 2, "learning_rate": 0.01}
@@ -234,14 +234,14 @@ def test_tokens_that_do_not_fit_in_float16_are_refused_by_name(
     torch.nn.init.constant_(encoder.conv.bias, value)
     source = loader(Noise(1))
     with pytest.raises(ConfigError, match=r"of 0, 1 are NaN or larger than 65504"):
-        cache_trunk(encoder, source, "key", tmp_path, "fp32")
+        cache_trunks([Wanted(encoder, "key")], source, tmp_path, "fp32")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_last_batch_may_be_short(tmp_path: Path) -> None:
     source = loader(Noise(1), batch_size=3)
     encoder = tiny.Patches(trainable=False)
-    store = cache_trunk(encoder, source, "key", tmp_path, "fp32")
+    [store] = cache_trunks([Wanted(encoder, "key")], source, tmp_path, "fp32")
     for batch in source.epoch(0):
         tokens = encoder.trunk(batch.images)
         for image_id, expected in zip(batch.image_ids, tokens, strict=True):
@@ -251,7 +251,7 @@ def test_the_last_batch_may_be_short(tmp_path: Path) -> None:
 
 def test_a_store_goes_to_a_worker_as_a_name_not_as_its_content(tmp_path: Path) -> None:
     source = loader(Noise(1, images=80), batch_size=40)
-    store = cache_trunk(tiny.Patches(trainable=False), source, "key", tmp_path, "fp32")
+    [store] = cache_trunks([Wanted(tiny.Patches(trainable=False), "key")], source, tmp_path, "fp32")
     sent = pickle.dumps(store)
     assert len(sent) < store.tokens.nbytes
     assert torch.equal(pickle.loads(sent)["7"], store["7"])
