@@ -31,6 +31,16 @@ def test_lines_tell_the_share_the_rate_and_the_time_left(
     ]
 
 
+def test_a_process_without_standard_error_reports_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.sys, "stderr", None)  # a service, or `2>&-`
+    assert list(progress("abc", 3, "Reading", seconds=0)) == ["a", "b", "c"]
+    assert not module.on_terminal()
+    module.report("epoch 1")
+    assert capsys.readouterr().out == ""
+
+
 def test_an_unknown_total_has_no_share(
     capsys: pytest.CaptureFixture[str], clock: list[float]
 ) -> None:

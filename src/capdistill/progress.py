@@ -67,6 +67,17 @@ def progress(
         print(printable(f"{what}: {count:,} {units}, done", stream), file=stream, flush=True)
 
 
+def on_terminal() -> bool:
+    """Whether standard error is a terminal. A service may have no standard error at all."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def report(text: str) -> None:
+    """Print a line on standard error, where there is one."""
+    if sys.stderr is not None:
+        print(printable(text, sys.stderr), file=sys.stderr, flush=True)
+
+
 def _progress_line(count: int, total: int | None, units: str, seconds: float) -> str:
     rate = count / seconds
     if not total or not count:

@@ -456,6 +456,13 @@ def test_no_worker_stays_when_a_run_fails(saveable: Make, colours: CaptionData) 
     assert not {*multiprocessing.active_children()} - others
 
 
+def test_a_run_needs_no_standard_error(
+    saveable: Make, colours: CaptionData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    assert len(distiller(saveable(), progress=None, epochs=1).fit(colours, colours).epochs) == 1
+
+
 def test_damaged_weights_of_the_best_epoch_are_found_before_the_first_step(
     saveable: Make, colours: CaptionData, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from capdistill import __version__
 from capdistill.errors import CapdistillError, suggest
 from capdistill.files import finite_or_none, printable
+from capdistill.progress import report
 
 COMMANDS = {
     "demo": ("demo", "train and distil on the bundled photos: a first look, without downloads"),
@@ -209,7 +210,7 @@ class CommandParser(argparse.ArgumentParser):
 def _abandon_output() -> None:
     """Send what is still buffered for a closed stdout or stderr to nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:
@@ -241,7 +242,7 @@ def _as_options(message: str) -> str:
 def print_status(text: str) -> None:
     """Print a line about the work (not its result) on stderr."""
     if speaks():
-        print(printable(text, sys.stderr), file=sys.stderr, flush=True)
+        report(text)
 
 
 def print_result(options: argparse.Namespace, content: Any, text: Callable[[], str]) -> None:

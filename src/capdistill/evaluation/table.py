@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from capdistill.metrics.bootstrap import FLOOR, bracketed, changed, remark, text_columns
+from capdistill.progress import on_terminal, report
 
 Evaluated = Mapping[str, Any]  # an evaluation, as `Evaluation.to_json` gives it
 
@@ -351,7 +351,7 @@ class Progress:
 
     def over(self, batches: Iterator[Any], total: int | None) -> Iterator[Any]:
         """The batches, while they are counted in images."""
-        if self.show and sys.stderr.isatty():
+        if self.show and on_terminal():
             yield from self._with_bar(batches, total)
             return
         done = 0
@@ -371,6 +371,6 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line; off a terminal, only if there was none for a while."""
         now = time.monotonic()
-        if self.show and (sys.stderr.isatty() or now - self.last >= self.EVERY):
-            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+        if self.show and (on_terminal() or now - self.last >= self.EVERY):
+            report(f"{self.name}: {text}")
             self.last = now

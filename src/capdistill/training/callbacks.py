@@ -24,6 +24,7 @@ from capdistill.captioner import Captioner
 from capdistill.data.source import Source, skipped_images
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import printable
+from capdistill.progress import on_terminal, report
 from capdistill.saving import WEIGHTS, read_weights, saved_file
 from capdistill.training.checkpoint import save_state
 from capdistill.training.config import NEVER, Interval, TrainConfig
@@ -271,7 +272,7 @@ class Progress(Callback):
     """
 
     def __init__(self, show: bool | None, monitor: Monitor | None = None) -> None:
-        self.bar_wanted = sys.stderr.isatty() if show is None else show
+        self.bar_wanted = on_terminal() if show is None else show
         self.lines_wanted = show is not False
         self.monitor = monitor
         self.bar: Any = None
@@ -319,11 +320,10 @@ class Progress(Callback):
             self.bar = None
 
     def _write(self, text: str) -> None:
-        text = printable(text, sys.stderr)
         if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
+            self.bar.write(printable(text, sys.stderr), file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            report(text)
 
 
 def describe_epoch(row: Row, epochs: int, monitored: str | None = None) -> str:
