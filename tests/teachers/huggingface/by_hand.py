@@ -96,16 +96,34 @@ FAMILIES = {
 }
 
 
+SPACED = {"smolvlm", "smolvlm_tiles", "llava", "gemma3"}  # their prompts end with a word
+
+
+def spaced(family, processor):
+    """Id of a word as a text begins with it <-> id of the same word behind a space."""
+    table = {}
+    vocabulary = processor.tokenizer.get_vocab() if family in SPACED else {}
+    for piece, index in vocabulary.items():
+        other = vocabulary.get("Ġ" + piece)
+        if other is not None and piece[0] != "Ġ":
+            table |= {index: other, other: index}
+    return table
+
+
 @torch.no_grad()
 def logits(family, module, processor, image, words):
     """(V,) logits of what follows some words."""
-    return FAMILIES[family](module, processor, image, words).logits[0, -1]
+    table = spaced(family, processor)
+    words = [*(table.get(first, first) for first in words[:1]), *words[1:]]
+    found = FAMILIES[family](module, processor, image, words).logits[0, -1]
+    return found if words else found[[table.get(i, i) for i in range(len(found))]]
 
 
 @torch.no_grad()
 def hidden(family, module, processor, image, words):
     """The states of the language model's layers at the last word."""
-    call = FAMILIES[family]
+    call, table = FAMILIES[family], spaced(family, processor)
+    words = [*(table.get(first, first) for first in words[:1]), *words[1:]]
     output = call(module, processor, image, words, output_hidden_states=True)
     if family == "blip":  # the output has those of the image
         states = module.text_decoder(

@@ -64,7 +64,8 @@ def test_the_last_hidden_state_gives_the_logits(family, teacher, batch):
     expected = head(states)
     if family == "florence2" and hasattr(teacher.module, "final_logits_bias"):
         expected = expected + teacher.module.final_logits_bias
-    assert_close(output.logits, expected, **CLOSE)
+    behind = int(family in by_hand.SPACED)  # first words have the logits of those with a space
+    assert_close(output.logits[:, behind:], expected[:, behind:], **CLOSE)
 
 
 def test_outputs_fit_the_specification(teacher, batch):
@@ -189,6 +190,8 @@ def test_greedy_captions_are_those_of_the_models_own_generate(family, teacher, p
             theirs = theirs[len(prompt) :]
         ended = [place for place, token in enumerate(theirs) if token in ends]
         theirs = theirs[: min([5, *ended])]
+        table = by_hand.spaced(family, processor)
+        theirs = [*(table.get(first, first) for first in theirs[:1]), *theirs[1:]]
         assert theirs == list(hypothesis.tokens)[: len(theirs)]
         assert ended or len(theirs) == 5
 

@@ -77,7 +77,11 @@ def test_the_caption_continues_the_prompt(family, teacher):
     short = batch_of(teacher, ("runs", ""), images=1)
     with torch.no_grad():
         whole = teacher(batch).logits[0, len(ids)]
-        assert_close(prompted(short).logits[0, 0], whole, rtol=1e-4, atol=1e-4)
+        found = prompted(short).logits[0, 0]
+    if "Ġa" in tokenizer.get_vocab():  # the first word stands behind a space
+        assert_close(found[tokenizer.convert_tokens_to_ids("a")], whole[tokenizer.vocab["Ġa"]])
+        whole = whole[prompted.adapter.first_words]
+    assert_close(found, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_task_of_florence_is_read_in_its_words():

@@ -72,6 +72,7 @@ class Adapter:
         prefix_tokens: Leading visual tokens outside the grid; None if there is no grid.
         prompt_ids: (P,) ids that stand before the caption, its start token included.
         image_columns: The visual tokens among the columns of the attention.
+        first_words: (V,) the id that the model reads for each id of a first word; None for itself.
     """
 
     model_class: ClassVar[str]
@@ -79,6 +80,7 @@ class Adapter:
     reads_prompt_once: bool = False
     prefix_tokens: int | None = None
     image_columns: Any = slice(None)
+    first_words: Tensor | None = None
 
     def __init__(
         self, module: Any, processor: Any, tokenizer: Any, prompt: str | None = None

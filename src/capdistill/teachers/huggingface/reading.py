@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,17 @@ def teacher_forced(
     Returns:
         (I * k, T, V) logits of the first word and of what follows each word; the others alike.
     """
+    if adapter.first_words is None:
+        return _teacher_forced(adapter, encoded, words, need, use_cache)
+    swap = adapter.first_words.to(words.device)
+    words = torch.cat([swap[words[:, :1]], words[:, 1:]], 1)
+    output = _teacher_forced(adapter, encoded, words, need, use_cache)
+    return replace(output, logits=torch.cat([output.logits[:, :1, swap], output.logits[:, 1:]], 1))
+
+
+def _teacher_forced(
+    adapter: Adapter, encoded: Encoded, words: Tensor, need: frozenset[str], use_cache: bool
+) -> DecoderOutput:
     images, k, length = len(encoded), len(words) // len(encoded), words.shape[1] + 1
     if not (use_cache and adapter.reads_prompt_once):
         ids = torch.cat([_prompt(adapter, words), words], 1)
@@ -48,6 +60,28 @@ def teacher_forced(
         cache.batch_repeat_interleave(k)
     rest = _read(adapter, words, encoded.repeat(k), need, length - 1, cache)
     return _mapped(lambda *parts: torch.cat(parts, 1), first, rest)
+
+
+def spaced_words(adapter: Adapter, vocabulary: Sequence[str]) -> Tensor | None:
+    """(V,) the id that a model reads for each id of a first word, where they differ.
+
+    Behind a prompt that ends with a word, a caption goes on with a space, and its first piece is
+    another one than at the beginning of a text: they change places. None where they do not differ.
+    """
+    ids = {piece: index for index, piece in enumerate(vocabulary)}
+    last = int(adapter.prompt_ids[-1])
+    mark = next((mark for mark in ("Ġ", "▁") if mark + "a" in ids and "a" in ids), None)
+    if mark is None or last in adapter.tokenizer.all_special_ids:
+        return None
+    ends_with_space = adapter.tokenizer.decode([last])[-1:].isspace()
+    if ends_with_space or vocabulary[adapter.ids_of("a")[0]] != "a":
+        return None
+    swap = torch.arange(len(vocabulary))
+    for piece, index in ids.items():
+        spaced = ids.get(mark + piece)
+        if spaced is not None and not piece.startswith(mark):
+            swap[index], swap[spaced] = spaced, index
+    return swap
 
 
 def _prompt(adapter: Adapter, words: Tensor) -> Tensor:
@@ -180,8 +214,12 @@ class CachedDecoder(Decoder):
         """(R,) words to logits (R, V); the start token gives those that are in the state."""
         row = dict(state.row)
         after = replace(state, row=row, position=state.position + 1)
+        swap = self.adapter.first_words
         if not state.position:
-            return self._allowed(row.pop("logits"), self.suppressed_first), after
+            logits = self._allowed(row.pop("logits"), self.suppressed_first)
+            return logits if swap is None else logits[:, swap.to(logits.device)], after
+        if state.position == 1 and swap is not None:
+            tokens = swap.to(tokens.device)[tokens]
         words = tokens[:, None]
         if state.past is None:
             row["words"] = words = torch.cat([row["words"], words], 1)

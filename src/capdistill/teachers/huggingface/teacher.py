@@ -16,7 +16,7 @@ from capdistill.generation.decode import USUAL_SIZE, CaptionGenerator
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import inference
 from capdistill.teachers.huggingface.base import Adapter, Encoded
-from capdistill.teachers.huggingface.reading import CachedDecoder, teacher_forced
+from capdistill.teachers.huggingface.reading import CachedDecoder, spaced_words, teacher_forced
 from capdistill.tokenizer import Tokenizer
 from capdistill.tokenizers.huggingface import HuggingFace
 
@@ -46,6 +46,7 @@ class HuggingFaceTeacher(CaptionGenerator):
         self.module: torch.nn.Module = adapter.module
         self.adapter, self.tokenizer, self.name = adapter, tokenizer, name
         self.knowledge = adapter.knowledge
+        adapter.first_words = spaced_words(adapter, tokenizer.vocabulary)
         self.use_cache = use_cache
         self._spec: ModelSpec | None = None
         self.eval()
