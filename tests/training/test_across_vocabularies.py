@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import capdistill as cd
 from capdistill import Captioner, Distiller
@@ -16,6 +17,7 @@ from capdistill.data import CaptionData
 from capdistill.errors import ConfigError
 from capdistill.teachers import RetokenizingTeacher, TrimmedTeacher
 from capdistill.teachers.vocabularies import DroppedMass
+from capdistill.tokenizer import WordTokenizer
 from tests.teachers.test_vocabularies import FEWER, SUBWORDS, Trimmed, batch_for, captioner
 from tests.training import tiny_models as tiny
 
@@ -144,15 +146,35 @@ def test_captions_of_a_teacher_of_another_vocabulary_are_text(
     assert history.epochs[-1]["train"]["terms"]["word"]["raw"] > 0
 
 
-def test_a_hugging_face_teacher_teaches_words() -> None:
+FAMILIES = ("git", "vision_encoder_decoder", "blip2_t5", "florence2", "paligemma")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hugging_face_teacher_teaches_words(family: str) -> None:
+    """Of byte-level BPE, WordPiece and SentencePiece."""
     hugging_face = pytest.importorskip("tests.teachers.huggingface.conftest")
-    for family in ("git", "vision_encoder_decoder"):
-        teacher = hugging_face.made(family)[0]
-        texts = ["a dog runs", "the cat sits on the grass", "a red dog"]
-        tokenizer = cd.WordTokenizer.train(texts, min_count=1)
-        student = cd.Captioner.create("debug_student", tokenizer=tokenizer)
-        trainer = distiller(teacher, student, schedule="constant", learning_rate=0.01)
-        batch = hugging_face.batch_of(student, captions=(*texts, "a cat"))
-        rows = [trainer.step(batch) for _ in range(8)]
-        assert rows[0]["counts"]["word"] == sum(len(text.split()) + 1 for text in batch.captions)
-        assert rows[-1]["terms"]["word"]["raw"] < rows[0]["terms"]["word"]["raw"]
+    teacher = hugging_face.made(family)[0]
+    texts = ("a dog runs", "the cat sits on the grass", "a red dog", "a cat")
+    student = cd.Captioner.create(
+        "debug_student", tokenizer=WordTokenizer.train(texts, min_count=1)
+    )
+    trainer = distiller(teacher, student, schedule="constant", learning_rate=0.01)
+    batch = hugging_face.batch_of(student, captions=texts)
+    rows = [trainer.step(batch) for _ in range(6)]
+    assert rows[0]["counts"]["word"] == sum(len(text.split()) + 1 for text in texts)
+    assert rows[-1]["terms"]["word"]["raw"] < rows[0]["terms"]["word"]["raw"]
+
+
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_a_trimmed_hugging_face_teacher_captions(family: str) -> None:
+    hugging_face = pytest.importorskip("tests.teachers.huggingface.conftest")
+    teacher = hugging_face.made(family)[0]
+    trimmed = TrimmedTeacher(teacher, teacher.trimmed(["a dog runs", "the cat sits"]))
+    batch = hugging_face.batch_of(trimmed, captions=("a dog runs",) * 2)
+    with torch.no_grad():
+        expected = trimmed(batch).logits
+        decoder, features = trimmed.decoding(batch)
+        found = decoder(batch.inputs, features).logits
+    assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    for hypothesis in trimmed.generate(batch, beam_size=2, max_length=4):
+        assert hypothesis.text == trimmed.tokenizer.decode(hypothesis.tokens)
