@@ -22,6 +22,7 @@ from tests.teachers.test_vocabularies import FEWER, SUBWORDS, Trimmed, batch_for
 from tests.training import tiny_models as tiny
 
 WORDS = tiny.TOKENIZER
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 LOSSES: dict[str, Any] = {"word": "word", "universal": "universal"}
 
 

@@ -77,7 +77,8 @@ class Distiller(Trainer):
         teacher: A captioner, or what `capdistill.teachers.wrap` or `cache` returned. It runs in
             evaluation mode and without gradients; its flags are restored afterwards. Several are a
             mapping of names to teachers, or a `capdistill.teachers.Ensemble`: losses of logits then
-            read their mixture, and any loss reads the one that it names.
+            read their mixture, and any loss reads the one that it names. For a teacher of another
+            vocabulary see `capdistill.teachers.TrimmedTeacher` and `RetokenizingTeacher`.
         student: The captioner that is trained.
         losses: Term name -> loss, or a registered name, or {"name": ..., arguments}. By default
             token, feature and hidden. "teacher" among the arguments names one of several teachers.
