@@ -310,6 +310,15 @@ def test_an_unknown_word_of_the_student_is_part_of_the_rest():
     assert known.teacher.chain[0].tolist()[:2] == [1, 0]
 
 
+def test_a_piece_that_no_caption_may_be_is_no_word():
+    printed = Pieces(["array([])", "dog"], "sentencepiece")
+    alignment = WordAlignment(WordTokenizer(["dog"]), printed)
+    assert [len(context.teacher.ids) for context in alignment.contexts] == [1, 1]  # the end
+    marked = Pieces(["▁array([])", "▁dog"], "sentencepiece")
+    found = WordAlignment(WordTokenizer(["dog"]), marked).contexts[0].teacher.ids.tolist()
+    assert found == [marked.end_id, marked.ids["▁dog"]]
+
+
 def test_a_tokenizer_without_spans_and_a_teacher_that_reads_other_ids_are_refused():
     class Bare:
         pad_id, start_id, end_id, vocabulary = 0, 1, 2, ("a", "b", "c")

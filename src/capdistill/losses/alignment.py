@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, DataError
 from capdistill.outputs import Batch
 from capdistill.tokenizer import Tokenizer
 
@@ -367,6 +367,9 @@ class _Single:
         self.prefix = list(tokenizer.encode(before.strip())[:-1])
 
     def __call__(self, text: str) -> int | None:
-        ids = list(self.tokenizer.encode(self.before + text))
+        try:
+            ids = list(self.tokenizer.encode(self.before + text))
+        except DataError:  # what looks like a printed list is no caption
+            return None
         whole = ids[:-2] == self.prefix and ids[-1] == self.tokenizer.end_id
         return ids[-2] if whole and ids[-2] not in self.special else None

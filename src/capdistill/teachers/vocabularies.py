@@ -153,7 +153,7 @@ class TrimmedTeacher(CaptionGenerator):
         self._dropped: Tensor | None = None  # sum over tokens, and their number
 
     def _in_full(self, batch: Batch) -> Batch:
-        return replace(batch, input_ids=self.full_ids[batch.input_ids])
+        return replace(batch, input_ids=_mapped(batch.input_ids, self.full_ids))
 
     def forward(self, batch: Batch, need: frozenset[str] = frozenset()) -> CaptionerOutput:
         """The teacher's outputs, with logits of the student's entries."""
@@ -161,7 +161,7 @@ class TrimmedTeacher(CaptionGenerator):
         if output.logits is None:
             return output
         self._measure(output.logits, batch.target_mask)
-        return replace(output, logits=output.logits.index_select(-1, self.full_ids))
+        return replace(output, logits=_kept(output.logits, self.full_ids))
 
     @torch.no_grad()
     def _measure(self, logits: Tensor, mask: Tensor) -> None:
@@ -172,7 +172,7 @@ class TrimmedTeacher(CaptionGenerator):
 
     def _mass(self, logits: Tensor) -> Tensor:
         """(B, T) the probability of the dropped entries."""
-        kept = logits.index_select(-1, self.full_ids).logsumexp(-1)
+        kept = _kept(logits, self.full_ids).logsumexp(-1)
         return -torch.expm1(kept - logits.logsumexp(-1)).clamp(max=0)
 
     @property
@@ -218,8 +218,8 @@ class _TrimmedDecoder(Decoder):
         self, input_ids: Tensor, features: Any, need: frozenset[str] = frozenset()
     ) -> DecoderOutput:
         """As the other one."""
-        output: DecoderOutput = self.decoder(self.full_ids[input_ids], features, need)
-        return replace(output, logits=output.logits.index_select(-1, self.full_ids))
+        output: DecoderOutput = self.decoder(_mapped(input_ids, self.full_ids), features, need)
+        return replace(output, logits=_kept(output.logits, self.full_ids))
 
     def start(self, features: Any) -> DecoderState:
         """As the other one."""
@@ -227,8 +227,18 @@ class _TrimmedDecoder(Decoder):
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """As the other one."""
-        logits, state = self.decoder.step(self.full_ids[tokens], state)
-        return logits.index_select(-1, self.full_ids), state
+        logits, state = self.decoder.step(_mapped(tokens, self.full_ids), state)
+        return _kept(logits, self.full_ids), state
+
+
+def _mapped(ids: Tensor, full_ids: Tensor) -> Tensor:
+    """The student's ids as the teacher's, where a placed teacher reads them."""
+    return full_ids.to(ids.device)[ids]
+
+
+def _kept(logits: Tensor, full_ids: Tensor) -> Tensor:
+    """The logits of the student's entries."""
+    return logits.index_select(-1, full_ids.to(logits.device))
 
 
 def is_trimmed(student: Any, teacher: Tokenizer) -> bool:
