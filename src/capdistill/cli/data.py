@@ -89,10 +89,10 @@ class DataSection(BaseModel):
         """Read the whole data set."""
 
     def load(self) -> Splits:
-        """Read the data set and cut it to `limit`; what has no captions gets the teacher's."""
+        """Read the data set and cut it to `limit`; photos without captions get the teacher's."""
         data = self.read() if self.limit is None else _cut(self.read(), self.limit)
         bare = [n for n in data if n in ("train", "val") and not data.get(n).captions]
-        if self.teacher_captions is None or not bare:
+        if self.teacher_captions is None or "train" not in bare:
             return data
         return _with_parts(data, {name: self._captioned(data.get(name), name) for name in bare})
 
