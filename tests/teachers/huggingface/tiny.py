@@ -211,7 +211,7 @@ def smolvlm(tiles: bool = False):
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     language = text(tokenizer, num_key_value_heads=1, model_type="llama", **ids)
     config = hf.SmolVLMConfig(
-        vision_config=vision(),
+        vision_config=vision(patch_size=4),  # 4 tokens: a multiple, as one version needs
         text_config=language,
         image_token_id=3,
         scale_factor=2,
@@ -223,7 +223,7 @@ def smolvlm(tiles: bool = False):
         max_image_size={"longest_edge": SIDE},
         do_image_splitting=tiles,
     )
-    processor = hf.Idefics3Processor(image, tokenizer, image_seq_len=1, chat_template=SMOL_CHAT)
+    processor = hf.Idefics3Processor(image, tokenizer, image_seq_len=4, chat_template=SMOL_CHAT)
     return hf.SmolVLMForConditionalGeneration(config), processor, tokenizer
 
 
