@@ -125,6 +125,7 @@ def test_ranks_share_the_targets_of_a_teacher_and_the_files_are_those_of_one(
 ) -> None:
     [alone], (main, other) = found["targets"][1], found["targets"][2]
     assert main["files"] == other["files"] == alone["files"]  # bit for bit
+    assert main["apart"] == other["apart"] == alone["apart"]  # a disk for each
     assert main["losses"] == close(alone["losses"])
     assert alone["seen"] == 2 * 8
     assert (main["seen"], other["seen"]) == (2 * 5, 2 * 3)

@@ -14,11 +14,12 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from capdistill import Captioner, Distiller, Trainer
-from capdistill.data import CaptionData
+from capdistill.data import CaptionData, sample
 from capdistill.data.collate import FeatureCache
 from capdistill.data.loader import Loader
 from capdistill.errors import ConfigError, DataError
 from capdistill.feature_cache import Wanted, cache_trunks
+from capdistill.training import cache_features
 from tests.training import tiny_models as tiny
 
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "batch_size": 2, "epochs": 2, "learning_rate": 0.01}
@@ -294,3 +295,13 @@ def test_the_tokens_of_an_epoch_are_those_of_the_view_it_shows(tmp_path: Path) -
 def test_views_that_nothing_caches_are_refused(colours: CaptionData, options: Any) -> None:
     with pytest.raises(ConfigError, match="cache_views=2 are views of cached features"):
         Trainer(frozen(), **OPTIONS, **options, cache_views=2).fit(colours)
+
+
+def test_caches_in_a_relative_directory_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(frozen(), cache_dir="cache", **tiny.QUIET)
+    [entry] = cache_features(trainer, sample().val.subset(3))
+    assert (entry.images, entry.done) == (3, 3)
+    assert entry.path.parent.resolve() == tmp_path / "cache"

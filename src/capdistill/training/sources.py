@@ -116,8 +116,9 @@ def cache_features(stepper: Stepper, train: Any, val: Any = None) -> list[CacheE
         caches = source.collator.caches.values() if isinstance(source, Loader) else ()
         for views in caches:
             each = views if isinstance(views, list) else [views]
-            files.update(Path(cache.tokens.filename) for cache in each)
-    return [entry for entry in list_caches(cache_directory(before)) if entry.path in files]
+            files.update(Path(cache.tokens.filename).resolve() for cache in each)
+    listed = list_caches(cache_directory(before))
+    return [entry for entry in listed if entry.path.resolve() in files]
 
 
 def require_usable(stepper: Stepper, train: Source, val: Source | None) -> Batch:
