@@ -200,9 +200,10 @@ def test_a_rank_encodes_what_others_left_on_disks_of_their_own(
 def test_a_rank_whose_disk_has_the_cache_waits_for_one_whose_disk_has_not(tmp_path: Path) -> None:
     cache(tmp_path / "0")
     barrier = threading.Barrier(2)
+    encoders = [Encoder(), Encoder()]  # not in the threads, which share the random state
 
     def work(rank: int) -> None:
-        cache(tmp_path / str(rank), ranks=Threads(rank, 2, barrier))
+        cache(tmp_path / str(rank), encoders[rank], ranks=Threads(rank, 2, barrier))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:

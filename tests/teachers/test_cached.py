@@ -180,7 +180,7 @@ def test_ids_that_the_teacher_did_not_read_are_refused(data: CaptionData, tmp_pa
     cached = cache(tiny.make_teacher(), one, tmp_path / "targets", **QUIET)
     (batch,) = batches(one, captions_per_image=1)
     padded = tiny.pad(batch, 2)
-    with pytest.raises(DataError, match=r"2 cached targets of the caption 'blue'.* has 4"):
+    with pytest.raises(DataError, match=r"2 cached targets of 'blue', but .* has 4"):
         cached(replace(padded, mask=torch.ones_like(padded.mask)))
 
 

@@ -211,11 +211,11 @@ class CachedTeacher(CaptionGenerator):
         short = batch.target_mask.sum(1).numpy() > lengths
         if short.any():
             row = int(short.nonzero()[0][0])
-            text = shortened(batch.captions[row])
+            image, caption = row // batch.captions_per_image, batch.captions[row]
             if not lengths[row]:
-                raise self._missing(batch.image_ids[row // batch.captions_per_image], 0, text)
+                raise self._missing(batch.image_ids[image], self._views(batch)[image], caption)
             raise DataError(
-                f"'{self.name}' has {lengths[row]} cached targets of the caption {text}, but the "
+                f"'{self.name}' has {lengths[row]} cached targets of {shortened(caption)}, but the "
                 f"batch has {int(batch.target_mask[row].sum())}. The student's tokenizer splits it "
                 "differently; give both models one tokenizer."
             )

@@ -252,7 +252,7 @@ def start(
         os.truncate(index, 0)  # first: old rows must never stand beside a new description
         for path in directory.iterdir():
             if path.suffix in DTYPES:
-                path.unlink()  # who reads it now keeps it
+                path.unlink()  # a process that has it open keeps it
         for name, write in files.items():
             write(directory / name)
         write_text(directory / TARGETS, json.dumps({"format": FORMAT, **content}, indent=2))

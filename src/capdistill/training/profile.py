@@ -130,6 +130,6 @@ class _Loading(Callback):
 
 
 def profiled(callbacks: Iterable[Any]) -> list[Any]:
-    """The callbacks that write, with a `Profile` before them, whose shares they write."""
+    """The callbacks that write rows, behind a `Profile` that adds the shares to the rows."""
     profile = Profile()
     return [profile, *callbacks, _Loading(profile)]

@@ -42,7 +42,7 @@ UNFINISHED = "state.new.pt"  # of a writer that was killed before it became the 
 FAILED_STEP = "failed_step.pt"
 BEST_OF = "best-epoch-"  # a best captioner that is kept beside best/, by its epoch from 1
 _RESULTS = (STATE, PREVIOUS, "best", "final")  # a new run replaces these only with overwrite=True
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}|\.check\..+")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}|\.check\..+")  # of earlier versions, and of a check
 LIBRARIES = ("capdistill", "torch", "torchvision", "timm", "numpy", "pydantic", "nltk")
 
 Resume = bool | Literal["auto"]
