@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from capdistill import Captioner, Distiller, Trainer
 from capdistill.data import CaptionData, Example, Loader
-from capdistill.errors import CheckpointError, ConfigError
+from capdistill.errors import CheckpointError, ConfigError, DataError
 from capdistill.losses.base import DistillationLoss
 from capdistill.training.checkpoint import load_state, save_state
 from capdistill.training.history import History
@@ -454,6 +455,27 @@ def test_no_worker_stays_when_a_run_fails(saveable: Make, colours: CaptionData) 
         distiller(saveable(), num_workers=2).fit(colours, callbacks=[At(fail, step=1)])
     assert caught.traceback
     assert not {*multiprocessing.active_children()} - others
+
+
+class Deadly:
+    """A data set that is ended by an item, as by a system that is short of memory."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, number: int) -> tuple[Any, list[str]]:
+        if number == 4:
+            os._exit(1)
+        return np.zeros((8, 8, 3), np.uint8), ["a red dog"]
+
+
+def test_a_worker_that_ends_is_named_whatever_the_run_is_doing() -> None:
+    def wait(trainer: Any) -> None:
+        time.sleep(5)  # torch interrupts it
+
+    trainer = Trainer(tiny.make_student(), **OPTIONS, num_workers=1)
+    with pytest.raises(DataError, match=r"process that reads data has ended.*num_workers=0"):
+        trainer.fit(Deadly(), callbacks=[At(wait, step=1)])
 
 
 def test_a_run_needs_no_standard_error(

@@ -10,6 +10,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar
@@ -185,14 +186,15 @@ def worker_pool(
     return pool
 
 
-def read_ahead(pool: DataLoader[T]) -> Iterator[T]:
-    """What the processes of a pool read.
+@contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """Inside the block a worker process that has ended is our error, wherever torch raises it.
 
     Raises:
-        DataError: one of them has ended.
+        DataError: a worker has ended.
     """
     try:
-        yield from pool
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -200,6 +202,16 @@ def read_ahead(pool: DataLoader[T]) -> Iterator[T]:
             f"A process that reads data has ended ({error}). It may have run out of memory, or "
             "could not import the data set. Pass num_workers=0 to read in this process."
         ) from error
+
+
+def read_ahead(pool: DataLoader[T]) -> Iterator[T]:
+    """What the processes of a pool read.
+
+    Raises:
+        DataError: one of them has ended.
+    """
+    with naming_lost_workers():
+        yield from pool
 
 
 def _unchanged(result: Any) -> Any:

@@ -19,6 +19,7 @@ from capdistill.captioner import Captioner
 from capdistill.data.loader import Loader
 from capdistill.data.rows import accept_rows
 from capdistill.data.source import numbered_batches, part_of
+from capdistill.data.workers import naming_lost_workers
 from capdistill.errors import ConfigError, LossSpike, NotFiniteLoss, require_bool
 from capdistill.files import DirectoryLock
 from capdistill.outputs import Batch
@@ -350,7 +351,7 @@ class Trainer(Stepper):
             return first
 
         try:
-            with evaluating(*self.models[1:]), handle_interrupt(stop_soon):
+            with evaluating(*self.models[1:]), handle_interrupt(stop_soon), naming_lost_workers():
                 self.objective.train()
                 self._emit("on_fit_start")
                 yield
