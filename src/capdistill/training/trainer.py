@@ -289,13 +289,10 @@ class Trainer(Stepper):
             self.history.stopped = f"interrupted after step {self.step_count}"
             self._save()
             out = self.checkpoints.out
-            saved = f"The state is in {out}; continue with resume=True."
+            kept = f"The state is in {out}; continue with resume=True."
+            kept = kept if out else "Nothing was saved: no out= was given."
             if self.ranks.main:
-                warnings.warn(
-                    f"Interrupted after step {self.step_count}. "
-                    + (saved if out else "Nothing was saved: no out= was given."),
-                    stacklevel=3,
-                )
+                warnings.warn(f"Interrupted after step {self.step_count}. {kept}", stacklevel=3)
         self._emit("on_fit_end")
         self.ranks.share(tensors_of(self.captioner))  # rank 0 has loaded the best
         if over and self.average is not None:
