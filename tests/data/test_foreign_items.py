@@ -154,6 +154,7 @@ def test_workers_report_what_an_item_raised(
     with pytest.raises(DataError, match="item odd") as caught:
         list(strict)
     assert str(error) in str(caught.value.__cause__)
+    assert strict._pool is None
 
 
 def test_one_bad_caption_is_left_out_and_the_image_stays(tokenizer: WordTokenizer) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -440,3 +443,24 @@ def test_a_program_ends_though_its_workers_ignore_sigterm(tmp_path: Path) -> Non
     )
     done = subprocess.run([sys.executable, program], capture_output=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"1\n", b"")
+
+
+def test_workers_of_a_lost_loader_end_though_no_message_reaches_them(
+    tmp_path: Path, tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = Loader(several(tmp_path), tokenizer, image_size=16, batch_size=1, num_workers=2)
+    batches = loader.epoch(0)
+    next(batches)
+    assert loader._pool is not None
+    workers = list(loader._pool._iterator._workers)  # type: ignore[union-attr]
+    assert all(worker.is_alive() for worker in workers)
+    monkeypatch.setattr(multiprocessing.queues.Queue, "put", lambda *_: None)
+    cycle: list[object] = [loader, batches]
+    cycle.append(cycle)
+    del loader, batches, cycle
+    thread = threading.Thread(target=gc.collect)
+    thread.start()
+    thread.join()
+    for worker in workers:
+        worker.join(20)
+    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL] * 2

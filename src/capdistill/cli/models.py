@@ -38,6 +38,8 @@ BUILT_IN = {
         "reverse_kl": "capdistill.losses.generalised:ReverseKD",
         "token": "capdistill.losses.token:TokenKD",
         "top_k": "capdistill.losses.top_k:TopKD",
+        "universal": "capdistill.losses.across_vocabularies:UniversalKD",
+        "word": "capdistill.losses.across_vocabularies:WordKD",
     },
 }  # as in the registries, which cannot be asked without importing torch
 

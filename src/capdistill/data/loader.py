@@ -16,7 +16,7 @@ from capdistill.data.curriculum import Curriculum
 from capdistill.data.dataset import Splits
 from capdistill.data.rows import accept_rows
 from capdistill.data.source import FixedBatches, Source
-from capdistill.data.workers import default_num_workers, read_ahead, worker_pool
+from capdistill.data.workers import default_num_workers, end, read_ahead, worker_pool
 from capdistill.errors import ConfigError, DataError, require_int
 from capdistill.outputs import Batch
 from capdistill.runtime import generator
@@ -221,6 +221,7 @@ class Loader:
             for problem in result.problems:
                 self.skipped.add(problem)
             if result.problems and self.errors == "raise":
+                self.close()  # the error may be kept, and with it what it refers to
                 raise DataError(f"{result.problems[0]}. {FIX}") from result.cause
             yield result
 
@@ -235,9 +236,7 @@ class Loader:
     def close(self) -> None:
         """Stop the workers. The next epoch starts new ones."""
         pool, self._pool = self._pool, None
-        reader: Any = getattr(pool, "_iterator", None)
-        if reader is not None:  # an epoch that was left may still refer to it
-            reader._shutdown_workers()
+        end(pool)
 
     def _batch_indices(self, epoch: int) -> list[BatchIndex]:
         order = list(range(self.num_images))
@@ -260,7 +259,11 @@ class Loader:
             yield from map(self.collator.__getitem__, indices)
             return
         if self._busy:  # another epoch is being read by the workers
-            yield from read_ahead(self._new_pool(indices))
+            pool = self._new_pool(indices)
+            try:
+                yield from read_ahead(pool)
+            finally:
+                end(pool)
             return
         if self._pool is None:
             self._pool = self._new_pool([])

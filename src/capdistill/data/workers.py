@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import pickle
@@ -163,7 +162,8 @@ def worker_pool(
 ) -> DataLoader[T]:
     """Processes that read `data[index]` for each of the indices, in their order.
 
-    They stay for further epochs, for which the list (`sampler`) may be changed.
+    They stay for further epochs, for which the list (`sampler`) may be changed. `end` ends them, as
+    does the end of the pool, in whichever thread it is collected, or of the program.
 
     Raises:
         ConfigError: processes that are not forked need data that can be pickled.
@@ -171,7 +171,9 @@ def worker_pool(
     if worker_start_method(start_method) != "fork":
         for name, part in vars(data).items():
             require_picklable(part, name)
-    pool = DataLoader(
+    while _killed:
+        _killed.pop()._shutdown_workers()
+    return DataLoader(
         data,
         batch_size=None,
         sampler=indices,
@@ -182,8 +184,6 @@ def worker_pool(
         multiprocessing_context=start_method,
         generator=torch.Generator(),  # leaves the global generator unchanged
     )
-    _pools.add(pool)
-    return pool
 
 
 @contextmanager
@@ -211,7 +211,19 @@ def read_ahead(pool: DataLoader[T]) -> Iterator[T]:
         DataError: one of them has ended.
     """
     with naming_lost_workers():
-        yield from pool
+        reader: Any = iter(pool)
+        if reader not in _readers:
+            _readers.add(reader)
+            weakref.finalize(pool, _kill, reader, os.getpid())
+        yield from reader
+
+
+def end(pool: DataLoader[Any] | None) -> None:
+    """End the processes of a pool; an epoch that was left may still refer to them."""
+    reader: Any = getattr(pool, "_iterator", None)
+    if reader is not None:
+        reader._shutdown_workers()
+        _kill_workers(reader)
 
 
 def _unchanged(result: Any) -> Any:
@@ -223,15 +235,21 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-_pools: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
+# Torch asks workers to end by a message, from wherever the reader is collected. In the thread that
+# sends the messages that may fail, and SIGTERM is ignored: the processes would stay for ever.
+_readers: weakref.WeakSet[Any] = weakref.WeakSet()  # those that `_kill` waits for
+_killed: list[Any] = []  # kept from being collected; the next pool is made in a proper thread
 
 
-@atexit.register
-def _end_workers() -> None:
-    """Python ends its children by SIGTERM and waits for them, but workers ignore that signal."""
-    for pool in _pools:
-        reader: Any = getattr(pool, "_iterator", None)
-        if reader is not None:
-            reader._shutdown_workers()
-            for worker in reader._workers:
-                worker.kill()
+def _kill(reader: Any, owner: int) -> None:
+    if os.getpid() == owner:  # a forked process has the pool too
+        _kill_workers(reader)
+        _killed.append(reader)
+
+
+def _kill_workers(reader: Any) -> None:
+    if reader._worker_pids_set:  # else torch reports that they were killed
+        torch._C._remove_worker_pids(id(reader))
+        reader._worker_pids_set = False
+    for worker in reader._workers:
+        worker.kill()
