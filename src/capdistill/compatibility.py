@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -190,20 +190,32 @@ def _require_one_vocabulary(
                 f"{type(loss).__name__}: the vocabularies differ at entry {place}: "
                 f"'{student.name}' has {mine}, '{teacher.name}' has {theirs}. Different words "
                 f"would be compared. {ACROSS_VOCABULARIES} "
-                f"{recommended(student.tokenizer, teacher.tokenizer)}"
+                f"{recommended(student.tokenizer, teacher.tokenizer).text}"
             )
 
 
 ENOUGH_WORDS = 0.5  # share of the words that must be aligned to learn from them
 
 
-def recommended(student: Any, teacher: Any, captions: Sequence[str] = ()) -> str:
+class Advice(NamedTuple):
+    """A way of learning between two vocabularies.
+
+    Args:
+        loss: Name of the loss, or None for captions of the teacher.
+        text: What is recommended, and why.
+    """
+
+    loss: str | None
+    text: str
+
+
+def recommended(student: Any, teacher: Any, captions: Sequence[str] = ()) -> Advice:
     """Which way of learning between two tokenizers is recommended, and why.
 
     Example:
         >>> from capdistill.tokenizer import WordTokenizer
         >>> one, other = WordTokenizer(["a", "dog"]), WordTokenizer(["dog", "a"])
-        >>> print(recommended(one, other, ["a dog"]))
+        >>> print(recommended(one, other, ["a dog"]).text)
         Recommended: the loss "word"; of 3 words, 3 begin at the same character for both models, \
 and 3 are one token in both vocabularies.
 
@@ -212,17 +224,13 @@ and 3 are one token in both vocabularies.
         captions: Some that are trained on; by default the words of the student's vocabulary.
     """
     if not all(callable(getattr(each, "encode_spans", None)) for each in (student, teacher)):
-        return (
-            "Recommended: captions of the teacher; words cannot be aligned, since a tokenizer has "
-            "no encode_spans."
-        )
+        why = "words cannot be aligned, since a tokenizer has no encode_spans"
+        return Advice(None, f"Recommended: captions of the teacher; {why}.")
     alignment = WordAlignment(student, teacher)
     if not captions:
         known, size = alignment.contexts[-1].student, len(student.vocabulary)
-        why, share = (
-            f"{len(known.ids)} of {size} entries are a token for both",
-            len(known.ids) / size,
-        )
+        share = len(known.ids) / size
+        why = f"{len(known.ids)} of {size} entries are a token for both"
     else:
         words, aligned, single = alignment.coverage(captions)
         share = aligned / max(words, 1)
@@ -231,8 +239,8 @@ and 3 are one token in both vocabularies.
             f"{single} are one token in both vocabularies"
         )
     if share >= ENOUGH_WORDS:
-        return f'Recommended: the loss "word"; {why}.'
-    return f"Recommended: captions of the teacher, with pooled features; {why}."
+        return Advice("word", f'Recommended: the loss "word"; {why}.')
+    return Advice(None, f"Recommended: captions of the teacher, with pooled features; {why}.")
 
 
 def _entry(spec: ModelSpec, place: int) -> str:

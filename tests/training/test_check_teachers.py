@@ -110,5 +110,7 @@ def test_captions_are_recommended_where_words_do_not_align() -> None:
             return ids, [(0, 0), *((a + 1, b) for a, b in spans[1:-1]), (n, n)]
 
     shifted = Elsewhere(["cat"], "wordpiece")
-    assert "captions of the teacher, with" in recommended(tiny.TOKENIZER, shifted, ["the red cat"])
-    assert "no encode_spans" in recommended(tiny.TOKENIZER, object(), ["a cat"])
+    advice = recommended(tiny.TOKENIZER, shifted, ["the red cat"])
+    assert advice.loss is None
+    assert "captions of the teacher, with" in advice.text
+    assert "no encode_spans" in recommended(tiny.TOKENIZER, object(), ["a cat"]).text

@@ -60,13 +60,12 @@ class Execution:
 
 
 def _compile(part: nn.Module, backend: str) -> None:
-    try:
-        part.compile(backend=backend)
-    except RuntimeError as error:  # of TorchDynamo
-        known = torch.compiler.list_backends(exclude_tags=())
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
         raise ConfigError(
             f"compile={backend!r}: torch has no such backend. {suggest(backend, known)}"
-        ) from error
+        )
+    part.compile(backend=backend)
 
 
 def _parts(models: Iterable[nn.Module]) -> Iterator[nn.Module]:

@@ -84,9 +84,9 @@ def check_vocabularies(trial: Trial) -> Iterator[CheckRow]:
     by_position = [loss for name, loss in losses.items() if name not in across]
     if any(loss.from_teacher and loss.needs - {"features", "attention"} for loss in by_position):
         one = "Build both models with one tokenizer."
-        raise IncompatibleModels(f"{finding}. {one} {ACROSS_VOCABULARIES} {advice}")
-    best = '"word"' in advice and any(isinstance(loss, WordKD) for loss in across.values())
-    yield CheckRow("vocabulary", "ok" if best else "note", finding, advice)
+        raise IncompatibleModels(f"{finding}. {one} {ACROSS_VOCABULARIES} {advice.text}")
+    best = advice.loss == "word" and any(isinstance(loss, WordKD) for loss in across.values())
+    yield CheckRow("vocabulary", "ok" if best else "note", finding, advice.text)
 
 
 def check_shapes(trial: Trial) -> Iterator[CheckRow]:
