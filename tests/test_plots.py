@@ -116,6 +116,12 @@ def test_an_empty_caption_and_another_script_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "dog.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_pieces_are_shown_without_the_space_before_them() -> None:
+    figure = plots.attention(result((" dog", "gy", "")))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[1:4] == ["dog\n50%", "gy\n50%", "...\n50%"]
+
+
 def test_a_word_in_another_script_touches_no_state_of_other_threads(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

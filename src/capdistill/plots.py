@@ -337,7 +337,7 @@ def _maps(result: CaptionResult) -> NDArray[np.float64]:
 
 
 def _title(token: str, log_prob: float) -> str:
-    return f"{token}\n{math.exp(log_prob):.0%}"
+    return f"{token.strip() or '...'}\n{math.exp(log_prob):.0%}"
 
 
 def require_matplotlib() -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 
 import capdistill as cd
 from tests.tokenizers.subword_cases import KINDS, captions, full, trimmed, untrimmed
 
+LOWER = ("WordPiece", "BPE with ends of words")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 texts = st.one_of(
     st.text(max_size=30),
@@ -62,6 +63,43 @@ def test_ids_lead_to_the_same_entries_of_the_full_vocabulary(kind: str) -> None:
     assert untrimmed(kind).full_ids == tuple(range(len(vocabulary)))
 
 
+@every_kind
+def test_entries_that_were_added_to_a_tokenizer_are_kept_or_spelled(kind: str) -> None:
+    theirs = Tokenizer.from_str(full(kind).to_str())
+    added = {"new york", "zebu", "Ж"}
+    theirs.add_tokens([AddedToken(text, normalized=text < "o") for text in sorted(added)])
+    text = "a dog in new york and a zebu Ж"
+    whole = cd.tokenizers.HuggingFace(theirs)
+    small = cd.tokenizers.HuggingFace(theirs, keep=[text])
+    without = cd.tokenizers.HuggingFace(theirs, keep=["a dog in and"])
+    for tokenizer in (whole, small):
+        assert added == {tokenizer.vocabulary[i] for i in tokenizer.encode(text)} & added
+    assert [small.full_ids[i] for i in small.encode(text)] == whole.encode(text)
+    assert not {"new york", "zebu"} & {*without.vocabulary}
+    assert without.decode(without.encode(text)) == text
+
+
+@every_kind
+def test_the_texts_of_tokens_are_those_that_they_add(kind: str) -> None:
+    tokenizer = trimmed(kind)
+    for text in (*captions()[:3], "A dog's São Paulo 日本🐕!", "", "🐕"):
+        ids = tokenizer.encode(text)
+        parts = tokenizer.token_texts(ids)
+        assert len(parts) == len(ids)
+        assert (parts[0], parts[-1]) == ("", "")
+        assert "".join(parts) == tokenizer.decode(ids)
+    shown = tokenizer.token_texts(tokenizer.encode("a dog")[1:-1])
+    assert shown[0] == "a"
+    assert shown[1].startswith(" d")
+
+
+def test_half_a_character_is_the_text_of_its_last_byte() -> None:
+    tokenizer = trimmed("byte-level BPE")
+    ids = tokenizer.encode("日é")[1:-1]
+    assert tokenizer.token_texts(ids) == ["", "", "日", "", "é"]
+    assert tokenizer.token_texts(ids[:2]) == ["", "\ufffd"]
+
+
 def test_a_tokenizer_without_an_end_token_names_what_it_has() -> None:
     bare = Tokenizer(models.WordPiece({"a": 0, "stop": 1, "[UNK]": 2}))
     with pytest.raises(cd.errors.ConfigError, match=r"Give end=.*special tokens: none"):
@@ -97,7 +135,7 @@ def test_spans_are_in_order_within_the_caption_and_cover_every_word(kind: str, t
 def test_pieces_of_a_caption_are_the_characters_of_their_spans(kind: str) -> None:
     caption = "A  dog, skateboarding:\tdogs"
     ids, spans = trimmed(kind).encode_spans(caption)
-    lower = kind in ("WordPiece", "BPE with ends of words")
+    lower = kind in LOWER
     for index, (begin, end) in [*zip(ids, spans, strict=True)][1:-1]:
         piece = trimmed(kind).vocabulary[index].strip("Ġ▁#").removesuffix("</w>")
         written = caption[begin:end]

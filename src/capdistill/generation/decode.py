@@ -343,11 +343,10 @@ def _caption(
 def _result(
     model: CaptionGenerator, hypothesis: Hypothesis, attention: Tensor | None, pixels: Tensor
 ) -> CaptionResult:
-    vocabulary = model.tokenizer.vocabulary
     spec = None if attention is None else model.spec()
     return CaptionResult(
         text=hypothesis.text,
-        tokens=tuple(vocabulary[token] for token in hypothesis.tokens),
+        tokens=_token_texts(model.tokenizer, hypothesis.tokens),
         log_prob=hypothesis.log_prob,
         token_log_probs=hypothesis.token_log_probs,
         finished=hypothesis.finished,
@@ -357,6 +356,12 @@ def _result(
         prefix_tokens=spec.prefix_tokens if spec else 0,
         image=pixels,
     )
+
+
+def _token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """Words, or the text of pieces for a tokenizer that has it."""
+    texts = getattr(tokenizer, "token_texts", None)
+    return tuple(texts(ids) if texts else (tokenizer.vocabulary[index] for index in ids))
 
 
 def _attention(

@@ -119,7 +119,8 @@ class CaptionResult:
 
     Args:
         text: The words.
-        tokens: The tokens of the caption as strings, without start and end.
+        tokens: The tokens of the caption as text, without start and end: words, or of subwords what
+            each adds to the text (" dog", "gy").
         log_prob: Sum of the log-probabilities (nats) of its tokens, including the end token.
         token_log_probs: One log-probability (nats) per token, including an end token.
         finished: True if it reached its end token, False if it was cut at the length limit.

@@ -16,7 +16,7 @@ FUNCTION_WORDS = tuple(_FUNCTION_WORDS.split())  # words with which an English c
 
 
 class WordBorders(Protocol):
-    """How pieces make words; see `capdistill.tokenizers.huggingface.WordBorders`."""
+    """How pieces make words; see `capdistill.tokenizers.joining.WordBorders`."""
 
     @property
     def added(self) -> Ids:

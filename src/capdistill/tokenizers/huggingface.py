@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from capdistill.errors import (
     CheckpointError,
@@ -31,27 +31,11 @@ from capdistill.tokenizers.given import (
     read,
     special_pieces,
 )
-from capdistill.tokenizers.joining import Joining
+from capdistill.tokenizers.joining import Joining, WordBorders, borders_of
 from capdistill.tokenizers.trimming import Speller, kept_pieces, reduced
 
 Span = tuple[int, int]
 _HALVES = re.compile("[\ud800-\udfff]")
-_CLOSING = frozenset(".,;:!?")
-
-
-class WordBorders(NamedTuple):
-    """How pieces make words.
-
-    Args:
-        added: Each of these is one more word in a caption: the first pieces of words, or the last
-            ones where a tokenizer marks those.
-        first: Those that are a word as the first piece of a caption.
-        run_on: Pieces that belong to the word before them.
-    """
-
-    added: tuple[int, ...]
-    first: tuple[int, ...]
-    run_on: tuple[int, ...]
 
 
 class HuggingFace:
@@ -311,16 +295,22 @@ class HuggingFace:
     def word_borders(self) -> WordBorders:
         """Which pieces begin or complete a word, and which continue the one before."""
         before = [self._vocabulary[index] for index in self._pieces("a")[0]]
-        text, suffix = self._joining(before), self._speller.suffix
-        count, run_on, solid = [], [], []
-        for piece, index in sorted(self._own.items(), key=operator.itemgetter(1)):
-            added = self._joining([*before, piece])[len(text) :]
-            word = any(c.isalnum() or c == "\ufffd" for c in added) or added.isspace()
-            spaced = added[:1].isspace()
-            count += [index] * (word and (piece.endswith(suffix) if suffix else spaced))
-            solid += [index] * (word and not added.isspace())
-            run_on += [index] * (not (suffix or spaced or _CLOSING.issuperset(added)))
-        return WordBorders(tuple(count), tuple(count if suffix else solid), tuple(run_on))
+        return borders_of(self._joining, self._own, before, self._speller.suffix)
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The text that each id adds: joined, they are that of `decode`.
+
+        Example:
+            >>> from tokenizers import Tokenizer, decoders, models
+            >>> theirs = Tokenizer(models.WordPiece({"[SEP]": 0, "a": 1, "dog": 2, "##s": 3}))
+            >>> theirs.decoder = decoders.WordPiece()
+            >>> HuggingFace(theirs).token_texts([1, 2, 3])
+            ['a', ' dog', 's']
+
+        The bytes of one character are the text of the last of them.
+        """
+        special, entries = self._special, self._vocabulary
+        return self._joining.parts([None if i in special else entries[i] for i in ids])
 
     def _pieces(self, text: str) -> tuple[list[int], list[Span]]:
         """Own ids of a text, and the characters of it that each covers."""
@@ -340,7 +330,8 @@ class HuggingFace:
     def _spelling(self, index: int) -> tuple[int, ...]:
         """Own ids for an id of the encoder."""
         if index not in self._spelled:
-            piece = self._encoder.id_to_token(index)
+            added = self._encoder.get_added_tokens_decoder().get(index)
+            piece = added.content if added else self._encoder.id_to_token(index)
             own = self._own.get(piece)
             unknown = () if self.unk_id is None else (self.unk_id,)
             is_unknown = piece == self._content["tokenizer"]["model"].get("unk_token")

@@ -1,13 +1,16 @@
-"""Pieces to text, by the `decoder` of a tokenizer.json, without the package tokenizers."""
+"""Pieces to text and words, by the `decoder` of a tokenizer.json, without the package tokenizers."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 from capdistill.errors import ConfigError, shortened, suggest
 
 Step = Callable[[list[str]], list[str]]
+_CLOSING = frozenset(".,;:!?")
 
 
 class Joining:
@@ -42,6 +45,54 @@ class Joining:
         for step in self._steps:
             parts = step(parts)
         return "".join(parts)
+
+    def parts(self, pieces: Sequence[str | None]) -> list[str]:
+        """What each piece adds to the text, without white space before it; None adds nothing.
+
+        A piece that ends within a character adds that to the next one.
+        """
+        known = [[p for p in pieces[:n] if p is not None] for n in range(len(pieces) + 1)]
+        *before, whole = [self(each).lstrip() for each in known]
+        ends = accumulate((len(text.rstrip("\ufffd")) for text in before), max)
+        return [whole[begin:end] for begin, end in pairwise([*ends, len(whole)])]
+
+
+class WordBorders(NamedTuple):
+    """How pieces make words.
+
+    Args:
+        added: Each of these is one more word in a caption: the first pieces of words, or the last
+            ones where a tokenizer marks those.
+        first: Those that are a word as the first piece of a caption.
+        run_on: Pieces that belong to the word before them.
+    """
+
+    added: tuple[int, ...]
+    first: tuple[int, ...]
+    run_on: tuple[int, ...]
+
+
+def borders_of(
+    joining: Joining, ids: Mapping[str, int], before: Sequence[str], suffix: str
+) -> WordBorders:
+    """Which pieces begin or complete a word, and which continue the one before.
+
+    Args:
+        joining: From pieces to text.
+        ids: The id of each piece.
+        before: Pieces of a whole word.
+        suffix: What a tokenizer marks the last pieces of words with, or "".
+    """
+    text = joining(before)
+    count, run_on, solid = [], [], []
+    for piece, index in sorted(ids.items(), key=operator.itemgetter(1)):
+        added = joining([*before, piece])[len(text) :]
+        word = any(c.isalnum() or c == "\ufffd" for c in added) or added.isspace()
+        spaced = added[:1].isspace()
+        count += [index] * (word and (piece.endswith(suffix) if suffix else spaced))
+        solid += [index] * (word and not added.isspace())
+        run_on += [index] * (not (suffix or spaced or _CLOSING.issuperset(added)))
+    return WordBorders(tuple(count), tuple(count if suffix else solid), tuple(run_on))
 
 
 def _steps(rule: Any) -> list[Step]:

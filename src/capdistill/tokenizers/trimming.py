@@ -109,7 +109,12 @@ def kept_pieces(content: Mapping[str, Any], occurring: set[str], special: set[st
     single = {piece for piece in pieces if len(speller.body(piece)[0]) == 1}
     if not speller.bytes:
         kept = occurring | single
-        return kept | {p for p in pieces if not kept.issuperset(speller.symbols(p))}
+        added = {t["content"] for t in content.get("added_tokens") or ()} - pieces - special
+        symbols = {
+            text: [s for word in text.split() for s in speller.symbols(word)] for text in added
+        }
+        symbols |= {piece: speller.symbols(piece) for piece in pieces}
+        return kept | {text for text, parts in symbols.items() if not kept.issuperset(parts)}
     written = {key: content.get(key) for key in ("decoder", "pre_tokenizer", "normalizer")}
     characters = {c for piece in occurring for c in piece} | set(as_text(written)) | _ASCII
     return occurring | (single & characters) | {p for p in pieces if byte_of(p) is not None}
@@ -128,10 +133,8 @@ def reduced(content: Mapping[str, Any], kept: set[str], special: set[str]) -> di
     needed = kept | ({unknown} if unknown else set())
     make = {"BPE": _reduced_bpe, "Unigram": _reduced_unigram, "WordPiece": _reduced_word_piece}
     smaller = make[model["type"]](model, needed, special - {unknown})
-    if smaller is None:
-        return dict(content)
     added = [token for token in content.get("added_tokens") or () if token["content"] in kept]
-    return {**content, "added_tokens": added, "model": smaller}
+    return {**content, "added_tokens": added, "model": model if smaller is None else smaller}
 
 
 def _reduced_bpe(model: Mapping[str, Any], kept: set[str], special: set[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Every family teaches what its own forward says, and keeps the laws of teachers."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from capdistill.errors import IncompatibleModels
 from capdistill.generation.config import GenerationConfig, GenerationSpec
 from capdistill.outputs import OUTPUTS, select_images
 from capdistill.teachers.huggingface.image_text_to_text import ImageTextToText
-from tests.teachers.huggingface import by_hand
+from tests.teachers.huggingface import by_hand, tiny
 from tests.teachers.huggingface.conftest import batch_of
 
 # A processor converts tensors as older versions of numpy did.
@@ -112,6 +113,23 @@ def test_attention_is_a_distribution_over_the_visual_tokens(teacher, batch):
     assert output.attention.shape[2] == output.features.shape[1]
     assert_close(output.attention.sum(-1), torch.ones_like(output.attention[..., 0]))
     assert float(output.attention.std()) > 1e-4
+
+
+def test_a_caption_in_detail_has_the_texts_and_the_attention_of_its_tokens(family):
+    module, processor, tokenizer = tiny.make(family)
+    teacher = cd.teachers.from_pretrained(module, tokenizer, processor)  # no attention so far
+    with warnings.catch_warnings():  # a cache that transformers broke; see test_cache
+        warnings.simplefilter("ignore")
+        image = batch_of(teacher).images[0]
+        found = teacher.caption(image, details=True, max_length=4)
+    assert "".join(found.tokens).strip() == found.text
+    if "attention" not in teacher.knowledge:
+        assert found.attention is None
+        return
+    ids = torch.tensor([[teacher.tokenizer.start_id, *found.n_best[0].tokens, 0]])
+    one = replace(batch_of(teacher, ("a",), 1), images=image[None], input_ids=ids, mask=ids >= 0)
+    expected = outputs(teacher, one, "attention").attention[0]
+    assert_close(found.attention, expected[: len(found.tokens)], **CLOSE)
 
 
 def test_an_image_is_encoded_once_for_its_captions(teacher, batch):

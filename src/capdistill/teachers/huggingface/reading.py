@@ -103,6 +103,8 @@ def _read(
         options["output_hidden_states"] = True
     if "attention" in need:
         options["output_attentions"] = True
+        if adapter.reader.config._attn_implementation != "eager":
+            adapter.reader.set_attn_implementation("eager")  # fused kernels do not return it
     output = adapter.read(ids, encoded, keep, **options)
     hidden = attention = None
     if "hidden" in need:

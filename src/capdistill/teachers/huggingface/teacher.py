@@ -93,9 +93,6 @@ class HuggingFaceTeacher(CaptionGenerator):
                 f"'{self.name}' ({type(self.module).__name__}) gives no {name}; it gives "
                 f"{', '.join(sorted(self.knowledge))}. Remove the loss that needs it."
             )
-        reader = self.adapter.reader
-        if "attention" in need and reader.config._attn_implementation != "eager":
-            reader.set_attn_implementation("eager")  # fused kernels do not return it
 
     def spec(self, batch: Batch | None = None) -> ModelSpec:
         """The specification, probed once on a made-up image without changing any state.
