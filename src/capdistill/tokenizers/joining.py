@@ -1,4 +1,4 @@
-"""Pieces to text and words, by the `decoder` of a tokenizer.json, without the package tokenizers."""
+"""Pieces to text and words, by a tokenizer.json's `decoder` and without the package tokenizers."""
 
 from __future__ import annotations
 
