@@ -14,6 +14,7 @@ from capdistill.registry import lazy_exports
 if TYPE_CHECKING:
     from capdistill import data as data
     from capdistill import decoders as decoders
+    from capdistill import deploy as deploy
     from capdistill import encoders as encoders
     from capdistill import errors as errors
     from capdistill import losses as losses
@@ -67,6 +68,7 @@ else:
             "compare": "evaluation.comparison",
             "data": "",
             "decoders": "",
+            "deploy": "",
             "distill_chain": "training.chain",
             "encoders": "",
             "errors": "",

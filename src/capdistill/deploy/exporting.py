@@ -1,0 +1,239 @@
+"""`export`: a captioner as a directory of ONNX graphs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capdistill import __version__
+from capdistill.captioner import Captioner, require_loaded
+from capdistill.deploy import manifest as files
+from capdistill.deploy.graphs import Entry, Traced, tensors_of, trace
+from capdistill.deploy.manifest import FileEntry, Manifest
+from capdistill.deploy.writing import OPSET, Graph, write_graph
+from capdistill.errors import ConfigError, MissingExtra, require_bool
+from capdistill.files import user_path, write_text
+from capdistill.generation.config import GenerationConfig, GenerationSpec, resolve
+from capdistill.progress import report
+from capdistill.runtime import evaluating, generator
+from capdistill.saving import is_saved, require_no_other
+
+TOLERANCE = 1e-3  # of the largest value of an output, between torch and ONNX Runtime
+
+
+def export(
+    captioner: Captioner,
+    directory: str | os.PathLike[str],
+    *,
+    generation: GenerationConfig | Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """Write a captioner as ONNX graphs, which run without torch.
+
+    The directory holds encoder.onnx, step.onnx (one word, for greedy decoding and beam search),
+    the tokenizer, the options of generation and manifest.json. Each graph is run and compared with
+    torch before the directory is written; a process that is killed leaves what was there before,
+    or no manifest. The captioner is not changed.
+
+    Example:
+        >>> import capdistill as cd, tempfile
+        >>> tokenizer = cd.WordTokenizer(["a", "dog", "runs"])
+        >>> student = cd.Captioner.create("debug_student", tokenizer=tokenizer)
+        >>> with tempfile.TemporaryDirectory() as folder:    # doctest: +SKIP
+        ...     cd.deploy.export(student, folder).step_inputs
+        ('tokens', 'position', 'image_keys', 'image_values', 'image_mean', 'state_h', 'state_c')
+
+    Args:
+        captioner: A `Captioner`; any encoder and decoder that torch.onnx can export.
+        directory: Created if it does not exist; an earlier export in it is replaced.
+        generation: The options that the exported captioner uses by default.
+        progress: Report each graph on standard error. An encoder takes up to a minute.
+
+    Raises:
+        ConfigError: it is no `Captioner`, a part cannot be exported (the message names it), or the
+            directory cannot be written.
+        MissingExtra: the extra `onnx` is not installed.
+    """
+    _require_libraries()
+    require_bool("export: progress", progress)
+    _require_captioner(captioner)
+    target = user_path(directory)
+    require_no_other(target)
+    spec = GenerationSpec.of(resolve(generation, {}), captioner.tokenizer)
+    plain = _plain_copy(captioner)
+
+    def fill(folder: Path) -> Manifest:
+        with evaluating(plain):
+            traced = trace(plain)
+            _write_graphs(traced, folder, report if progress else _silent)
+            with torch.no_grad():
+                _compare(plain, traced.entries, folder)
+        plain.tokenizer.save(folder / files.TOKENIZER)  # type: ignore[attr-defined]
+        write_text(folder / files.GENERATION, json.dumps(_options(spec, plain), indent=2) + "\n")
+        return _manifest(plain, traced.entries, spec, folder)
+
+    return files.write_directory(target, fill)
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _require_libraries() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise MissingExtra(
+                f"export needs {name} ({error}). Install it: pip install 'capdistill[onnx]'."
+            ) from error
+
+
+def _require_captioner(captioner: object) -> None:
+    if not isinstance(captioner, Captioner):
+        raise ConfigError(
+            f"export: {type(captioner).__name__} cannot be exported; only a Captioner, which is "
+            "one encoder with one decoder, can. An ensemble and a foreign teacher (Hugging Face, "
+            "cached, wrapped) run code of their own: distil it into a Captioner and export that."
+        )
+    require_loaded(captioner)
+    if not is_saved(captioner.tokenizer):
+        raise ConfigError(
+            f"export: the tokenizer {type(captioner.tokenizer).__name__} cannot be written to a "
+            "file. Use a tokenizer of capdistill.tokenizers, or a WordTokenizer."
+        )
+
+
+def _plain_copy(captioner: Captioner) -> Captioner:
+    """On the CPU in float32: graphs are portable, and the captioner stays as it is."""
+    return copy.deepcopy(captioner).to("cpu", torch.float32).requires_grad_(False)
+
+
+def _write_graphs(traced: Traced, folder: Path, say: Callable[[str], None]) -> None:
+    entries, side = traced.entries, tuple(traced.images.shape[1:])
+    encoder = Graph(
+        f"encoder {type(traced.encoder.encoder).__name__}",
+        traced.encoder,
+        (traced.images,),
+        {"images": ("images", *side)},
+        {each.input: ("images", *each.axes(0)) for each in entries},
+    )
+    inputs = {each.input: (*each.leading, *each.axes("slots")) for each in entries}
+    changed = {
+        f"next_{each.input}": (*each.leading, *each.axes("next_slots"))
+        for each in entries
+        if each.kind != "image"
+    }
+    step = Graph(
+        f"decoder {type(traced.step.decoder).__name__}",
+        traced.step,
+        (traced.tokens, torch.tensor(2), traced.state),
+        {"tokens": ("images", "beams"), "position": (), **inputs},
+        {"logits": ("images", "beams", traced.vocabulary), **changed},
+    )
+    for graph, name in ((encoder, files.ENCODER), (step, files.STEP)):
+        began = time.monotonic()
+        say(f"Exporting {name} ...")
+        write_graph(graph, folder / name)
+        megabytes = (folder / name).stat().st_size / 1e6
+        say(f"Exported {name}: {megabytes:.1f} MB in {time.monotonic() - began:.0f} s")
+
+
+def _compare(captioner: Captioner, entries: Sequence[Entry], folder: Path) -> None:
+    """Run both graphs as torch does, for one image and for three with two beams each.
+
+    Raises:
+        ConfigError: their outputs differ from torch's.
+    """
+    encoder, step = (_session(folder / name) for name in (files.ENCODER, files.STEP))
+    changing = [each for each in entries if each.kind != "image"]
+    random = generator(1, "export")
+    words = len(captioner.tokenizer.vocabulary)
+    shape = (len(captioner.encoder.mean), captioner.image_size, captioner.image_size)
+    for count, beams in ((1, 1), (3, 2)):
+        images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=random)
+        state = captioner.decoder.start(captioner.encode(images))
+        feeds = _run(encoder, {"images": images})
+        for entry in entries:
+            if not entry.late:
+                value = tensors_of(state)[entry.kind, entry.name]
+                _require_close(captioner, files.ENCODER, entry.input, value, feeds[entry.input])
+        for entry in entries:
+            if entry.kind == "row":
+                feeds[entry.input] = feeds[entry.input][:, None].repeat_interleave(beams, 1)
+        state = state.expand(beams)
+        for position in range(3):
+            tokens = torch.randint(0, words, (count, beams), generator=random)
+            logits, state = captioner.decoder.step(tokens.flatten(), state)
+            out = _run(step, {"tokens": tokens, "position": torch.tensor(position), **feeds})
+            _require_close(captioner, files.STEP, "logits", logits, out["logits"].flatten(0, 1))
+            feeds.update({each.input: out[f"next_{each.input}"] for each in changing})
+
+
+def _session(path: Path) -> Any:
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: Any, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    values = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+    names = [output.name for output in session.get_outputs()]
+    return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+
+
+def _require_close(
+    captioner: Captioner, file: str, name: str, expected: Tensor, given: Tensor
+) -> None:
+    same_shape = expected.shape == given.shape
+    if same_shape and not expected.numel():
+        return
+    difference = (expected - given).abs().max().item() if same_shape else float("inf")
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        part = captioner.encoder if file == files.ENCODER else captioner.decoder
+        raise ConfigError(
+            f"export: '{name}' of {file} is not what torch computes for '{captioner.name}': it "
+            f"differs by up to {difference:.2g} ({tuple(given.shape)}, torch "
+            f"{tuple(expected.shape)}). torch.onnx misreads an operator of the "
+            f"{type(part).__name__}."
+        )
+
+
+def _options(spec: GenerationSpec, captioner: Captioner) -> dict[str, Any]:
+    """The content of generation.json: the options, and what they mean in token ids."""
+    ids = asdict(spec)
+    ids["config"] = spec.config.model_dump(mode="json")
+    return {**ids, "pad_id": captioner.tokenizer.pad_id}
+
+
+def _manifest(
+    captioner: Captioner, entries: Sequence[Entry], spec: GenerationSpec, folder: Path
+) -> Manifest:
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")}
+    return Manifest(
+        name=captioner.name,
+        precision="float32",
+        image_size=captioner.image_size,
+        mean=tuple(captioner.encoder.mean),
+        std=tuple(captioner.encoder.std),
+        image_inputs=tuple(each.input for each in entries if each.kind != "row"),
+        state=tuple(each.input for each in entries if each.kind == "row"),
+        vocabulary=len(captioner.tokenizer.vocabulary),
+        max_length=spec.max_length,
+        files={path.name: FileEntry.measured(path) for path in folder.iterdir()},
+        versions={"capdistill": __version__, **libraries, "opset": OPSET},
+    )
