@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from capdistill.averaging import WeightAverage
+from capdistill.averaging import WeightAverage, average_weights
 from capdistill.errors import CheckpointError, ConfigError
 
 
@@ -188,3 +188,57 @@ def test_a_copy_takes_over_buffers_that_do_not_move_when_a_state_is_loaded() -> 
     model[2].scale.fill_(3.0)
     average.load_state_dict(state)
     assert torch.equal(other[2].scale, model[2].scale)
+
+
+# -- the mean of several trainings ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, [1, 2, 5], [0.2, 0.3, 0.5]])
+def test_the_mean_of_weights_is_that_of_float64(weights: list[float] | None) -> None:
+    states = [nn.BatchNorm1d(3).state_dict() for _ in range(3)]
+    for number, state in enumerate(states):
+        generator = torch.Generator().manual_seed(number)
+        for value in state.values():
+            if value.is_floating_point():
+                value.copy_(torch.randn(value.shape, generator=generator))
+        state["num_batches_tracked"] += number + 1
+    found = average_weights(states, weights)
+    shares = torch.tensor(weights or [1.0, 1.0, 1.0], dtype=torch.float64)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        stacked = torch.stack([state[name].double() for state in states])
+        expected = (shares / shares.sum()) @ stacked
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=1e-7)
+    assert int(found["num_batches_tracked"]) == 1
+
+
+def test_the_mean_of_half_precision_is_rounded_once() -> None:
+    one, other = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.0078125])
+    found = average_weights([{"w": one}, {"w": other.to(torch.bfloat16)}], [1, 3])
+    assert found["w"].dtype == torch.bfloat16
+    assert found["w"].item() == 1.0078125
+
+
+def test_the_mean_is_a_copy_of_what_is_averaged() -> None:
+    state = {"w": torch.ones(2), "n": torch.tensor(3)}
+    found = average_weights([state])
+    found["w"] += 1
+    found["n"] += 1
+    assert state["w"].tolist() == [1.0, 1.0]
+    assert int(state["n"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("states", "weights", "message"),
+    [
+        ([], None, "no state dict was given"),
+        ([{"w": torch.ones(1)}], [1.0, 2.0], "2 weights were given for 1 state dicts"),
+        ([{"w": torch.ones(1)}], [0.0], "a weight"),
+        ([{"w": torch.ones(1)}], ["1"], "a weight"),
+        ([{"w": torch.ones(1)}, {"w": torch.ones(2)}], None, "they differ in w"),
+        ([{"w": torch.ones(1)}, {"v": torch.ones(1)}], None, "they differ in w, v"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(states: Any, weights: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"average_weights: .*{message}"):
+        average_weights(states, weights)

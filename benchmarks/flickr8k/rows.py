@@ -188,24 +188,22 @@ def member(encoder: str, decoder: tuple[str, dict[str, Any]], **options: Any) ->
 
 
 def best(teacher: tuple[str, ...]) -> Callable[[Run], cd.Captioner]:
-    """The stages of `recipe("best_small")` after the student by cross-entropy."""
+    """The stages of `recipe("best_small")` after the student by cross-entropy.
+
+    The teacher's captions and targets are computed once for all seeds.
+    """
 
     def make(run: Run) -> cd.Captioner:
         _, *stages = recipe("best_small")["stages"]
         student = run.load("student-ce")
-        cache = run.out / "cache"
         for stage in stages:
-            stage |= {"seed": run.seed, "cache_dir": cache, **run.options}
+            if stage["method"] != "average":
+                stage |= {"seed": run.seed, "cache_dir": run.out / "cache", **run.options}
             if "captions" in stage:
-                stage["captions"]["cache_dir"] = cache
-        table = run_stages(
-            student,
-            run.data.train,
-            run.data.val,
-            teacher=run.teacher(teacher),
-            stages=stages,
-            out=run.directory,
-        )
+                options = stage.pop("captions")
+                train = run.sequences(run.teacher(teacher), "+".join(teacher), **options)
+                stage |= {"train": train, "teacher": run.targets(teacher, train)}
+        table = run_stages(student, run.data.train, run.data.val, stages=stages, out=run.directory)
         stop_if(table.interrupted)
         return student
 

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights that are trained, of a model or for a teacher."""
+"""Averages of weights: of the steps of a training (a moving average), and of several trainings."""
 
 from __future__ import annotations
 
@@ -150,6 +150,63 @@ class WeightAverage:
         if self._fixed:
             own, copied = map(_values, self._fixed)
             _assign(copied, own)
+
+
+def average_weights(
+    states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """The weighted mean of the state dicts of models that were trained from the same weights.
+
+    Weights of one start that were trained in different ways can often be averaged: the result is
+    better than each, at the cost of one. Weights of different starts cannot.
+
+    Example:
+        >>> one, other = {"w": torch.tensor([1.0])}, {"w": torch.tensor([5.0])}
+        >>> average_weights([one, other], [3, 1])
+        {'w': tensor([2.])}
+
+    Args:
+        states: State dicts with the same names and shapes, such as `captioner.state_dict()`.
+        weights: A number > 0 for each, divided by their sum; by default they are equal.
+
+    Returns:
+        The mean, computed in float64, in the types of the first. Values that are no floating-point
+        numbers are those of the first.
+
+    Raises:
+        ConfigError: no state, states of different models, or wrong weights.
+
+    Source:
+        Wortsman et al. (2022), Model soups, section 2; of weights before and after a reward was
+        maximised: Rame et al. (2024), WARP, section 3.
+    """
+    states = list(states)
+    if not states:
+        raise ConfigError("average_weights: no state dict was given; expected one or more.")
+    shares = [1.0] * len(states) if weights is None else list(weights)
+    if len(shares) != len(states):
+        raise ConfigError(
+            f"average_weights: {len(shares)} weights were given for {len(states)} state dicts. "
+            "Give one for each."
+        )
+    shares = [require_number("average_weights: a weight", share, above=0) for share in shares]
+    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in states]
+    for other in shapes[1:]:
+        differing = [n for n in {**shapes[0], **other} if shapes[0].get(n) != other.get(n)]
+        if differing:
+            raise ConfigError(
+                "average_weights: the state dicts are of different models; they differ in "
+                f"{', '.join(differing[:5])}. Give those of one model after several trainings."
+            )
+    total = sum(shares)
+
+    def mean(name: str, first: Tensor) -> Tensor:
+        if not first.is_floating_point():
+            return first.clone()
+        parts = (s[name].double() * (w / total) for s, w in zip(states, shares, strict=True))
+        return sum(parts, torch.zeros_like(first, dtype=torch.float64)).to(first.dtype)
+
+    return {name: mean(name, value.detach()) for name, value in states[0].items()}
 
 
 def _moving(module: nn.Module) -> list[str]:

@@ -257,16 +257,17 @@ def teachers_of(teacher: nn.Module) -> dict[str, nn.Module]:
 
 
 def require_named_teachers(losses: Mapping[str, DistillationLoss], teacher: nn.Module) -> None:
-    """Check that every loss reads a teacher that there is.
+    """Check that every loss reads a teacher that there is; the place of one becomes its name.
 
-    Of several teachers the mixture has logits; features, hidden states and attention are those of
-    one of them.
+    A mixture has logits; features, hidden states and attention are those of one member.
 
     Raises:
         ConfigError: a loss names an unknown teacher, or none although it needs more than logits.
     """
     names = list(teachers_of(teacher))
     for term, loss in losses.items():
+        if type(loss.teacher) is int and 0 <= loss.teacher < len(names):
+            loss.teacher = names[loss.teacher]
         if loss.teacher is not None and not loss.from_teacher:
             raise ConfigError(f"losses: '{term}' names a teacher, but reads none. Leave it out.")
         if loss.teacher is not None and loss.teacher not in names:

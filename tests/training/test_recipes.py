@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from capdistill import Distiller, SelfCritical, Trainer
+from capdistill import Captioner, Distiller, SelfCritical, Trainer
 from capdistill.data import CaptionData
 from capdistill.errors import UnknownName
 from capdistill.training import History, recipe, run_stages
@@ -32,7 +33,10 @@ def test_an_unknown_recipe_is_refused_with_a_suggestion():
 
 
 def test_every_stage_of_the_best_recipe_makes_its_trainer(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, colours: CaptionData
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    colours: CaptionData,
+    saveable: Callable[..., Captioner],
 ) -> None:
     made: list[Any] = []
 
@@ -42,9 +46,10 @@ def test_every_stage_of_the_best_recipe_makes_its_trainer(
 
     monkeypatch.setattr(Trainer, "fit", fit)
     monkeypatch.setattr("capdistill.training.stages.caption", lambda teacher, data, *_, **__: data)
-    models = tiny.make_student(), colours
-    run_stages(*models, teacher=tiny.make_teacher(), out=tmp_path, **recipe("best_small"))
+    run_stages(saveable(), colours, teacher=tiny.make_teacher(), out=tmp_path, **recipe("best_small"))
     assert [type(trainer) for trainer in made] == [Trainer, Distiller, SelfCritical]
     assert [trainer.config.learning_rate for trainer in made] == [1.5e-3, 1e-3, 5e-5]
     assert all(trainer.config.cache_views == 4 for trainer in made)
-    assert made[2].objective.weights == {"reward": 1.0, "token": 0.1}
+    assert made[1].objective.losses["feature"].teacher == "teacher"
+    assert made[2].objective.weights == {"reward": 1.0}
+    assert (tmp_path / "4-average" / "best").is_dir()

@@ -243,6 +243,24 @@ def test_a_name_set_on_the_loss_is_read_too() -> None:
     assert found == sums(distiller(teachers["thin"], losses={"soft": "token"}), batch)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_loss_names_a_teacher_by_its_place_too(place: int) -> None:
+    name = ("wide", "thin")[place]
+    several = distiller(two(), losses={"far": {"name": "hidden", "teacher": place}})
+    assert several.objective.losses["far"].teacher == name
+    batch = tiny.make_batch([3, 1, 4, 2], k=2)
+    by_name = distiller(two(), losses={"far": named("hidden", name)})
+    assert sums(several, batch) == sums(by_name, batch)
+
+
+def test_the_only_teacher_is_in_place_0() -> None:
+    alone = distiller(tiny.make_teacher(), losses={"far": {"name": "hidden", "teacher": 0}})
+    assert alone.objective.losses["far"].teacher == "teacher"
+    for place in (1, -1, True):
+        with pytest.raises(ConfigError, match=f"names the teacher {place}"):
+            distiller(tiny.make_teacher(), losses={"far": {"name": "hidden", "teacher": place}})
+
+
 def test_teachers_of_other_words_are_refused_by_name() -> None:
     other = tiny.make_teacher(4)
     other.tokenizer = WordTokenizer(["red", "lime", "blue", "a", "cat", "dog"])

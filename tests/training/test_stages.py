@@ -165,3 +165,100 @@ def test_a_stage_that_cannot_go_on_is_named_and_goes_on_with_the_changes(
     with pytest.warns(UserWarning, match="continues with changes"):
         table = run(saveable(), shorter, tmp_path, stages=STAGES[:1], accept_changes=True)
     assert table.rows[0].epochs == 3
+
+
+def test_an_average_is_the_mean_of_the_weights_after_the_stages_that_it_names(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    stages = [*STAGES, {"method": "average", "of": ["distill", "self_critical"], "weights": [3, 1]}]
+    student = saveable()
+    table = run(student, colours, tmp_path, stages=stages)
+    places = ("2-distill", "3-self_critical", "4-average")
+    one, other, mean = (
+        tiny.weights_of(cd.Captioner.load(tmp_path / place / "best")) for place in places
+    )
+    for name, value in mean.items():
+        expected = 0.75 * one[name].double() + 0.25 * other[name].double()
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-7)
+    assert tiny.same_bits(mean, tiny.weights_of(student))
+    last = table.rows[-1]
+    assert (last.name, last.stage, last.directory, last.epochs) == ("average", 4, "4-average", 0)
+    assert last.scores.keys() == table.rows[-2].scores.keys()
+    again = saveable()
+    assert run(again, colours, tmp_path, stages=stages).rows[-1] == last
+    assert tiny.same_bits(mean, tiny.weights_of(again))
+
+
+def test_the_average_of_one_stage_scores_as_that_stage(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    stages = [
+        {"method": "train", "name": "first", "ema_decay": 0.5},
+        {"method": "train", "name": "second", "learning_rate": 1.0},
+        {"method": "average", "of": ["first"]},
+    ]
+    first, second, mean = run(saveable(), colours, tmp_path, stages=stages).rows
+    assert mean.scores == first.scores
+    assert mean.scores != second.scores
+
+
+def test_training_goes_on_from_the_average(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    stages = [
+        {"method": "train", "name": "a"},
+        {"method": "train", "name": "b"},
+        {"method": "average", "of": ["a", "b"]},
+        {"method": "train", "name": "c", "learning_rate": 1e-12},
+    ]
+    run(saveable(), colours, tmp_path, stages=stages)
+    mean, last = (
+        tiny.weights_of(cd.Captioner.load(tmp_path / each / "best"))
+        for each in ("3-average", "4-c")
+    )
+    for name, value in mean.items():
+        torch.testing.assert_close(last[name], value, rtol=0, atol=1e-9)
+
+
+def test_a_stage_may_have_its_own_teacher_and_data(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    common, own = tiny.make_teacher(), tiny.make_teacher(seed=5)
+    stage = {"method": "distill", "losses": {"token": "token"}}
+    few = colours.subset(4)
+    students = saveable(), saveable()
+    stages = [{**stage, "teacher": own, "train": few}]
+    run(students[0], colours, tmp_path / "a", stages=stages, teacher=common)
+    run_stages(
+        students[1], few, colours, stages=[stage], teacher=own, out=tmp_path / "b", **OPTIONS
+    )
+    assert tiny.same_bits(*(tiny.weights_of(each) for each in students))
+    no_common = run(saveable(), colours, tmp_path / "c", stages=stages, teacher=None)
+    assert no_common.rows[0].epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({}, "of=None was given.*distill"),
+        ({"of": []}, r"of=\[\]"),
+        ({"of": ["last"]}, r"of=\['last'\]"),
+        ({"of": "distill"}, "of='distill'"),
+        ({"of": ["distill"], "epochs": 3}, "epochs: an average trains nothing"),
+        ({"of": ["distill"], "weights": [1, 2]}, r"weights=\[1, 2\].*1 numbers"),
+        ({"of": ["distill"], "weights": [0]}, "a weight=0"),
+    ],
+)
+def test_a_wrong_average_is_named_before_anything_is_trained(
+    stage: dict[str, Any], message: str, colours: CaptionData, tmp_path: Path
+) -> None:
+    stages = [*STAGES, {"method": "average", **stage}]
+    with pytest.raises(ConfigError, match=rf"stage 4 \('average'\): .*{message}"):
+        run(tiny.make_student(), colours, tmp_path / "out", stages=stages)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_average_needs_a_stage_before_it(colours: CaptionData, tmp_path: Path) -> None:
+    stages = [{"method": "average", "of": ["later"]}, {"method": "train", "name": "later"}]
+    with pytest.raises(ConfigError, match=r"stage 1 .*earlier stages.*none"):
+        run(tiny.make_student(), colours, tmp_path, stages=stages)

@@ -207,7 +207,10 @@ def run_staged(options: argparse.Namespace) -> int:
     student = make_captioner(run.student, "student", teacher.tokenizer)
     out, chosen = user_path(run.out), recipe(options.recipe)
     given = {name: getattr(run.train, name) for name in run.train.model_fields_set}
-    stages = [{**stage, **given} for stage in chosen.pop("stages")]
+    stages = [
+        stage if stage["method"] == "average" else {**stage, **given}
+        for stage in chosen.pop("stages")
+    ]
     table = run_stages(
         student,
         run.data.training_data(data),

@@ -27,6 +27,7 @@ from capdistill.training.history import History
 from capdistill.training.objective import Weights
 from capdistill.training.run_directory import Resume, identity
 from capdistill.training.sources import close_workers
+from capdistill.training.trainer import Trainer
 from capdistill.training.validation import References, add_references
 
 TABLE = "chain.json"
@@ -181,7 +182,7 @@ def distill_chain(
             about = _measured(run)
             scores = _known_scores(file, about)
             if scores is None and not history.interrupted:
-                scores = _scores(run, teacher)
+                scores = scores_of(run, teacher)
             name = str(getattr(teacher, "name", type(teacher).__name__))
             rows.append(ChainRow(name, _size(teacher), scores=scores or {}))
         rows.append(history_row(student, number, place.name, history))
@@ -298,16 +299,21 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _scores(run: Distiller, teacher: Any) -> dict[str, float]:
-    """The teacher's scores on the validation data, as those of the student are measured."""
+def scores_of(run: Trainer, model: Any) -> dict[str, float]:
+    """The scores of a model on the validation data of a run, measured as the run does.
+
+    Args:
+        run: A trainer after its `fit`.
+        model: What generates captions; of another kind, or without validation data, it has none.
+    """
     source, references, captions = run.val_source, References(), dict[str, str]()
-    if source is None or not callable(getattr(teacher, "generate", None)):
+    if source is None or not callable(getattr(model, "generate", None)):
         return {}
-    with evaluating(teacher), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in source.epoch(0):
             add_references(references, batch)
             with autocast(run.device, run.precision):
-                found = teacher.generate(batch.to(run.device), run.config.generation)
+                found = model.generate(batch.to(run.device), run.config.generation)
             captions |= zip(batch.image_ids, (each.text for each in found), strict=True)
     close_workers(source)
     return run.score(references, captions)

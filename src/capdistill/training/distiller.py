@@ -81,7 +81,8 @@ class Distiller(Trainer):
             vocabulary see `capdistill.teachers.TrimmedTeacher` and `RetokenizingTeacher`.
         student: The captioner that is trained.
         losses: Term name -> loss, or a registered name, or {"name": ..., arguments}. By default
-            token, feature and hidden. "teacher" among the arguments names one of several teachers.
+            token, feature and hidden. "teacher" among the arguments names one of several teachers,
+            or gives its place, from 0.
         weights: Weights of "ce" and of each loss; see `Objective`. A loss without a weight gets its
             default: 0.3 for ce, 0.7 for token, 0.2 for feature, 0.1 for hidden, 1 for any other. A
             term of weight 0 is not built. `Uncertainty`, `GradNorm` and `LossRatio` of
@@ -124,7 +125,6 @@ class Distiller(Trainer):
     def _set_up(self, losses: Mapping[str, DistillationLoss], weights: Weights) -> None:
         """Build the objective; fit the models to each other and to the losses."""
         self.objective = Objective(self.student, losses, weights, self.config.label_smoothing)
-        self.loss_options = {name: options_of(loss) for name, loss in self._losses.items()}
         self._teacher_is_placed = is_placed_teacher(self.teacher)
         self._teacher_parts = [] if self.teacher is None else list(self.teacher.modules())
         self._followers = self._find_followers()
@@ -132,6 +132,7 @@ class Distiller(Trainer):
             require_named_teachers(self._losses, self.teacher)
             if cached_parts(self.teacher):
                 require_kept(self._losses, teachers_of(self.teacher))
+        self.loss_options = {name: options_of(loss) for name, loss in self._losses.items()}
         self._keep_apart()
         self._built = False
         self.check_options()

@@ -9,19 +9,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
+from capdistill.averaging import average_weights
 from capdistill.captioner import Captioner
-from capdistill.errors import ConfigError, shortened, suggest
+from capdistill.errors import ConfigError, require_number, shortened, suggest
 from capdistill.files import user_path, write_text
 from capdistill.teachers.caption_file import require_data
 from capdistill.teachers.captions import caption, check_options
-from capdistill.training.chain import ChainRow, ChainTable, history_row, naming
+from capdistill.training.chain import ChainRow, ChainTable, history_row, naming, scores_of
 from capdistill.training.distiller import Distiller, Teacher, as_teacher
+from capdistill.training.history import History
 from capdistill.training.run_directory import Resume
 from capdistill.training.self_critical import SelfCritical
 from capdistill.training.trainer import Trainer
 
 TABLE = "stages.json"
-Method = Literal["train", "distill", "self_critical"]
+Method = Literal["train", "distill", "self_critical", "average"]
+OWN = ("method", "name", "captions", "teacher", "train")  # of a stage, beside its trainer's
 
 
 def run_stages(
@@ -64,12 +69,15 @@ def run_stages(
         student: The captioner; it is trained in place.
         train: As for `Trainer.fit`; all stages have the same images.
         val: As for `Trainer.fit`.
-        stages: A mapping for each stage. "method": "train" (`Trainer`), "distill" (`Distiller`) or
-            "self_critical" (`SelfCritical`). "name": of its directory; the method by default.
-            "losses" and "weights": as for that trainer; `reward` too, for the last. "captions":
-            the stage learns from the teacher's captions, with these arguments of
+        stages: A mapping for each stage. "method": "train" (`Trainer`), "distill" (`Distiller`),
+            "self_critical" (`SelfCritical`), or "average". "name": of its directory; the method by
+            default. "losses" and "weights": as for that trainer; `reward` too, for the last.
+            "captions": the stage learns from the teacher's captions, with these arguments of
             `capdistill.teachers.caption`; device, precision, cache_dir and progress are those of
-            the trainer by default. Everything else is an option of its trainer.
+            the trainer by default. "teacher" and "train": instead of those of all stages, such as
+            cached targets of the same teacher. Everything else is an option of its trainer.
+            "average" trains nothing: the student gets the mean of its weights after the earlier
+            stages that "of" names, with "weights" (`average_weights`).
         out: Directory of the stages, and of the returned table in stages.json.
         teacher: As for `Distiller`; not needed if no stage reads it. A stage of "self_critical"
             with `"losses": {}` reads none.
@@ -88,26 +96,64 @@ def run_stages(
     listed = _checked(stages)
     for number, stage in enumerate(listed, 1):
         with naming(f"run_stages: stage {number} ('{stage['name']}')"):
+            if stage["method"] == "average":
+                continue
             _make(stage, student, taught, options)
             if "captions" in stage:
-                require_data("captions", train)
+                require_data("captions", stage.get("train", train))
     directory, rows = user_path(out), list[ChainRow]()
+    kept: dict[str, dict[str, Tensor]] = {}  # the weights after each stage, for "average"
+    averaged = {name for stage in listed for name in stage.get("of", ())}
+    trainer, history = None, History()
     for number, stage in enumerate(listed, 1):
         place = f"{number}-{stage['name']}"
         how: Any = {"overwrite": overwrite, "accept_changes": accept_changes}
         with naming(f"run_stages: stage {number} ('{stage['name']}')"):
-            trainer, data = _make(stage, student, taught, options), train
-            if "captions" in stage:
-                given = {**_shared(trainer), "overwrite": overwrite, **stage["captions"]}
-                data = caption(taught, train, directory / f"{place}.jsonl", **given)
-            begun = "auto" if resume is True and number > 1 else resume
-            history = trainer.fit(data, val, out=directory / place, resume=begun, **how)
-        rows.append(history_row(student, number, place, history, name=stage["name"]))
+            if stage["method"] == "average":
+                assert trainer is not None  # `_checked`
+                rows.append(_average(stage, student, kept, trainer, number, directory / place))
+            else:
+                trainer, data = _make(stage, student, taught, options), stage.get("train", train)
+                if "captions" in stage:
+                    given = {**_shared(trainer), "overwrite": overwrite, **stage["captions"]}
+                    data = caption(taught, data, directory / f"{place}.jsonl", **given)
+                begun = "auto" if resume is True and number > 1 else resume
+                history = trainer.fit(data, val, out=directory / place, resume=begun, **how)
+                rows.append(history_row(student, number, place, history, name=stage["name"]))
+        if stage["name"] in averaged:
+            kept[stage["name"]] = {n: v.clone() for n, v in student.state_dict().items()}
         table = ChainTable(tuple(rows), history.interrupted, history.signal)
         write_text(directory / TABLE, json.dumps(table.to_json(), indent=2))
         if history.interrupted:
             break
     return table
+
+
+def _average(
+    stage: Mapping[str, Any],
+    student: Captioner,
+    kept: Mapping[str, Mapping[str, Tensor]],
+    trainer: Trainer,
+    number: int,
+    directory: Path,
+) -> ChainRow:
+    """Give the student the mean of its weights after earlier stages; score and save it.
+
+    Args:
+        kept: The weights after each of these stages.
+        trainer: That of the last one before, which knows the validation data.
+    """
+    student.load_state_dict(average_weights([kept[n] for n in stage["of"]], stage.get("weights")))
+    if trainer.ranks.main:
+        student.save(directory / "best")
+    return ChainRow(
+        stage["name"],
+        student.num_parameters(),
+        number,
+        directory.name,
+        scores=scores_of(trainer, student),
+        stopped=f"the mean of {', '.join(stage['of'])}",
+    )
 
 
 def _shared(trainer: Trainer) -> dict[str, Any]:
@@ -137,7 +183,35 @@ def _checked(stages: Any) -> list[dict[str, Any]]:
                 f"run_stages: stage {number}: name={name!r} cannot name a directory. Use letters, "
                 "digits, '-', '_' and '.'."
             )
-    return [{**stage, "name": stage.get("name", stage["method"])} for stage in listed]
+    named = [{**stage, "name": stage.get("name", stage["method"])} for stage in listed]
+    for number, stage in enumerate(named, 1):
+        if stage["method"] == "average":
+            _check_average(stage, number, [each["name"] for each in named[: number - 1]])
+    return named
+
+
+def _check_average(stage: Mapping[str, Any], number: int, earlier: Sequence[str]) -> None:
+    begin = f"run_stages: stage {number} ('{stage['name']}')"
+    unused = sorted(stage.keys() - {"method", "name", "of", "weights"})
+    if unused:
+        raise ConfigError(
+            f"{begin}: {', '.join(unused)}: an average trains nothing. Its keys are 'name', 'of' "
+            "and 'weights'."
+        )
+    of, weights = stage.get("of"), stage.get("weights")
+    if not isinstance(of, (list, tuple)) or not of or any(earlier.count(n) != 1 for n in of):
+        known = ", ".join(earlier) or "none"
+        raise ConfigError(
+            f"{begin}: of={shortened(of)} was given. Expected the names of earlier stages, each "
+            f"borne by one of them: {known}."
+        )
+    if weights is not None and (not isinstance(weights, (list, tuple)) or len(weights) != len(of)):
+        raise ConfigError(
+            f"{begin}: weights={shortened(weights)} was given. Expected {len(of)} numbers, one for "
+            "each stage in 'of'."
+        )
+    for weight in weights or ():
+        require_number(f"{begin}: a weight", weight, above=0)
 
 
 def _make(
@@ -152,9 +226,10 @@ def _make(
         ConfigError: what the trainer or `caption` refuses; a stage that needs a teacher although
             there is none.
     """
-    left_out = ("method", "name", "captions")
-    own = {name: value for name, value in stage.items() if name not in left_out}
+    own = {name: value for name, value in stage.items() if name not in OWN}
     method, chosen = stage["method"], copy.deepcopy({**options, **own})
+    if stage.get("teacher") is not None:
+        teacher = as_teacher(stage["teacher"])
     try:
         if "captions" in stage:
             if not isinstance(stage["captions"], Mapping):
