@@ -266,8 +266,9 @@ def require_named_teachers(losses: Mapping[str, DistillationLoss], teacher: nn.M
     """
     names = list(teachers_of(teacher))
     for term, loss in losses.items():
-        if type(loss.teacher) is int and 0 <= loss.teacher < len(names):
-            loss.teacher = names[loss.teacher]
+        place: Any = loss.teacher
+        if type(place) is int and 0 <= place < len(names):
+            loss.teacher = names[place]
         if loss.teacher is not None and not loss.from_teacher:
             raise ConfigError(f"losses: '{term}' names a teacher, but reads none. Leave it out.")
         if loss.teacher is not None and loss.teacher not in names:

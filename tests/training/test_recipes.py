@@ -46,7 +46,8 @@ def test_every_stage_of_the_best_recipe_makes_its_trainer(
 
     monkeypatch.setattr(Trainer, "fit", fit)
     monkeypatch.setattr("capdistill.training.stages.caption", lambda teacher, data, *_, **__: data)
-    run_stages(saveable(), colours, teacher=tiny.make_teacher(), out=tmp_path, **recipe("best_small"))
+    how = {"teacher": tiny.make_teacher(), "out": tmp_path, **recipe("best_small")}
+    run_stages(saveable(), colours, **how)
     assert [type(trainer) for trainer in made] == [Trainer, Distiller, SelfCritical]
     assert [trainer.config.learning_rate for trainer in made] == [1.5e-3, 1e-3, 5e-5]
     assert all(trainer.config.cache_views == 4 for trainer in made)

@@ -37,8 +37,8 @@ class DistillationLoss(nn.Module):
             teacher's output.
         across_vocabularies: True for a loss on words whose teacher may have another vocabulary: it
             is then given the teacher's output for the teacher's own ids of the captions.
-        teacher: Name of the teacher that the loss reads, where there are several, or its place,
-            from 0; set by `{"name": "feature", "teacher": "lite2"}`, too.
+        teacher: Name of the teacher that the loss reads, where there are several; set by
+            `{"name": "feature", "teacher": "lite2"}`, too, or by its place: `"teacher": 0`.
         progress: Share of the run that is done, 0 to 1, for schedules; the trainer sets it before
             each forward pass.
 
@@ -52,7 +52,7 @@ class DistillationLoss(nn.Module):
     couples_batch: bool = False
     from_teacher: bool = True
     across_vocabularies: bool = False
-    teacher: str | int | None = None
+    teacher: str | None = None
     progress: float = 0.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
