@@ -259,10 +259,9 @@ def teachers_of(teacher: nn.Module) -> dict[str, nn.Module]:
 def require_named_teachers(losses: Mapping[str, DistillationLoss], teacher: nn.Module) -> None:
     """Check that every loss reads a teacher that there is; the place of one becomes its name.
 
-    A mixture has logits; features, hidden states and attention are those of one member.
-
     Raises:
-        ConfigError: a loss names an unknown teacher, or none although it needs more than logits.
+        ConfigError: a loss names an unknown teacher, or none of several although it needs more than
+            logits, which alone a mixture has.
     """
     names = list(teachers_of(teacher))
     for term, loss in losses.items():
