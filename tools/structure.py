@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "capdistill"
-MAX_FILES, MAX_LINES, MAX_PUBLIC = 180, 420, 30
+MAX_FILES, MAX_LINES, MAX_PUBLIC = 182, 420, 30
 TORCH_FREE = (
     "errors",
     "files",
@@ -34,6 +34,8 @@ TORCH_FREE = (
     "deploy.manifest",
     "cli.*",
     "data.caption_files",
+    "data.depths",
+    "data.pixels",
     "metrics",
     "metrics.*",
 )

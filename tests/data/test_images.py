@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from capdistill.data import CaptionData, Example, read_image
-from capdistill.data import images as images_module
+from capdistill.data import pixels as pixels_module
 from capdistill.data.images import centre_square, random_square
+from capdistill.data.pixels import square_pixels
 from capdistill.errors import DataError
 from tests.data.data_pictures import broken_files, noise
 
@@ -254,7 +255,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_image_beyond_the_pixel_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images_module, "MAX_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(pixels_module, "MAX_PIXELS", 64 * 64 - 1)
     with pytest.raises(DataError, match="64 x 64 pixels; at most 4,095"):
         read_image(noise())
 
@@ -263,7 +264,7 @@ def test_a_file_beyond_the_byte_limit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise().save(tmp_path / "large.png")
-    monkeypatch.setattr(images_module, "MAX_BYTES", 1000)
+    monkeypatch.setattr(pixels_module, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match=r"large\.png.*1,000 bytes"):
         read_image(tmp_path / "large.png")
 
@@ -382,6 +383,35 @@ def test_the_order_of_pixels_in_memory_changes_no_value() -> None:
     )
     assert torch.equal(first, second)
     assert first.is_contiguous()
+
+
+NATIVE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+same_as_torch = pytest.mark.skipif(not NATIVE, reason="torch resizes in float here")
+
+
+@same_as_torch
+@given(
+    height=st.integers(1, 400),
+    width=st.integers(1, 400),
+    size=st.integers(1, 260),
+    seed=st.integers(0, 2**16),
+    extreme=st.booleans(),
+)
+def test_squares_without_torch_are_those_of_torch(
+    height: int, width: int, size: int, seed: int, extreme: bool
+) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    pixels = (pixels > 127).astype(np.uint8) * 255 if extreme else pixels
+    wanted = centre_square(torch.from_numpy(pixels).permute(2, 0, 1), size)
+    assert np.array_equal(square_pixels(pixels, size), wanted.numpy())
+
+
+@same_as_torch
+@pytest.mark.parametrize("side", [1500, 3000])
+def test_squares_of_large_photos_are_those_of_torch(side: int) -> None:
+    pixels = np.random.default_rng(side).integers(0, 256, (side, side + 40, 3), np.uint8)
+    wanted = centre_square(torch.from_numpy(pixels).permute(2, 0, 1), 96)
+    assert np.array_equal(square_pixels(pixels, 96), wanted.numpy())
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")

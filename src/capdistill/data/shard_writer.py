@@ -18,7 +18,8 @@ from capdistill.data.caption_files import DataReport, Policy, Problem
 from capdistill.data.collate import image_ids_of
 from capdistill.data.dataset import CaptionData, Splits
 from capdistill.data.image_names import SUFFIXES, StoredImage
-from capdistill.data.images import held_image, image_bytes, read_image
+from capdistill.data.images import read_image
+from capdistill.data.pixels import held_image, image_bytes
 from capdistill.data.rows import accept_rows, caption_texts
 from capdistill.data.shards import Sample, TarImage, index_file, samples_of
 from capdistill.errors import ConfigError, DataError, require_int

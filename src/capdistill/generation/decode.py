@@ -10,11 +10,12 @@ from operator import length_hint
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from capdistill.data.images import is_many, read_batches
+from capdistill.data.pixels import is_many, read_batches
 from capdistill.decoders.base import Decoder
 from capdistill.errors import ConfigError
 from capdistill.generation.config import (
@@ -299,7 +300,8 @@ class CaptionGenerator(nn.Module):
         size = self.image_size or USUAL_SIZE
         for squares in read_batches(images, size, batch_size, errors):
             readable = [square for square in squares if square is not None]
-            made = iter(_caption(self, torch.stack(readable), spec, details) if readable else ())
+            pixels = torch.from_numpy(np.stack(readable)) if readable else None
+            made = iter(() if pixels is None else _caption(self, pixels, spec, details))
             yield from (None if square is None else next(made) for square in squares)
 
     def _generation_spec(
