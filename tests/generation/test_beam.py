@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from capdistill.errors import ConfigError
 from capdistill.generation import GenerationConfig, GenerationSpec, beam_search, generate, search
-from capdistill.generation.hypotheses import _keys, stable_topk, unfinished_images
-from capdistill.generation.search import BeamSearch
+from capdistill.generation.choice import _keys, stable_topk
+from capdistill.generation.search import BeamSearch, unfinished_images
 from tests.generation.decoding_cases import (
     END,
     FORMS,

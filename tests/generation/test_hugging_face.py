@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capdistill.generation import GenerationConfig, GenerationSpec, generate
-from capdistill.generation.search import warp
+from capdistill.generation.choice import warp
 from tests.generation.decoding_cases import (
     END,
     FORMS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from capdistill.generation import GenerationConfig, GenerationSpec, generate
-from capdistill.generation.search import draw, image_keys, row_keys, uniforms
+from capdistill.generation.choice import draw, image_keys, row_keys, uniforms
 from tests.generation.decoding_cases import (
     END,
     LIMIT,
@@ -84,7 +84,7 @@ def test_draws_are_even_and_not_alike_from_place_to_place():
 
 def test_splitmix64_gives_its_published_numbers():
     """First outputs of the generator of Steele, Lea and Flood for seed 1234567."""
-    from capdistill.generation.search import _GAMMA, _mix
+    from capdistill.generation.choice import _GAMMA, _mix
 
     seeds = 1234567 + torch.arange(1, 4) * _GAMMA
     found = [x % 2**64 for x in _mix(seeds).tolist()]

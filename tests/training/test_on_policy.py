@@ -22,7 +22,7 @@ from capdistill.data import CaptionData, Curriculum, Example
 from capdistill.data.source import FixedBatches
 from capdistill.decoders.base import Decoder, DecoderState
 from capdistill.errors import ConfigError
-from capdistill.generation.search import image_keys, row_keys, uniforms
+from capdistill.generation.choice import image_keys, row_keys, uniforms
 from capdistill.outputs import Batch, DecoderOutput
 from capdistill.runtime import autocast, evaluating, stable_hash
 from capdistill.tokenizer import WordTokenizer

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -74,7 +74,7 @@ def read_pixels(source: ImageSource) -> Pixels:
         return _from_array(source, "array", channels_first=False)
     if isinstance(source, Image.Image):
         return _guarded(source, _name_of(source))
-    name, data = image_bytes(source)
+    name, data = image_bytes(cast("Encoded", source))
     if not data:
         raise DataError(f"{name}: the file is empty; expected an image.")
     return _decode(data, name)

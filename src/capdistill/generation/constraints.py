@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from capdistill.generation.config import GenerationSpec
+from capdistill.generation.hypotheses import IMPOSSIBLE
 from capdistill.generation.words import SubwordRules
-
-IMPOSSIBLE = -1e9  # floor for log-probabilities: below any real one, above a banned one (-inf)
 
 
 class Constraints:

@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 from capdistill.data.pixels import is_many, read_batches
 from capdistill.decoders.base import Decoder
 from capdistill.errors import ConfigError
+from capdistill.generation.choice import image_keys
 from capdistill.generation.config import (
     CaptionOptions,
     DecodingOptions,
@@ -27,7 +28,7 @@ from capdistill.generation.config import (
     resolve,
 )
 from capdistill.generation.hypotheses import CaptionResult, Hypothesis
-from capdistill.generation.search import BeamSearch, Sampling, Search, image_keys
+from capdistill.generation.search import BeamSearch, Sampling, Search
 from capdistill.outputs import Batch, ModelSpec
 from capdistill.runtime import inference
 from capdistill.tokenizer import Tokenizer, pad_batch

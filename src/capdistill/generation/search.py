@@ -2,25 +2,101 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from capdistill.decoders.base import Decoder, DecoderState
-from capdistill.generation.config import GenerationConfig, GenerationSpec
+from capdistill.generation.choice import draw, row_keys, stable_topk, uniforms, warp
+from capdistill.generation.config import GenerationSpec
 from capdistill.generation.constraints import Constraints
-from capdistill.generation.hypotheses import (
-    HypothesisBatch,
-    accumulation_dtype,
-    best_divisor,
-    length_divisor,
-    stable_topk,
-    unfinished_images,
-)
+from capdistill.generation.hypotheses import Hypothesis, best_divisor, best_of, length_divisor
+
+LEAVING_SHARE = 8  # images leave once an eighth of them is done: copying the others costs too
+LOOK_EVERY = 4  # words between two synchronisations with an accelerator
+
+
+@dataclass(frozen=True)
+class HypothesisBatch:
+    """K hypotheses of each of J images.
+
+    Args:
+        images: (J,) places in the batch.
+        tokens: (J, K, L) ids; those from `lengths` on are undefined.
+        log_probs: (J, K, L) of the tokens, the end token's after the last.
+        lengths: (J, K) tokens, without the end.
+        ended: (J, K) bool, True after an end token.
+        scores: (J, K); -inf where there is no hypothesis.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    log_probs: Tensor
+    lengths: Tensor
+    ended: Tensor
+    scores: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor, count: int, length: int) -> HypothesisBatch:
+        """No hypothesis yet, for as many images as `like` has rows and in its precision."""
+        images, device = len(like), like.device
+        shape = (images, count)
+        return cls(
+            images=torch.arange(images, device=device),
+            tokens=torch.zeros(*shape, length, dtype=torch.int64, device=device),
+            log_probs=torch.zeros(*shape, length, dtype=like.dtype, device=device),
+            lengths=torch.zeros(shape, dtype=torch.int64, device=device),
+            ended=torch.zeros(shape, dtype=torch.bool, device=device),
+            scores=torch.full(shape, -torch.inf, dtype=like.dtype, device=device),
+        )
+
+    def take(self, index: Tensor) -> HypothesisBatch:
+        """The hypotheses of some images."""
+        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    @classmethod
+    def join(cls, parts: Sequence[HypothesisBatch]) -> HypothesisBatch:
+        """The hypotheses of all images, in the order of the batch."""
+        if len(parts) > 1:
+            values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+            parts = [cls(**{name: torch.cat(each) for name, each in values.items()})]
+        return parts[0].take(parts[0].images.argsort())
+
+    def hypotheses(self, count: int) -> list[Hypothesis]:
+        """The best of each image, with its `count` best; equal scores stay in their order."""
+        order = self.scores.sort(dim=1, descending=True, stable=True).indices[:, :count]  # (J, n)
+        longest = int((self.lengths + self.ended.long()).max())
+        deep = order[..., None].expand(-1, -1, longest)
+        columns = (
+            self.tokens[..., :longest].gather(1, deep),
+            self.log_probs[..., :longest].gather(1, deep),
+            *(each.gather(1, order) for each in (self.lengths, self.ended, self.scores)),
+        )
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [best_of(zip(*row, strict=True)) for row in rows]
+
+
+def unfinished_images(done: Tensor, position: int) -> Tensor | None:
+    """Indices (J',) of the images that are not done; None if none, or too few, would leave.
+
+    Example:
+        >>> unfinished_images(torch.tensor([True, False]), position=0)
+        tensor([1])
+    """
+    if done.device.type != "cpu" and position % LOOK_EVERY:
+        return None
+    count = int(done.sum())
+    if count < len(done) and count * LEAVING_SHARE < len(done):
+        return None
+    return None if count == 0 else (~done).nonzero()[:, 0]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is too coarse to add up log-probabilities in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Search:
@@ -278,83 +354,3 @@ class BeamSearch(Search):
             return
         images = torch.arange(len(parent), device=parent.device)
         self.state = self.state.reorder((images[:, None] * old + parent).flatten())
-
-
-_GAMMA, _MIX_1, _MIX_2 = (
-    0x9E3779B97F4A7C15 - 2**64,
-    0xBF58476D1CE4E5B9 - 2**64,
-    0x94D049BB133111EB - 2**64,
-)
-
-
-def warp(log_probs: Tensor, config: GenerationConfig) -> Tensor:
-    """Log-probabilities (R, V) to logits to draw from: temperature, then top-k, then top-p.
-
-    Example:
-        >>> warp(torch.tensor([[0.5, 0.3, 0.2]]).log(), GenerationConfig(top_k=2)).softmax(-1)
-        tensor([[0.6250, 0.3750, 0.0000]])
-    """
-    logits = log_probs / config.temperature
-    if config.top_k:
-        least = logits.topk(min(config.top_k, logits.shape[1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if config.top_p < 1:
-        rising, order = logits.sort(dim=1, stable=True)
-        drop = rising.softmax(-1).cumsum(-1) <= 1 - config.top_p
-        drop[:, -1] = False  # the most probable word stays
-        logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
-    return logits
-
-
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One id per row, (R,), by inverting the distribution (R, V) at `uniform` (R,), in [0, 1).
-
-    Example:
-        >>> draw(torch.tensor([[0.2, 0.3, 0.5]]).log().expand(3, 3), torch.tensor([0.1, 0.4, 0.9]))
-        tensor([0, 1, 2])
-    """
-    cumulative = logits.double().softmax(-1).cumsum(-1)  # (R, V)
-    wanted = uniform.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
-
-
-def uniforms(keys: Tensor, seed: int, position: int) -> Tensor:
-    """Random numbers in [0, 1), float64, as a function of key, seed and position.
-
-    No state is kept, so the result does not depend on the batch or the device.
-
-    Args:
-        keys: int64, one for each number.
-        seed: Seed of the sampling.
-        position: Position of the word in the caption.
-
-    Source:
-        The output function of SplitMix64 (Steele, Lea, Flood 2014).
-    """
-    place = torch.full_like(keys, position + 1) * _GAMMA
-    mixed = _mix(keys + _mix(torch.full_like(keys, seed)) + place)
-    return _shift(mixed, 12).double() * 2.0**-52
-
-
-def row_keys(keys: Tensor, count: int) -> Tensor:
-    """(J,) keys of images to (J, count) of the captions drawn for them."""
-    return _mix(keys[:, None] + _GAMMA * torch.arange(1, count + 1, device=keys.device))
-
-
-def image_keys(images: Iterable[str | bytes]) -> Tensor:
-    """An int64 for each image, computed from its id or its pixels."""
-    contents = (i.encode("utf-8", "surrogatepass") if isinstance(i, str) else i for i in images)
-    digests = (hashlib.blake2b(content, digest_size=8).digest() for content in contents)
-    return torch.tensor([int.from_bytes(each, "little", signed=True) for each in digests])
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64; int64 arithmetic wraps, as it requires."""
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift to the right without the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)

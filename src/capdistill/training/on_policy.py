@@ -16,9 +16,9 @@ from torch import Tensor
 
 from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError
+from capdistill.generation.choice import image_keys
 from capdistill.generation.config import GenerationConfig, GenerationSpec
-from capdistill.generation.hypotheses import HypothesisBatch
-from capdistill.generation.search import Sampling, image_keys
+from capdistill.generation.search import HypothesisBatch, Sampling
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch
 from capdistill.runtime import generator, inference, stable_hash
