@@ -36,9 +36,9 @@ from capdistill.tokenizers.saved import load as load_tokenizer
 from capdistill.weights import StateOf, load_exactly, read_metadata, read_state_dict, strip_prefixes
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "captioner.json", "tokenizer.json"
-ENSEMBLE = "ensemble.json"  # describes the members of an ensemble, each in a directory within
-TARGETS = "targets.json"  # describes cached targets of a teacher
+ENSEMBLE, TARGETS, PRETRAINED = "ensemble.json", "targets.json", "pretrained.json"
 _KINDS = {DESCRIPTION: "a saved captioner", ENSEMBLE: "a saved ensemble", TARGETS: "cached targets"}
+_KINDS[PRETRAINED] = "a saved teacher of Hugging Face"
 PENDING = ".captioner"  # a directory of files that are complete but not yet in place
 _FORMAT = "capdistill.captioner/1"
 IDENTITY = "capdistill.weights"  # in the metadata of the weights

@@ -314,14 +314,15 @@ def captioner_directory(given: str) -> Path:
     Raises:
         CheckpointError: no captioner is there; the message says what is.
     """
-    from capdistill.saving import DESCRIPTION, ENSEMBLE, TARGETS, saved_file
+    from capdistill.saving import DESCRIPTION, ENSEMBLE, PRETRAINED, TARGETS, saved_file
     from capdistill.teachers.directory import is_pretrained
 
     if is_pretrained(given):
         return Path(given)
     path = user_path(given, CheckpointError)
     for directory in (path, path / "best", path / "final", path.parent if path.is_file() else path):
-        if any(saved_file(directory, n).is_file() for n in (DESCRIPTION, ENSEMBLE, TARGETS)):
+        names = (DESCRIPTION, ENSEMBLE, TARGETS, PRETRAINED)
+        if any(saved_file(directory, name).is_file() for name in names):
             return directory
     if not path.exists():
         siblings = path.parent.iterdir() if path.parent.is_dir() else ()

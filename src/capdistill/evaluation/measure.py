@@ -28,6 +28,8 @@ from capdistill.errors import CapdistillError, DataError
 from capdistill.generation.config import GenerationConfig
 from capdistill.outputs import Batch
 from capdistill.runtime import autocast
+from capdistill.saving import PRETRAINED
+from capdistill.teachers.ensemble import leaves, load
 
 WARM_UP = 3  # images
 TIMED = 20  # images
@@ -166,7 +168,8 @@ def measure_costs(
     with tempfile.TemporaryDirectory() as folder:
         try:
             captioner.save(folder)
-            costs["disk_bytes"] = disk_bytes(folder)
+            elsewhere = (getattr(each, "weight_bytes", 0) for each in leaves(captioner))
+            costs["disk_bytes"] = disk_bytes(folder) + sum(elsewhere)
             if device.type == "cpu":
                 costs["memory"] = cpu_memory(folder, precision=precision, generation=config)
         except (CapdistillError, AttributeError) as error:
@@ -278,8 +281,8 @@ def _load_and_caption(
 ) -> Memory:
     import timm  # noqa: F401  what any captioner imports belongs to the baseline
 
-    from capdistill.teachers.ensemble import load
-
+    if any(Path(directory).rglob(PRETRAINED)):
+        import transformers  # noqa: F401
     with autocast(torch.device("cpu"), precision):
         _start_libraries()
     baseline = _highest_resident()

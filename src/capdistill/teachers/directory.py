@@ -1,4 +1,4 @@
-"""The directory of a saved ensemble: its members, each in a directory within, and their list."""
+"""The directory of a saved ensemble, with its members; and that of a Hugging Face teacher."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capdistill.errors import CheckpointError, ConfigError
+from capdistill.errors import CheckpointError, ConfigError, shortened
 from capdistill.files import from_json, read_manifest, remove_abandoned, temporary_name, write_text
-from capdistill.saving import DESCRIPTION, ENSEMBLE, require_no_other, saved_file
+from capdistill.saving import DESCRIPTION, ENSEMBLE, PRETRAINED, require_no_other, saved_file
 
 _FORMAT = "capdistill.ensemble/1"
+_PRETRAINED_FORMAT = "capdistill.pretrained/1"
 HUB = "hf:"  # before a name on the Hugging Face Hub, where a directory could be meant
 
 
@@ -77,9 +78,10 @@ def _write_member(member: Any, directory: Path, number: int) -> str:
 
 
 def _description(directory: Path) -> Path:
-    """The file that describes the captioner or the ensemble in a directory."""
-    ensemble = directory / ENSEMBLE
-    return ensemble if ensemble.is_file() else saved_file(directory, DESCRIPTION)
+    """The file that describes the captioner, ensemble or other teacher in a directory."""
+    others = (directory / ENSEMBLE, directory / PRETRAINED)
+    found = next((file for file in others if file.is_file()), None)
+    return found or saved_file(directory, DESCRIPTION)
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -107,6 +109,46 @@ def _check(content: Mapping[str, Any]) -> None:
             raise ValueError("a member has no name, or is not in a directory within")
 
 
+def write_pretrained(directory: Path, arguments: Mapping[str, Any]) -> None:
+    """Write the arguments of `from_pretrained`, which name the model, as JSON.
+
+    Raises:
+        ConfigError: the directory cannot be written, or holds something else.
+    """
+    require_no_other(directory, PRETRAINED)
+    content = {"format": _PRETRAINED_FORMAT, **arguments}
+    write_text(directory / PRETRAINED, json.dumps(content, indent=2))
+
+
+def read_pretrained(directory: Path) -> dict[str, Any]:
+    """The arguments that were given to `write_pretrained`.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another format.
+    """
+    path, what = directory / PRETRAINED, "a teacher of Hugging Face"
+    writer = "HuggingFaceTeacher.save"
+    content = read_manifest(path, _PRETRAINED_FORMAT, what, writer, _check_pretrained)
+    return {name: content[name] for name in _ARGUMENTS if content.get(name) is not None}
+
+
+_ARGUMENTS = {
+    "name_or_path_or_module": (str,),
+    "prompt": (str,),
+    "dtype": (str,),
+    "device_map": (str, int, dict),
+}
+
+
+def _check_pretrained(content: Mapping[str, Any]) -> None:
+    _ = content["name_or_path_or_module"]
+    for name in content.keys() & _ARGUMENTS:
+        if content[name] is not None and not isinstance(content[name], _ARGUMENTS[name]):
+            raise ValueError(f"{name} is {shortened(content[name])}")
+    if not isinstance(content["name_or_path_or_module"], str):
+        raise ValueError("it names no model")
+
+
 def is_pretrained(given: Any) -> bool:
     """Whether it names a model of Hugging Face transformers: its directory, or "hf:NAME".
 
@@ -119,7 +161,7 @@ def is_pretrained(given: Any) -> bool:
     if str(given).startswith(HUB):
         return True
     try:
-        content = from_json(Path(given, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = from_json(Path(given, "config.json").expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):
         return False
     return isinstance(content, dict) and "model_type" in content  # a run has a config.json, too

@@ -22,9 +22,9 @@ from capdistill.losses.divergence import full
 from capdistill.losses.token import first_difference
 from capdistill.outputs import LOGITS, Batch, CaptionerOutput, ModelSpec, select_images
 from capdistill.runtime import SAFE_SEED, stable_hash
-from capdistill.saving import ENSEMBLE
+from capdistill.saving import ENSEMBLE, PRETRAINED
 from capdistill.teachers.cached import CachedTeacher, is_cached
-from capdistill.teachers.directory import HUB, is_pretrained, read, write
+from capdistill.teachers.directory import is_pretrained, read, read_pretrained, write
 from capdistill.teachers.mixing import EnsembleDecoder, EnsembleFeatures, mixture
 from capdistill.tokenizer import Tokenizer
 
@@ -225,7 +225,7 @@ class Ensemble(CaptionGenerator):
                 cannot be written or holds something else.
         """
         for name, member in self.members.items():
-            if not isinstance(member, (Captioner, Ensemble)):
+            if not callable(getattr(member, "save", None)):
                 raise ConfigError(
                     f"Ensemble.save: '{name}' is a wrapped captioner, which no file describes. "
                     "Save the others, and build the ensemble again around it."
@@ -267,8 +267,8 @@ def load(
 ) -> Captioner | Ensemble | CachedTeacher | CaptionGenerator:
     """A saved captioner or ensemble, or cached targets of one; of several, an ensemble.
 
-    A directory of Hugging Face transformers, and "hf:" before a name on the Hub, give what
-    `from_pretrained` makes of it.
+    A directory of Hugging Face transformers, "hf:" before a name on the Hub, and what
+    `HuggingFaceTeacher.save` wrote give what `from_pretrained` makes of it.
 
     Example:
         >>> import tempfile, capdistill as cd
@@ -293,15 +293,22 @@ def load(
     if isinstance(directory, Sequence) and not isinstance(directory, (str, bytes)):
         return Ensemble([load(place, **how) for place in directory])
     if is_pretrained(directory):
-        from capdistill.teachers.huggingface.loading import from_pretrained
-
-        return from_pretrained(str(directory).removeprefix(HUB)).to(device)
+        return _from_pretrained({"name_or_path_or_module": str(directory)}, device)
     place = user_path(directory, CheckpointError)
+    if (place / PRETRAINED).is_file():
+        return _from_pretrained(read_pretrained(place), device)
     if is_cached(place):
         return CachedTeacher(place, tokenizer).to(device)
     several = (place / ENSEMBLE).is_file()
     cls: type[Captioner | Ensemble] = Ensemble if several else Captioner
     return cls.load(directory, **how)
+
+
+def _from_pretrained(arguments: Mapping[str, Any], device: str | torch.device) -> CaptionGenerator:
+    from capdistill.teachers.huggingface.loading import from_pretrained
+
+    teacher = from_pretrained(**arguments)
+    return teacher if "device_map" in arguments else teacher.to(device)
 
 
 def leaves(model: nn.Module) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """From a directory, from a module; what cannot be loaded is refused with the fix."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import transformers as hf
 from torch.testing import assert_close
 
 import capdistill as cd
-from capdistill.errors import ConfigError, MissingExtra
+from capdistill.cli.common import captioner_directory
+from capdistill.errors import CheckpointError, ConfigError, MissingExtra
 from tests.teachers.huggingface import tiny
 from tests.teachers.huggingface.conftest import batch_of, made
 
@@ -82,6 +84,100 @@ def test_the_caption_continues_the_prompt(family, teacher):
         assert_close(found[tokenizer.convert_tokens_to_ids("a")], whole[tokenizer.vocab["Ġa"]])
         whole = whole[prompted.adapter.first_words]
     assert_close(found, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_part_of_a_captioner_is_refused_with_what_to_give():
+    module, processor, tokenizer = tiny.make("blip")
+    load = cd.teachers.from_pretrained
+    with pytest.raises(ConfigError, match=r"tokenizer of Blip.* is str; expected a fast tokenizer"):
+        load(module, "bert", processor)
+    with pytest.raises(ConfigError, match="is HuggingFace; expected a fast tokenizer of trans"):
+        load(module, made("blip")[0].tokenizer, processor)
+    with pytest.raises(ConfigError, match=r"which reads no images. Give image_processor=AutoPro"):
+        load(module, tokenizer, tokenizer)
+    with pytest.raises(ConfigError, match="prompt is 3; expected text"):
+        load(module, tokenizer, processor, prompt=3)
+    with pytest.raises(ConfigError, match=r"dtype='bfloat' is unknown. Did you mean 'bfloat16'"):
+        load(module, tokenizer, processor, dtype="bfloat")
+    assert load(module, tokenizer, processor, dtype="float64").module.dtype == torch.float64
+    module, processor, tokenizer = tiny.make("qwen2_vl")
+    with pytest.raises(ConfigError, match=r"images alone; a prompted model needs the whole proc"):
+        load(module, tokenizer, processor.image_processor)
+    with pytest.raises(ConfigError, match=r"the task '<CAPTIONS>' is no .* mean '<CAPTION>'"):
+        load(*tiny.make("florence2")[::2], made("florence2")[1], "<CAPTIONS>")
+
+
+@pytest.mark.parametrize("family", ["blip", "qwen2_vl"])
+def test_a_processor_of_another_model_is_named_before_any_work(family):
+    module, _, tokenizer = tiny.make(family)
+    image = hf.BlipImageProcessor(size={"height": 40, "width": 40})
+    teacher = cd.teachers.from_pretrained(module, tokenizer, hf.BlipProcessor(image, tokenizer))
+    with pytest.raises(
+        ConfigError, match=r"cannot read what its processor \(BlipProcessor\) makes"
+    ):
+        teacher.spec()
+
+
+def test_weights_without_a_head_are_refused(tmp_path):
+    save("git", tmp_path)
+    tiny.make("git")[0].git.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"no language-model head \(output.bias, output.weight\)"):
+        cd.teachers.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt": "a red", "dtype": torch.bfloat16}])
+def test_a_teacher_is_saved_by_name_and_made_again(options, tmp_path, monkeypatch):
+    save("blip", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    teacher = cd.teachers.from_pretrained("model", **options)
+    teacher.save("saved")
+    cd.teachers.Ensemble({"one": teacher, "other": teacher}).save("both")
+    monkeypatch.chdir("/")  # a directory is the same one wherever it is read
+    again, both = (cd.teachers.load(tmp_path / name) for name in ("saved", "both"))
+    batch = batch_of(teacher)
+    with torch.no_grad():
+        expected = teacher(batch).logits
+        assert_close(again(batch).logits, expected, rtol=0, atol=0)
+        assert_close(both.members["other"](batch).logits, expected, rtol=0, atol=0)
+    assert again.name == "model"
+    assert captioner_directory(str(tmp_path / "saved")) == tmp_path / "saved"
+    assert sum(path.stat().st_size for path in (tmp_path / "saved").iterdir()) < 1000
+    with pytest.raises(ConfigError, match="holds a saved teacher of Hugging Face"):
+        cd.Captioner.create("debug_student", tokenizer=cd.WordTokenizer(["a"])).save(
+            tmp_path / "saved"
+        )
+
+
+def test_a_teacher_of_objects_says_how_they_are_saved(tmp_path):
+    teacher = made("blip")[0]
+    for model in (teacher, cd.teachers.Ensemble([teacher])):
+        with pytest.raises(ConfigError, match=r"Write each with its save_pretrained\(directory\)"):
+            model.save(tmp_path / "saved")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "content", [{"name_or_path_or_module": 3}, {"dtype": "x"}, {"prompt": 1}, {"format": "other"}]
+)
+def test_a_damaged_file_of_a_teacher_is_refused(content, tmp_path):
+    whole = {"format": "capdistill.pretrained/1", "name_or_path_or_module": "a", "prompt": None}
+    if "dtype" in content:
+        del whole["name_or_path_or_module"]
+    (tmp_path / "pretrained.json").write_text(json.dumps({**whole, **content}))
+    with pytest.raises(CheckpointError, match="does not describe a teacher of Hugging Face"):
+        cd.teachers.load(tmp_path)
+
+
+def test_size_and_memory_of_a_teacher_are_those_of_its_weights(tmp_path):
+    save("blip", tmp_path)
+    teacher = cd.teachers.from_pretrained(tmp_path)
+    photos = cd.data.sample().val.subset(1)
+    found = cd.evaluate(teacher, photos, metrics=["bleu"], max_length=3, device="cpu")
+    weights = (tmp_path / "model.safetensors").stat().st_size
+    assert abs(found.disk_bytes - weights) < 12_000  # the file has a header
+    assert found.memory.peak > 0
+    assert found.notes == ()
+    assert found.parameters == teacher.num_parameters()
 
 
 def test_a_task_of_florence_is_read_in_its_words():

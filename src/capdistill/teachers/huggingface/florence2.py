@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
+from capdistill.errors import ConfigError, suggest
 from capdistill.teachers.huggingface.base import Encoded, EncoderDecoder
 
 TASKS = {
@@ -27,8 +30,16 @@ class Florence2(EncoderDecoder):
     prefix_tokens = 1
 
     def first_ids(self) -> list[int]:
-        """Start tokens of the decoder; the task stands in the encoder."""
+        """Start tokens of the decoder; the task stands in the encoder.
+
+        Raises:
+            ConfigError: there is no such task.
+        """
         task = self.prompt or "<CAPTION>"
+        if task not in TASKS and re.fullmatch(r"<\w+>", task):
+            raise ConfigError(
+                f"Florence-2: the task {task!r} is no caption. {suggest(task, TASKS)}"
+            )
         words, self.prompt = self.ids_of(TASKS.get(task, task)), None
         self.task_ids = [self.tokenizer.bos_token_id, *words, self.tokenizer.eos_token_id]
         return super().first_ids()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from capdistill.errors import ConfigError, MissingExtra, shortened
+from capdistill.errors import ConfigError, MissingExtra, shortened, suggest
 from capdistill.teachers import huggingface
+from capdistill.teachers.directory import HUB
 from capdistill.teachers.huggingface.base import Adapter
 from capdistill.teachers.huggingface.teacher import HuggingFaceTeacher, end_token
 
@@ -34,15 +37,17 @@ def from_pretrained(
             teacher.caption("dog.jpg", beam_size=3)
 
     Args:
-        name_or_path_or_module: A name on the Hub, a directory that `save_pretrained` wrote, or a
-            model. BLIP, BLIP-2, GIT, Florence-2, VisionEncoderDecoder (ViT-GPT2), and whatever
-            `AutoModelForImageTextToText` loads (SmolVLM, Qwen-VL, PaliGemma, ...).
+        name_or_path_or_module: A name on the Hub (also behind "hf:"), a directory that
+            `save_pretrained` wrote, or a model. BLIP, BLIP-2, GIT, Florence-2, VisionEncoderDecoder
+            (ViT-GPT2), and whatever `AutoModelForImageTextToText` loads (SmolVLM, Qwen-VL,
+            PaliGemma, ...).
         tokenizer: Of a module; otherwise what lies beside the weights. A tokenizer of transformers.
         image_processor: Of a module; otherwise what lies beside the weights. Prompted models need
             the whole processor, which may also hold the tokenizer.
         prompt: Text that the captions continue, a request of a chat model, or a task of Florence-2.
             By default what the family's captioning models were trained with.
-        dtype: Type of the weights, such as torch.bfloat16; None is that of the file.
+        dtype: Type of the weights, such as torch.bfloat16 or "bfloat16"; None is that of the file.
+            A module is converted in place.
         device_map: As in transformers; it needs the package accelerate.
 
     Raises:
@@ -51,12 +56,16 @@ def from_pretrained(
             be loaded.
     """
     _require_transformers()
-    given = name_or_path_or_module
+    given, dtype = name_or_path_or_module, _dtype(dtype)
+    if prompt is not None and not isinstance(prompt, str):
+        raise ConfigError(f"from_pretrained: prompt is {shortened(prompt)}; expected text.")
+    source = None
     if isinstance(given, nn.Module):
         name = type(given).__name__
         adapter_class = _adapter_class(getattr(given, "config", None), name)
         _require_class(given, adapter_class)
         processor, tokenizer = _parts_of_a_module(name, image_processor, tokenizer)
+        _require_parts(adapter_class, name, processor, tokenizer)
         module = given if dtype is None else given.to(dtype)
         if device_map is not None:
             raise ConfigError(
@@ -64,27 +73,78 @@ def from_pretrained(
                 "the module with device_map, or give its name or directory."
             )
     elif isinstance(given, (str, os.PathLike)):
-        place = os.fspath(given)
+        place = _place(os.fspath(given))
         name = Path(place).name
         adapter_class = _adapter_class(_load("AutoConfig", place), name)
+        if tokenizer is None and image_processor is None:
+            source = {"name_or_path_or_module": place, "prompt": prompt, "device_map": device_map}
+            source["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
         processor, tokenizer = _parts_beside(place, image_processor, tokenizer)
+        _require_parts(adapter_class, name, processor, tokenizer)
         placement = {} if device_map is None else {"device_map": device_map}
-        module = _load(adapter_class.model_class, place, dtype=dtype or "auto", **placement)
+        how = {"dtype": dtype or "auto", "output_loading_info": True, **placement}
+        module, report = _load(adapter_class.model_class, place, **how)
+        _require_head(place, module, report["missing_keys"])
     else:
         raise ConfigError(
             f"from_pretrained: {shortened(given)} was given; expected a name on the Hub, a "
             "directory, or a model of transformers."
         )
-    return _teacher(adapter_class(module, processor, tokenizer, prompt), name)
+    return _teacher(adapter_class(module, processor, tokenizer, prompt), name, source)
 
 
-def _teacher(adapter: Adapter, name: str) -> HuggingFaceTeacher:
+def _place(given: str) -> str:
+    """A directory as an absolute path, or a name on the Hub."""
+    given = given.removeprefix(HUB)
+    path = Path(os.path.expanduser(given))
+    return str(path.resolve()) if path.is_dir() else given
+
+
+def _dtype(given: Any) -> Any:
+    """A type of weights, by its name too.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if given is None or given == "auto":
+        return None
+    kinds = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+    found = kinds.get(str(given).removeprefix("torch."))
+    if found is None:
+        hint = suggest(str(given), kinds)
+        raise ConfigError(f"from_pretrained: dtype={shortened(given)} is unknown. {hint}")
+    return found
+
+
+def _require_parts(adapter: type[Adapter], name: str, processor: Any, tokenizer: Any) -> None:
+    """Refuse what is no tokenizer, or does not read what the model reads.
+
+    Raises:
+        ConfigError: one is something else.
+    """
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ConfigError(
+            f"from_pretrained: the tokenizer of {name} is {type(tokenizer).__name__}; expected a "
+            "fast tokenizer of transformers, as AutoTokenizer.from_pretrained(...) gives it."
+        )
+    reads = "no images"
+    if hasattr(getattr(processor, "image_processor", processor), "preprocess"):
+        if hasattr(processor, "tokenizer") or not adapter.model_class.startswith("Auto"):
+            return
+        reads = "images alone; a prompted model needs the whole processor"
+    raise ConfigError(
+        f"from_pretrained: the image processor of {name} is {type(processor).__name__}, which "
+        f"reads {reads}. Give image_processor=AutoProcessor.from_pretrained(...)."
+    )
+
+
+def _teacher(adapter: Adapter, name: str, source: dict[str, Any] | None) -> HuggingFaceTeacher:
     from capdistill.tokenizers import HuggingFace
 
     head = adapter.module.get_output_embeddings()
     size = None if head is None else head.weight.shape[0]
     tokenizer = HuggingFace(adapter.tokenizer, end=end_token(adapter, name), size=size)
-    return HuggingFaceTeacher(adapter, tokenizer, name)
+    return HuggingFaceTeacher(adapter, tokenizer, name, source=source)
 
 
 def _require_transformers() -> None:
@@ -140,6 +200,24 @@ def _require_class(module: nn.Module, adapter: type[Adapter]) -> None:
     if not fits:
         raise ConfigError(
             f"from_pretrained: {found} is not a captioner; of this family, {wanted} is. {_WRAP}."
+        )
+
+
+def _require_head(place: str, module: Any, missing: Iterable[str]) -> None:
+    """Refuse weights without the language-model head, which would be random.
+
+    Raises:
+        ConfigError: names what is missing.
+    """
+    head = module.get_output_embeddings()
+    own = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    names = dict(module.named_parameters(remove_duplicate=False))
+    lost = [name for name in sorted(missing) if id(names.get(name)) in own]
+    if lost:
+        raise ConfigError(
+            f"from_pretrained: the weights in '{place}' have no language-model head "
+            f"({', '.join(lost)}), so its captions would be random. Give the directory or the name "
+            f"of a trained {type(module).__name__}."
         )
 
 

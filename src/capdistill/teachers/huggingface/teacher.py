@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +14,11 @@ from torch import Tensor
 from capdistill.compatibility import device_of, require_output
 from capdistill.decoders.base import Decoder
 from capdistill.errors import ConfigError, IncompatibleModels, suggest
+from capdistill.files import user_path
 from capdistill.generation.decode import USUAL_SIZE, CaptionGenerator
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import inference
+from capdistill.teachers.directory import write_pretrained
 from capdistill.teachers.huggingface.base import Adapter, Encoded
 from capdistill.teachers.huggingface.reading import CachedDecoder, spaced_words, teacher_forced
 from capdistill.tokenizer import Tokenizer
@@ -37,17 +41,23 @@ class HuggingFaceTeacher(CaptionGenerator):
         knowledge: What it can teach: "logits", "hidden" (one per layer, the last after the final
             norm), "features", "attention", and "captions" where it generates them.
         use_cache: Whether words are generated with the model's cache; None before the first use.
+        source: The arguments of `from_pretrained`, if they are names; by them it is saved.
     """
 
     def __init__(
-        self, adapter: Adapter, tokenizer: Tokenizer, name: str, use_cache: bool | None = None
+        self,
+        adapter: Adapter,
+        tokenizer: Tokenizer,
+        name: str,
+        use_cache: bool | None = None,
+        source: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.module: torch.nn.Module = adapter.module
         self.adapter, self.tokenizer, self.name = adapter, tokenizer, name
         self.knowledge = adapter.knowledge
         adapter.first_words = spaced_words(adapter, tokenizer.vocabulary)
-        self.use_cache = use_cache
+        self.use_cache, self.source = use_cache, source
         self._spec: ModelSpec | None = None
         self.eval()
 
@@ -161,13 +171,34 @@ class HuggingFaceTeacher(CaptionGenerator):
         size = len(mine.vocabulary)
         return HuggingFace(self.adapter.tokenizer, captions, max_length, **roles, size=size)
 
+    def save(self, directory: str | Path) -> None:
+        """Write where the model lies and how it is used; `capdistill.teachers.load` reads it.
+
+        The weights are not copied: the directory or the name on the Hub must stay.
+
+        Raises:
+            ConfigError: it was made of objects in memory, or the directory cannot be written.
+        """
+        if self.source is None:
+            raise ConfigError(
+                f"'{self.name}' was made of a module, a tokenizer or a processor, which no file "
+                "describes. Write each with its save_pretrained(directory), and make the teacher "
+                "by capdistill.teachers.from_pretrained(directory)."
+            )
+        write_pretrained(user_path(directory), self.source)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, which `save` does not copy."""
+        values = [*self.module.parameters(), *self.module.buffers()]
+        return sum(value.numel() * value.element_size() for value in values)
+
     def _check_cache(self) -> None:
         """Caption one image with and without the cache, and compare the logits."""
         batch = self._probe_batch(2)
         with inference(self, fork_rng=True):
-            encoded = self.adapter.encode(batch.images)
+            encoded, whole = self._read_probe(batch)
             words = batch.inputs[:, 1:]
-            whole = teacher_forced(self.adapter, encoded, words, use_cache=False).logits
             try:
                 found = [teacher_forced(self.adapter, encoded, words, use_cache=True).logits]
                 found.append(self._word_by_word(encoded, words))
@@ -182,6 +213,27 @@ class HuggingFaceTeacher(CaptionGenerator):
                 "captions are right, and take longer. A newer version may have a working one.",
                 stacklevel=4,
             )
+
+    def _read_probe(self, batch: Batch) -> tuple[Encoded, Tensor]:
+        """The encoded images of a made-up batch, and the logits of its captions.
+
+        Raises:
+            ConfigError: the model cannot read what the processor makes.
+        """
+        try:
+            encoded = self.adapter.encode(batch.images)
+            whole = teacher_forced(self.adapter, encoded, batch.inputs[:, 1:], use_cache=False)
+            return encoded, whole.logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # models fail in many ways
+            processor, side = type(self.adapter.processor).__name__, batch.images.shape[-1]
+            raise ConfigError(
+                f"'{self.name}' cannot read what its processor ({processor}) makes of an image of "
+                f"{side} x {side} pixels ({type(error).__name__}: {error}). Give the processor "
+                "that was saved beside the model: "
+                "image_processor=AutoProcessor.from_pretrained(...)."
+            ) from error
 
     def _word_by_word(self, encoded: Encoded, words: Tensor) -> Tensor:
         decoder = CachedDecoder(self.adapter, len(self.tokenizer.vocabulary), use_cache=True)
