@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "capdistill"
-MAX_FILES, MAX_LINES, MAX_PUBLIC = 183, 420, 30
+MAX_FILES, MAX_LINES, MAX_PUBLIC = 187, 420, 30
 TORCH_FREE = (
     "errors",
     "files",
@@ -38,6 +38,15 @@ TORCH_FREE = (
     "data.caption_files",
     "data.depths",
     "data.pixels",
+    "deploy",
+    "deploy.choice",
+    "deploy.constraints",
+    "deploy.manifest",
+    "deploy.onnx_captioner",
+    "deploy.search",
+    "tokenizer",
+    "tokenizers",
+    "tokenizers.*",
     "metrics",
     "metrics.*",
 )

@@ -13,10 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from capdistill.errors import (
     PRINTED_ENDS,
@@ -30,6 +27,9 @@ from capdistill.errors import (
     shortened,
 )
 from capdistill.files import from_json, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 _FORMAT = "capdistill.word_tokenizer/1"
@@ -311,6 +311,8 @@ def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
         >>> ids.tolist(), mask.tolist()
         ([[0, 1, 0], [0, 0, 0]], [[True, True, True], [True, True, False]])
     """
+    import torch  # a tokenizer alone needs none
+
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     longest = int(lengths.max())
     rows = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]

@@ -14,11 +14,13 @@ from capdistill.registry import lazy_exports
 if TYPE_CHECKING:
     from capdistill.deploy.exporting import export as export
     from capdistill.deploy.manifest import Manifest as Manifest
+    from capdistill.deploy.onnx_captioner import OnnxCaptioner as OnnxCaptioner
 else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
         {
             "Manifest": "manifest",
+            "OnnxCaptioner": "onnx_captioner",
             "export": "exporting",
         },
     )

@@ -329,6 +329,17 @@ class GenerationSpec:
         config = GenerationConfig(**options)
         return cls(start_id, end_id, max_length, config, banned=tuple(banned))
 
+    def require_a_word(self, vocabulary: int) -> None:
+        """Check that not all `vocabulary` ids are banned.
+
+        Raises:
+            ConfigError: all of them are.
+        """
+        if vocabulary and set(self.banned).issuperset(range(vocabulary)):
+            raise ConfigError(
+                f"All {vocabulary} ids are banned; leave at least one that can be generated."
+            )
+
     @classmethod
     def of(cls, config: GenerationConfig, tokenizer: Tokenizer) -> GenerationSpec:
         """The configuration in a tokenizer's ids.

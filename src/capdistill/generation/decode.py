@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
@@ -17,7 +16,6 @@ from typing_extensions import Unpack
 
 from capdistill.data.pixels import is_many, read_batches
 from capdistill.decoders.base import Decoder
-from capdistill.errors import ConfigError
 from capdistill.generation.choice import image_keys
 from capdistill.generation.config import (
     CaptionOptions,
@@ -27,8 +25,9 @@ from capdistill.generation.config import (
     GenerationSpec,
     resolve,
 )
-from capdistill.generation.hypotheses import CaptionResult, Hypothesis
+from capdistill.generation.hypotheses import CaptionResult, Hypothesis, with_text
 from capdistill.generation.search import BeamSearch, Sampling, Search
+from capdistill.generation.words import token_texts
 from capdistill.outputs import Batch, ModelSpec
 from capdistill.runtime import inference
 from capdistill.tokenizer import Tokenizer, pad_batch
@@ -64,9 +63,7 @@ def generate(
     Raises:
         ConfigError: every id is banned.
     """
-    words = decoder.vocabulary
-    if words and set(spec.banned).issuperset(range(words)):
-        raise ConfigError(f"All {words} ids are banned; leave at least one that can be generated.")
+    spec.require_a_word(decoder.vocabulary or 0)
     if not len(features):
         return []
     search: Search
@@ -145,12 +142,7 @@ def generate_text(
         ConfigError: every id is banned.
     """
     keys = image_keys(_identities(images)) if spec.config.sample else None
-    return [_with_text(each, tokenizer) for each in generate(decoder, features, spec, keys)]
-
-
-def _with_text(hypothesis: Hypothesis, tokenizer: Tokenizer) -> Hypothesis:
-    others = tuple(_with_text(each, tokenizer) for each in hypothesis.n_best)
-    return replace(hypothesis, text=tokenizer.decode(hypothesis.tokens), n_best=others)
+    return [with_text(each, tokenizer) for each in generate(decoder, features, spec, keys)]
 
 
 def _identities(images: Batch | Tensor) -> Iterable[str | bytes]:
@@ -349,7 +341,7 @@ def _result(
     spec = None if attention is None else model.spec()
     return CaptionResult(
         text=hypothesis.text,
-        tokens=_token_texts(model.tokenizer, hypothesis.tokens),
+        tokens=token_texts(model.tokenizer, hypothesis.tokens),
         log_prob=hypothesis.log_prob,
         token_log_probs=hypothesis.token_log_probs,
         finished=hypothesis.finished,
@@ -359,12 +351,6 @@ def _result(
         prefix_tokens=spec.prefix_tokens if spec else 0,
         image=pixels,
     )
-
-
-def _token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """Words, or the text of pieces for a tokenizer that has it."""
-    texts = getattr(tokenizer, "token_texts", None)
-    return tuple(texts(ids) if texts else (tokenizer.vocabulary[index] for index in ids))
 
 
 def _attention(

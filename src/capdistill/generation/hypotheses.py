@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from capdistill.generation.config import GenerationConfig
+from capdistill.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,6 +135,12 @@ class Hypothesis:
     score: float = 0.0
     token_log_probs: tuple[float, ...] = ()
     n_best: tuple[Hypothesis, ...] = ()
+
+
+def with_text(hypothesis: Hypothesis, tokenizer: Tokenizer) -> Hypothesis:
+    """The hypothesis and its `n_best` with their texts."""
+    others = tuple(with_text(each, tokenizer) for each in hypothesis.n_best)
+    return replace(hypothesis, text=tokenizer.decode(hypothesis.tokens), n_best=others)
 
 
 def length_divisor(config: GenerationConfig, length: int) -> float:

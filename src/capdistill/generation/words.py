@@ -218,3 +218,9 @@ def prefix_ids(tokenizer: Any, prefix: str) -> tuple[int, ...]:
             f"{', '.join(missing)}. Leave them out."
         )
     return ids
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """Words, or the text of pieces for a tokenizer that has it."""
+    texts = getattr(tokenizer, "token_texts", None)
+    return tuple(texts(ids) if texts else (tokenizer.vocabulary[index] for index in ids))

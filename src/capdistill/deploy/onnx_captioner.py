@@ -1,0 +1,288 @@
+"""`OnnxCaptioner`: an exported captioner, run by ONNX Runtime. Nothing here loads torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from capdistill.data.pixels import Pixels, is_many, read_batches
+from capdistill.deploy.choice import Array, image_keys
+from capdistill.deploy.manifest import ENCODER, GENERATION, STEP, TOKENIZER, read_manifest
+from capdistill.deploy.search import State, decode
+from capdistill.errors import CheckpointError, DataError, MissingExtra, require_bool, require_int
+from capdistill.files import from_json, user_path
+from capdistill.generation.config import GenerationConfig, GenerationSpec, resolve
+from capdistill.generation.hypotheses import CaptionResult, Hypothesis, with_text
+from capdistill.generation.words import SubwordRules, token_texts
+from capdistill.tokenizers.saved import load as load_tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from capdistill.deploy.manifest import Manifest
+    from capdistill.generation.config import DecodingOptions, GenerationOptions
+    from capdistill.tokenizer import Tokenizer
+
+
+class OnnxCaptioner:
+    """A captioner that `capdistill.deploy.export` wrote, without torch.
+
+    It gives the captions of the captioner that was exported: it reads images with the same code,
+    and has the same options. It needs NumPy, Pillow and ONNX Runtime. Several threads may use it.
+
+    Example:
+        `OnnxCaptioner.load("exported").caption("dog.jpg", beam_size=3)` gives "a brown dog runs
+        through the grass".
+
+    Attributes:
+        manifest: What the directory holds.
+        name: Name of the captioner.
+        tokenizer: Captions to ids and back.
+    """
+
+    def __init__(
+        self,
+        sessions: tuple[Any, Any],
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        spec: GenerationSpec,
+    ) -> None:
+        self.manifest, self.name, self.tokenizer = manifest, manifest.name, tokenizer
+        self._encoder, self._step = encoder, step = sessions
+        self._spec = spec
+        self._first = [output.name for output in encoder.get_outputs()]
+        self._next = [output.name.removeprefix("next_") for output in step.get_outputs()]
+        self._inputs = {each.name for each in step.get_inputs()}
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike[str], *, threads: int | None = None, verify: bool = True
+    ) -> OnnxCaptioner:
+        """Read what `capdistill.deploy.export` wrote.
+
+        Args:
+            directory: As given to `export`.
+            threads: Threads that compute one image; None leaves the number to ONNX Runtime, which
+                takes one per core.
+            verify: Compare the files with their checksums first.
+
+        Raises:
+            CheckpointError: it is no exported captioner, or one of a newer format, or a file is
+                missing, truncated or changed; the message names it.
+            ConfigError: threads < 1.
+            MissingExtra: ONNX Runtime is not installed.
+        """
+        if threads is not None:
+            require_int("OnnxCaptioner: threads", threads, 1)
+        require_bool("OnnxCaptioner: verify", verify)
+        folder = user_path(directory, CheckpointError)
+        manifest = read_manifest(folder, verify=verify)
+        sessions = _session(folder / ENCODER, threads), _session(folder / STEP, threads)
+        tokenizer, spec = load_tokenizer(folder / TOKENIZER), _saved_spec(folder / GENERATION)
+        return cls(sessions, manifest, tokenizer, spec)
+
+    def __repr__(self) -> str:
+        return (
+            f"OnnxCaptioner '{self.name}': {self.manifest.precision}, images of "
+            f"{self.image_size} pixels, {self.manifest.vocabulary:,} vocabulary entries, "
+            f"{self.manifest.size / 1e6:.1f} MB"
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images it reads."""
+        return self.manifest.image_size
+
+    def caption(
+        self,
+        images: Any,
+        *,
+        batch_size: int = 32,
+        errors: Literal["raise", "skip"] = "raise",
+        details: bool = False,
+        progress: bool = False,
+        **generation: Any,
+    ) -> Any:
+        """Caption an image, or each of an iterable of images, as `capdistill.Captioner.caption`.
+
+        Args:
+            images: A path, bytes, PIL image, array or tensor gives a text; an iterable of any
+                length, or a (I, 3, H, W) array, gives a list of texts in the same order.
+            batch_size: Images in memory, and in the model, at once.
+            errors: For an image that cannot be read: "raise", or "skip", which names it in a
+                warning and puts None in its place.
+            details: Return a `CaptionResult` (log-probabilities, n-best) per image. Its `attention`
+                is None.
+            progress: Show a bar; it needs tqdm.
+            generation: Fields of `GenerationConfig`, or a whole one as `generation=`. By default
+                those that were exported.
+
+        Raises:
+            DataError: an image that cannot be read, by name.
+            ConfigError: batch_size < 1, or invalid options of generation.
+        """
+        many = is_many(images)
+        wanted: dict[str, Any] = {"batch_size": batch_size, "errors": errors, "details": details}
+        stream = self.caption_stream(images if many else [images], **wanted, **generation)
+        if not many:
+            return next(stream)
+        return list(_bar(stream, images) if progress else stream)
+
+    def caption_stream(
+        self,
+        images: Iterable[Any],
+        *,
+        batch_size: int = 32,
+        errors: Literal["raise", "skip"] = "raise",
+        details: bool = False,
+        **generation: Unpack[DecodingOptions],
+    ) -> Iterator[Any]:
+        """As `caption` for an iterable; each caption comes as soon as its batch is done.
+
+        Nothing is kept: the iterable may be endless (a camera, a queue).
+
+        Example:
+            `for text in captioner.caption_stream(frames, batch_size=1): print(text)`
+        """
+        spec = self._generation_spec(**generation)
+        for squares in read_batches(images, self.image_size, batch_size, errors):
+            readable = [square for square in squares if square is not None]
+            made = iter(self._captions(np.stack(readable), spec, details) if readable else ())
+            yield from (None if square is None else next(made) for square in squares)
+
+    def generate(
+        self,
+        images: Pixels,
+        generation: GenerationConfig | Mapping[str, Any] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Hypothesis]:
+        """One caption per image, greedily by default, with its probabilities.
+
+        Args:
+            images: (I, 3, S, S) uint8, S the `image_size`.
+            generation: A whole configuration; that which was exported by default.
+            options: Fields of `GenerationConfig`; they override those of `generation`.
+
+        Raises:
+            DataError: images of another size or type.
+            ConfigError: invalid options.
+        """
+        return self._generate(images, self._generation_spec(generation, **options))
+
+    def _generation_spec(
+        self, generation: GenerationConfig | Mapping[str, Any] | None = None, **options: Any
+    ) -> GenerationSpec:
+        if generation is None and not options:
+            return self._spec
+        whole = self._spec.config if generation is None else generation
+        spec = GenerationSpec.of(resolve(whole, options), self.tokenizer)
+        spec.require_a_word(self.manifest.vocabulary)
+        return spec
+
+    def _captions(
+        self, pixels: Pixels, spec: GenerationSpec, details: bool
+    ) -> Sequence[str | CaptionResult]:
+        hypotheses = self._generate(pixels, spec)
+        if not details:
+            return [hypothesis.text for hypothesis in hypotheses]
+        return [self._result(*pair) for pair in zip(hypotheses, pixels, strict=True)]
+
+    def _result(self, hypothesis: Hypothesis, pixels: Any) -> CaptionResult:
+        return CaptionResult(
+            text=hypothesis.text,
+            tokens=token_texts(self.tokenizer, hypothesis.tokens),
+            log_prob=hypothesis.log_prob,
+            token_log_probs=hypothesis.token_log_probs,
+            finished=hypothesis.finished,
+            n_best=hypothesis.n_best or (hypothesis,),
+            attention=None,
+            grid=None,
+            prefix_tokens=0,
+            image=pixels,
+        )
+
+    def _generate(self, images: Pixels, spec: GenerationSpec) -> list[Hypothesis]:
+        size, shape = self.image_size, getattr(images, "shape", ())
+        if shape[1:] != (3, size, size) or images.dtype != np.uint8:
+            raise DataError(
+                f"{self.name}: images of shape {tuple(shape)}, {getattr(images, 'dtype', '')} were "
+                f"given; expected uint8 (I, 3, {size}, {size}). `caption` reads images of any size."
+            )
+        if not len(images):
+            return []
+        keys = image_keys(images) if spec.config.sample else None
+        found = decode(self._read_words, self._start(images), len(images), spec, keys)
+        return [with_text(hypothesis, self.tokenizer) for hypothesis in found]
+
+    def _start(self, images: Pixels) -> State:
+        values = self._encoder.run(None, {"images": images})
+        first = dict(zip(self._first, values, strict=True))
+        return State(
+            {name: first[name] for name in self.manifest.image_inputs},
+            {name: first[name][:, None] for name in self.manifest.state},
+        )
+
+    def _read_words(self, tokens: Array, position: int, state: State) -> tuple[Array, State]:
+        feeds = {"tokens": tokens, "position": np.array(position), **state.image, **state.row}
+        given = {name: value for name, value in feeds.items() if name in self._inputs}
+        values = dict(zip(self._next, self._step.run(None, given), strict=True))
+        image = {name: values.get(name, value) for name, value in state.image.items()}
+        row = {name: values.get(name, value) for name, value in state.row.items()}
+        return values["logits"], State(image, row)
+
+
+def _bar(stream: Iterator[Any], images: Any) -> Iterator[Any]:
+    from operator import length_hint
+
+    from tqdm import tqdm
+
+    yield from tqdm(stream, total=length_hint(images) or None, desc="captioning", unit="image")
+
+
+def _session(path: Path, threads: int | None) -> Any:
+    """A graph ready to run, without a pool of memory that would keep what a large batch needed."""
+    try:
+        onnxruntime: Any = import_module("onnxruntime")
+    except ImportError as error:
+        raise MissingExtra(
+            f"OnnxCaptioner needs onnxruntime ({error}). Install it: pip install onnxruntime."
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has classes of its own for every reason
+        raise CheckpointError(
+            f"{path} is not a graph that ONNX Runtime {onnxruntime.__version__} runs ({error}). "
+            "Export the captioner again, or upgrade onnxruntime."
+        ) from error
+
+
+def _saved_spec(path: Path) -> GenerationSpec:
+    """The options that were exported, in token ids: words need no tokenizer of subwords again."""
+    try:
+        content = from_json(path.read_text(encoding="utf-8"))
+        ids = {key: content[key] for key in ("start_id", "end_id", "max_length")}
+        lists = {key: _tuples(content[key]) for key in ("banned", "phrases", "not_last", "prefix")}
+        rules = content["subwords"]
+        subwords = rules and SubwordRules(**{key: _tuples(each) for key, each in rules.items()})
+        return GenerationSpec(
+            **ids, **lists, subwords=subwords, config=GenerationConfig(**content["config"])
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold options of generation ({type(error).__name__}: {error}). Export "
+            "the captioner again."
+        ) from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
