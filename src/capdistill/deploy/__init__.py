@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from capdistill.deploy.exporting import export as export
     from capdistill.deploy.manifest import Manifest as Manifest
     from capdistill.deploy.onnx_captioner import OnnxCaptioner as OnnxCaptioner
+    from capdistill.deploy.web import write_page as write_page
 else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
@@ -22,5 +23,6 @@ else:
             "Manifest": "manifest",
             "OnnxCaptioner": "onnx_captioner",
             "export": "exporting",
+            "write_page": "web",
         },
     )
