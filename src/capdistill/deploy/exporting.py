@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from capdistill import __version__
 from capdistill.captioner import Captioner, require_loaded
 from capdistill.deploy import manifest as files
 from capdistill.deploy.graphs import Entry, Traced, tensors_of, trace
+from capdistill.deploy.greedy import require_plain, write_greedy
 from capdistill.deploy.manifest import FileEntry, Manifest
 from capdistill.deploy.writing import OPSET, Graph, write_graph
 from capdistill.errors import ConfigError, MissingExtra, require_bool
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig, GenerationSpec, resolve
+from capdistill.generation.decode import generate
 from capdistill.progress import report
 from capdistill.runtime import evaluating, generator
 from capdistill.saving import is_saved, require_no_other
@@ -37,6 +39,7 @@ def export(
     directory: str | os.PathLike[str],
     *,
     generation: GenerationConfig | Mapping[str, Any] | None = None,
+    greedy: bool = False,
     progress: bool = True,
 ) -> Manifest:
     """Write a captioner as ONNX graphs, which run without torch.
@@ -58,6 +61,8 @@ def export(
         captioner: A `Captioner`; any encoder and decoder that torch.onnx can export.
         directory: Created if it does not exist; an earlier export in it is replaced.
         generation: The options that the exported captioner uses by default.
+        greedy: Also write greedy.onnx, which is greedy decoding in one graph, from images to ids.
+            It holds all weights again.
         progress: Report each graph on standard error. An encoder takes up to a minute.
 
     Raises:
@@ -67,10 +72,13 @@ def export(
     """
     _require_libraries()
     require_bool("export: progress", progress)
+    require_bool("export: greedy", greedy)
     _require_captioner(captioner)
     target = user_path(directory)
     require_no_other(target)
     spec = GenerationSpec.of(resolve(generation, {}), captioner.tokenizer)
+    if greedy:
+        require_plain(spec)
     plain = _plain_copy(captioner)
 
     def fill(folder: Path) -> Manifest:
@@ -79,6 +87,8 @@ def export(
             _write_graphs(traced, folder, report if progress else _silent)
             with torch.no_grad():
                 _compare(plain, traced.entries, folder)
+                if greedy:
+                    _write_greedy(plain, spec, folder)
         plain.tokenizer.save(folder / files.TOKENIZER)  # type: ignore[attr-defined]
         write_text(folder / files.GENERATION, json.dumps(_options(spec, plain), indent=2) + "\n")
         return _manifest(plain, traced.entries, spec, folder)
@@ -160,9 +170,8 @@ def _compare(captioner: Captioner, entries: Sequence[Entry], folder: Path) -> No
     changing = [each for each in entries if each.kind != "image"]
     random = generator(1, "export")
     words = len(captioner.tokenizer.vocabulary)
-    shape = (len(captioner.encoder.mean), captioner.image_size, captioner.image_size)
     for count, beams in ((1, 1), (3, 2)):
-        images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=random)
+        images = _random_images(captioner, count, random)
         state = captioner.decoder.start(captioner.encode(images))
         feeds = _run(encoder, {"images": images})
         for entry in entries:
@@ -179,6 +188,31 @@ def _compare(captioner: Captioner, entries: Sequence[Entry], folder: Path) -> No
             out = _run(step, {"tokens": tokens, "position": torch.tensor(position), **feeds})
             _require_close(captioner, files.STEP, "logits", logits, out["logits"].flatten(0, 1))
             feeds.update({each.input: out[f"next_{each.input}"] for each in changing})
+
+
+def _write_greedy(captioner: Captioner, spec: GenerationSpec, folder: Path) -> None:
+    path, pad = folder / files.GREEDY, captioner.tokenizer.pad_id
+    write_greedy(folder / files.ENCODER, folder / files.STEP, path, spec, pad)
+    images = _random_images(captioner, 3, generator(2, "export"))
+    ids = _run(_session(path), {"images": images})["ids"]
+    plain = replace(spec, config=GenerationConfig())
+    expected = [each.tokens for each in generate(*captioner.decoding(images), plain)]
+    given = [_words(row, spec.end_id) for row in ids.tolist()]
+    if expected != given:
+        raise ConfigError(
+            f"export: {files.GREEDY} gives {given[0]} where torch gives {expected[0]}. Export "
+            "without greedy=True."
+        )
+
+
+def _words(row: list[int], end_id: int) -> tuple[int, ...]:
+    return tuple(row[: row.index(end_id)] if end_id in row else row)
+
+
+def _random_images(captioner: Captioner, count: int, random: torch.Generator) -> Tensor:
+    side = captioner.image_size
+    shape = (count, len(captioner.encoder.mean), side, side)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
 
 
 def _session(path: Path) -> Any:
