@@ -22,6 +22,7 @@ from capdistill.deploy import manifest as files
 from capdistill.deploy.graphs import Entry, Traced, tensors_of, trace
 from capdistill.deploy.greedy import require_plain, write_greedy
 from capdistill.deploy.manifest import FileEntry, Manifest
+from capdistill.deploy.quantize import calibration_batches, quantize_graphs
 from capdistill.deploy.writing import OPSET, Graph, write_graph
 from capdistill.errors import ConfigError, MissingExtra, require_bool
 from capdistill.files import user_path, write_text
@@ -38,6 +39,8 @@ def export(
     captioner: Captioner,
     directory: str | os.PathLike[str],
     *,
+    quantize: str | None = None,
+    calibration: Any = None,
     generation: GenerationConfig | Mapping[str, Any] | None = None,
     greedy: bool = False,
     progress: bool = True,
@@ -60,6 +63,9 @@ def export(
     Args:
         captioner: A `Captioner`; any encoder and decoder that torch.onnx can export.
         directory: Created if it does not exist; an earlier export in it is replaced.
+        quantize: "int8" writes 8-bit graphs, a quarter of the size: see `deploy.quantize`.
+        calibration: Images for quantize="int8", like those that will be captioned; 128 are used.
+            A folder, a data set, its splits (the training images), or a list of images.
         generation: The options that the exported captioner uses by default.
         greedy: Also write greedy.onnx, which is greedy decoding in one graph, from images to ids.
             It holds all weights again.
@@ -74,24 +80,32 @@ def export(
     require_bool("export: progress", progress)
     require_bool("export: greedy", greedy)
     _require_captioner(captioner)
+    if quantize not in (None, "int8"):
+        raise ConfigError(f"export: quantize={quantize!r} was given; use None or 'int8'.")
+    batches = calibration_batches(calibration, captioner.image_size) if quantize else iter(())
     target = user_path(directory)
     require_no_other(target)
     spec = GenerationSpec.of(resolve(generation, {}), captioner.tokenizer)
     if greedy:
         require_plain(spec)
-    plain = _plain_copy(captioner)
+    plain, say = _plain_copy(captioner), report if progress else _silent
 
     def fill(folder: Path) -> Manifest:
         with evaluating(plain):
             traced = trace(plain)
-            _write_graphs(traced, folder, report if progress else _silent)
+            _write_graphs(traced, folder, say)
             with torch.no_grad():
                 _compare(plain, traced.entries, folder)
                 if greedy:
                     _write_greedy(plain, spec, folder)
+        if quantize:
+            say("Quantizing to 8 bits ...")
+            quantize_graphs(folder / files.ENCODER, folder / files.STEP, batches)
+            if greedy:
+                _join(plain, spec, folder)
         plain.tokenizer.save(folder / files.TOKENIZER)  # type: ignore[attr-defined]
         write_text(folder / files.GENERATION, json.dumps(_options(spec, plain), indent=2) + "\n")
-        return _manifest(plain, traced.entries, spec, folder)
+        return _manifest(plain, traced.entries, spec, folder, quantize or "float32")
 
     return files.write_directory(target, fill)
 
@@ -191,8 +205,7 @@ def _compare(captioner: Captioner, entries: Sequence[Entry], folder: Path) -> No
 
 
 def _write_greedy(captioner: Captioner, spec: GenerationSpec, folder: Path) -> None:
-    path, pad = folder / files.GREEDY, captioner.tokenizer.pad_id
-    write_greedy(folder / files.ENCODER, folder / files.STEP, path, spec, pad)
+    path = _join(captioner, spec, folder)
     images = _random_images(captioner, 3, generator(2, "export"))
     ids = _run(_session(path), {"images": images})["ids"]
     plain = replace(spec, config=GenerationConfig())
@@ -203,6 +216,12 @@ def _write_greedy(captioner: Captioner, spec: GenerationSpec, folder: Path) -> N
             f"export: {files.GREEDY} gives {given[0]} where torch gives {expected[0]}. Export "
             "without greedy=True."
         )
+
+
+def _join(captioner: Captioner, spec: GenerationSpec, folder: Path) -> Path:
+    path, pad = folder / files.GREEDY, captioner.tokenizer.pad_id
+    write_greedy(folder / files.ENCODER, folder / files.STEP, path, spec, pad)
+    return path
 
 
 def _words(row: list[int], end_id: int) -> tuple[int, ...]:
@@ -255,12 +274,16 @@ def _options(spec: GenerationSpec, captioner: Captioner) -> dict[str, Any]:
 
 
 def _manifest(
-    captioner: Captioner, entries: Sequence[Entry], spec: GenerationSpec, folder: Path
+    captioner: Captioner,
+    entries: Sequence[Entry],
+    spec: GenerationSpec,
+    folder: Path,
+    precision: str,
 ) -> Manifest:
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")}
     return Manifest(
         name=captioner.name,
-        precision="float32",
+        precision=precision,
         image_size=captioner.image_size,
         mean=tuple(captioner.encoder.mean),
         std=tuple(captioner.encoder.std),

@@ -52,7 +52,7 @@ def write_graph(graph: Graph, path: Path) -> None:
     import onnx_ir
 
     try:
-        with _quiet(), torch.enable_grad():  # then a cache is extended, not written in place
+        with quiet(), torch.enable_grad():  # then a cache is extended, not written in place
             program = torch.onnx.export(
                 graph.module,
                 graph.example,
@@ -138,9 +138,9 @@ def _strip(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the messages of torch.onnx, which print failures that are raised as well."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+def quiet() -> Iterator[None]:
+    """Without messages of torch.onnx and ONNX Runtime; failures are raised as well."""
+    loggers = [logging.getLogger(name) for name in ("", "torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
