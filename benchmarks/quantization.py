@@ -25,7 +25,7 @@ from onnxruntime import quantization
 from torch import Tensor
 
 import capdistill as cd
-from capdistill.data.images import read_batches
+from capdistill.data.pixels import read_batches
 from capdistill.decoders.base import DecoderState
 from capdistill.deploy.manifest import Manifest, read_manifest
 from capdistill.deploy.quantize import quantize_convolutions, quantize_products
@@ -233,7 +233,7 @@ class Bench:
         kept = self.out / f"{name}-{len(paths)}.npy"
         if not kept.exists():
             batches = read_batches(paths, self.manifest.image_size, BATCH, "raise")
-            np.save(kept, np.concatenate([torch.stack(each).numpy() for each in batches]))
+            np.save(kept, np.concatenate([np.stack(each) for each in batches]))
         return np.load(kept)
 
     def recorded(self) -> list[dict[str, np.ndarray]]:

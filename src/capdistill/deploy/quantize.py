@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from capdistill.data.dataset import CaptionData, Splits
 from capdistill.data.folder import Images
-from capdistill.data.images import is_many, read_batches
+from capdistill.data.pixels import is_many, read_batches
 from capdistill.deploy.writing import quiet
 from capdistill.errors import ConfigError, DataError, shortened
 
@@ -332,4 +332,4 @@ def calibration_batches(data: Any, size: int) -> Iterator[npt.NDArray[np.uint8]]
         raise DataError("export: calibration holds no image. Give a hundred or so.")
     chosen = images[:: -(-len(images) // _CALIBRATION)]
     read = read_batches(chosen, size, _BATCH, "raise")  # when they are needed
-    return (np.stack([image.numpy() for image in batch if image is not None]) for batch in read)
+    return (np.stack([image for image in batch if image is not None]) for batch in read)
