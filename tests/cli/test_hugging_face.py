@@ -39,7 +39,8 @@ def test_it_captions_photos(blip, photo, capsys):
     assert row["caption"] == expected
 
 
-def test_it_teaches_a_student(blip, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_it_teaches_a_student(trimmed, blip, tmp_path, capsys, monkeypatch):
     whole = cd.data.sample()
     few = cd.data.Splits(
         {"train": whole.train.subset(4), "val": whole.val.subset(2)}, name="sample"
@@ -47,20 +48,52 @@ def test_it_teaches_a_student(blip, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cd.data, "sample", lambda: few)
     out = tmp_path / "student"
     sets = ["train.epochs=1", "train.batch_size=2", "train.progress=false", 'losses={"token": {}}']
-    words = ["distill", "--teacher", str(blip), "--student", "debug_student", "--out", str(out)]
+    sets += ["tokenizer.name=teacher", "tokenizer.max_length=30"] if trimmed else []
+    monkeypatch.chdir(blip.parent)
+    teacher = f"hf:{blip.name}"  # of a directory, it means the same
+    words = ["distill", "--teacher", teacher, "--student", "debug_student", "--out", str(out)]
     words += ["--data", "sample", "--device", "cpu", *(w for s in sets for w in ("--set", s))]
     assert main(words) == 0, capsys.readouterr().err
-    student = cd.Captioner.load(out / "best")
-    assert list(student.tokenizer.vocabulary) == list(cd.teachers.load(blip).tokenizer.vocabulary)
+    assert json.loads((out / "config.json").read_text())["teacher"] == str(blip)
+    student, theirs = cd.Captioner.load(out / "best"), cd.teachers.load(blip)
+    expected = theirs.trimmed(few.train.captions, 30) if trimmed else theirs.tokenizer
+    assert student.tokenizer == expected
 
 
-def test_a_name_on_the_hub_has_a_prefix(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["tokenizer.name=teacher", "tokenizer.min_count=3"],
+            "'min_count' is an option of the tok",
+        ),
+        (["tokenizer.name=teacher", "tokenizer.end=a"], "'end' is an option of the tokenizer 'hug"),
+        (["tokenizer.name=teacher"], "it has a WordTokenizer. Leave the section out"),
+    ],
+)
+def test_only_a_teacher_of_pieces_gives_them(options, message, tmp_path, capsys):
+    cd.Captioner.create("debug_teacher", tokenizer=cd.WordTokenizer(["a"])).save(tmp_path / "t")
+    words = ["distill", "--teacher", str(tmp_path / "t"), "--student", "debug_student"]
+    words += ["--data", "sample", "--out", str(tmp_path / "out")]
+    assert main([*words, *(w for each in options for w in ("--set", each))]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_name_on_the_hub_has_a_prefix(monkeypatch, tmp_path, capsys):
     names = []
-    monkeypatch.setattr(
-        loading, "from_pretrained", lambda name: names.append(name) or torch.nn.Module()
-    )
-    cd.teachers.load("hf:some/blip")
-    assert names == ["some/blip"]
+
+    def load(name_or_path_or_module):
+        names.append(name_or_path_or_module)
+        raise ConfigError("not reached")
+
+    monkeypatch.setattr(loading, "from_pretrained", load)
+    with pytest.raises(ConfigError, match="not reached"):
+        cd.teachers.load("hf:some/blip")
+    words = ["--student", "debug_student", "--data", "sample", "--out", str(tmp_path / "out")]
+    for teachers in (["hf:some/blip"], ["hf:some/git", "hf:other"]):
+        main(["distill", "--teacher", *teachers, *words])
+        assert "not reached" in capsys.readouterr().err
+    assert names == ["some/blip", "some/blip", "some/git"]
 
 
 def test_a_run_is_not_taken_for_one(tmp_path):

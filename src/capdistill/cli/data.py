@@ -32,18 +32,25 @@ def _absolute(path: str) -> str:
     return path if "://" in path else str(user_path(path).absolute())  # an address stays one
 
 
+def _absolute_teacher(path: str) -> str:
+    """A name on the Hugging Face Hub, behind "hf:", stays one."""
+    name = path.removeprefix("hf:")
+    on_hub = name != path and not user_path(name).is_dir()
+    return path if on_hub else _absolute(name)
+
+
 def absolute_paths(given: Any) -> Any:
-    """The absolute form of a path, of those in a list, or in a mapping; a section stays.
+    """The absolute form of a teacher's path, of those in a list or mapping; a section stays.
 
     Raises:
         ValueError: something else.
     """
     if isinstance(given, (str, BaseModel)):
-        return _absolute(given) if isinstance(given, str) else given
+        return _absolute_teacher(given) if isinstance(given, str) else given
     listed = dict(enumerate(given)) if isinstance(given, list) else given
     if not isinstance(listed, Mapping) or not all(isinstance(v, str) for v in listed.values()):
         raise ValueError('expected a directory, a list of them, or {"name": directory, ...}')
-    paths = {name: _absolute(each) for name, each in listed.items()}
+    paths = {name: _absolute_teacher(each) for name, each in listed.items()}
     return [*paths.values()] if isinstance(given, list) else paths
 
 

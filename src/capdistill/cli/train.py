@@ -224,7 +224,7 @@ def make_trainer(run: RunConfig, data: Splits) -> Trainer:
     from capdistill.training.trainer import Trainer
 
     if isinstance(run, TrainRun):
-        words = _words(run.tokenizer, run.model, data)
+        words = _words(run.tokenizer, run.model, data, None)
         seed_everything(run.train.seed)
         return Trainer(make_captioner(run.model, "model", words), config=run.train)
     assert isinstance(run, DistillRun)
@@ -232,7 +232,9 @@ def make_trainer(run: RunConfig, data: Splits) -> Trainer:
     own = isinstance(teacher, MeanTeacherSection)
     teacher = teacher if own else load(teacher)
     described = own or run.tokenizer is not None
-    words = _words(run.tokenizer, run.student, data) if described else teacher.tokenizer
+    words = (
+        teacher.tokenizer if not described else _words(run.tokenizer, run.student, data, teacher)
+    )
     seed_everything(run.train.seed)
     student = make_captioner(run.student, "student", words)
     teacher = MeanTeacher(student, teacher.decay) if own else teacher
@@ -240,12 +242,14 @@ def make_trainer(run: RunConfig, data: Splits) -> Trainer:
     return Distiller(teacher, student, run.losses, weights, config=run.train)
 
 
-def _words(section: TokenizerSection | None, model: ModelSection, data: Splits) -> Tokenizer | None:
+def _words(
+    section: TokenizerSection | None, model: ModelSection, data: Splits, teacher: Any
+) -> Tokenizer | None:
     """The tokenizer of a section or, without one, the default; None where the model has its own."""
     alone = model.start and not (model.preset or model.encoder or model.decoder)
     if section is None and alone:
         return None
-    return make_tokenizer(section or TokenizerSection(), data)
+    return make_tokenizer(section or TokenizerSection(), data, teacher)
 
 
 def make_run(options: argparse.Namespace) -> RunConfig:

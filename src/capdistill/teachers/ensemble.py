@@ -24,7 +24,7 @@ from capdistill.outputs import LOGITS, Batch, CaptionerOutput, ModelSpec, select
 from capdistill.runtime import SAFE_SEED, stable_hash
 from capdistill.saving import ENSEMBLE, PRETRAINED
 from capdistill.teachers.cached import CachedTeacher, is_cached
-from capdistill.teachers.directory import is_pretrained, read, read_pretrained, write
+from capdistill.teachers.directory import HUB, is_pretrained, read, read_pretrained, write
 from capdistill.teachers.mixing import EnsembleDecoder, EnsembleFeatures, mixture
 from capdistill.tokenizer import Tokenizer
 
@@ -293,13 +293,14 @@ def load(
     if isinstance(directory, Sequence) and not isinstance(directory, (str, bytes)):
         return Ensemble([load(place, **how) for place in directory])
     if is_pretrained(directory):
-        return _from_pretrained({"name_or_path_or_module": str(directory)}, device)
-    place = user_path(directory, CheckpointError)
-    if (place / PRETRAINED).is_file():
-        return _from_pretrained(read_pretrained(place), device)
-    if is_cached(place):
-        return CachedTeacher(place, tokenizer).to(device)
-    several = (place / ENSEMBLE).is_file()
+        place = str(directory).removeprefix(HUB)
+        return _from_pretrained({"name_or_path_or_module": place}, device)
+    path = user_path(directory, CheckpointError)
+    if (path / PRETRAINED).is_file():
+        return _from_pretrained(read_pretrained(path), device)
+    if is_cached(path):
+        return CachedTeacher(path, tokenizer).to(device)
+    several = (path / ENSEMBLE).is_file()
     cls: type[Captioner | Ensemble] = Ensemble if several else Captioner
     return cls.load(directory, **how)
 
