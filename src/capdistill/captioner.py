@@ -13,6 +13,7 @@ from capdistill import saving
 from capdistill.decoders.base import Decoder, require_decoder
 from capdistill.encoders.base import Encoder, require_encoder
 from capdistill.errors import CheckpointError, ConfigError, DataError, IncompatibleModels, suggest
+from capdistill.fake_quantization import Ranges, read_ranges
 from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
@@ -36,6 +37,10 @@ class Captioner(CaptionGenerator):
         tokenizer: Captions to ids and back.
         name: Name of the model in messages.
 
+    Attributes:
+        activation_ranges: Lowest and highest input of the encoder's layers, by name, if training
+            with `quantize` has found them. They are saved with it.
+
     Raises:
         IncompatibleModels: the encoder's width is not the one the decoder reads.
         ConfigError: a part lacks an attribute, or the decoder belongs to another vocabulary.
@@ -56,6 +61,7 @@ class Captioner(CaptionGenerator):
         decoder.build(len(tokenizer.vocabulary))
         self.encoder, self.decoder = encoder, decoder
         self.tokenizer, self.name = tokenizer, name
+        self.activation_ranges: Ranges | None = None
 
     def __repr__(self) -> str:
         encoder, decoder, words = self.encoder, self.decoder, len(self.tokenizer.vocabulary)
@@ -189,6 +195,8 @@ class Captioner(CaptionGenerator):
             **{k: saving.describe_part(p, k, allow_unregistered) for k, p in parts.items()},
             "tokenizer": saving.describe_tokenizer(self.tokenizer),
         }
+        if self.activation_ranges is not None:
+            description["activation_ranges"] = self.activation_ranges
         saving.write(user_path(directory), self, self.tokenizer, description)
 
     @classmethod
@@ -224,6 +232,7 @@ class Captioner(CaptionGenerator):
             name=content["name"],
         )
         saving.load_weights(directory, content, captioner)
+        captioner.activation_ranges = read_ranges(content.get("activation_ranges"), directory)
         return captioner.to(device).eval()
 
 

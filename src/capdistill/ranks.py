@@ -93,6 +93,13 @@ class Ranks:
             dist.all_reduce(values, group=self._group(values))
         return values
 
+    def highest(self, values: Tensor) -> Tensor:
+        """The highest of each value over the ranks, on its device."""
+        if self.several:
+            values = values.clone()
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group(values))
+        return values
+
     def _group(self, value: Tensor) -> Any:
         """Tensors on the CPU travel by gloo, whatever the others use."""
         return self._control if value.device.type == "cpu" else None

@@ -61,6 +61,7 @@ class Encoder(nn.Module):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     hub_arguments: ClassVar[tuple[str, ...]] = ()
+    variant: str = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -159,8 +160,21 @@ class Encoder(nn.Module):
         for old in [old for old, each in keys.items() if each.trained == trained]:
             del keys[old]
         if key is not None:
+            key = (
+                hashlib.sha256(f"{key} {self.variant}".encode()).hexdigest()
+                if self.variant
+                else key
+            )
             keys[key] = _Key.of(self, trained)
         return key
+
+    def vary(self, variant: str) -> None:
+        """Keep cached values apart from those of the encoder as it is, of which "" is the name.
+
+        For what changes its outputs without being one of its values or settings.
+        """
+        self.__dict__["variant"] = variant
+        self.__dict__.pop("_keys", None)
 
     def current_key(self) -> str | None:
         """As `cache_key`, but not hashed again as long as no weight visibly changed."""

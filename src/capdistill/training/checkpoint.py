@@ -239,7 +239,7 @@ def _reported(train: Source | None) -> list[Problem]:
 @_fitting()
 @torch.no_grad()
 def restore_frozen(stepper: Stepper, state: Mapping[str, Any]) -> None:
-    """Give the frozen parts of the student the weights of a state, before features are cached.
+    """Give the student's frozen parts the weights and ranges of a state, before they are cached.
 
     They differ where a resumed process has drawn new random weights. What does not fit stays as it
     is; `restore` names it.
@@ -247,7 +247,7 @@ def restore_frozen(stepper: Stepper, state: Mapping[str, Any]) -> None:
     own = stepper.objective.state_dict()
     trained = {n for n, p in stepper.objective.named_parameters() if p.requires_grad}
     for name, value in strip_prefixes(state["objective"], own).items():
-        frozen = name.startswith("student.") and name not in trained and name in own
+        frozen = name.startswith(("student.", "quantizer.")) and name not in trained and name in own
         if frozen and own[name].shape == value.shape:
             own[name].copy_(value)
 

@@ -91,6 +91,8 @@ class TrainConfig(Options):
             or the name of its backend. The first steps take minutes.
         gradient_checkpointing: Keep the inputs of the student's blocks only and compute the rest
             again in the backward pass: less memory, about a third more time.
+        quantize: "int8" rounds the student's weights and activations to 8 bits and back in every
+            forward pass, for its export to int8; see `FakeQuantizer`. None does not.
         accumulation_steps: Micro-batches per step. A shorter last group is divided by its own
             count.
         max_grad_norm: Gradients are clipped to this norm; None does not clip.
@@ -149,6 +151,7 @@ class TrainConfig(Options):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: bool | str = False
     gradient_checkpointing: bool = False
+    quantize: Literal["int8"] | None = None
     accumulation_steps: int = Field(1, ge=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
     ema_decay: float | None = Field(None, ge=0, lt=1)
@@ -272,6 +275,7 @@ class TrainOptions(GenerationOptions, total=False):
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     compile: bool | str
     gradient_checkpointing: bool
+    quantize: Literal["int8"] | None
     accumulation_steps: int
     max_grad_norm: float | None
     ema_decay: float | None

@@ -106,10 +106,14 @@ def misses_some(objective: Objective, run: Callable[[], Mapping[str, Tensor]]) -
 
 @contextmanager
 def standing_in(module: nn.Module) -> Iterator[None]:
-    """Inside the block a batch that does not count leaves no trace in the batch norms."""
+    """Inside the block a batch that does not count leaves no trace: in batch norms, in ranges."""
+    quantizer = getattr(module, "quantizer", None)
+    before = quantizer and dict(quantizer.seen)
     kinds = (nn.SyncBatchNorm,)  # these exchange statistics, in training mode on all ranks
     synced = [part for part in module.modules() if isinstance(part, kinds) and part.training]
     with batch_norms_in_eval(module):
         for part in synced:
             part.train()
         yield
+    if quantizer is not None:
+        quantizer.seen = before

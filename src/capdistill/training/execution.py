@@ -17,7 +17,8 @@ from capdistill.runtime import batch_norms
 from capdistill.teachers.ensemble import leaves
 from capdistill.training.config import TrainConfig
 
-PLACING = ("device", "precision", "compile", "gradient_checkpointing")  # what `place` reads
+# What `place` reads.
+PLACING = ("device", "precision", "compile", "gradient_checkpointing", "quantize")
 
 
 class Execution:

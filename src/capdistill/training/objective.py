@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError, suggest
+from capdistill.fake_quantization import FakeQuantizer, release
 from capdistill.losses.base import (
     DistillationLoss,
     Schedule,
@@ -20,6 +22,7 @@ from capdistill.losses.base import (
 )
 from capdistill.losses.divergence import cross_entropy
 from capdistill.outputs import FEATURES_ONLY, Batch, CaptionerOutput
+from capdistill.training.config import TrainConfig
 from capdistill.training.weighting import Weighting
 
 Weight = Schedule | Mapping[str, Any]  # a mapping is a schedule as data
@@ -43,6 +46,7 @@ class Objective(nn.Module):
 
     Attributes:
         kept_in_eval: Modules that stay in evaluation mode: those shared with a teacher.
+        quantizer: What rounds the student's weights and activations, or None.
         weighting: What adapts the weights, or None.
     """
 
@@ -61,10 +65,36 @@ class Objective(nn.Module):
         self.losses = nn.ModuleDict({k: loss for k, loss in losses.items() if k in self.weights})
         self.label_smoothing = label_smoothing
         self.kept_in_eval: Sequence[nn.Module] = ()
+        self.quantizer: FakeQuantizer | None = None
         self.weighting: Weighting | None = None
         if isinstance(weights, Weighting):
             weights.build(list(self.weights), student)
             self.weighting = weights
+
+    def quantize(self, config: TrainConfig, teachers: Iterable[nn.Module] = ()) -> None:
+        """Let the student compute as its int8 export will, if the options ask for it.
+
+        Raises:
+            ConfigError: it cannot, or a teacher would do so too.
+        """
+        if config.quantize is None:
+            release(self.student)
+            self.quantizer = None
+            return
+        if config.compile:
+            raise ConfigError(
+                f"quantize={config.quantize!r} exchanges weights during a call, which a compiled "
+                f"model does not see. Leave out compile={config.compile!r}, or quantize."
+            )
+        self.quantizer = self.quantizer or FakeQuantizer(self.student)
+        self.quantizer.require_apart(teachers)
+        self.quantizer.attach()
+
+    def release(self) -> None:
+        """Give the student back: in evaluation mode, as it is saved."""
+        self.student.eval()
+        if self.quantizer is not None:
+            self.quantizer.detach()
 
     @property
     def needed_outputs(self) -> frozenset[str]:
@@ -111,7 +141,8 @@ class Objective(nn.Module):
             progress: Share of the run that is done, for schedules inside a loss.
         """
         needed = self.needed_outputs | ({"logits"} if "ce" in self.weights else set())
-        student: CaptionerOutput = self.student(batch, need=needed, input_fn=input_fn)
+        with self.quantizer.watching(self.training) if self.quantizer else nullcontext():
+            student: CaptionerOutput = self.student(batch, need=needed, input_fn=input_fn)
         sums = {}
         if "ce" in self.weights:
             logits = given("cross-entropy", "logits", "student", student.logits)
@@ -125,6 +156,8 @@ class Objective(nn.Module):
     def train(self, mode: bool = True) -> Objective:
         """As `nn.Module.train`; modules shared with a teacher stay in evaluation mode."""
         super().train(mode)
+        if mode and self.quantizer is not None:
+            self.quantizer.attach()
         for module in self.kept_in_eval:
             module.eval()
         return self
@@ -152,6 +185,8 @@ class Objective(nn.Module):
             scale: By which the loss is multiplied for its backward pass.
         """
         self._base = {name: self._base_weight(name, progress) for name in self.weights}
+        if self.quantizer is not None:
+            self.quantizer.forget()
         if self.weighting is not None:
             self.weighting.start_step(step, epoch, scale)
         in_force = self._in_force()
@@ -185,8 +220,17 @@ class Objective(nn.Module):
         weights: Mapping[str, float | Tensor],
         sums: Mapping[str, float],
         counts: Mapping[str, float],
+        highest: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, float]:
-        """Let the weighting measure a whole step; returns the weights of the step as numbers."""
+        """Let weighting and quantizer take in a step; returns its weights as numbers.
+
+        Args:
+            weights: From `start_step`.
+            sums, counts: Of the terms over the step.
+            highest: The highest of each value over all ranks; None if there is one.
+        """
+        if self.quantizer is not None:
+            self.quantizer.update(highest)
         if self.weighting is not None:
             self.weighting.end_step(sums, counts)
         return {n: w.item() if isinstance(w, Tensor) else w for n, w in weights.items()}

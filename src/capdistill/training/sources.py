@@ -26,7 +26,7 @@ from capdistill.feature_cache import (
 from capdistill.feature_files import CacheEntry, default_cache_dir, list_caches
 from capdistill.files import user_path
 from capdistill.outputs import Batch
-from capdistill.runtime import evaluating
+from capdistill.runtime import autocast, evaluating
 from capdistill.teachers.cached import CachedTeacher, cached_parts
 from capdistill.teachers.ensemble import leaves
 from capdistill.teachers.mean_teacher import MeanTeacher
@@ -54,6 +54,7 @@ def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source,
     config = stepper.config
     if stepper.ranks.several:  # before they wait for each other
         stepper.ranks.require_equal(decisive_options(config))
+    calibrate(stepper, train)
     cached = wants_cache(stepper, train)
     crops = wants_crops(config, cached)
     options = {"seed": config.seed, "errors": config.errors, "cache_images": config.cache_images}
@@ -75,6 +76,36 @@ def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source,
     val_options = {**options, "train": False, "batch_size": config.eval_batch_size}
     cached = cached and not _is_source(val) and has_items(val)  # batches are taken as they are
     return training, _source(stepper, val, cached, **val_options)
+
+
+CALIBRATION_IMAGES = 64
+
+
+def calibrate(stepper: Stepper, train: Any) -> None:
+    """Set the ranges of fake quantization by the first images, unless they are known.
+
+    Frozen stages keep them, so that their rounded output can be cached.
+
+    Args:
+        stepper: The trainer; without `quantize` there is nothing to do.
+        train: Data as for `open_sources`.
+    """
+    quantizer, config = stepper.objective.quantizer, stepper.config
+    if quantizer is None or quantizer.complete:
+        return
+    options = {"seed": config.seed, "errors": config.errors, "batch_size": 16}
+    options |= {"train": False, "crop": False, "captions_per_image": 1, "num_workers": 0}
+    size, images = image_size(*stepper.models), 0
+    source = make_source(train, stepper.captioner.tokenizer, image_size=size, **options)
+    with evaluating(stepper.captioner), quantizer.calibrating():
+        for batch in source.epoch(0):
+            with autocast(stepper.device, stepper.precision):
+                stepper.captioner.encode(batch.to(stepper.device))
+            images += batch.num_images
+            if images >= CALIBRATION_IMAGES:
+                break
+    close_workers(source)
+    stepper.ranks.share([quantizer.ranges])
 
 
 def cache_features(stepper: Stepper, train: Any, val: Any = None) -> list[CacheEntry]:

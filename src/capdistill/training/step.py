@@ -99,6 +99,7 @@ class Stepper:
         for model in self.models:
             move(model, self.device)
         self._execution.apply(self.models, self.config)
+        self.objective.quantize(self.config, self.models[1:])
         self._batch_norms = batch_norms(self.objective)
 
     @property
@@ -240,7 +241,7 @@ class Stepper:
         if verdict != "spike":
             self.scaler.step(optimizer)
         self.scaler.update()
-        in_force = self.objective.end_step(weights, totals, counts)
+        in_force = self.objective.end_step(weights, totals, counts, ranks.highest)
         if verdict == "good":
             self.schedule.step()
             for average in self.averages.values():
@@ -328,7 +329,8 @@ class Stepper:
     def needs_whole_weights(self) -> dict[str, object]:
         """What cannot be combined with weights that are sharded over the ranks, if it is used."""
         learned = [name for name in self.objective.state_dict() if name.startswith("weighting.")]
-        return {"ema_decay": self.config.ema_decay, "weights of terms that adapt": learned}
+        own = {"ema_decay": self.config.ema_decay, "quantize": self.config.quantize}
+        return {**own, "weights of terms that adapt": learned}
 
     def _forward_spare(self) -> dict[str, Tensor]:
         """Zeros, by a pass over another batch: a rank without one computes what the others do."""

@@ -357,7 +357,7 @@ class Trainer(Stepper):
             for callback in self.callbacks:
                 if isinstance(callback, Callback):
                     callback.close()
-            self.captioner.eval()
+            self.objective.release()
 
     def __repr__(self) -> str:
         models = " <- ".join(repr(getattr(m, "name", type(m).__name__)) for m in self.models)

@@ -1,0 +1,419 @@
+"""Fake quantization: a captioner computes in training as it will after its export to int8.
+
+Weights, and the inputs of the encoder's layers, are rounded to 8 bits and back. They stay float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from capdistill.errors import CheckpointError, ConfigError, shortened
+from capdistill.runtime import stable_hash
+
+MOMENTUM = 0.99  # share of a range that a step keeps
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_OWNER, _DEPTH = "_fake_quantizer", "_fake_quantizer_depth"
+Ranges = dict[str, tuple[float, float]]
+
+
+def round_weight(weight: Tensor) -> Tensor:
+    """A weight rounded to int8 per output channel, its first axis, and back.
+
+    The scale of a channel is max|w| / 127 and its zero is 0. The gradient passes straight through:
+    nothing is clipped. A batch norm behind the layer scales whole channels, so that rounding
+    before and after it is folded into the weight is the same.
+
+    Example:
+        >>> round_weight(torch.tensor([[127.0, 1.4, -2.6], [0.0, 0.0, 0.0]]))
+        tensor([[127.,   1.,  -3.],
+                [  0.,   0.,   0.]])
+
+    Args:
+        weight: (channels, ...) floating point.
+
+    Source:
+        Jacob et al. (2018), Quantization and Training of Neural Networks for Efficient
+        Integer-Arithmetic-Only Inference, section 3; per channel: Krishnamoorthi (2018),
+        section 3.1.
+    """
+    scale = weight.detach().flatten(1).abs().amax(1).float() / 127
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
+
+
+def round_activation(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Values rounded to uint8 and back; the gradient is 0 where a value was clipped.
+
+    Example:
+        >>> scale, zero = scale_and_zero(torch.tensor([[-1.0, 1.55]]))
+        >>> round_activation(torch.tensor([-2.0, 0.0, 0.014, 0.016]), scale[0], zero[0])
+        tensor([-1.0000,  0.0000,  0.0100,  0.0200])
+
+    Args:
+        x: Any shape.
+        scale, zero: Scalars from `scale_and_zero`.
+
+    Source:
+        Jacob et al. (2018), equation 12.
+    """
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
+
+
+def scale_and_zero(ranges: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 2) lowest and highest values to (N,) scales and (N,) int32 zeros of uint8.
+
+    A range is extended to hold 0, which then is a whole number of steps.
+    """
+    low, high = ranges[:, 0].clamp(max=0), ranges[:, 1].clamp(min=0)
+    scale = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
+    return scale, (-low / scale).round().clamp(0, 255).int()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module whose weights are rounded.
+
+    Args:
+        name: Its name within the captioner.
+        module: It.
+        weights: Names of its weights.
+        row: Row of the range of its input; None if its input is not rounded.
+    """
+
+    name: str
+    module: nn.Module
+    weights: tuple[str, ...]
+    row: int | None
+
+    @property
+    def trained(self) -> bool:
+        """Whether one of its parameters is trained."""
+        return any(p.requires_grad for p in self.module.parameters(recurse=False))
+
+
+class FakeQuantizer(nn.Module):
+    """Rounds a captioner's weights and activations while it is attached to it.
+
+    The weights of convolutions, linear and recurrent layers and embeddings are rounded by
+    `round_weight`, the inputs of the encoder's convolutions and linear layers by
+    `round_activation`, once their range is known. Parameters, their names and the class of every
+    module stay as they are: what is saved is an ordinary captioner.
+
+    Ranges are extended by what a step has seen on all its batches and ranks: `update` moves them
+    by 1 % towards its lowest and highest values. Those of frozen layers are set once.
+
+    Example:
+        >>> import capdistill as cd
+        >>> tokenizer = cd.WordTokenizer(["a", "dog", "runs"])
+        >>> student = cd.Captioner.create("debug_student", tokenizer=tokenizer, weights=False)
+        >>> images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+        >>> exact, quantizer = student.eval().encode(images), FakeQuantizer(student)
+        >>> quantizer.attach()
+        >>> with quantizer.calibrating():
+        ...     _ = student.encode(images)
+        >>> 0 < (student.encode(images) - exact).abs().mean() < 0.3
+        tensor(True)
+        >>> quantizer.detach()
+        >>> torch.equal(student.encode(images), exact)
+        True
+
+    Args:
+        captioner: A module with an `encoder` and a `decoder`.
+
+    Attributes:
+        ranges: (N, 2) lowest and highest input of each layer in `inputs`; NaN until known.
+        inputs: The names of these layers.
+
+    Raises:
+        ConfigError: there is nothing to round, or a weight is no ordinary float parameter.
+
+    Source:
+        Jacob et al. (2018), section 3; the straight-through gradient: Bengio et al. (2013).
+    """
+
+    ranges: Tensor
+    _captioner: nn.Module
+
+    def __init__(self, captioner: nn.Module) -> None:
+        super().__init__()
+        layers = list(_layers(captioner))
+        rows = [layer for layer in layers if layer.row is not None]
+        if not rows:
+            raise ConfigError(
+                'quantize="int8": the encoder has no convolution and no linear layer, whose '
+                "inputs could be rounded. Leave quantize out."
+            )
+        self.inputs = [layer.name for layer in rows]
+        device = next(captioner.parameters()).device
+        self.register_buffer("ranges", torch.full((len(rows), 2), math.nan, device=device))
+        self.observing, self.rounding = False, True
+        self.seen: dict[int, Tensor] = {}
+        self._undo: list[Callable[[], object]] = []
+        self._cache: dict[tuple[str, str], tuple[object, Tensor]] = {}
+        self._table: tuple[object, list[bool], Tensor, Tensor] | None = None
+        self._layers = layers
+        vars(self)["_captioner"] = captioner  # not as a part of this module
+
+    # -- attached or not ---------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Let the captioner compute with rounded values, by this quantizer alone."""
+        if vars(self._captioner).get(_OWNER) is self:
+            return
+        release(self._captioner)
+        vars(self._captioner)[_OWNER] = self
+        self._undo.append(partial(vars(self._captioner).pop, _OWNER))
+        decoder = cast("nn.Module", self._captioner.decoder)
+        parts = {id(part) for part in decoder.modules()}
+        for layer in self._layers:
+            if not (isinstance(layer.module, nn.RNNBase) and id(layer.module) in parts):
+                before, after = partial(self._before, layer), partial(self._leave, layer)
+                first = layer.module.register_forward_pre_hook(before)
+                last = layer.module.register_forward_hook(after, always_call=True)
+                self._undo += [first.remove, last.remove]
+        inside = [layer for layer in self._layers if id(layer.module) in parts]
+        for name in ("forward", "start", "step"):  # a decoder may use weights without their module
+            self._undo.append(_replaced(decoder, name, partial(self._whole, inside)))
+        self._vary()
+
+    def detach(self) -> None:
+        """Let the captioner compute as it is."""
+        for undo in reversed(self._undo):
+            undo()
+        if self._undo:
+            self._vary_to("")
+        self._undo = []
+        self._cache.clear()
+
+    def require_apart(self, others: Iterable[nn.Module]) -> None:
+        """Refuse models that share a layer with the captioner.
+
+        Raises:
+            ConfigError: with the name of the layer.
+        """
+        theirs = {id(part) for other in others for part in other.modules()}
+        shared = [layer.name for layer in self._layers if id(layer.module) in theirs]
+        if shared:
+            raise ConfigError(
+                f'quantize="int8": the student shares {shared[0]} with a teacher, which would then '
+                "compute with rounded weights too. Give the student its own: copy.deepcopy(encoder)"
+                "."
+            )
+
+    # -- ranges ------------------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Whether the range of every input is known."""
+        return all(self._tables()[0])
+
+    @contextmanager
+    def watching(self, active: bool = True) -> Iterator[None]:
+        """Inside the block, inputs count for the next `update`."""
+        before, self.observing = self.observing, active
+        try:
+            yield
+        finally:
+            self.observing = before
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """Inside the block inputs are watched and not rounded; afterwards their ranges are set."""
+        self.rounding = False
+        self.seen = {}
+        try:
+            with self.watching(), torch.no_grad():
+                yield
+        finally:
+            self.rounding = True
+        self.update()
+
+    def forget(self) -> None:
+        """Leave out what was seen since the last `update`."""
+        self.seen = {}
+
+    @torch.no_grad()
+    def update(self, highest: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Move the ranges towards what was seen since the last call.
+
+        Args:
+            highest: The highest of each value over all ranks, which call it together.
+        """
+        unseen = self.ranges.new_full((2,), -math.inf)
+        rows = [self.seen.get(row, unseen) for row in range(len(self.inputs))]
+        seen, self.seen = torch.stack(rows), {}  # minus the lowest, and the highest
+        seen = seen if highest is None else highest(seen)
+        now, old = torch.stack([-seen[:, 0], seen[:, 1]], 1), self.ranges
+        flags = [layer.trained for layer in self._layers if layer.row is not None]
+        trained = torch.tensor(flags, device=old.device)[:, None]
+        known, observed = (each.isfinite().all(1, keepdim=True) for each in (old, now))
+        moved = torch.where(trained, MOMENTUM * old + (1 - MOMENTUM) * now, old)
+        old.copy_(torch.where(observed, torch.where(known, moved, now), old))
+        if bool((observed & ~known & ~trained).any()):
+            self._vary()
+        vars(self._captioner)["activation_ranges"] = self.as_data()
+
+    def as_data(self) -> Ranges:
+        """The known ranges by layer."""
+        pairs = zip(self.inputs, self.ranges.tolist(), strict=True)
+        return {name: (low, high) for name, (low, high) in pairs if math.isfinite(low)}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        vars(self._captioner)["activation_ranges"] = self.as_data()
+        self._vary()
+
+    def _tables(self) -> tuple[list[bool], Tensor, Tensor]:
+        """Of every row: whether its range is known, its scale and its zero."""
+        version = (self.ranges.data_ptr(), self.ranges._version)
+        if self._table is None or self._table[0] != version:
+            known = self.ranges.isfinite().all(1).tolist()
+            self._table = version, known, *scale_and_zero(self.ranges.nan_to_num())
+        return self._table[1:]
+
+    def _vary(self) -> None:
+        """Cached features of frozen stages are those of their rounded weights and ranges."""
+        frozen = {layer.name for layer in self._layers if not layer.trained}
+        ranges = {name: pair for name, pair in self.as_data().items() if name in frozen}
+        if self._undo:
+            self._vary_to(f"int8 {stable_hash(sorted(ranges.items()))}")
+
+    def _vary_to(self, variant: str) -> None:
+        vary = getattr(self._captioner.encoder, "vary", None)
+        if vary is not None:
+            vary(variant)
+
+    # -- rounding ----------------------------------------------------------------------------------
+
+    def _before(self, layer: Layer, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        self._enter(layer, module)
+        if layer.row is None or not args:
+            return None
+        x = args[0]
+        if self.observing:
+            low, high = torch.aminmax(x.detach())
+            seen = torch.stack([-low, high]).float()
+            before = self.seen.get(layer.row)
+            self.seen[layer.row] = seen if before is None else torch.maximum(before, seen)
+        known, scales, zeros = self._tables()
+        if not (self.rounding and known[layer.row]):
+            return None
+        return (round_activation(x, scales[layer.row], zeros[layer.row]), *args[1:])
+
+    def _whole(self, layers: list[Layer], call: Callable[..., Any], *args: Any, **how: Any) -> Any:
+        for layer in layers:
+            self._enter(layer, layer.module)
+        try:
+            return call(*args, **how)
+        finally:
+            for layer in layers:
+                self._leave(layer, layer.module)
+
+    def _enter(self, layer: Layer, module: nn.Module) -> None:
+        """Let the rounded weights stand in for the parameters of a module."""
+        table = vars(module)
+        table[_DEPTH] = table.get(_DEPTH, 0) + 1
+        if table[_DEPTH] > 1:
+            return
+        for name in layer.weights:
+            table[name] = self._rounded(layer.name, name, cast("Tensor", module._parameters[name]))
+        if isinstance(module, nn.RNNBase):  # it reads a list of its own
+            table["_fake_quantizer_flat"] = {key: table[key] for key in _FLAT if key in table}
+            table["_flat_weights"] = [getattr(module, n) for n in module._flat_weights_names]
+
+    def _leave(self, layer: Layer, module: nn.Module, *_: Any) -> None:
+        table = vars(module)
+        table[_DEPTH] = table.get(_DEPTH, 0) - 1
+        if table[_DEPTH] > 0:
+            return
+        del table[_DEPTH]
+        table.update(table.pop("_fake_quantizer_flat", {}))
+        for name in layer.weights:
+            table.pop(name, None)
+
+    def _rounded(self, layer: str, name: str, weight: Tensor) -> Tensor:
+        """The rounded weight; without a gradient it is computed once for each of its values."""
+        if weight.requires_grad and torch.is_grad_enabled():
+            return round_weight(weight)
+        version = (weight.data_ptr(), weight._version, weight.dtype)
+        cached = self._cache.get((layer, name))
+        if cached is None or cached[0] != version:
+            with torch.inference_mode(False), torch.no_grad():
+                cached = self._cache[layer, name] = version, round_weight(weight)
+        return cached[1]
+
+
+_FLAT = ("_flat_weights", "_flat_weight_refs")
+
+
+def _replaced(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], object]:
+    """Run a method of a module by `around`; returns what undoes it."""
+    table, before = vars(module), vars(module).get(name)
+    table[name] = partial(around, getattr(module, name))
+    return partial(table.pop, name) if before is None else partial(table.update, {name: before})
+
+
+def _layers(captioner: nn.Module) -> Iterator[Layer]:
+    rows = 0
+    for part in ("encoder", "decoder"):
+        for name, module in captioner.get_submodule(part).named_modules(prefix=part):
+            weights = _weights_of(module)
+            for key in weights:
+                value = module._parameters.get(key)
+                if value is None or not value.is_floating_point():
+                    raise ConfigError(
+                        f'quantize="int8": {name}.{key} is no floating-point parameter of its own; '
+                        "the layer is parametrized, or quantized already. Remove that "
+                        "(torch.nn.utils.parametrize.remove_parametrizations), or leave quantize "
+                        "out."
+                    )
+            if weights:
+                has_row = part == "encoder" and isinstance(module, _LAYERS)
+                yield Layer(name, module, weights, rows if has_row else None)
+                rows += has_row
+
+
+def _weights_of(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, nn.RNNBase):
+        return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
+    return ("weight",) if isinstance(module, (*_LAYERS, nn.Embedding)) else ()
+
+
+def release(captioner: nn.Module) -> None:
+    """Detach the quantizer that is attached to a captioner, if any."""
+    owner = vars(captioner).get(_OWNER)
+    if owner is not None:
+        owner.detach()
+
+
+def read_ranges(data: Any, where: object) -> Ranges | None:
+    """Ranges from the description of a saved captioner; None if it has none.
+
+    Example:
+        >>> read_ranges({"encoder.conv": [-1.0, 2.5]}, "runs/best")
+        {'encoder.conv': (-1.0, 2.5)}
+
+    Raises:
+        CheckpointError: they are no pairs of finite numbers.
+    """
+    if data is None:
+        return None
+    pairs = data.items() if isinstance(data, Mapping) else [("", None)]
+    for name, pair in pairs:
+        numbers = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else [None]
+        finite = all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
+        if not finite or numbers[0] > numbers[1]:
+            raise CheckpointError(
+                f"{where}: activation_ranges has {name!r}: {shortened(pair)}, which is no pair of "
+                "a lowest and a highest number. Copy the file again, or remove activation_ranges."
+            )
+    return {str(name): (float(low), float(high)) for name, (low, high) in pairs}
