@@ -1,6 +1,6 @@
 """Fake quantization: a captioner computes in training as it will after its export to int8.
 
-Weights, and the inputs of the encoder's layers, are rounded to 8 bits and back. They stay float32.
+Weights, and the inputs of convolutions and linear layers, are rounded to 8 bits and back.
 """
 
 from __future__ import annotations
@@ -16,66 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.errors import CheckpointError, ConfigError, shortened
+from capdistill.int8 import round_activation, round_rows, round_weight, scale_and_zero
 from capdistill.runtime import stable_hash
 
 MOMENTUM = 0.99  # share of a range that a step keeps
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _OWNER, _DEPTH = "_fake_quantizer", "_fake_quantizer_depth"
 Ranges = dict[str, tuple[float, float]]
-
-
-def round_weight(weight: Tensor) -> Tensor:
-    """A weight rounded to int8 per output channel, its first axis, and back.
-
-    The scale of a channel is max|w| / 127 and its zero is 0. The gradient passes straight through:
-    nothing is clipped. A batch norm behind the layer scales whole channels, so that rounding
-    before and after it is folded into the weight is the same.
-
-    Example:
-        >>> round_weight(torch.tensor([[127.0, 1.4, -2.6], [0.0, 0.0, 0.0]]))
-        tensor([[127.,   1.,  -3.],
-                [  0.,   0.,   0.]])
-
-    Args:
-        weight: (channels, ...) floating point.
-
-    Source:
-        Jacob et al. (2018), Quantization and Training of Neural Networks for Efficient
-        Integer-Arithmetic-Only Inference, section 3; per channel: Krishnamoorthi (2018),
-        section 3.1.
-    """
-    scale = weight.detach().flatten(1).abs().amax(1).float() / 127
-    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
-
-
-def round_activation(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Values rounded to uint8 and back; the gradient is 0 where a value was clipped.
-
-    Example:
-        >>> scale, zero = scale_and_zero(torch.tensor([[-1.0, 1.55]]))
-        >>> round_activation(torch.tensor([-2.0, 0.0, 0.014, 0.016]), scale[0], zero[0])
-        tensor([-1.0000,  0.0000,  0.0100,  0.0200])
-
-    Args:
-        x: Any shape.
-        scale, zero: Scalars from `scale_and_zero`.
-
-    Source:
-        Jacob et al. (2018), equation 12.
-    """
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
-
-
-def scale_and_zero(ranges: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 2) lowest and highest values to (N,) scales and (N,) int32 zeros of uint8.
-
-    A range is extended to hold 0, which then is a whole number of steps.
-    """
-    low, high = ranges[:, 0].clamp(max=0), ranges[:, 1].clamp(min=0)
-    scale = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
-    return scale, (-low / scale).round().clamp(0, 255).int()
 
 
 @dataclass(frozen=True)
@@ -86,7 +33,7 @@ class Layer:
         name: Its name within the captioner.
         module: It.
         weights: Names of its weights.
-        row: Row of the range of its input; None if its input is not rounded.
+        row: Row of the range of its input; None for what is no convolution.
     """
 
     name: str
@@ -104,9 +51,10 @@ class FakeQuantizer(nn.Module):
     """Rounds a captioner's weights and activations while it is attached to it.
 
     The weights of convolutions, linear and recurrent layers and embeddings are rounded by
-    `round_weight`, the inputs of the encoder's convolutions and linear layers by
-    `round_activation`, once their range is known. Parameters, their names and the class of every
-    module stay as they are: what is saved is an ordinary captioner.
+    `round_weight`, the inputs of linear layers by `round_rows`, those of convolutions by
+    `round_activation`, once their range is known. The inputs of recurrent layers and of a
+    vocabulary projection that is no layer of its own are left as they are. Parameters, their names
+    and the class of every module do not change: what is saved is an ordinary captioner.
 
     Ranges are extended by what a step has seen on all its batches and ranks: `update` moves them
     by 1 % towards its lowest and highest values. Those of frozen layers are set once.
@@ -131,10 +79,10 @@ class FakeQuantizer(nn.Module):
 
     Attributes:
         ranges: (N, 2) lowest and highest input of each layer in `inputs`; NaN until known.
-        inputs: The names of these layers.
+        inputs: The names of the convolutions.
 
     Raises:
-        ConfigError: there is nothing to round, or a weight is no ordinary float parameter.
+        ConfigError: a weight is no ordinary float parameter.
 
     Source:
         Jacob et al. (2018), section 3; the straight-through gradient: Bengio et al. (2013).
@@ -146,15 +94,9 @@ class FakeQuantizer(nn.Module):
     def __init__(self, captioner: nn.Module) -> None:
         super().__init__()
         layers = list(_layers(captioner))
-        rows = [layer for layer in layers if layer.row is not None]
-        if not rows:
-            raise ConfigError(
-                'quantize="int8": the encoder has no convolution and no linear layer, whose '
-                "inputs could be rounded. Leave quantize out."
-            )
-        self.inputs = [layer.name for layer in rows]
+        self.inputs = [layer.name for layer in layers if layer.row is not None]
         device = next(captioner.parameters()).device
-        self.register_buffer("ranges", torch.full((len(rows), 2), math.nan, device=device))
+        self.register_buffer("ranges", torch.full((len(self.inputs), 2), math.nan, device=device))
         self.observing, self.rounding = False, True
         self.seen: dict[int, Tensor] = {}
         self._undo: list[Callable[[], object]] = []
@@ -171,7 +113,7 @@ class FakeQuantizer(nn.Module):
             return
         release(self._captioner)
         vars(self._captioner)[_OWNER] = self
-        self._undo.append(partial(vars(self._captioner).pop, _OWNER))
+        self._undo.append(partial(_restore, self._captioner, _OWNER, None))
         decoder = cast("nn.Module", self._captioner.decoder)
         parts = {id(part) for part in decoder.modules()}
         for layer in self._layers:
@@ -248,7 +190,10 @@ class FakeQuantizer(nn.Module):
         Args:
             highest: The highest of each value over all ranks, which call it together.
         """
+        self._cache.clear()  # weights may have been changed in ways that leave no trace
         unseen = self.ranges.new_full((2,), -math.inf)
+        if not self.inputs:
+            return
         rows = [self.seen.get(row, unseen) for row in range(len(self.inputs))]
         seen, self.seen = torch.stack(rows), {}  # minus the lowest, and the highest
         seen = seen if highest is None else highest(seen)
@@ -262,6 +207,11 @@ class FakeQuantizer(nn.Module):
             self._vary()
         vars(self._captioner)["activation_ranges"] = self.as_data()
 
+    def refresh(self) -> None:
+        """Tell the captioner its ranges after others were assigned."""
+        vars(self._captioner)["activation_ranges"] = self.as_data()
+        self._vary()
+
     def as_data(self) -> Ranges:
         """The known ranges by layer."""
         pairs = zip(self.inputs, self.ranges.tolist(), strict=True)
@@ -269,8 +219,7 @@ class FakeQuantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        vars(self._captioner)["activation_ranges"] = self.as_data()
-        self._vary()
+        self.refresh()
 
     def _tables(self) -> tuple[list[bool], Tensor, Tensor]:
         """Of every row: whether its range is known, its scale and its zero."""
@@ -296,6 +245,8 @@ class FakeQuantizer(nn.Module):
 
     def _before(self, layer: Layer, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self._enter(layer, module)
+        if isinstance(module, nn.Linear) and args:
+            return (round_rows(args[0]), *args[1:])
         if layer.row is None or not args:
             return None
         x = args[0]
@@ -356,10 +307,17 @@ _FLAT = ("_flat_weights", "_flat_weight_refs")
 
 
 def _replaced(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], object]:
-    """Run a method of a module by `around`; returns what undoes it."""
-    table, before = vars(module), vars(module).get(name)
-    table[name] = partial(around, getattr(module, name))
-    return partial(table.pop, name) if before is None else partial(table.update, {name: before})
+    """Run a method of a module by `around`; returns what undoes it, for a copy too."""
+    before = vars(module).get(name)
+    vars(module)[name] = partial(around, getattr(module, name))
+    return partial(_restore, module, name, before)
+
+
+def _restore(module: nn.Module, name: str, before: object) -> None:
+    if before is None:
+        vars(module).pop(name, None)
+    else:
+        vars(module)[name] = before
 
 
 def _layers(captioner: nn.Module) -> Iterator[Layer]:
@@ -371,13 +329,11 @@ def _layers(captioner: nn.Module) -> Iterator[Layer]:
                 value = module._parameters.get(key)
                 if value is None or not value.is_floating_point():
                     raise ConfigError(
-                        f'quantize="int8": {name}.{key} is no floating-point parameter of its own; '
-                        "the layer is parametrized, or quantized already. Remove that "
-                        "(torch.nn.utils.parametrize.remove_parametrizations), or leave quantize "
-                        "out."
+                        f'quantize="int8": {name}.{key} is no floating-point parameter: the layer '
+                        "is parametrized, or quantized already. Undo that, or leave quantize out."
                     )
             if weights:
-                has_row = part == "encoder" and isinstance(module, _LAYERS)
+                has_row = isinstance(module, _CONVOLUTIONS)
                 yield Layer(name, module, weights, rows if has_row else None)
                 rows += has_row
 
@@ -385,7 +341,7 @@ def _layers(captioner: nn.Module) -> Iterator[Layer]:
 def _weights_of(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.RNNBase):
         return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
-    return ("weight",) if isinstance(module, (*_LAYERS, nn.Embedding)) else ()
+    return ("weight",) if isinstance(module, (*_CONVOLUTIONS, nn.Linear, nn.Embedding)) else ()
 
 
 def release(captioner: nn.Module) -> None:
@@ -407,13 +363,14 @@ def read_ranges(data: Any, where: object) -> Ranges | None:
     """
     if data is None:
         return None
-    pairs = data.items() if isinstance(data, Mapping) else [("", None)]
-    for name, pair in pairs:
-        numbers = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else [None]
-        finite = all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
-        if not finite or numbers[0] > numbers[1]:
+    found: Ranges = {}
+    for name, pair in data.items() if isinstance(data, Mapping) else [("", data)]:
+        numbers = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (1, 0)
+        finite = all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers)
+        if not isinstance(data, Mapping) or not finite or numbers[0] > numbers[1]:
             raise CheckpointError(
                 f"{where}: activation_ranges has {name!r}: {shortened(pair)}, which is no pair of "
                 "a lowest and a highest number. Copy the file again, or remove activation_ranges."
             )
-    return {str(name): (float(low), float(high)) for name, (low, high) in pairs}
+        found[str(name)] = float(numbers[0]), float(numbers[1])
+    return found

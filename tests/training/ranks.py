@@ -145,6 +145,16 @@ def uncertainty(rank: int, world: int, out: Path) -> Any:
     return found(trainer)
 
 
+def quantized(rank: int, world: int, out: Path) -> Any:
+    """The range that two steps without a calibration found, of the pixels of all ranks."""
+    trainer = distiller(quantize="int8")
+    given = [tiny.make_batch([2, 5, 3], first=1), tiny.make_batch([4], first=7)]
+    mine: list[Batch | None] = [given[rank]] if world == 2 else [*given]
+    first = trainer.step(*mine)["loss"]
+    trainer.step(None if rank else given[0])
+    return {"loss": first, "ranges": trainer.objective.quantizer.ranges.tolist()}  # type: ignore[union-attr]
+
+
 def ratio(rank: int, world: int, out: Path) -> Any:
     trainer = distiller(weights=LossRatio(every=1))
     trainer.fit(Pictures(), epochs=2, batch_size=4 // world)

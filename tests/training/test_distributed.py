@@ -72,6 +72,7 @@ METHODS = (
     "accumulation",
     "uncertainty",
     "ratio",
+    "quantized",
     "reward",
     "own_loop",
     "mean_teacher",

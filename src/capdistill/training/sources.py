@@ -85,14 +85,10 @@ def calibrate(stepper: Stepper, train: Any) -> None:
     """Set the ranges of fake quantization by the first images, unless they are known.
 
     Frozen stages keep them, so that their rounded output can be cached.
-
-    Args:
-        stepper: The trainer; without `quantize` there is nothing to do.
-        train: Data as for `open_sources`.
     """
     quantizer, config = stepper.objective.quantizer, stepper.config
     if quantizer is None or quantizer.complete:
-        return
+        return None if quantizer is None else quantizer.refresh()
     options = {"seed": config.seed, "errors": config.errors, "batch_size": 16}
     options |= {"train": False, "crop": False, "captions_per_image": 1, "num_workers": 0}
     size, images = image_size(*stepper.models), 0
@@ -106,6 +102,7 @@ def calibrate(stepper: Stepper, train: Any) -> None:
                 break
     close_workers(source)
     stepper.ranks.share([quantizer.ranges])
+    quantizer.refresh()
 
 
 def cache_features(stepper: Stepper, train: Any, val: Any = None) -> list[CacheEntry]:
