@@ -38,9 +38,9 @@ def round_rows(x: Tensor) -> Tensor:
     Nothing is clipped, and no vector changes the rounding of another.
 
     Example:
-        >>> round_rows(torch.tensor([[[127.0, 1.4], [-1.27, 0.016]]]))
-        tensor([[[127.0000,   1.0000],
-                 [ -1.2700,   0.0200]]])
+        >>> round_rows(torch.tensor([[127.0, 1.4], [-254.0, 3.0]]))
+        tensor([[ 127.,    1.],
+                [-254.,    4.]])
 
     Args:
         x: (..., width).

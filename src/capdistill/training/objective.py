@@ -22,7 +22,6 @@ from capdistill.losses.base import (
 )
 from capdistill.losses.divergence import cross_entropy
 from capdistill.outputs import FEATURES_ONLY, Batch, CaptionerOutput
-from capdistill.training.config import TrainConfig
 from capdistill.training.weighting import Weighting
 
 Weight = Schedule | Mapping[str, Any]  # a mapping is a schedule as data
@@ -71,20 +70,22 @@ class Objective(nn.Module):
             weights.build(list(self.weights), student)
             self.weighting = weights
 
-    def quantize(self, config: TrainConfig, teachers: Iterable[nn.Module] = ()) -> None:
-        """Let the student compute as its int8 export will, if the options ask for it.
+    def quantize(
+        self, scheme: str | None, compiled: object = False, teachers: Iterable[nn.Module] = ()
+    ) -> None:
+        """Let the student compute as its export to int8 will; not so if the scheme is None.
 
         Raises:
             ConfigError: it cannot, or a teacher would do so too.
         """
-        if config.quantize is None:
+        if scheme is None:
             release(self.student)
             self.quantizer = None
             return
-        if config.compile:
+        if compiled:
             raise ConfigError(
-                f"quantize={config.quantize!r} exchanges weights during a call, which a compiled "
-                f"model does not see. Leave out compile={config.compile!r}, or quantize."
+                f"quantize={scheme!r} exchanges weights during a call, which a compiled model does "
+                f"not see. Leave out compile={compiled!r}, or quantize."
             )
         self.quantizer = self.quantizer or FakeQuantizer(self.student)
         self.quantizer.require_apart(teachers)

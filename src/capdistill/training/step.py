@@ -99,7 +99,8 @@ class Stepper:
         for model in self.models:
             move(model, self.device)
         self._execution.apply(self.models, self.config)
-        self.objective.quantize(self.config, self.models[1:])
+        quantize, compiled = self.config.quantize, self.config.compile
+        self.objective.quantize(quantize, compiled, self.models[1:])
         self._batch_norms = batch_norms(self.objective)
 
     @property
