@@ -92,7 +92,7 @@ def test_pyright_finds_the_mistakes_in_a_users_program_and_nothing_else(
 
 
 def test_options_for_type_checkers_are_the_fields_of_the_configurations() -> None:
-    fields = set(GenerationConfig.model_fields)
+    fields = set(GenerationConfig.types())
     assert set(GenerationOptions.__annotations__) == fields
     assert set(TrainOptions.__annotations__) == fields | set(TrainConfig.model_fields)
     assert set(DistillOptions.__annotations__) == fields | set(DistillConfig.model_fields)

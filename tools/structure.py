@@ -32,8 +32,6 @@ TORCH_FREE = (
     "training.config",
     "training.recipes",
     "cli",
-    "deploy",
-    "deploy.manifest",
     "cli.*",
     "data.caption_files",
     "data.depths",

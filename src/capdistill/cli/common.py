@@ -91,15 +91,15 @@ def add_generation_options(
         without: Fields that the command uses for an option of its own.
     """
     group = parser.add_argument_group(f"decoding{purpose}")
-    for name, field in GenerationConfig.model_fields.items():
+    for name, annotation in GenerationConfig.types().items():
         if name not in without:
             flag = "--" + name.replace("_", "-")
-            group.add_argument(flag, dest=name, help=_HELP[name], **_reader(field.annotation))
+            group.add_argument(flag, dest=name, help=_HELP[name], **_reader(annotation))
 
 
 def generation_values(options: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, as fields of `GenerationConfig`."""
-    given = {name: getattr(options, name, None) for name in GenerationConfig.model_fields}
+    given = {name: getattr(options, name, None) for name in GenerationConfig.types()}
     if given["not_last"] == ["function_words"]:
         given["not_last"] = "function_words"
     return {name: value for name, value in given.items() if value is not None}

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 Encoded: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | IO[bytes]"
 Decoded: TypeAlias = "Image.Image | npt.NDArray[Any] | Tensor"
 ImageSource: TypeAlias = "Encoded | Decoded | StoredImage | Mapping[str, Any]"
+OneImage: TypeAlias = "str | os.PathLike[str] | bytes"
+SeveralImages: TypeAlias = "list[str] | list[Path] | list[bytes]"
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 MAX_BYTES = 2**28  # bytes of an image file

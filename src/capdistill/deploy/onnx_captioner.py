@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from capdistill.data.pixels import Pixels, is_many, read_batches
+from capdistill.data.pixels import OneImage, Pixels, SeveralImages, is_many, read_batches
 from capdistill.deploy.choice import Array, image_keys
 from capdistill.deploy.manifest import ENCODER, GENERATION, STEP, TOKENIZER, read_manifest
 from capdistill.deploy.search import State, decode
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from capdistill.deploy.manifest import Manifest
-    from capdistill.generation.config import DecodingOptions, GenerationOptions
+    from capdistill.generation.config import CaptionOptions, DecodingOptions, GenerationOptions
     from capdistill.tokenizer import Tokenizer
 
 
@@ -97,6 +97,32 @@ class OnnxCaptioner:
     def image_size(self) -> int:
         """Side in pixels of the images it reads."""
         return self.manifest.image_size
+
+    @overload
+    def caption(
+        self, images: OneImage, *, details: Literal[False] = ..., **how: Unpack[CaptionOptions]
+    ) -> str: ...
+    @overload
+    def caption(
+        self, images: OneImage, *, details: Literal[True], **how: Unpack[CaptionOptions]
+    ) -> CaptionResult: ...
+    @overload
+    def caption(
+        self, images: SeveralImages, *, details: Literal[False] = ..., **how: Unpack[CaptionOptions]
+    ) -> list[str]: ...
+    @overload
+    def caption(
+        self, images: SeveralImages, *, details: Literal[True], **how: Unpack[CaptionOptions]
+    ) -> list[CaptionResult]: ...
+    @overload
+    def caption(
+        self,
+        images: Any,
+        *,
+        details: bool = ...,
+        errors: Literal["raise", "skip"] = ...,
+        **how: Unpack[CaptionOptions],
+    ) -> Any: ...
 
     def caption(
         self,

@@ -263,7 +263,7 @@ def require_known_options(caller: str, options: Mapping[str, Any], *functions: A
     """
     found = [each for f in functions for each in inspect.signature(f).parameters.values()]
     own = [each.name for each in found if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    known = [*own, *GenerationConfig.model_fields]
+    known = [*own, *GenerationConfig.types()]
     for name, value in options.items():
         if name not in known:
             raise ConfigError(

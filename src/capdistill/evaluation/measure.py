@@ -250,7 +250,8 @@ def cpu_memory(
     """
     command = [sys.executable, "-m", "capdistill.evaluation.measure", str(directory)]
     command += ["--images", str(images), "--precision", precision]
-    command += [] if generation is None else ["--generation", generation.model_dump_json()]
+    if generation is not None:
+        command += ["--generation", json.dumps(generation.model_dump(mode="json"))]
     path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}

@@ -3,65 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
 from numbers import Integral, Real
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from types import MappingProxyType, NoneType
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from typing_extensions import TypedDict
-
-from capdistill.errors import ConfigError, refusal
+from capdistill.errors import ConfigError, shortened, suggest
 from capdistill.generation import words
 
 if TYPE_CHECKING:
     from capdistill.tokenizer import Tokenizer
 
 
-class Options(BaseModel):
-    """Options that take no True, text or NaN for a number, and no number for a bool."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _exact(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
-        wanted = "a finite number" if float in kinds else "a whole number"
-        if not kinds & {int, float}:
-            wanted = "true or false" if bool in kinds else ""
-        if isinstance(value, bool) or type(value).__name__ == "bool_":
-            value, right = bool(value), bool in kinds
-        elif isinstance(value, Integral):
-            value, right = int(value), bool(kinds & {int, float})
-        elif isinstance(value, Real):
-            value, right = float(value), float in kinds and math.isfinite(value)
-        else:
-            right = not isinstance(value, str) or str in kinds or value in kinds
-        if wanted and not right:
-            raise ValueError(f"expected {wanted}")
-        return value
+def _option(default: Any, **limits: float) -> Any:
+    """A field with a default, and with limits of its value: ge, gt, le."""
+    return field(default=default, metadata=limits)
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """The types of a union, and the values of a `Literal`."""
-    if get_origin(annotation) is Literal:
-        return set(get_args(annotation))
-    if get_origin(annotation) in (Union, UnionType):
-        return set[Any]().union(*map(_kinds, get_args(annotation)))
-    return {annotation} if isinstance(annotation, type) else set()
-
-
-class GenerationConfig(Options):
+@dataclass(frozen=True, init=False)
+class GenerationConfig:
     """Options of caption generation.
 
     Example:
@@ -111,45 +73,74 @@ class GenerationConfig(Options):
         coverage; groups Vijayakumar et al. (2018); top-p Holtzman et al. (2020).
     """
 
-    beam_size: int = Field(1, ge=1, le=10_000)
-    max_length: int | None = Field(None, ge=1, le=10_000)
-    min_length: int = Field(0, ge=0, le=10_000)
+    beam_size: int = _option(1, ge=1, le=10_000)
+    max_length: int | None = _option(None, ge=1, le=10_000)
+    min_length: int = _option(0, ge=0, le=10_000)
     length_normalisation: Literal["none", "average", "gnmt"] = "average"
-    length_penalty: float = Field(0.7, allow_inf_nan=False)
+    length_penalty: float = 0.7
     early_stopping: bool | Literal["never"] = False
-    num_return: int = Field(1, ge=1, le=10_000)
-    no_repeat_ngram: int = Field(0, ge=0)
+    num_return: int = _option(1, ge=1, le=10_000)
+    no_repeat_ngram: int = _option(0, ge=0)
     banned_words: tuple[str, ...] = ()
     allow_unknown: bool = False
     not_last: tuple[str, ...] | Literal["function_words"] = ()
     prefix: str = ""
     sample: bool = False
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = _option(1.0, gt=0.0)
+    top_k: int = _option(0, ge=0)
+    top_p: float = _option(1.0, gt=0.0, le=1.0)
     seed: int = 0
-    beam_groups: int = Field(1, ge=1)
-    diversity_penalty: float = Field(0.0, ge=0, allow_inf_nan=False)
+    beam_groups: int = _option(1, ge=1)
+    diversity_penalty: float = _option(0.0, ge=0.0)
 
     def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise _explained(type(self), error) from error
-
-    @field_validator("banned_words", "not_last", mode="before")
-    @classmethod
-    def _no_string(cls, value: Any, info: Any) -> Any:
-        if isinstance(value, str) and not (info.field_name, value) == ("not_last", _FUNCTION):
-            raise ValueError(f"{info.field_name}={value!r} is one string; give [{value!r}].")
-        return value
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> GenerationConfig:
+        types = self.types()
+        for name, value in values.items():
+            if name not in types:
+                raise ConfigError(
+                    f"generation: there is no option '{name}' (given: {shortened(value)}). "
+                    f"{suggest(name, types)}"
+                )
+        for each in fields(self):
+            value = each.default
+            if each.name in values:
+                value = _exact(each.name, types[each.name], values[each.name])
+                _require_limits(each.name, value, each.metadata)
+            object.__setattr__(self, each.name, value)
         for wrong, message in self._conflicts():
             if wrong:
-                raise ValueError(message)
-        return self
+                raise ConfigError(f"generation: {message}")
+
+    @classmethod
+    @cache
+    def types(cls) -> Mapping[str, Any]:
+        """The names of the options, and the types that they take."""
+        return MappingProxyType(get_type_hints(cls))
+
+    def model_dump(self, *, mode: str = "python") -> dict[str, Any]:
+        """The options by name, as pydantic gives them; with `mode="json"` lists for tuples."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        if mode != "json":
+            return values
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """How configurations of pydantic hold one; pydantic itself is not needed here."""
+        from pydantic_core import core_schema
+
+        def read(value: Any) -> GenerationConfig:
+            try:
+                return value if isinstance(value, cls) else cls(**value)
+            except TypeError as error:
+                raise ValueError("expected an object with options of generation") from error
+            except ConfigError as error:
+                raise ValueError(str(error).removeprefix("generation: ")) from error
+
+        dump = core_schema.plain_serializer_function_ser_schema(
+            lambda value, info: value.model_dump(mode=info.mode), info_arg=True
+        )
+        return core_schema.no_info_plain_validator_function(read, serialization=dump)
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         beams, groups, wanted = self.beam_size, self.beam_groups, self.num_return
@@ -219,24 +210,77 @@ class CaptionOptions(DecodingOptions, total=False):
     progress: bool
 
 
-_FUNCTION = "function_words"
-_LIMITS = {
-    "greater_than_equal": ("at least", "ge"),
-    "greater_than": ("greater than", "gt"),
-    "less_than_equal": ("at most", "le"),
-}
+_LIMITS = {"ge": "at least", "gt": "greater than", "le": "at most"}
 
 
-def _explained(cls: type[BaseModel], error: ValidationError) -> ConfigError:
-    """Describe limits in words; report other problems as for every configuration."""
-    problem = error.errors()[0]
-    if problem["type"] in _LIMITS:
-        words, key = _LIMITS[problem["type"]]
-        name, value = problem["loc"][0], problem["input"]
-        unit = " token" if name == "max_length" else ""
-        limit = problem["ctx"][key]
-        return ConfigError(f"generation: {name} must be {words} {limit}{unit}, got {value}.")
-    return refusal(cls, error, "generation")
+def _exact(name: str, annotation: Any, value: Any) -> Any:
+    """The value in the type of its option: no True, text or NaN for a number, no number for a bool.
+
+    Raises:
+        ConfigError: it has another type.
+    """
+    kinds, given = _kinds(annotation), value
+    if type(value).__name__ in ("bool", "bool_"):  # NumPy's, too
+        value, right = bool(value), bool in kinds
+    elif isinstance(value, Integral) and float in kinds:
+        value, right = _as_float(value), True
+    elif isinstance(value, Integral):
+        value, right = int(value), int in kinds
+    elif isinstance(value, Real):
+        value, right = float(value), float in kinds
+    elif isinstance(value, str) and tuple in kinds and value not in kinds:
+        raise _wrong(name, given, f"{name}={value!r} is one string; give [{value!r}]")
+    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        value = tuple(value)
+        right = tuple in kinds and all(isinstance(word, str) for word in value)
+    elif isinstance(value, str):
+        right = str in kinds or value in kinds
+    else:
+        right = type(value) in kinds
+    if not right or (isinstance(value, float) and not math.isfinite(value)):
+        raise _wrong(name, given, _expected(kinds))
+    return value
+
+
+def _as_float(value: Integral) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, and the values of a `Literal`."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) is tuple:
+        return (tuple,)
+    inner = get_args(annotation)
+    return tuple(kind for each in inner for kind in _kinds(each)) if inner else (annotation,)
+
+
+def _expected(kinds: Sequence[Any]) -> str:
+    words_of = {float: "a finite number", int: "a whole number", bool: "true or false"}
+    words_of |= {str: "text", tuple: "a list of words", NoneType: "None"}
+    *first, last = [text for kind, text in words_of.items() if kind in kinds] + [
+        repr(kind) for kind in kinds if isinstance(kind, str)
+    ]
+    return f"expected {', '.join(first)} or {last}" if first else f"expected {last}"
+
+
+def _wrong(name: str, value: Any, reason: str) -> ConfigError:
+    return ConfigError(f"generation: option '{name}' was given {shortened(value)}: {reason}.")
+
+
+def _require_limits(name: str, value: Any, limits: Mapping[str, float]) -> None:
+    for key, limit in limits.items():
+        if value is None:
+            continue
+        if {"ge": value < limit, "gt": value <= limit, "le": value > limit}[key]:
+            unit = " token" if name == "max_length" else ""
+            raise ConfigError(
+                f"generation: {name} must be {_LIMITS[key]} {limit}{unit}, got {value}."
+            )
 
 
 def resolve(

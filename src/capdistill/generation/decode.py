@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import length_hint
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from capdistill.data.pixels import is_many, read_batches
+from capdistill.data.pixels import OneImage, SeveralImages, is_many, read_batches
 from capdistill.decoders.base import Decoder
 from capdistill.generation.choice import image_keys
 from capdistill.generation.config import (
@@ -31,9 +29,6 @@ from capdistill.generation.words import token_texts
 from capdistill.outputs import Batch, ModelSpec
 from capdistill.runtime import inference
 from capdistill.tokenizer import Tokenizer, pad_batch
-
-OneImage: TypeAlias = "str | os.PathLike[str] | bytes"
-SeveralImages: TypeAlias = "list[str] | list[Path] | list[bytes]"
 
 
 @torch.no_grad()

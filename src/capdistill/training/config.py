@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from capdistill.errors import ConfigError, is_count, parse, shortened, suggest
-from capdistill.generation.config import GenerationConfig, GenerationOptions, Options
+from capdistill.generation.config import GenerationConfig, GenerationOptions
+from capdistill.training.options import Options
 
 
 class Interval(NamedTuple):
@@ -210,11 +211,11 @@ class TrainConfig(Options):
     def _collect_decoding(cls, values: Any) -> Any:
         """Fields of `GenerationConfig` may stand beside those of training: `fit(beam_size=3)`."""
         own = cls.model_fields.keys()
-        loose = {n: v for n, v in values.items() if n in GenerationConfig.model_fields.keys() - own}
+        loose = {n: v for n, v in values.items() if n in GenerationConfig.types().keys() - own}
         given = values.get("generation") or {}
         if not loose or not isinstance(given, (Mapping, GenerationConfig)):
             return values
-        whole = given if isinstance(given, Mapping) else given.model_dump(exclude_unset=True)
+        whole = given if isinstance(given, Mapping) else given.model_dump()
         rest = {name: value for name, value in values.items() if name not in loose}
         return {**rest, "generation": {**whole, **loose}}
 

@@ -1,0 +1,279 @@
+"""An exported captioner gives the captions of torch, without torch."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import capdistill as cd
+from capdistill.data.images import centre_square, read_image
+from capdistill.deploy import OnnxCaptioner
+from capdistill.deploy.manifest import MANIFEST, FileEntry
+from capdistill.errors import CheckpointError, ConfigError, DataError, MissingExtra
+from capdistill.generation.hypotheses import CaptionResult, Hypothesis
+from tests.deploy.conftest import Exported
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beam": {"beam_size": 3, "num_return": 3},
+    "exact": {"beam_size": 2, "early_stopping": "never", "length_normalisation": "gnmt"},
+    "groups": {"beam_size": 4, "beam_groups": 2, "diversity_penalty": 0.5, "num_return": 2},
+    "sample": {"sample": True, "num_return": 3, "temperature": 2.0, "top_p": 0.9, "seed": 5},
+    "words": {
+        **{"beam_size": 2, "banned_words": ["cat", "red dog"], "prefix": "a", "min_length": 2},
+        **{"not_last": "function_words", "no_repeat_ngram": 2, "max_length": 5},
+    },
+}
+
+
+def noise(count: int = 5) -> list[np.ndarray[Any, Any]]:
+    """Pictures of various sizes."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (9 + 7 * i, 40 - 5 * i, 3), np.uint8) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def loaded(exported: Exported) -> OnnxCaptioner:
+    return OnnxCaptioner.load(exported.directory, threads=1)
+
+
+def assert_same(found: CaptionResult | Hypothesis, expected: CaptionResult | Hypothesis) -> None:
+    assert (found.text, found.tokens) == (expected.text, expected.tokens)
+    assert found.finished == expected.finished
+    assert found.token_log_probs == pytest.approx(expected.token_log_probs, abs=1e-4)
+    assert found.log_prob == pytest.approx(expected.log_prob, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_captions_and_their_probabilities_are_those_of_torch(
+    exported: Exported, loaded: OnnxCaptioner, mode: str
+) -> None:
+    wanted = exported.captioner.caption(noise(), details=True, **MODES[mode])
+    found = loaded.caption(noise(), details=True, **MODES[mode])
+    assert len(found) == len(wanted)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert_same(mine, theirs)
+        for mine_too, theirs_too in zip(mine.n_best, theirs.n_best, strict=True):
+            assert_same(mine_too, theirs_too)
+        assert np.array_equal(mine.image, theirs.image.numpy())
+    assert loaded.caption(noise(), **MODES[mode]) == [each.text for each in wanted]
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beam", "sample"])
+def test_an_image_gets_the_same_caption_alone_and_in_a_batch(
+    loaded: OnnxCaptioner, mode: str
+) -> None:
+    together = loaded.caption(noise(), **MODES[mode])
+    assert together == [loaded.caption(each, **MODES[mode]) for each in noise()]
+    assert together == loaded.caption(noise(), batch_size=2, **MODES[mode])
+
+
+def forms(folder: Path) -> Iterator[Any]:
+    """Pictures in forms that need more than a look at their bytes."""
+    base = Image.fromarray(noise()[2])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    base.save(folder / "turned.jpg", exif=exif)
+    base.convert("CMYK").save(folder / "cmyk.jpg")
+    base.convert("RGB").quantize(8).save(folder / "palette.png")
+    clear = base.convert("RGBA")
+    clear.putalpha(90)
+    clear.save(folder / "clear.png")
+    deep = np.random.default_rng(1).integers(0, 2**16, (30, 20), np.uint16)
+    Image.fromarray(deep).save(folder / "deep.png")
+    yield from sorted(folder.iterdir())
+    yield (folder / "clear.png").read_bytes()
+    yield io.BytesIO((folder / "turned.jpg").read_bytes())
+    yield base.convert("L")
+    yield deep
+    yield noise()[3] / 255
+    yield torch.from_numpy(noise()[1]).permute(2, 0, 1)
+    yield {"bytes": (folder / "cmyk.jpg").read_bytes()}
+
+
+def test_every_form_of_an_image_becomes_the_pixels_that_torch_sees(
+    loaded: OnnxCaptioner, tmp_path: Path
+) -> None:
+    for place, form in enumerate(forms(tmp_path)):
+        again = next(itertools.islice(forms(tmp_path), place, None))  # a file is read once
+        wanted = centre_square(read_image(again), loaded.image_size)
+        assert np.array_equal(loaded.caption(form, details=True).image, wanted.numpy())
+
+
+def test_a_stream_is_read_as_it_is_needed(loaded: OnnxCaptioner) -> None:
+    first, second = itertools.islice(
+        loaded.caption_stream(map(noise().__getitem__, itertools.count()), batch_size=1), 2
+    )
+    assert [first, second] == loaded.caption(noise(2))
+    assert loaded.caption([]) == []
+
+
+def test_an_image_that_cannot_be_read_is_named_or_skipped(
+    loaded: OnnxCaptioner, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    images = [noise()[0], tmp_path / "broken.jpg"]
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        loaded.caption(images)
+    with pytest.warns(UserWarning, match=r"image 1 was left out: .*broken\.jpg"):
+        texts = loaded.caption(images, errors="skip")
+    assert texts == [loaded.caption(noise()[0]), None]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"beam_sizes": 3},
+        {"beam_size": 0},
+        {"batch_size": 0},
+        {"errors": "ignore"},
+        {"prefix": "zebra"},
+        {"generation": 3},
+        {"banned_words": ["a", "dog", "cat", "runs", "sits", "red"], "max_length": 1, "top_p": 2},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_wrong_options_are_refused_as_with_torch(
+    exported: Exported, loaded: OnnxCaptioner, wrong: dict[str, Any]
+) -> None:
+    errors = []
+    for captioner in (exported.captioner, loaded):
+        with pytest.raises(ConfigError) as caught:
+            captioner.caption(noise()[0], **wrong)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+def test_pixels_of_another_size_are_refused(loaded: OnnxCaptioner) -> None:
+    size = loaded.image_size
+    with pytest.raises(DataError, match=rf"expected uint8 \(I, 3, {size}, {size}\)"):
+        loaded.generate(np.zeros((2, 3, size + 1, size + 1), np.uint8))
+    with pytest.raises(DataError, match="float32"):
+        loaded.generate(np.zeros((2, 3, size, size), np.float32))  # type: ignore[arg-type]
+    assert loaded.generate(np.zeros((0, 3, size, size), np.uint8)) == []
+
+
+# -- the directory ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(exported_lstm: Exported, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported_lstm.directory, tmp_path / "copy"))
+
+
+def list_again(directory: Path) -> None:
+    """Write the manifest of files that were changed on purpose."""
+    manifest = read_manifest_unchecked(directory)
+    files = {name: FileEntry.measured(directory / name) for name in manifest.files}
+    changed = type(manifest)(**{**vars(manifest), "files": files})
+    (directory / MANIFEST).write_text(json.dumps(changed.to_json()))
+
+
+def read_manifest_unchecked(directory: Path) -> Any:
+    from capdistill.deploy import manifest as module
+
+    return module.Manifest.of(json.loads((directory / MANIFEST).read_text()))
+
+
+def test_the_options_that_were_exported_are_the_default(
+    exported_lstm: Exported, copied: Path
+) -> None:
+    options = {"beam_size": 2, "prefix": "a dog"}
+    content = json.loads((copied / "generation.json").read_text())
+    ids = [exported_lstm.captioner.tokenizer.vocabulary.index(word) for word in ("a", "dog")]
+    content |= {"config": {**content["config"], **options}, "prefix": ids}
+    (copied / "generation.json").write_text(json.dumps(content))
+    list_again(copied)
+    loaded = OnnxCaptioner.load(copied)
+    whole = exported_lstm.captioner.caption(noise(), **options)  # type: ignore[arg-type]
+    assert loaded.caption(noise()) == whole
+    wider = exported_lstm.captioner.caption(noise(), prefix="a dog", beam_size=4)
+    assert loaded.caption(noise(), beam_size=4) == wider
+    assert loaded.caption(noise(), generation={}) == exported_lstm.captioner.caption(noise())
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "step.onnx", "tokenizer.json", "generation.json"])
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
+def test_a_damaged_directory_is_refused_by_name(copied: Path, name: str, damage: str) -> None:
+    content = bytearray((copied / name).read_bytes())
+    if damage == "missing":
+        (copied / name).unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        (copied / name).write_bytes(content if damage == "changed" else content[:-9])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        OnnxCaptioner.load(copied)
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "tokenizer.json", "generation.json"])
+def test_files_that_hold_something_else_are_refused_by_name(copied: Path, name: str) -> None:
+    (copied / name).write_text("{}")
+    list_again(copied)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        OnnxCaptioner.load(copied)
+
+
+def test_a_newer_directory_is_refused(copied: Path) -> None:
+    content = json.loads((copied / MANIFEST).read_text())
+    (copied / MANIFEST).write_text(json.dumps({**content, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        OnnxCaptioner.load(copied)
+
+
+def test_no_directory_and_no_threads_are_refused(exported_lstm: Exported, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no exported captioner"):
+        OnnxCaptioner.load(tmp_path)
+    with pytest.raises(ConfigError, match="threads=0"):
+        OnnxCaptioner.load(exported_lstm.directory, threads=0)
+
+
+def test_without_onnx_runtime_it_says_what_to_install(
+    exported_lstm: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtra, match="pip install onnxruntime"):
+        OnnxCaptioner.load(exported_lstm.directory)
+
+
+# -- without torch ---------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in {*sys.stdlib_module_names, *sys.argv[3].split(",")}:
+            raise ImportError(f"{name} is not installed")
+
+sys.meta_path.insert(0, Block())
+from capdistill.deploy import OnnxCaptioner
+
+captioner = OnnxCaptioner.load(sys.argv[1], threads=1)
+print(captioner.caption(sys.argv[2]))
+print(captioner.caption(sys.argv[2], beam_size=3, banned_words=["cat"]))
+"""
+
+
+def test_numpy_pillow_and_onnx_runtime_are_all_that_it_needs(
+    exported_lstm: Exported, tmp_path: Path
+) -> None:
+    path = tmp_path / "noise.png"
+    Image.fromarray(noise()[1]).save(path)
+    needed = "capdistill,numpy,PIL,onnxruntime"
+    program = [sys.executable, "-c", PROGRAM, str(exported_lstm.directory), str(path), needed]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    captioner: cd.Captioner = exported_lstm.captioner
+    wanted = captioner.caption(path), captioner.caption(path, beam_size=3, banned_words=["cat"])
+    assert done.stdout.splitlines() == [*wanted], done.stderr
