@@ -29,6 +29,7 @@ from capdistill.data.pixels import read_batches
 from capdistill.decoders.base import DecoderState
 from capdistill.deploy.manifest import Manifest, read_manifest
 from capdistill.deploy.quantize import quantize_convolutions, quantize_products
+from capdistill.deploy.writing import quiet
 from capdistill.generation.config import GenerationConfig, GenerationSpec
 from capdistill.generation.decode import generate
 from capdistill.metrics.bootstrap import paired_bootstrap
@@ -249,7 +250,8 @@ class Bench:
             return source
         target = self.out / f"{source.stem}-{name.replace(' ', '-')}.onnx"
         if not target.exists():
-            form(source, target)
+            with quiet():
+                form(source, target)
         return target
 
     def measure(self, name: str, encoder: Path, step: Path, beam: bool) -> Row:
@@ -305,14 +307,13 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(options)
     cal = bench.calibration
+    every: dict[str, Any] = {"nodes_to_exclude": []}
     encoders: dict[str, Any] = {
-        "conv": convolutions(cal, None),
-        "conv 7 bits and rows": convolutions(cal, "row", reduce_range=True),
+        "all conv and rows": convolutions(cal, "row", **every),
+        "all conv 7 bits and rows": convolutions(cal, "row", reduce_range=True, **every),
         "conv and rows": convolutions(cal, "row"),
         "conv and weights": convolutions(cal, "weight"),
-        "all static": convolutions(
-            cal, None, op_types_to_quantize=["Conv", "Add", "MatMul", "Gemm"]
-        ),
+        "weights": products("weight"),
     }
     steps: dict[str, Any] = {
         "weights": products("weight"),
@@ -327,10 +328,8 @@ def main() -> None:
     )
     base = bench.measure("float32", bench.encoder, bench.step, True)
     bench.report(base, base)
-    pairs = [(f"encoder: {each}", each, None) for each in encoders]
+    pairs = [(f"both: {each}, rows", each, "rows") for each in encoders]
     pairs += [(f"step: {each}", None, each) for each in steps]
-    pairs += [("both: conv and rows, rows", "conv and rows", "rows")]
-    pairs += [("both: conv 7 bits and rows, rows", "conv 7 bits and rows", "rows")]
     for name, encoder, step in pairs:
         if options.only and name not in options.only:
             continue

@@ -258,6 +258,8 @@ def quantize_convolutions(
     Source:
         Jacob et al. (2018), sections 2.1 and 3; per channel: Krishnamoorthi (2018), section 3.1.
     """
+    import onnx
+
     quantization: Any = importlib.import_module("onnxruntime.quantization")
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -276,10 +278,19 @@ def quantize_convolutions(
         "per_channel": True,
         "activation_type": quantization.QuantType.QUInt8,
         "weight_type": quantization.QuantType.QInt8,
-        "op_types_to_quantize": ["Conv", "Add"],
+        "op_types_to_quantize": ["Conv", "Clip", "Relu"],  # what follows narrows the range
+        "nodes_to_exclude": first_convolution(onnx.load(source)),
     }
     with quiet():
         quantization.quantize_static(source, target, Reader(), **{**wanted, **options})
+
+
+def first_convolution(model: Any) -> list[str]:
+    """The name of the convolution that reads pixels, which stays in float32.
+
+    It holds few weights, and the steps of its input would not be those of the pixels.
+    """
+    return [node.name for node in model.graph.node if node.op_type == "Conv"][:1]
 
 
 def quantize_graphs(
