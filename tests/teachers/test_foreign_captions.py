@@ -139,3 +139,21 @@ def test_photos_without_captions_train_on_those_of_an_api(
     trainer = cd.Trainer(student, batch_size=3, epochs=1, device="cpu", progress=False)
     assert trainer.fit(made, made).epochs[0]["scores"]["cider_d"] >= 0
     assert read_texts(tmp_path / "c.json") == TEXTS
+
+
+def test_captions_of_named_photos_are_found_by_the_names_of_their_files(
+    pictures: CaptionData, tmp_path: Path
+) -> None:
+    """`capdistill caption RUN photos/*.jpg` knows them by their paths."""
+    row = {"captions": ["a dog"], "log_probs": [-1.0], "lengths": [3]}
+    row |= {"cider_d": None, "duplicates": 0, "empty": 0, "unfinished": 0, "error": None}
+    files = [str(example.path) for example in pictures.examples]
+    rows = [{**row, "image": f"there/{Path(file).name}", "image_id": file} for file in files]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    photos = cd.data.Images(tmp_path / "pictures")
+    made = read_captions(tmp_path / "c.jsonl", photos, keep="score")
+    assert [list(example.captions) for example in made.examples] == [["a dog"]] * len(files)
+    rows.append({**rows[0], "image": f"elsewhere/{Path(files[0]).name}", "image_id": "other"})
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(DataError, match=f"no captions of 1 of {len(files)} images"):
+        read_captions(tmp_path / "c.jsonl", photos)

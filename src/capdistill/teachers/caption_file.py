@@ -23,7 +23,7 @@ from capdistill.files import from_json, user_path, write_text
 from capdistill.generation.hypotheses import Hypothesis
 from capdistill.metrics import CaptionScorer
 from capdistill.runtime import SAFE_SEED, stable_hash
-from capdistill.teachers.foreign_captions import read_texts, texts_of
+from capdistill.teachers.foreign_captions import read_texts, rows_of, texts_of
 
 Keep = Literal["cider", "score"]
 
@@ -42,7 +42,8 @@ def read_captions(
     Args:
         path: The file of `caption`; or captions of any other origin, such as an API: JSON Lines or
             JSON, by the id of the image or the name of its file (see `foreign_captions.py`).
-        data: The images that it was made for, or some of them. With captions of another origin,
+        data: The images that it was made for, or some of them; by id, or by the name of their file
+            if one image alone has it. With captions of another origin,
             images that the file lacks keep their own.
         num_return, keep, mix, reweight: As for `caption`. Those of another origin have no
             log-probabilities: `keep="score"` and `reweight` are refused.
@@ -55,7 +56,11 @@ def read_captions(
     data = accept_rows(data)
     require_data("read_captions", data)
     file = user_path(path, DataError)
-    rows = _foreign_rows(file, data, choice) if _is_foreign(file) else read_rows(file)
+    if _is_foreign(file):
+        rows = _foreign_rows(file, data, choice)
+    else:
+        written = read_rows(file)
+        rows = rows_of(written, {image: row.image for image, row in written.items()}, data)
     missing = [image for image in data.image_ids if image not in rows]
     if missing:
         raise DataError(

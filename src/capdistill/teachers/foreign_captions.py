@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from capdistill.data.caption_files import (
     clean,
@@ -15,9 +16,10 @@ from capdistill.data.caption_files import (
     read_text,
     require_caption,
 )
-from capdistill.data.dataset import Example
+from capdistill.data.dataset import CaptionData, Example
 from capdistill.errors import DataError, shortened
 
+Row = TypeVar("Row")
 _IMAGE = ("image_id", "image", "file_name", "file", "id")
 _TEXT = ("captions", "caption", "text")
 _FORMS = (
@@ -103,3 +105,21 @@ def texts_of(texts: Mapping[str, list[str]], example: Example) -> list[str] | No
     path = Path(str(example.path))
     keys = (example.image_id, str(example.path), path.name, path.stem)
     return next((texts[key] for key in keys if key in texts), None)
+
+
+def rows_of(rows: Mapping[str, Row], files: Mapping[str, str], data: CaptionData) -> dict[str, Row]:
+    """The row of each image: by its id or, where one image alone has it, by the name of its file.
+
+    Args:
+        rows: By the id of the image.
+        files: The file of the image of each row.
+        data: The images.
+    """
+    ours = {example.image_id: Path(str(example.path)).name for example in data.examples}
+    theirs = {image: Path(file).name for image, file in files.items()}
+    several = {
+        name for names in (ours, theirs) for name, n in Counter(names.values()).items() if n > 1
+    }
+    by_name = {name: image for image, name in theirs.items() if name not in several}
+    places = {image: image if image in rows else by_name.get(name) for image, name in ours.items()}
+    return {image: rows[place] for image, place in places.items() if place in rows}
