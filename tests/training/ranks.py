@@ -33,6 +33,7 @@ from capdistill.teachers import MeanTeacher, cache
 from capdistill.tokenizer import WordTokenizer
 from capdistill.training import GradNorm, LossRatio, SelfCritical, Uncertainty
 from capdistill.training.sharding import whole
+from tests.losses.tiny_tokenizers import Pieces
 from tests.training import tiny_models as tiny
 
 IMAGES = 11
@@ -41,6 +42,15 @@ WORDS = ["red", "lime", "blue", "a", "dog", "cat"]
 
 
 SMALLER = WordTokenizer(WORDS[:3])
+
+
+class Fewer(WordTokenizer):
+    """The words of another tokenizer but its last ones."""
+
+    full_ids, full_vocabulary = (
+        (*range(10),),
+        ("<pad>", "<start>", "<end>", "<unk>", *WORDS, "owl", "fox"),
+    )
 
 
 class Pictures:
@@ -182,6 +192,30 @@ def mean_teacher(rank: int, world: int, out: Path) -> Any:
     trainer.fit(data, epochs=3, batch_size=4 // world)
     followed = [value.tolist() for value in trainer.averages["teacher"].average]
     return {**found(trainer), "followed": followed}
+
+
+def words(rank: int, world: int, out: Path) -> Any:
+    """A teacher of other pieces reads the captions itself; half of them are the student's own."""
+    pieces = Pieces(["Ġdog", "Ġred", "li", "me", "Ġblue", "blue", "Ġa", "Ġcat"], "byte_level")
+    teacher = tiny.make_teacher(2, tokenizer=pieces)
+    losses = {"word": "word", "universal": {"name": "universal", "align": "position"}}
+    weights = {"ce": 0.5, **dict.fromkeys(losses, 1.0)}
+    trainer = Distiller(teacher, student(), losses, weights, on_policy=0.5, **OPTIONS)
+    trainer.make_optimizer = sgd  # type: ignore[method-assign]
+    trainer.fit(Pictures(), Pictures(7), epochs=2, batch_size=4 // world, accumulation_steps=2)
+    return found(trainer)
+
+
+def trimmed(rank: int, world: int, out: Path) -> Any:
+    """A teacher of which the student lacks two words."""
+    teacher = tiny.make_teacher(2, tokenizer=WordTokenizer([*WORDS, "owl", "fox"]))
+    own = student()
+    own.tokenizer = Fewer(WORDS)
+    trainer = Distiller(teacher, own, {"token": "token"}, **OPTIONS)
+    trainer.make_optimizer = sgd  # type: ignore[method-assign]
+    trainer.fit(Pictures(), Pictures(7), epochs=2, batch_size=4 // world)
+    lost = [row["dropped_mass"] for row in trainer.history.epochs]
+    return {**found(trainer), "lost": lost}
 
 
 def own_loop(rank: int, world: int, out: Path) -> Any:
@@ -445,6 +479,8 @@ SHARED = (
     ratio,
     reward,
     mean_teacher,
+    words,
+    trimmed,
     own_loop,
     unreadable,
     features,

@@ -76,6 +76,8 @@ METHODS = (
     "reward",
     "own_loop",
     "mean_teacher",
+    "words",
+    "trimmed",
     "sharded_teacher",
 )
 

@@ -66,12 +66,14 @@ def make_student(seed: int = 1, dropout: float = 0.0, **encoder: Any) -> Caption
     return Captioner(Patches(**encoder), decoder, TOKENIZER, name="student")
 
 
-def make_teacher(seed: int = 2, dropout: float = 0.0, **encoder: Any) -> Captioner:
+def make_teacher(
+    seed: int = 2, dropout: float = 0.0, tokenizer: Any = TOKENIZER, **encoder: Any
+) -> Captioner:
     torch.manual_seed(seed)
     dim = encoder.setdefault("dim", 8)
     options = {"dim": dim, "width": 8, "layers": 1, "heads": 2, "ffn": 8}
     decoder = decoders.create("transformer", dropout=dropout, **options)
-    return Captioner(Patches(**encoder), decoder, TOKENIZER, name="teacher")
+    return Captioner(Patches(**encoder), decoder, tokenizer, name="teacher")
 
 
 def make_batch(words: Sequence[int], k: int = 1, first: int = 0) -> Batch:

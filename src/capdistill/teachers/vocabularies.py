@@ -326,3 +326,22 @@ def with_dropped_mass(callbacks: Sequence[Any], teacher: nn.Module | None) -> li
     """The callbacks, behind that of trimmed teachers if there are any."""
     parts = trimmed_parts(teacher)
     return [*([DroppedMass(parts)] if parts else []), *callbacks]
+
+
+def share_dropped_mass(event: str, teacher: nn.Module | None, ranks: Any) -> None:
+    """Of several processes, add up what was read at the end of an epoch, for the callback.
+
+    Args:
+        event: Method of the callbacks that is called next.
+        teacher: Of this process.
+        ranks: The processes.
+    """
+    if not ranks.several or event not in ("on_fit_start", "on_epoch"):
+        return
+    for part in trimmed_parts(teacher):
+        if event == "on_epoch":
+            own = [0.0, 0.0] if part._dropped is None else part._dropped.tolist()
+            whole = torch.tensor(ranks.total(own))
+            part._dropped = whole if ranks.main else None
+        elif not ranks.main:
+            part._dropped = None

@@ -40,7 +40,7 @@ from capdistill.teachers.cached import (
     require_kept,
 )
 from capdistill.teachers.ensemble import Ensemble, leaves
-from capdistill.teachers.vocabularies import for_student, with_dropped_mass
+from capdistill.teachers.vocabularies import for_student, share_dropped_mass, with_dropped_mass
 from capdistill.training.config import DEFAULT_WEIGHTS, DistillConfig, DistillOptions
 from capdistill.training.gradnorm import GradNorm
 from capdistill.training.objective import Objective, Weights
@@ -85,8 +85,7 @@ class Distiller(Trainer):
             or gives its place, from 0.
         weights: Weights of "ce" and of each loss; see `Objective`. A loss without a weight gets its
             default: 0.3 for ce, 0.7 for token, 0.2 for feature, 0.1 for hidden, 1 for any other. A
-            term of weight 0 is not built. `Uncertainty`, `GradNorm` and `LossRatio` of
-            `capdistill.training` adapt the weights they are given.
+            term of weight 0 is not built. `Uncertainty`, `GradNorm` and `LossRatio` adapt them.
         config: A `DistillConfig` as a whole.
         options: Fields of `DistillConfig`, instead of those of `config`.
 
@@ -228,6 +227,10 @@ class Distiller(Trainer):
     def _make_callbacks(self, out: Any, monitor: Any, callbacks: Any) -> list[Any]:
         return super()._make_callbacks(out, monitor, with_dropped_mass(callbacks, self.teacher))
 
+    def _emit(self, event: str, *row: Any) -> None:
+        share_dropped_mass(event, self.teacher, self.ranks)
+        super()._emit(event, *row)
+
     def _find_followers(self) -> dict[str, WeightAverage]:
         parts = {} if self.teacher is None else dict(self.teacher.named_modules(prefix="teacher"))
         named = {name: getattr(part, "average", None) for name, part in parts.items()}
@@ -357,8 +360,7 @@ def _make_loss(name: str, loss: DistillationLoss | str | Mapping[str, Any]) -> D
     if isinstance(loss, Mapping) and "name" in loss:
         arguments = {key: value for key, value in loss.items() if key not in ("name", "teacher")}
         made = loss_registry.create(loss["name"], **arguments)
-        if loss.get("teacher") is not None:
-            made.teacher = loss["teacher"]
+        made.teacher = made.teacher if loss.get("teacher") is None else loss["teacher"]
         return made
     raise ConfigError(
         f"losses: '{name}' was given {loss!r}. Give a DistillationLoss, a registered name "
@@ -392,9 +394,7 @@ def require_weights(weights: object) -> None:
         )
 
 
-_WEIGHTINGS: dict[str, type[Weighting]] = {
-    each.kind: each for each in (Uncertainty, GradNorm, LossRatio)
-}
+_WEIGHTINGS: dict[str, type[Weighting]] = {w.kind: w for w in (Uncertainty, GradNorm, LossRatio)}
 
 
 def make_weighting(values: Mapping[str, Any]) -> Weighting:
