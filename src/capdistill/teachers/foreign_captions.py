@@ -121,5 +121,7 @@ def rows_of(rows: Mapping[str, Row], files: Mapping[str, str], data: CaptionData
         name for names in (ours, theirs) for name, n in Counter(names.values()).items() if n > 1
     }
     by_name = {name: image for image, name in theirs.items() if name not in several}
-    places = {image: image if image in rows else by_name.get(name) for image, name in ours.items()}
+    places = {
+        image: image if image in rows else by_name.get(name, "") for image, name in ours.items()
+    }
     return {image: rows[place] for image, place in places.items() if place in rows}

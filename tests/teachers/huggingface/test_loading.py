@@ -118,6 +118,27 @@ def test_a_processor_of_another_model_is_named_before_any_work(family):
         teacher.spec()
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    module, processor, _ = tiny.make("blip")
+    other = tiny.words_tokenizer("[SEP]", bos_token="[SEP]", eos_token="[SEP]")
+    with pytest.raises(ConfigError, match=r"has 3\d\d ids, but Blip.* has a vocabulary of 69"):
+        cd.teachers.from_pretrained(module, other, processor)
+    module.save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)  # AutoTokenizer makes one of nothing
+    with pytest.raises(ConfigError, match=r"tokenizer (has \d ids|cannot be loaded)"):
+        cd.teachers.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_cut_and_no_name_are_refused(tmp_path):
+    save("blip", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:9000])
+    with pytest.raises(ConfigError, match=r"BlipForCond\w+ cannot be loaded from .*header"):
+        cd.teachers.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="an empty name was given"):
+        cd.teachers.from_pretrained("hf:")
+
+
 def test_weights_without_a_head_are_refused(tmp_path):
     save("git", tmp_path)
     tiny.make("git")[0].git.save_pretrained(tmp_path)

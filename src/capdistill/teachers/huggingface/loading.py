@@ -59,7 +59,7 @@ def from_pretrained(
     given, dtype = name_or_path_or_module, _dtype(dtype)
     if prompt is not None and not isinstance(prompt, str):
         raise ConfigError(f"from_pretrained: prompt is {shortened(prompt)}; expected text.")
-    source = None
+    source, missing = None, ()
     if isinstance(given, nn.Module):
         name = type(given).__name__
         adapter_class = _adapter_class(getattr(given, "config", None), name)
@@ -84,18 +84,26 @@ def from_pretrained(
         placement = {} if device_map is None else {"device_map": device_map}
         how = {"dtype": dtype or "auto", "output_loading_info": True, **placement}
         module, report = _load(adapter_class.model_class, place, **how)
-        _require_head(place, module, report["missing_keys"])
+        missing = report["missing_keys"]
     else:
         raise ConfigError(
             f"from_pretrained: {shortened(given)} was given; expected a name on the Hub, a "
             "directory, or a model of transformers."
         )
-    return _teacher(adapter_class(module, processor, tokenizer, prompt), name, source)
+    adapter = adapter_class(module, processor, tokenizer, prompt)
+    _require_head(adapter, name, missing)
+    return _teacher(adapter, name, source)
 
 
 def _place(given: str) -> str:
-    """A directory as an absolute path, or a name on the Hub."""
+    """A directory as an absolute path, or a name on the Hub.
+
+    Raises:
+        ConfigError: it is empty.
+    """
     given = given.removeprefix(HUB)
+    if not given:
+        raise ConfigError("from_pretrained: an empty name was given; '.' is the current directory.")
     path = Path(os.path.expanduser(given))
     return str(path.resolve()) if path.is_dir() else given
 
@@ -139,12 +147,25 @@ def _require_parts(adapter: type[Adapter], name: str, processor: Any, tokenizer:
 
 
 def _teacher(adapter: Adapter, name: str, source: dict[str, Any] | None) -> HuggingFaceTeacher:
+    """The teacher, with the tokenizer as wide as the model's logits.
+
+    Raises:
+        ConfigError: the tokenizer belongs to another model, or no end token is named.
+    """
     from capdistill.tokenizers import HuggingFace
 
-    head = adapter.module.get_output_embeddings()
-    size = None if head is None else head.weight.shape[0]
-    tokenizer = HuggingFace(adapter.tokenizer, end=end_token(adapter, name), size=size)
-    return HuggingFaceTeacher(adapter, tokenizer, name, source=source)
+    head, end = adapter.reader.get_output_embeddings(), end_token(adapter, name)
+    own = max(adapter.tokenizer.get_vocab().values(), default=-1) + 1
+    size = own if head is None else int(head.weight.shape[0])
+    if not own <= size <= 2 * own:
+        raise ConfigError(
+            f"from_pretrained: the tokenizer has {own} ids, but {name} has a vocabulary of {size}, "
+            "so it is that of another model. Give the one that was saved beside the model: "
+            "tokenizer=AutoTokenizer.from_pretrained(...)."
+        )
+    return HuggingFaceTeacher(
+        adapter, HuggingFace(adapter.tokenizer, end=end, size=size), name, source=source
+    )
 
 
 def _require_transformers() -> None:
@@ -203,21 +224,21 @@ def _require_class(module: nn.Module, adapter: type[Adapter]) -> None:
         )
 
 
-def _require_head(place: str, module: Any, missing: Iterable[str]) -> None:
+def _require_head(adapter: Adapter, name: str, missing: Iterable[str]) -> None:
     """Refuse weights without the language-model head, which would be random.
 
     Raises:
         ConfigError: names what is missing.
     """
-    head = module.get_output_embeddings()
+    head = adapter.reader.get_output_embeddings()
     own = set() if head is None else {id(parameter) for parameter in head.parameters()}
-    names = dict(module.named_parameters(remove_duplicate=False))
-    lost = [name for name in sorted(missing) if id(names.get(name)) in own]
+    names = dict(adapter.module.named_parameters(remove_duplicate=False))
+    lost = [each for each in sorted(missing) if id(names.get(each)) in own]
     if lost:
         raise ConfigError(
-            f"from_pretrained: the weights in '{place}' have no language-model head "
+            f"from_pretrained: the weights of {name} have no language-model head "
             f"({', '.join(lost)}), so its captions would be random. Give the directory or the name "
-            f"of a trained {type(module).__name__}."
+            f"of a trained {type(adapter.module).__name__}."
         )
 
 
@@ -257,7 +278,9 @@ def _load(kind: str, place: str, **options: Any) -> Any:
 
     try:
         return getattr(transformers, kind).from_pretrained(place, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each library that it calls has its own
         raise ConfigError(
             f"from_pretrained: {kind} cannot be loaded from '{place}' ({error}). Expected a "
             "directory that save_pretrained of model and processor wrote, or a name on the Hub and "
