@@ -37,6 +37,8 @@ COMMANDS = {
     "evaluate": ("evaluate", "score and measure a saved captioner"),
     "compare": ("evaluate", "compare a student with its teacher and write a report"),
     "caption": ("caption", "caption images"),
+    "export": ("deploy", "write a captioner as ONNX graphs, which run without torch"),
+    "bench": ("deploy", "measure captioners side by side: size, memory, start, time"),
     "score": ("evaluate", "score caption files, as the COCO tool does"),
 }
 DONE, PROBLEM = 0, 1

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +23,9 @@ import torch
 
 from capdistill.compatibility import image_size
 from capdistill.errors import CapdistillError, DataError
+from capdistill.evaluation.resources import Latency as Latency
+from capdistill.evaluation.resources import disk_bytes as disk_bytes
+from capdistill.evaluation.resources import highest_resident
 from capdistill.generation.config import GenerationConfig
 from capdistill.outputs import Batch
 from capdistill.runtime import autocast
@@ -33,32 +34,6 @@ from capdistill.teachers.ensemble import leaves, load
 
 WARM_UP = 3  # images
 TIMED = 20  # images
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds per image at batch size 1, after warm-up.
-
-    Example:
-        >>> Latency.of([0.001, 0.002, 0.003])
-        Latency(median=2.0, p95=3.0, n=3)
-
-    Args:
-        median: Half of the images take no longer.
-        p95: 95 % of the images take no longer.
-        n: Number of images timed.
-    """
-
-    median: float
-    p95: float
-    n: int
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Latency:
-        """From seconds per image."""
-        ordered = sorted(1000.0 * value for value in seconds)
-        last = math.ceil(0.95 * len(ordered)) - 1
-        return cls(statistics.median(ordered), ordered[last], len(ordered))
 
 
 @dataclass(frozen=True)
@@ -202,19 +177,6 @@ def _readable(path: Path) -> bool:
     return True
 
 
-def disk_bytes(directory: str | Path) -> int:
-    """Bytes of all files below a directory.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "a").write_bytes(b"12345")
-        ...     disk_bytes(folder)
-        5
-    """
-    return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
-
-
 def cuda_memory(
     captioner: Any,
     batches: Sequence[Batch],
@@ -286,7 +248,7 @@ def _load_and_caption(
         import transformers  # noqa: F401
     with autocast(torch.device("cpu"), precision):
         _start_libraries()
-    baseline = _highest_resident()
+    baseline = highest_resident()
     captioner = load(directory)
     size = image_size(captioner)
     rng = torch.Generator().manual_seed(0)
@@ -294,7 +256,7 @@ def _load_and_caption(
         for _ in range(images):
             pixels = torch.randint(256, (1, 3, size, size), generator=rng, dtype=torch.uint8)
             captioner.generate(pixels, generation)
-    return Memory(max(0, _highest_resident() - baseline), baseline)
+    return Memory(max(0, highest_resident() - baseline), baseline)
 
 
 def _start_libraries() -> None:
@@ -302,22 +264,6 @@ def _start_libraries() -> None:
     image = torch.zeros(1, 8, 16, 16)
     mixed = torch.nn.Conv2d(8, 8, 3)(image).flatten(2)
     torch.nn.Linear(mixed.shape[2], 8)(mixed)
-
-
-def _highest_resident() -> int:
-    """Highest resident memory of this process in bytes.
-
-    On Linux it is read from /proc: `ru_maxrss` also counts the parent's memory from before the
-    process was started.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _seconds(run: Callable[[Any], object], item: Any, device: torch.device | None) -> float:
