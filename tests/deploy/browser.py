@@ -111,7 +111,11 @@ def browser(profile: Path) -> Iterator[Browser]:
         driver.stdout.close()
 
 
-class _Silent(SimpleHTTPRequestHandler):
+class _Handler(SimpleHTTPRequestHandler):
+    def end_headers(self) -> None:
+        self.send_header("Access-Control-Allow-Origin", "*")  # as a CDN does
+        super().end_headers()
+
     def log_message(self, *arguments: Any) -> None:
         pass
 
@@ -119,7 +123,7 @@ class _Silent(SimpleHTTPRequestHandler):
 @contextmanager
 def served(directory: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     """The address of a directory on a local web server, and a function that stops the server."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Silent, directory=str(directory)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(directory)))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
 

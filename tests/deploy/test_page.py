@@ -11,6 +11,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 import capdistill as cd
-from capdistill.data.images import centre_square, read_image
+from capdistill.data.pixels import read_pixels, square_pixels
 from tests.deploy import browser as chromium
 
 pytest.importorskip("onnxruntime")
@@ -208,37 +209,72 @@ KINDS = [
 
 @pytest.mark.parametrize("size", [75, 32])
 def test_a_photo_has_the_pixels_of_python(shown: Shown, size: int) -> None:
-    if "AVX" not in torch.backends.cpu.get_cpu_capability() and size != 75:
-        pytest.skip("torchvision resizes in floating point on this processor")
     differing = {}
     for kind in KINDS:
         data = encoded(kind)
         found = shown.window.run(READ, base64.b64encode(data).decode(), size)
         pixels = np.frombuffer(base64.b64decode(found), np.uint8).astype(int)
-        expected = centre_square(read_image(data), size).numpy().ravel()
+        expected = square_pixels(read_pixels(data), size).ravel()
         if (pixels != expected).any():
             differing[kind] = int(abs(pixels - expected).max())
     assert differing == {}
 
 
-def test_a_newer_captioner_is_refused_in_words(shown: Shown) -> None:
-    path = shown.directory / "model" / "manifest.json"
+@contextmanager
+def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> Iterator[None]:
+    """A JSON file with other values, for a while."""
     text = path.read_text()
+    content = json.loads(text)
+    change(content)
     try:
-        path.write_text(json.dumps({**json.loads(text), "format": 2, "capdistill": "9.0"}))
-        shown.window.run("location.reload()")
-        shown.window.wait("document.getElementById('status').className === 'error'")
-        status = shown.window.run("return document.getElementById('status').textContent")
+        path.write_text(json.dumps(content))
+        yield
     finally:
         path.write_text(text)
-        shown.window.run("location.reload()")
-    assert "has format 2, written by capdistill 9.0; this page reads format 1" in status
+
+
+def error_after_reload(shown: Shown) -> str:
+    shown.window.run("location.reload()")
+    shown.window.wait("document.getElementById('status').className === 'error'")
+    return str(shown.window.run("return document.getElementById('status').textContent"))
+
+
+def test_a_newer_captioner_is_refused_in_words(shown: Shown) -> None:
+    newer = {"format": 2, "capdistill": "9.0"}
+    with changed(shown.directory / "model" / "manifest.json", lambda c: c.update(newer)):
+        error = error_after_reload(shown)
+    assert "has format 2, written by capdistill 9.0; this page reads format 1" in error
+
+
+def test_the_runtime_may_come_from_another_server_if_its_hash_is_right(
+    shown: Shown, ort: Path, photos: list[Path]
+) -> None:
+    about = shown.directory / "page.json"
+    with chromium.served(ort) as (cdn, _):
+
+        def elsewhere(content: dict[str, Any]) -> None:
+            for entry in content["onnxruntime"].values():
+                entry["url"] = cdn + Path(entry["url"]).name
+
+        with changed(about, elsewhere):
+            shown.window.run("location.reload()")
+            shown.window.wait("document.getElementById('name').textContent !== '…'")
+            assert shown.choose(photos[0]) == shown.captioner.caption(photos[0])
+
+        def tampered(content: dict[str, Any]) -> None:
+            elsewhere(content)
+            content["onnxruntime"]["wasm"]["integrity"] = f"sha384-{'A' * 64}"
+
+        with changed(about, tampered):
+            error = error_after_reload(shown)
+    assert "ort-wasm-simd-threaded.wasm cannot be loaded, or is not the file" in error
 
 
 def test_after_the_first_visit_the_page_works_without_a_network(
     shown: Shown, photos: list[Path]
 ) -> None:
     """This test is the last one: the server is gone."""
+    shown.window.run("location.reload()")
     shown.window.wait("document.getElementById('name').textContent !== '…'")
     shown.stop()
     shown.window.run("location.reload()")

@@ -162,3 +162,12 @@ def test_a_damaged_export_is_refused(stub: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no exported captioner"):
         cd.deploy.write_page(tmp_path / "nothing", tmp_path / "page")
     assert not (tmp_path / "page").exists()
+
+
+def test_a_page_is_not_written_from_its_own_copy(stub: Path, tmp_path: Path) -> None:
+    page = cd.deploy.write_page(stub, tmp_path / "page").parent
+    (stub / "greedy.onnx").rename(page / "model" / "greedy.onnx")
+    before = listed(page)
+    with pytest.raises(ConfigError, match=r"model is inside .*page, whose files are replaced"):
+        cd.deploy.write_page(page / "model", page)
+    assert listed(page) == before

@@ -67,6 +67,11 @@ def write_page(
     _require_supported(source)
     runtime = None if ort is None else _runtime_files(user_path(ort))
     _require_free(target)
+    if source.resolve().is_relative_to(target.resolve()):
+        raise ConfigError(
+            f"write_page: {source} is inside {target}, whose files are replaced. Give the "
+            "directory of the export itself, or another one for the page."
+        )
     try:
         _write(source, target, runtime)
     except (OSError, ConfigError) as error:

@@ -1,4 +1,4 @@
-// The square that a captioner sees, pixel for pixel as Python cuts it (capdistill.data.centre_square):
+// The square that a captioner sees, pixel for pixel as Python cuts it (capdistill.data.pixels):
 // the largest centred square, resized by an antialiased triangle filter in 8-bit arithmetic.
 // Browsers shrink images by filters of their own, which would give other pixels and other captions.
 

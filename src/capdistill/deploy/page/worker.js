@@ -25,7 +25,7 @@ onmessage = async ({ data: { number, photo } }) => {
     postMessage({ number, text, seconds: (performance.now() - began) / 1000 });
   } catch (error) {
     const unreadable = error.name === "InvalidStateError" || error.name === "EncodingError";
-    const reason = unreadable ? "This browser cannot read the file as an image." : error.message;
-    postMessage({ number, unreadable: reason });
+    const advice = "This browser cannot read the file as an image. Save it as JPEG or PNG.";
+    postMessage({ number, unreadable: unreadable ? advice : error.message });
   }
 };
