@@ -112,7 +112,7 @@ def lstm(**options: Any) -> Captioner:
     torch.manual_seed(3)
     sizes = {"dim": 6, "embed": 6, "hidden": 8, "heads": 2, "dropout": 0.0}
     decoder = cd.decoders.create("lstm", **{**sizes, **options})
-    return Captioner(tiny.Patches(), decoder, tiny.TOKENIZER)
+    return Captioner(tiny.Patches(mix=True), decoder, tiny.TOKENIZER)
 
 
 CAPTIONERS: dict[str, Callable[[], Captioner]] = {
@@ -126,8 +126,8 @@ CAPTIONERS: dict[str, Callable[[], Captioner]] = {
 def with_rounded_weights(captioner: Captioner) -> Captioner:
     """A copy whose matrices are rounded: biases and norms have one axis."""
     again = copy.deepcopy(captioner)
-    for parameter in again.parameters():
-        if parameter.ndim > 1:
+    for name, parameter in again.named_parameters():
+        if parameter.ndim > 1 and name != "encoder.conv.weight":  # which reads pixels
             parameter.data.copy_(round_weight(parameter.data))
     return again
 
@@ -181,31 +181,54 @@ def test_a_captioner_computes_with_rounded_values_and_learns_as_if_they_were_its
         assert mine.log_prob == pytest.approx(theirs.log_prob, rel=1e-3)
 
 
-def test_inputs_are_rounded_to_the_ranges_of_the_calibration():
-    captioner = tiny.make_student().eval()
+def test_activations_are_rounded_to_the_ranges_of_the_calibration():
+    captioner = tiny.make_student(mix=True).eval()
     encoder, images = captioner.encoder, tiny.make_batch([2, 2]).images
     quantizer = attached(captioner)
     with quantizer.calibrating():
         captioner.encode(images)
+
+    def rounded(x: Tensor, ranges: tuple[float, float]) -> Tensor:
+        scale, zero = scale_and_zero(torch.tensor([ranges]))
+        return round_activation(x, scale[0], zero[0])
+
     with torch.no_grad():
-        pixels = encoder.normalise(images)
-        scale, zero = scale_and_zero(torch.stack([pixels.min(), pixels.max()])[None])
-        seen = round_activation(pixels, scale[0], zero[0])
-        maps = F.conv2d(seen, round_weight(encoder.conv.weight), encoder.conv.bias, 4)
-        tokens = round_rows(maps.flatten(2).transpose(1, 2))
+        weight, bias = round_weight(encoder.mix.weight), encoder.mix.bias
+        maps = F.conv2d(encoder.normalise(images), encoder.conv.weight, encoder.conv.bias, 4)
+        mixed = F.conv2d(maps, weight, bias)
+        ranges = {
+            name: (x.min().item(), x.max().item())
+            for name, x in (("encoder.mix", maps), ("encoder.mix.output", mixed))
+        }
+        assert {n: pytest.approx(r) for n, r in ranges.items()} == captioner.activation_ranges
+        inputs, outputs = captioner.activation_ranges.values()
+        mixed = rounded(F.conv2d(rounded(maps, inputs), weight, bias), outputs)
+        tokens = round_rows(mixed.flatten(2).transpose(1, 2))
         expected = F.linear(tokens, round_weight(encoder.project.weight), encoder.project.bias)
         assert_close(captioner.encode(images), expected)
-    expected = {"encoder.conv": (pixels.min().item(), pixels.max().item())}
-    assert captioner.activation_ranges == expected
+
+
+def test_outputs_are_rounded_where_no_activation_follows():
+    student = cd.Captioner.create("debug_student", tokenizer=tiny.TOKENIZER, weights=False)
+    quantizer = FakeQuantizer(student)
+    outputs = {name for name in quantizer.names if name.endswith(".output")}
+    inputs = set(quantizer.names) - outputs
+    assert "encoder.backbone.conv_stem" not in inputs
+    assert outputs
+    for name in outputs:  # a batch norm without an activation comes next
+        end = next(e.end for e in quantizer._layers if f"{e.name}.output" == name)
+        assert isinstance(end, nn.BatchNorm2d)
+        assert isinstance(end.act, nn.Identity)
+    assert len(inputs) == sum(isinstance(m, nn.Conv2d) for m in student.encoder.modules()) - 1
 
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_an_update_moves_the_range_of_a_trained_layer_and_sets_that_of_a_frozen_one_once(trained):
-    quantizer, found = FakeQuantizer(tiny.make_student(trainable=trained)), []
+    quantizer, found = FakeQuantizer(tiny.make_student(trainable=trained, mix=True)), []
     for low, high in [(-1.0, 2.0), (-3.0, 1.0), (torch.nan, torch.inf)]:  # the last went wrong
         quantizer.seen = {0: torch.tensor([-low, high])}
         quantizer.update()
-        found.append(quantizer.as_data()["encoder.conv"])
+        found.append(quantizer.as_data()["encoder.mix"])
     moved = tuple(MOMENTUM * a + (1 - MOMENTUM) * b for a, b in ((-1.0, -3.0), (2.0, 1.0)))
     assert found[0] == (-1.0, 2.0)
     assert found[1] == pytest.approx(moved if trained else (-1.0, 2.0))

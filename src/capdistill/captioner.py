@@ -13,9 +13,9 @@ from capdistill import saving
 from capdistill.decoders.base import Decoder, require_decoder
 from capdistill.encoders.base import Encoder, require_encoder
 from capdistill.errors import CheckpointError, ConfigError, DataError, IncompatibleModels, suggest
-from capdistill.fake_quantization import Ranges, read_ranges
 from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
+from capdistill.int8 import Ranges, read_ranges
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
 from capdistill.tokenizer import Tokenizer, require_tokenizer
 
@@ -38,8 +38,8 @@ class Captioner(CaptionGenerator):
         name: Name of the model in messages.
 
     Attributes:
-        activation_ranges: Lowest and highest input of the encoder's layers, by name, if training
-            with `quantize` has found them. They are saved with it.
+        activation_ranges: Lowest and highest values of inputs and outputs of convolutions, if
+            training with `quantize` has found them; see `FakeQuantizer`. They are saved with it.
 
     Raises:
         IncompatibleModels: the encoder's width is not the one the decoder reads.

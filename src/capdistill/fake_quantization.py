@@ -6,7 +6,7 @@ Weights, and the inputs of convolutions and linear layers, are rounded to 8 bits
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +15,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from capdistill.errors import CheckpointError, ConfigError, shortened
-from capdistill.int8 import round_activation, round_rows, round_weight, scale_and_zero
-from capdistill.runtime import stable_hash
+from capdistill.errors import ConfigError
+from capdistill.int8 import Ranges, round_activation, round_rows, round_weight, scale_and_zero
+from capdistill.runtime import evaluating, stable_hash
 
 MOMENTUM = 0.99  # share of a range that a step keeps
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)  # an export rounds behind them
 _OWNER, _DEPTH = "_fake_quantizer", "_fake_quantizer_depth"
-Ranges = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,15 @@ class Layer:
         module: It.
         weights: Names of its weights.
         row: Row of the range of its input; None for what is no convolution.
+        end: What gives its output to other layers without an activation: the batch norm behind
+            it, or itself; else None.
     """
 
     name: str
     module: nn.Module
     weights: tuple[str, ...]
-    row: int | None
+    row: int | None = None
+    end: nn.Module | None = None
 
     @property
     def trained(self) -> bool:
@@ -51,10 +54,11 @@ class FakeQuantizer(nn.Module):
     """Rounds a captioner's weights and activations while it is attached to it.
 
     The weights of convolutions, linear and recurrent layers and embeddings are rounded by
-    `round_weight`, the inputs of linear layers by `round_rows`, those of convolutions by
-    `round_activation`, once their range is known. The inputs of recurrent layers and of a
-    vocabulary projection that is no layer of its own are left as they are. Parameters, their names
-    and the class of every module do not change: what is saved is an ordinary captioner.
+    `round_weight`, the inputs of linear layers by `round_rows`. Inputs of convolutions, and outputs
+    that no activation follows, are rounded by `round_activation` once their range is known. The
+    first convolution, which reads pixels, is left as it is, and so are the inputs of recurrent
+    layers and of a vocabulary projection that is no layer of its own. Parameters, their names and
+    the class of every module do not change: what is saved is an ordinary captioner.
 
     Ranges are extended by what a step has seen on all its batches and ranks: `update` moves them
     by 1 % towards its lowest and highest values. Those of frozen layers are set once.
@@ -78,8 +82,8 @@ class FakeQuantizer(nn.Module):
         captioner: A module with an `encoder` and a `decoder`.
 
     Attributes:
-        ranges: (N, 2) lowest and highest input of each layer in `inputs`; NaN until known.
-        inputs: The names of the convolutions.
+        ranges: (N, 2) lowest and highest values of each tensor in `names`; NaN until known.
+        names: The name of a convolution for its input, with ".output" for its output.
 
     Raises:
         ConfigError: a weight is no ordinary float parameter.
@@ -94,9 +98,14 @@ class FakeQuantizer(nn.Module):
     def __init__(self, captioner: nn.Module) -> None:
         super().__init__()
         layers = list(_layers(captioner))
-        self.inputs = [layer.name for layer in layers if layer.row is not None]
+        self.names: list[str] = []
+        self._of_names: list[Layer] = []  # the layer of each name
+        for layer in (each for each in layers if each.row is not None):
+            names = [layer.name] if layer.end is None else [layer.name, f"{layer.name}.output"]
+            self.names += names
+            self._of_names += [layer] * len(names)
         device = next(captioner.parameters()).device
-        self.register_buffer("ranges", torch.full((len(self.inputs), 2), math.nan, device=device))
+        self.register_buffer("ranges", torch.full((len(self.names), 2), math.nan, device=device))
         self.observing, self.rounding = False, True
         self.seen: dict[int, Tensor] = {}
         self._undo: list[Callable[[], object]] = []
@@ -122,6 +131,9 @@ class FakeQuantizer(nn.Module):
                 first = layer.module.register_forward_pre_hook(before)
                 last = layer.module.register_forward_hook(after, always_call=True)
                 self._undo += [first.remove, last.remove]
+            if layer.end is not None:
+                ended = layer.end.register_forward_hook(partial(self._output, layer))
+                self._undo.append(ended.remove)
         inside = [layer for layer in self._layers if id(layer.module) in parts]
         for name in ("forward", "start", "step"):  # a decoder may use weights without their module
             self._undo.append(_replaced(decoder, name, partial(self._whole, inside)))
@@ -192,13 +204,13 @@ class FakeQuantizer(nn.Module):
         """
         self._cache.clear()  # weights may have been changed in ways that leave no trace
         unseen = self.ranges.new_full((2,), -math.inf)
-        if not self.inputs:
+        if not self.names:
             return
-        rows = [self.seen.get(row, unseen) for row in range(len(self.inputs))]
+        rows = [self.seen.get(row, unseen) for row in range(len(self.names))]
         seen, self.seen = torch.stack(rows), {}  # minus the lowest, and the highest
         seen = seen if highest is None else highest(seen)
         now, old = torch.stack([-seen[:, 0], seen[:, 1]], 1), self.ranges
-        flags = [layer.trained for layer in self._layers if layer.row is not None]
+        flags = [layer.trained for layer in self._of_names]
         trained = torch.tensor(flags, device=old.device)[:, None]
         known, observed = (each.isfinite().all(1, keepdim=True) for each in (old, now))
         moved = torch.where(trained, MOMENTUM * old + (1 - MOMENTUM) * now, old)
@@ -214,7 +226,7 @@ class FakeQuantizer(nn.Module):
 
     def as_data(self) -> Ranges:
         """The known ranges by layer."""
-        pairs = zip(self.inputs, self.ranges.tolist(), strict=True)
+        pairs = zip(self.names, self.ranges.tolist(), strict=True)
         return {name: (low, high) for name, (low, high) in pairs if math.isfinite(low)}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -231,7 +243,8 @@ class FakeQuantizer(nn.Module):
 
     def _vary(self) -> None:
         """Cached features of frozen stages are those of their rounded weights and ranges."""
-        frozen = {layer.name for layer in self._layers if not layer.trained}
+        pairs = zip(self.names, self._of_names, strict=True)
+        frozen = {name for name, layer in pairs if not layer.trained}
         ranges = {name: pair for name, pair in self.as_data().items() if name in frozen}
         if self._undo:
             self._vary_to(f"int8 {stable_hash(sorted(ranges.items()))}")
@@ -249,16 +262,21 @@ class FakeQuantizer(nn.Module):
             return (round_rows(args[0]), *args[1:])
         if layer.row is None or not args:
             return None
-        x = args[0]
+        return (self._activation(layer.row, args[0]), *args[1:])
+
+    def _output(self, layer: Layer, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return self._activation(cast("int", layer.row) + 1, output)
+
+    def _activation(self, row: int, x: Tensor) -> Tensor:
         if self.observing:
             low, high = torch.aminmax(x.detach())
             seen = torch.stack([-low, high]).float()
-            before = self.seen.get(layer.row)
-            self.seen[layer.row] = seen if before is None else torch.maximum(before, seen)
+            before = self.seen.get(row)
+            self.seen[row] = seen if before is None else torch.maximum(before, seen)
         known, scales, zeros = self._tables()
-        if not (self.rounding and known[layer.row]):
-            return None
-        return (round_activation(x, scales[layer.row], zeros[layer.row]), *args[1:])
+        if not (self.rounding and known[row]):
+            return x
+        return round_activation(x, scales[row], zeros[row])
 
     def _whole(self, layers: list[Layer], call: Callable[..., Any], *args: Any, **how: Any) -> Any:
         for layer in layers:
@@ -321,10 +339,10 @@ def _restore(module: nn.Module, name: str, before: object) -> None:
 
 
 def _layers(captioner: nn.Module) -> Iterator[Layer]:
-    rows = 0
+    rows, (first, ends) = 0, _convolutions(cast("nn.Module", captioner.encoder))
     for part in ("encoder", "decoder"):
         for name, module in captioner.get_submodule(part).named_modules(prefix=part):
-            weights = _weights_of(module)
+            weights = () if module is first else _weights_of(module)
             for key in weights:
                 value = module._parameters.get(key)
                 if value is None or not value.is_floating_point():
@@ -332,10 +350,48 @@ def _layers(captioner: nn.Module) -> Iterator[Layer]:
                         f'quantize="int8": {name}.{key} is no floating-point parameter: the layer '
                         "is parametrized, or quantized already. Undo that, or leave quantize out."
                     )
-            if weights:
-                has_row = isinstance(module, _CONVOLUTIONS)
-                yield Layer(name, module, weights, rows if has_row else None)
-                rows += has_row
+            if isinstance(module, _CONVOLUTIONS) and weights:
+                end = ends.get(module)
+                yield Layer(name, module, weights, rows, end)
+                rows += 1 if end is None else 2
+            elif weights:
+                yield Layer(name, module, weights)
+
+
+def _convolutions(encoder: nn.Module) -> tuple[nn.Module | None, dict[nn.Module, nn.Module]]:
+    """The first convolution that runs, and what ends those that no activation follows."""
+    ends: dict[nn.Module, nn.Module] = {}
+    called: list[nn.Module] = []
+    last: list[tuple[Tensor, nn.Module]] = []  # an output, and the convolution that it is of
+
+    def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, _CONVOLUTIONS):
+            called.append(module)
+            ends[module] = module
+            last[:] = [(output, module)]
+        elif last and args and args[0] is last[0][0]:
+            source, inner = last[0][1], getattr(module, "act", None)
+            if isinstance(module, _ACTIVATIONS) or isinstance(inner, _ACTIVATIONS):
+                ends.pop(source)
+                last.clear()
+            else:
+                if not isinstance(module, nn.Identity):
+                    ends[source] = module  # a batch norm
+                last[:] = [(output, source)]
+
+    kinds = (*_CONVOLUTIONS, *_ACTIVATIONS, nn.modules.batchnorm._BatchNorm, nn.Identity)
+    hooks = [
+        each.register_forward_hook(see) for each in encoder.modules() if isinstance(each, kinds)
+    ]
+    side, device = int(cast("int", encoder.image_size)), next(encoder.parameters()).device
+    shape = (1, len(cast("tuple[float, ...]", encoder.mean)), side, side)
+    try:
+        with evaluating(encoder), torch.no_grad():
+            encoder(torch.zeros(shape, dtype=torch.uint8, device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (called[0] if called else None), ends
 
 
 def _weights_of(module: nn.Module) -> tuple[str, ...]:
@@ -349,28 +405,3 @@ def release(captioner: nn.Module) -> None:
     owner = vars(captioner).get(_OWNER)
     if owner is not None:
         owner.detach()
-
-
-def read_ranges(data: Any, where: object) -> Ranges | None:
-    """Ranges from the description of a saved captioner; None if it has none.
-
-    Example:
-        >>> read_ranges({"encoder.conv": [-1.0, 2.5]}, "runs/best")
-        {'encoder.conv': (-1.0, 2.5)}
-
-    Raises:
-        CheckpointError: they are no pairs of finite numbers.
-    """
-    if data is None:
-        return None
-    found: Ranges = {}
-    for name, pair in data.items() if isinstance(data, Mapping) else [("", data)]:
-        numbers = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (1, 0)
-        finite = all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers)
-        if not isinstance(data, Mapping) or not finite or numbers[0] > numbers[1]:
-            raise CheckpointError(
-                f"{where}: activation_ranges has {name!r}: {shortened(pair)}, which is no pair of "
-                "a lowest and a highest number. Copy the file again, or remove activation_ranges."
-            )
-        found[str(name)] = float(numbers[0]), float(numbers[1])
-    return found

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from capdistill.errors import CheckpointError, shortened
+
+Ranges = dict[str, tuple[float, float]]
 
 
 def round_weight(weight: Tensor) -> Tensor:
@@ -74,3 +82,28 @@ def scale_and_zero(ranges: Tensor) -> tuple[Tensor, Tensor]:
     low, high = ranges[:, 0].clamp(max=0), ranges[:, 1].clamp(min=0)
     scale = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
     return scale, (-low / scale).round().clamp(0, 255).int()
+
+
+def read_ranges(data: Any, where: object) -> Ranges | None:
+    """Ranges from the description of a saved captioner; None if it has none.
+
+    Example:
+        >>> read_ranges({"encoder.conv": [-1.0, 2.5]}, "runs/best")
+        {'encoder.conv': (-1.0, 2.5)}
+
+    Raises:
+        CheckpointError: they are no pairs of finite numbers.
+    """
+    if data is None:
+        return None
+    found: Ranges = {}
+    for name, pair in data.items() if isinstance(data, Mapping) else [("", data)]:
+        numbers = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (1, 0)
+        finite = all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers)
+        if not isinstance(data, Mapping) or not finite or numbers[0] > numbers[1]:
+            raise CheckpointError(
+                f"{where}: activation_ranges has {name!r}: {shortened(pair)}, which is no pair of "
+                "a lowest and a highest number. Copy the file again, or remove activation_ranges."
+            )
+        found[str(name)] = float(numbers[0]), float(numbers[1])
+    return found

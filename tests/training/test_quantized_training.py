@@ -27,7 +27,7 @@ def sgd(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
 
 
 def trained(*given: Any, **options: Any) -> Distiller:
-    trainer = Distiller(tiny.make_teacher(), tiny.make_student(), **{**QUIET, **options})
+    trainer = Distiller(tiny.make_teacher(), tiny.make_student(mix=True), **{**QUIET, **options})
     trainer.make_optimizer = sgd  # type: ignore[method-assign]
     for micro_batches in given:
         trainer.step(*micro_batches)
@@ -54,13 +54,13 @@ def test_validation_and_samples_leave_the_ranges_alone():
 
 
 def test_the_student_is_given_back_as_it_is_saved(saveable: Any, colours: Any, tmp_path: Path):
-    trainer = distiller(saveable(), quantize="int8", epochs=2)
+    trainer = distiller(saveable(mix=True), quantize="int8", epochs=2)
     trainer.fit(colours, colours, out=tmp_path)
     student, batch = trainer.student, tiny.make_batch([3])
     best = Captioner.load(tmp_path / "best")
     assert torch.equal(student(batch).logits, best(batch).logits)
     assert student.activation_ranges == best.activation_ranges is not None
-    assert set(best.activation_ranges) == {"encoder.conv"}
+    assert set(best.activation_ranges) == {"encoder.mix", "encoder.mix.output"}
     trainer.objective.train()
     assert not torch.equal(student(batch).logits, best(batch).logits)  # rounded again
     Distiller(tiny.make_teacher(), student, **tiny.QUIET)  # another run, without
@@ -73,7 +73,7 @@ def test_epochs_of_two_runs_are_those_of_one_bit_for_bit(
 ):
     how: dict[str, Any] = {"quantize": "int8", "ema_decay": 0.9, "word_dropout": 0.3}
     how |= {"cache_features": True, "cache_dir": str(tmp_path / "cache")} if frozen else {}
-    options: dict[str, Any] = {"dropout": 0.3, "trainable": not frozen}
+    options: dict[str, Any] = {"dropout": 0.3, "trainable": not frozen, "mix": True}
     whole = distiller(saveable(**options), **how)
     whole.fit(colours, colours, out=tmp_path / "whole")
     callback = At(stop, epoch=1)
@@ -152,7 +152,7 @@ def test_it_learns_together_with(options: dict[str, Any]):
 def test_self_critical_samples_and_scores_the_rounded_captioner():
     batch = tiny.make_batch([3, 3])
     references = dict(zip(batch.image_ids, batch.references, strict=True))
-    trainer = SelfCritical(tiny.make_student(), "bleu_1", references=references, **QUIET)
+    trainer = SelfCritical(tiny.make_student(mix=True), "bleu_1", references=references, **QUIET)
     assert all("reward" in trainer.step(batch)["terms"] for _ in range(2))
     assert trainer.objective.quantizer.complete
 
@@ -188,9 +188,9 @@ def test_the_teacher_stays_in_full_precision_or_is_refused():
     trainer = Distiller(teacher, tiny.make_student(), {"token": "token"}, **QUIET)
     trainer.step(batch)
     assert torch.equal(trainer.teacher_output(batch).logits, expected)
-    student, shared = tiny.make_student(trainable=False), tiny.make_teacher(dim=6)
+    student, shared = tiny.make_student(trainable=False, mix=True), tiny.make_teacher(dim=6)
     other = Captioner(student.encoder, shared.decoder, shared.tokenizer)
-    with pytest.raises(ConfigError, match=r"shares encoder\.conv with a teacher.*deepcopy"):
+    with pytest.raises(ConfigError, match=r"shares encoder\.mix with a teacher.*deepcopy"):
         Distiller(other, student, {"token": "token"}, **QUIET)
 
 

@@ -25,12 +25,18 @@ class Patches(Encoder):
     """Four patches of an 8 x 8 image; `seen` counts the images the trunk has read."""
 
     def __init__(
-        self, dim: int = 6, width: int = 5, norm: bool = False, trainable: bool = True
+        self,
+        dim: int = 6,
+        width: int = 5,
+        norm: bool = False,
+        trainable: bool = True,
+        mix: bool = False,
     ) -> None:
         super().__init__()
         self.dim, self.token_dim, self.tokens, self.grid = dim, width, 4, (2, 2)
         self.image_size = SIDE
         self.conv = nn.Conv2d(3, width, 4, 4)
+        self.mix = nn.Conv2d(width, width, 1) if mix else nn.Identity()
         self.norm = nn.BatchNorm2d(width) if norm else nn.Identity()
         self.project = nn.Linear(width, dim)
         self.seen = 0
@@ -40,7 +46,7 @@ class Patches(Encoder):
     def trunk(self, images: Tensor) -> Tensor:
         self.seen += len(images)
         pixels = self.normalise(images).to(self.conv.weight.dtype)
-        tokens: Tensor = self.norm(self.conv(pixels)).flatten(2).transpose(1, 2)
+        tokens: Tensor = self.norm(self.mix(self.conv(pixels))).flatten(2).transpose(1, 2)
         return tokens
 
     def head(self, tokens: Tensor) -> Tensor:
@@ -49,11 +55,12 @@ class Patches(Encoder):
 
     def trunk_parameters(self) -> Iterator[nn.Parameter]:
         yield from self.conv.parameters()
+        yield from self.mix.parameters()
         yield from self.norm.parameters()
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for part in (self.conv, self.norm):
+        for part in (self.conv, self.mix, self.norm):
             for value in part.state_dict().values():
                 digest.update(value.numpy().tobytes())
         return digest.hexdigest()
