@@ -17,6 +17,7 @@ IN_WHEEL = [
     r"capdistill/data/sample/.*\.jpg",
     r"capdistill/data/sample/.*\.json",
     r"capdistill/data/sample/.*\.(md|txt)",
+    r"capdistill/deploy/page/.*\.html",
     r"capdistill/metrics/wordnet/synonyms\.txt\.gz",
     r"capdistill/metrics/wordnet/LICENSE",
     r"capdistill/metrics/meteor15/synonyms\.txt\.gz",
@@ -28,7 +29,7 @@ IN_SDIST = [
     r"pyproject\.toml",
     r"README\.md",
     r"LICENSE",
-    *(f"src/{each}" for each in IN_WHEEL[:9]),
+    *(f"src/{each}" for each in IN_WHEEL[:10]),
 ]
 
 
