@@ -44,6 +44,8 @@ FORMS: dict[str, tuple[str, Any]] = {
         "\n".join(json.dumps({"file_name": n, "captions": t}) for n, t in TEXTS.items()),
     ),
     "an object": ("c.json", json.dumps(TEXTS)),
+    "paths elsewhere": ("c.json", json.dumps({f"some/where/{n}": t for n, t in TEXTS.items()})),
+    "paths of Windows": ("c.json", json.dumps({f"C:\\photos\\{n}": t for n, t in TEXTS.items()})),
     "ids": ("c.json", json.dumps({f"id{n}": t for n, t in enumerate(TEXTS.values())})),
     "COCO results": (
         "c.json",
@@ -89,6 +91,25 @@ def test_images_that_the_file_lacks_keep_their_captions_and_are_counted(
     assert made.examples[1].captions == pictures.examples[1].captions
     expected = {"captions": 2, "mixed": 1, "without": 2, "empty": 2, "duplicates": 1}
     assert {name: made.counts[name] for name in expected} == expected
+
+
+def test_captions_that_an_api_refused_are_counted_as_empty(
+    pictures: CaptionData, tmp_path: Path
+) -> None:
+    rows = [{"image": n, "caption": t} for n, t in zip(NAMES, ["a dog", "", None], strict=True)]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = read_captions(tmp_path / "c.jsonl", pictures)
+    assert made.examples[0].captions == ("a dog",)
+    assert (made.counts["empty"], made.counts["without"]) == (2, 2)
+
+
+def test_a_file_of_another_kind_is_not_taken_for_one_of_ours(
+    pictures: CaptionData, tmp_path: Path
+) -> None:
+    (tmp_path / "c.csv").write_text("image,caption\n1.png,a dog\n")
+    with pytest.raises(DataError, match=r"c\.csv, row 1 .*not JSON") as error:
+        read_captions(tmp_path / "c.csv", pictures)
+    assert "overwrite" not in str(error.value)
 
 
 def test_the_best_by_cider_is_that_of_the_scorer(pictures: CaptionData, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from capdistill.files import from_json, user_path, write_text
 from capdistill.generation.hypotheses import Hypothesis
 from capdistill.metrics import CaptionScorer
 from capdistill.runtime import SAFE_SEED, stable_hash
-from capdistill.teachers.foreign_captions import read_texts, rows_of, texts_of
+from capdistill.teachers.foreign_captions import read_texts, rows_of, texts_of, with_file_names
 
 Keep = Literal["cider", "score"]
 
@@ -85,8 +85,8 @@ def _is_foreign(file: Path) -> bool:
     try:
         with open(file, "rb") as stream:
             row = json.loads(stream.readline() or b"0")
-    except (OSError, ValueError, RecursionError):
-        return False  # reading it says what is wrong
+    except (OSError, ValueError, RecursionError):  # reading it says what is wrong
+        return file.is_file() and not description_of(file).is_file()
     return isinstance(row, dict) and not {"log_probs", "lengths", "duplicates"} & row.keys()
 
 
@@ -102,7 +102,8 @@ def _foreign_rows(file: Path, data: CaptionData, choice: Choice) -> dict[str, Ro
             f"read_captions: {file} has captions without log-probabilities, so keep='score' and "
             "reweight= have nothing to go by. Use keep='cider', or None for the order of the file."
         )
-    texts, rows = read_texts(file), dict[str, Row]()
+    written, rows = read_texts(file), dict[str, Row]()
+    texts = with_file_names(written)
     for example in data.examples:
         row = rows[example.image_id] = Row(str(example.path), example.image_id, [], [], [])
         for text in texts_of(texts, example) or ():
@@ -113,9 +114,9 @@ def _foreign_rows(file: Path, data: CaptionData, choice: Choice) -> dict[str, Ro
             else:
                 row.captions.append(text)
     if not any(row.captions for row in rows.values()):
-        theirs, ours = (", ".join(repr(n) for n in [*names][:3]) for names in (texts, rows))
+        theirs, ours = (", ".join(repr(n) for n in [*names][:3]) for names in (written, rows))
         raise DataError(
-            f"{file} has captions of {len(texts)} images, such as {theirs}, but of none of the "
+            f"{file} has captions of {len(written)} images, such as {theirs}, but of none of the "
             f"{len(data)} images of the data, such as {ours}. Name them by id or by file."
         )
     if choice.keep == "cider":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
 from capdistill.data.caption_files import (
@@ -86,10 +86,10 @@ def enumerate_rows(content: Any, file: Path, name: str) -> Iterable[tuple[str, A
 def _image_and_texts(place: str, row: Any) -> tuple[str, list[str]]:
     row = row if isinstance(row, Mapping) else {}
     image = next((image_name(row[key]) for key in _IMAGE if key in row), None)
-    texts = next((row[key] for key in _TEXT if key in row), None)
-    if image is None or texts is None:
+    texts = [row[key] for key in _TEXT if key in row]
+    if image is None or not texts:
         raise DataError(f"{place} names no image and caption: {shortened(dict(row))}. {_FORMS}")
-    several = texts if isinstance(texts, list) else [texts]
+    several = texts[0] if isinstance(texts[0], list) else texts[:1]
     return image, [_text(text, place) for text in several]
 
 
@@ -98,6 +98,18 @@ def _text(text: Any, place: str) -> str:
     if text is None or (isinstance(text, str) and not text.strip()):
         return ""
     return clean(require_caption(text, f"{place}: the caption"))
+
+
+def with_file_names(texts: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The same captions, also by the name of a file alone where one image has it.
+
+    Example:
+        >>> with_file_names({"photos/dog.jpg": ["a dog"]})["dog.jpg"]
+        ['a dog']
+    """
+    names = {image: PureWindowsPath(image).name for image in texts}  # parts at / and at \\
+    count = Counter(names.values())
+    return {**{n: texts[image] for image, n in names.items() if count[n] == 1}, **texts}
 
 
 def texts_of(texts: Mapping[str, list[str]], example: Example) -> list[str] | None:
