@@ -27,8 +27,9 @@ from torch import Tensor
 import capdistill as cd
 from capdistill.data.pixels import read_batches
 from capdistill.decoders.base import DecoderState
+from capdistill.deploy.convolutions import quantize_convolutions
 from capdistill.deploy.manifest import Manifest, read_manifest
-from capdistill.deploy.quantize import quantize_convolutions, quantize_products
+from capdistill.deploy.products import quantize_products
 from capdistill.deploy.writing import quiet
 from capdistill.generation.config import GenerationConfig, GenerationSpec
 from capdistill.generation.decode import generate
@@ -312,6 +313,7 @@ def main() -> None:
         "all conv and rows": convolutions(cal, "row", **every),
         "all conv 7 bits and rows": convolutions(cal, "row", reduce_range=True, **every),
         "conv and rows": convolutions(cal, "row"),
+        "conv uncorrected and rows": convolutions(cal, "row", correct_biases=False),
         "conv and weights": convolutions(cal, "weight"),
         "weights": products("weight"),
     }

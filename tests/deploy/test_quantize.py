@@ -17,14 +17,11 @@ from PIL import Image
 
 import capdistill as cd
 from capdistill.data.folder import Images
-from capdistill.deploy import quantize
+from capdistill.deploy import products
+from capdistill.deploy.convolutions import corrected, quantize_convolutions
 from capdistill.deploy.onnx_captioner import OnnxCaptioner
-from capdistill.deploy.quantize import (
-    calibration_batches,
-    quantize_convolutions,
-    quantize_products,
-    quantized_rows,
-)
+from capdistill.deploy.products import quantize_products, quantized_rows
+from capdistill.deploy.quantize import calibration_batches
 from capdistill.errors import ConfigError, DataError
 from tests.deploy.conftest import toy
 from tests.toy_captioner import pictures
@@ -87,17 +84,17 @@ def run(made: onnx.ModelProto, **feeds: Array) -> Array:
 
 
 @pytest.mark.parametrize("form", ["MatMul", "Gemm"])
-@pytest.mark.parametrize("products", ["row", "weight"])
-def test_products_are_those_of_the_rounded_numbers(form: str, products: Any) -> None:
+@pytest.mark.parametrize("scales_of", ["row", "weight"])
+def test_products_are_those_of_the_rounded_numbers(form: str, scales_of: Any) -> None:
     made, values = model(form)
-    quantize_products(made, products)
+    quantize_products(made, scales_of)
     onnx.checker.check_model(made)
     ids = np.array([3, 0, 69, 3])
     rows, scales = rounded(values["table"])
     matrix, columns = rounded(values["matrix"] if form == "Gemm" else values["matrix"].T)
 
     def product(x: Array, weights: Array, scale: Array) -> Array:
-        if products == "row":
+        if scales_of == "row":
             whole, own = rounded(x.astype(np.float32))
             return (whole @ weights.T) * own * scale.T
         return (x @ weights.T) * scale.T
@@ -144,13 +141,14 @@ def test_what_is_small_or_scaled_stays_in_float32() -> None:
     assert "matrix" in [each.name for each in before.graph.initializer]
 
 
-def convolutions(path: Path) -> dict[str, Array]:
+def convolutions(path: Path, padding: int = 1) -> dict[str, Array]:
     """Three convolutions, of which the first stays in float32 and the third is by channel."""
     random = np.random.default_rng(0)
     weights = {
         "first": random.standard_normal((8, 3, 1, 1)),
         "second": random.standard_normal((6, 8, 1, 1)) * np.logspace(-3, 0, 6).reshape(6, 1, 1, 1),
-        "third": random.standard_normal((6, 1, 3, 3)) * np.logspace(3, 0, 6).reshape(6, 1, 1, 1),
+        "third": random.standard_normal((6, 1, kernel, kernel))
+        * np.logspace(3, 0, 6).reshape(6, 1, 1, 1),
     }
     weights = {name: value.astype(np.float32) for name, value in weights.items()}
     limits = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
@@ -160,13 +158,13 @@ def convolutions(path: Path) -> dict[str, Array]:
         helper.make_node("Relu", ["a"], ["b"]),
         helper.make_node("Conv", ["b", "second"], ["c"], name="two"),
         helper.make_node("Clip", ["c", "low", "high"], ["d"]),
-        helper.make_node("Conv", ["d", "third"], ["out"], name="three", group=6, pads=[1] * 4),
+        helper.make_node("Conv", ["d", "third"], ["out"], "three", group=6, pads=[padding] * 4),
     ]
     graph = helper.make_graph(
         nodes,
         "toy",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["images", 3, 8, 8])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["images", 6, 8, 8])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(value, name) for name, value in (weights | limits).items()],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -206,6 +204,29 @@ def test_the_range_of_an_activation_is_the_one_behind_its_clipping(quantized: An
     assert kept["d_zero_point"] == 0
 
 
+@pytest.mark.parametrize(("name", "source"), [("two", "second"), ("three", "third")])
+def test_a_corrected_bias_undoes_the_mean_error_of_rounded_weights(
+    tmp_path: Path, name: str, source: str
+) -> None:
+    """Exactly so for images of one colour without padding; only this one is rounded, to 4 bits."""
+    weights = convolutions(tmp_path / "a.onnx", padding=0)
+    images = np.tile(pictures(16).numpy()[:, :, :1, :1], (1, 1, 8, 8))
+    exact = onnx.load(tmp_path / "a.onnx")
+    exact.graph.output[0].name = "c" if name == "two" else "out"
+    fixed = onnx.load(tmp_path / "a.onnx")
+    fixed.graph.output[0].name = exact.graph.output[0].name
+    others = [each for each in ("one", "two", "three") if each != name]
+    fixed = corrected(fixed, [images[:5], images[5:]], others, top=7)
+    rows, scales = quantized_rows(weights[source].reshape(6, -1), 7)
+    place = [each.name for each in fixed.graph.initializer].index(source)
+    whole = (rows * scales[:, None]).reshape(weights[source].shape).astype(np.float32)
+    fixed.graph.initializer[place].CopyFrom(numpy_helper.from_array(whole, source))
+    wanted, given_means = (run(m, images=images).mean((0, 2, 3)) for m in (exact, fixed))
+    size = np.abs(run(exact, images=images)).mean((0, 2, 3))
+    np.testing.assert_allclose(given_means / size, wanted / size, atol=1e-4)
+    assert np.abs(rows * scales[:, None] - weights[source].reshape(6, -1)).max() > 1e-3
+
+
 def test_8_bit_convolutions_are_close_and_do_not_mix_images(quantized: Any) -> None:
     _, source, made = quantized
     images = pictures(16).numpy()
@@ -218,7 +239,7 @@ def test_8_bit_convolutions_are_close_and_do_not_mix_images(quantized: Any) -> N
 def test_an_8_bit_captioner_says_the_same_alone_and_in_a_batch(
     decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize, "LEAST", 16)
+    monkeypatch.setattr(products, "LEAST", 16)
     captioner, images = toy(decoder, embed=6, hidden=8), pictures(5)
     cd.deploy.export(
         captioner, tmp_path, quantize="int8", calibration=images, greedy=True, progress=False
