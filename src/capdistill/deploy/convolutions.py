@@ -107,6 +107,10 @@ def corrected(
         node.input.append(name)
         value = np.asarray(bias - shift, np.float32)
         model.graph.initializer.append(numpy_helper.from_array(value, name))
+    read = {name for node in model.graph.node for name in node.input}
+    kept = [each for each in model.graph.initializer if each.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
     return model
 
 
