@@ -56,7 +56,7 @@ export async function loadListedJson(directory, manifest, name) {
 
 /** The values in a JSON file. */
 export async function loadJson(path) {
-  const response = await get(path);
+  const response = await get(path, "no-store"); // says what the other files are, so is never old
   try {
     return await response.json();
   } catch {
@@ -64,10 +64,10 @@ export async function loadJson(path) {
   }
 }
 
-async function get(path) {
+async function get(path, cache = "no-cache") { // asks whether the file has changed
   let response;
   try {
-    response = await fetch(path, { cache: "no-cache" }); // asks whether it has changed
+    response = await fetch(path, { cache });
   } catch {
     throw new Error(`${path} cannot be loaded. Is the device online, and the server running?`);
   }
