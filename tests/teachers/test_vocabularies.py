@@ -148,6 +148,16 @@ def test_members_of_an_ensemble_are_trimmed_one_by_one() -> None:
 # -- a different vocabulary -----------------------------------------------------------------------
 
 
+def test_a_trimmed_member_and_its_untrimmed_one_are_told_how_they_mix() -> None:
+    full, few = captioner(SUBWORDS), captioner(FEWER)
+    for members in ([full, few], [few, full]):
+        with pytest.raises(
+            IncompatibleModels, match=r"larger one as .*TrimmedTeacher\(teacher, to"
+        ):
+            Ensemble(members)
+    assert Ensemble([TrimmedTeacher(full, FEWER), few]).tokenizer is FEWER
+
+
 def test_a_retokenizing_teacher_reads_its_own_ids_of_the_captions() -> None:
     teacher, batch = captioner(SUBWORDS), batch_for(WORDS)
     found = RetokenizingTeacher(teacher)(batch, need=frozenset({"logits", "features"}))

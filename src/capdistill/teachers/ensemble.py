@@ -372,7 +372,7 @@ def _one_vocabulary(members: Mapping[str, CaptionGenerator]) -> Tokenizer:
             raise IncompatibleModels(
                 f"Ensemble: the vocabularies differ at entry {place}: '{first}' has {mine} "
                 f"({len(ours.vocabulary)} entries), '{name}' has {other} "
-                f"({len(theirs.vocabulary)} entries). Train all members with one tokenizer."
+                f"({len(theirs.vocabulary)} entries). {_one_tokenizer(ours, theirs)}"
             )
         for special in ("start_id", "end_id"):
             if getattr(ours, special) != getattr(theirs, special):
@@ -381,6 +381,14 @@ def _one_vocabulary(members: Mapping[str, CaptionGenerator]) -> Tokenizer:
                     f"{getattr(theirs, special)} in '{name}'. Train all members with one tokenizer."
                 )
     return ours
+
+
+def _one_tokenizer(*both: Any) -> str:
+    """How two members come to one vocabulary; one may be trimmed from that of the other."""
+    for one, other in (both, both[::-1]):
+        if tuple(getattr(one, "full_vocabulary", ())) == tuple(other.vocabulary):
+            return "Give the larger one as capdistill.teachers.TrimmedTeacher(teacher, tokenizer)."
+    return "Train all members with one tokenizer."
 
 
 def _normalised(weights: Any, names: Sequence[str]) -> dict[str, float]:

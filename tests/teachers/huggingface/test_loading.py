@@ -1,7 +1,9 @@
 """From a directory, from a module; what cannot be loaded is refused with the fix."""
 
+import inspect
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -296,6 +298,14 @@ def test_a_missing_or_old_transformers_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.57.1"))
     with pytest.raises(MissingExtra, match=r"4\.57\.1 is too old"):
         cd.teachers.from_pretrained("any/name")
+
+
+def test_an_adapter_is_one_short_file():
+    from capdistill.teachers import huggingface
+
+    for name in huggingface.names():
+        source = Path(inspect.getsourcefile(huggingface.get(name)))
+        assert len(source.read_text().splitlines()) < 60, source.name
 
 
 def test_an_adapter_of_ones_own_is_registered_by_the_type_of_the_model(monkeypatch):
