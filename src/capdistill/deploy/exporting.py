@@ -100,7 +100,9 @@ def export(
                     _write_greedy(plain, spec, folder)
         if quantize:
             say("Quantizing to 8 bits ...")
-            quantize_graphs(folder / files.ENCODER, folder / files.STEP, batches)
+            trained = captioner.activation_ranges is not None  # with rounded weights
+            graphs = folder / files.ENCODER, folder / files.STEP
+            quantize_graphs(*graphs, batches, correct_biases=not trained)
             if greedy:
                 _join(plain, spec, folder)
         plain.tokenizer.save(folder / files.TOKENIZER)  # type: ignore[attr-defined]

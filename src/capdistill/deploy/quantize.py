@@ -24,7 +24,11 @@ _CALIBRATION, _BATCH = 128, 8  # images for calibration, and how many are run at
 
 
 def quantize_graphs(
-    encoder: Path, step: Path, images: Iterable[npt.NDArray[np.uint8]], products: Products = "row"
+    encoder: Path,
+    step: Path,
+    images: Iterable[npt.NDArray[np.uint8]],
+    products: Products = "row",
+    correct_biases: bool = True,
 ) -> None:
     """Replace two float32 graphs by 8-bit ones.
 
@@ -32,13 +36,14 @@ def quantize_graphs(
         encoder, step: The files; each is replaced.
         images: Batches of calibration images, (I, 3, S, S).
         products: As for `quantize_products`.
+        correct_biases: As for `quantize_convolutions`.
     """
     import onnx
 
     model = onnx.load(encoder)
     if any(node.op_type == "Conv" for node in model.graph.node):
         made = encoder.with_name("quantized.onnx")
-        quantize_convolutions(encoder, made, images)
+        quantize_convolutions(encoder, made, images, correct_biases)
         made.replace(encoder)
     for path in (encoder, step):
         model = onnx.load(path)
