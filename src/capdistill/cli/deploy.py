@@ -34,7 +34,6 @@ example:
 MODEL is a directory that `capdistill export` wrote, a run, a saved captioner or teacher, or, with
 random weights, a preset or hf-config: before blip-base, vit-gpt2, git-base or the path of a
 config.json of transformers. NAME=MODEL gives it a name."""
-_CONFIG = "hf-config:"
 
 
 def export_command(parser: argparse.ArgumentParser) -> None:
@@ -171,12 +170,9 @@ def _named(given: str) -> tuple[str, str]:
 
 def _directory(model: str) -> str:
     """The best captioner of a run; other models as they are."""
-    from capdistill import presets
     from capdistill.deploy.manifest import MANIFEST
+    from capdistill.evaluation.timed_models import CONFIG
 
     path = Path(model).expanduser()
-    if model.startswith(_CONFIG) or (path / MANIFEST).is_file():
-        return model
-    if model in presets.names() and not path.exists():
-        return model
-    return str(captioner_directory(model))
+    as_it_is = model.startswith(CONFIG) or (path / MANIFEST).is_file() or not path.exists()
+    return model if as_it_is else str(captioner_directory(model))

@@ -1,0 +1,96 @@
+"""`capdistill export` and `capdistill bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import capdistill as cd
+from capdistill.cli import main
+from capdistill.cli.deploy import _directory, _named
+from capdistill.evaluation import benchmark
+from capdistill.evaluation.bench_table import Bench
+from tests.cli.cli_commands import refused
+from tests.toy_captioner import WORDS
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved")
+    tokenizer = cd.WordTokenizer(WORDS)
+    cd.Captioner.create("debug_student", tokenizer=tokenizer).save(directory)
+    return directory
+
+
+@pytest.mark.slow
+def test_export_writes_what_the_page_and_the_runtime_read(
+    saved: Path, photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    assert runtime.__version__
+    out, page = tmp_path / "exported", tmp_path / "page"
+    command = ["export", str(saved), "--out", str(out), "--web", str(page), "--max-length", "4"]
+    assert main([*command, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["directory"], shown["page"]) == (str(out), str(page / "index.html"))
+    assert shown["precision"] == "float32"
+    expected = cd.Captioner.load(saved).caption(photos, max_length=4)
+    assert cd.deploy.OnnxCaptioner.load(out).caption(photos) == expected
+    assert (page / "index.html").is_file()
+
+
+def test_options_of_export_that_belong_together(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(saved), "--out", str(tmp_path / "out")]
+    assert "belong together" in refused([*command, "--quantize", "int8"], capsys)
+    assert "belong together" in refused([*command, "--calibration", "photos"], capsys)
+    assert "--web" in refused([*command, "--ort", "dist"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench_passes_its_options_on(
+    saved: Path,
+    photos: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given: dict[str, Any] = {}
+
+    def record(models: Any, images: Any, **options: Any) -> Bench:
+        given.update(models=models, images=images, **options)
+        return Bench({}, {}, "mine", {"threads": 2})
+
+    monkeypatch.setattr(benchmark, "bench", record)
+    command = ["bench", f"mine={saved}", "debug_teacher", "hf-config:blip-base"]
+    command += ["--images", *photos, "--threads", "2", "--words", "0", "--reference", "mine"]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["threads"] == 2
+    assert given["models"] == {
+        "mine": str(saved),
+        "debug_teacher": "debug_teacher",
+        "hf-config:blip-base": "hf-config:blip-base",
+    }
+    assert given["images"] == photos
+    assert (given["words"], given["reference"], given["rounds"]) == (None, "mine", 5)
+
+
+def test_models_of_bench_by_name_and_place(saved: Path, tmp_path: Path) -> None:
+    assert _named("a=b/c") == ("a", "b/c")
+    assert _named("b/c") == ("b/c", "b/c")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best").symlink_to(saved)
+    assert _directory(str(tmp_path / "run")) == str(tmp_path / "run" / "best")
+
+
+def test_bench_refuses_what_is_not_there(
+    photos: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(["bench", "no-such-model", "--images", photos[0]], capsys)
+    assert "'no-such-model' is neither a directory nor a preset" in said
+    said = refused(["bench", "a=debug_student", "a=debug_teacher", "--images", photos[0]], capsys)
+    assert "same name" in said
