@@ -50,6 +50,8 @@ def test_options_of_export_that_belong_together(
     assert "belong together" in refused([*command, "--quantize", "int8"], capsys)
     assert "belong together" in refused([*command, "--calibration", "photos"], capsys)
     assert "--web" in refused([*command, "--ort", "dist"], capsys)
+    page = ["--web", str(tmp_path / "page")]
+    assert "decodes greedily" in refused([*command, *page, "--beam-size", "3"], capsys)
     assert not (tmp_path / "out").exists()
 
 

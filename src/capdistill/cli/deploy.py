@@ -74,6 +74,8 @@ def run_export(options: argparse.Namespace) -> int:
 
     if options.ort and not options.web:
         raise ConfigError("--ort belongs to --web DIR; give that, too.")
+    if options.web and (options.sample or (options.beam_size or 1) > 1):
+        raise ConfigError("--web: the page decodes greedily. Leave --beam-size and --sample out.")
     out, captioner = user_path(options.out), captioner_directory(options.captioner)
     calibration = _calibration(options)
     require_writable(out.parent)
