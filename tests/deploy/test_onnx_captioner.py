@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from PIL import Image
 import capdistill as cd
 from capdistill.data.images import centre_square, read_image
 from capdistill.deploy import OnnxCaptioner
-from capdistill.deploy.manifest import MANIFEST, FileEntry
+from capdistill.deploy.manifest import MANIFEST, FileEntry, Manifest
+from capdistill.deploy.onnx_captioner import _saved_spec
 from capdistill.errors import CheckpointError, ConfigError, DataError, MissingExtra
+from capdistill.generation import GenerationConfig, GenerationSpec
 from capdistill.generation.hypotheses import CaptionResult, Hypothesis
+from capdistill.generation.words import SubwordRules
 from tests.deploy.conftest import Exported
 
 MODES: dict[str, dict[str, Any]] = {
@@ -175,16 +179,10 @@ def copied(exported_lstm: Exported, tmp_path: Path) -> Path:
 
 def list_again(directory: Path) -> None:
     """Write the manifest of files that were changed on purpose."""
-    manifest = read_manifest_unchecked(directory)
+    manifest = Manifest.of(json.loads((directory / MANIFEST).read_text()))
     files = {name: FileEntry.measured(directory / name) for name in manifest.files}
-    changed = type(manifest)(**{**vars(manifest), "files": files})
+    changed = replace(manifest, files=files)
     (directory / MANIFEST).write_text(json.dumps(changed.to_json()))
-
-
-def read_manifest_unchecked(directory: Path) -> Any:
-    from capdistill.deploy import manifest as module
-
-    return module.Manifest.of(json.loads((directory / MANIFEST).read_text()))
 
 
 def test_the_options_that_were_exported_are_the_default(
@@ -202,6 +200,16 @@ def test_the_options_that_were_exported_are_the_default(
     wider = exported_lstm.captioner.caption(noise(), prefix="a dog", beam_size=4)
     assert loaded.caption(noise(), beam_size=4) == wider
     assert loaded.caption(noise(), generation={}) == exported_lstm.captioner.caption(noise())
+
+
+def test_options_that_concern_subwords_survive_their_file(tmp_path: Path) -> None:
+    rules = SubwordRules(banned_first=((4,), (5, 6)), not_last=((7, 8),), added=(4,), run_on=(5, 9))
+    config = GenerationConfig(min_length=2, banned_words=["dog"], prefix="a cat")
+    lists = {"banned": (0, 1), "phrases": ((4, 5), (6,)), "not_last": (7,), "prefix": (4, 5)}
+    spec = GenerationSpec(1, 2, 9, config, subwords=rules, **lists)
+    content = {**asdict(spec), "config": config.model_dump(mode="json"), "pad_id": 0}
+    (tmp_path / "generation.json").write_text(json.dumps(content))
+    assert _saved_spec(tmp_path / "generation.json") == spec
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "step.onnx", "tokenizer.json", "generation.json"])
