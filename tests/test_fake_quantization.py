@@ -208,17 +208,13 @@ def test_activations_are_rounded_to_the_ranges_of_the_calibration():
         assert_close(captioner.encode(images), expected)
 
 
-def test_outputs_are_rounded_where_no_activation_follows():
+def test_outputs_are_rounded_where_no_convolution_reads_them():
     student = cd.Captioner.create("debug_student", tokenizer=tiny.TOKENIZER, weights=False)
     quantizer = FakeQuantizer(student)
     outputs = {name for name in quantizer.names if name.endswith(".output")}
     inputs = set(quantizer.names) - outputs
     assert "encoder.backbone.conv_stem" not in inputs
     assert outputs
-    for name in outputs:  # a sum, a gate or an activation of another kind comes next
-        end = next(e.end for e in quantizer._layers if f"{e.name}.output" == name)
-        assert isinstance(end, (nn.BatchNorm2d, nn.Conv2d))
-        assert not isinstance(getattr(end, "act", None), (nn.ReLU, nn.ReLU6))
     assert len(inputs) == sum(isinstance(m, nn.Conv2d) for m in student.encoder.modules()) - 1
 
 

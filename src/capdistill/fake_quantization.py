@@ -34,8 +34,8 @@ class Layer:
         module: It.
         weights: Names of its weights.
         row: Row of the range of its input; None for what is no convolution.
-        end: What gives its output to other layers without an activation: the batch norm behind
-            it, or itself; else None.
+        end: What gives its output to others than a convolution: the activation or batch norm
+            behind it, or itself; else None.
     """
 
     name: str
@@ -55,7 +55,7 @@ class FakeQuantizer(nn.Module):
 
     The weights of convolutions, linear and recurrent layers and embeddings are rounded by
     `round_weight`, the inputs of linear layers by `round_rows`. Inputs of convolutions, and outputs
-    that no activation follows, are rounded by `round_activation` once their range is known. The
+    that others read, are rounded by `round_activation` once their range is known. The
     first convolution, which reads pixels, is left as it is, and so are the inputs of recurrent
     layers and of a vocabulary projection that is no layer of its own. Parameters, their names and
     the class of every module do not change: what is saved is an ordinary captioner.
@@ -359,25 +359,24 @@ def _layers(captioner: nn.Module) -> Iterator[Layer]:
 
 
 def _convolutions(encoder: nn.Module) -> tuple[nn.Module | None, dict[nn.Module, nn.Module]]:
-    """The first convolution that runs, and what ends those that no activation follows."""
+    """The first convolution that runs, and what ends those whose output no other one reads."""
     ends: dict[nn.Module, nn.Module] = {}
     called: list[nn.Module] = []
-    last: list[tuple[Tensor, nn.Module]] = []  # an output, and the convolution that it is of
+    outputs: list[tuple[Tensor, nn.Module]] = []  # and the convolution that each is of
 
     def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        source = next((conv for out, conv in outputs if args and args[0] is out), None)
+        again = module in called
+        called.append(module)
         if isinstance(module, _CONVOLUTIONS):
-            called.append(module)
-            ends[module] = module
-            last[:] = [(output, module)]
-        elif last and args and args[0] is last[0][0]:
-            source, inner = last[0][1], getattr(module, "act", None)
-            if isinstance(module, _ACTIVATIONS) or isinstance(inner, _ACTIVATIONS):
-                ends.pop(source)
-                last.clear()
-            else:
-                if not isinstance(module, nn.Identity):
-                    ends[source] = module  # a batch norm
-                last[:] = [(output, source)]
+            ends.pop(source, None)  # type: ignore[arg-type]
+            ends[module] = source = module
+        elif source in ends and not isinstance(module, nn.Identity):
+            ends[source] = module  # a batch norm or an activation
+            if again and isinstance(module, _ACTIVATIONS):
+                del ends[source]  # it has other uses
+        if source is not None:
+            outputs.append((output, source))
 
     kinds = (*_CONVOLUTIONS, *_ACTIVATIONS, nn.modules.batchnorm._BatchNorm, nn.Identity)
     hooks = [
@@ -391,7 +390,8 @@ def _convolutions(encoder: nn.Module) -> tuple[nn.Module | None, dict[nn.Module,
     finally:
         for hook in hooks:
             hook.remove()
-    return (called[0] if called else None), ends
+    first = next((module for module in called if isinstance(module, _CONVOLUTIONS)), None)
+    return first, ends
 
 
 def _weights_of(module: nn.Module) -> tuple[str, ...]:
