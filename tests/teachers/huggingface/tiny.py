@@ -8,6 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 WORDS = ["a", "dog", "runs", "cat", "sits", "on", "the", "grass", "man", "rides", "horse", "red"]
 SIDE = 16
+SENTENCE = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+IMAGE = {"image_token": "<image>"}
 
 
 def words_tokenizer(*special: str, **roles: str):
@@ -102,9 +105,7 @@ def git():
 
 
 def blip2(language: str = "opt"):
-    tokenizer = words_tokenizer(
-        "<pad>", "<s>", "</s>", "<image>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    tokenizer = words_tokenizer("<pad>", "<s>", "</s>", "<image>", **SENTENCE)
     if language == "opt":
         own = {"ffn_dim": 32, "word_embed_proj_dim": 32, "do_layer_norm_before": True}
         text_config = hf.OPTConfig(**text(tokenizer, bos_token_id=1, eos_token_id=2, **own))
@@ -137,14 +138,7 @@ def blip2(language: str = "opt"):
 
 def florence2():
     tokenizer = words_tokenizer(
-        "<s>",
-        "<pad>",
-        "</s>",
-        "<image>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        "<s>", "<pad>", "</s>", "<image>", **SENTENCE, extra_special_tokens=IMAGE
     )
     side = {"embed_dim": [16], "num_heads": [2], "num_groups": [2], "depths": [1]}
     patches = {"patch_size": [7], "patch_stride": [4], "patch_padding": [3], "window_size": 2}
@@ -294,14 +288,7 @@ def qwen2_vl():
 
 def paligemma():
     tokenizer = words_tokenizer(
-        "<pad>",
-        "<eos>",
-        "<bos>",
-        "<image>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        "<pad>", "<eos>", "<bos>", "<image>", **GEMMA, extra_special_tokens=IMAGE
     )
     image = hf.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
     image.image_seq_length = 4
@@ -344,11 +331,7 @@ def qwen3_vl():
     )
     sizes = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2}
     patches = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    layers = {
-        "intermediate_size": 16,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
-    }
+    layers = {"intermediate_size": 16, "num_position_embeddings": 16}
     config = hf.Qwen3VLConfig(
         text_config=language,
         vision_config={**sizes, **patches, **layers, "deepstack_visual_indexes": [0]},
@@ -364,14 +347,7 @@ def qwen3_vl():
 
 def llava():
     tokenizer = words_tokenizer(
-        "<pad>",
-        "<s>",
-        "</s>",
-        "<image>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        "<pad>", "<s>", "</s>", "<image>", **SENTENCE, extra_special_tokens=IMAGE
     )
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = hf.LlavaConfig(
@@ -399,9 +375,7 @@ def gemma3():
         "<start_of_image>",
         "<end_of_image>",
         "<image_soft_token>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
+        **GEMMA,
         extra_special_tokens=names,
     )
     ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
