@@ -17,7 +17,7 @@ IN_WHEEL = [
     r"capdistill/data/sample/.*\.jpg",
     r"capdistill/data/sample/.*\.json",
     r"capdistill/data/sample/.*\.(md|txt)",
-    r"capdistill/deploy/page/.*\.html",
+    r"capdistill/deploy/page/.*\.(js|html|css)",
     r"capdistill/metrics/wordnet/synonyms\.txt\.gz",
     r"capdistill/metrics/wordnet/LICENSE",
     r"capdistill/metrics/meteor15/synonyms\.txt\.gz",

@@ -1,12 +1,17 @@
+import math
 import subprocess
 import sys
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 
+import capdistill as cd
 from capdistill.errors import (
     ConfigError,
     DataError,
+    as_float,
     require_int,
     require_number,
     require_text,
@@ -96,3 +101,31 @@ def test_what_is_no_finite_number_within_the_limits_is_refused(value) -> None:
 def test_errors_do_not_import_pydantic() -> None:
     code = "import sys, capdistill.errors; assert 'pydantic' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+HUGE = 10**400  # as JSON can hold it; float() raises OverflowError
+PHOTO = cd.data.sample().train.subset(1)
+
+
+def test_a_whole_number_beyond_all_floats_is_infinite() -> None:
+    assert (as_float(HUGE), as_float(-HUGE)) == (math.inf, -math.inf)
+    assert as_float(Fraction(HUGE, 3)) == math.inf
+    assert all(math.isnan(as_float(each)) for each in (True, "1", None, 1j, [1]))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: require_number("share", HUGE),
+        lambda: cd.TokenKD(temperature=HUGE),
+        lambda: cd.TokenKD(temperature=(1, HUGE)),
+        lambda: cd.TokenKD(temperature={"schedule": "cosine", "first": 1, "last": HUGE}),
+        lambda: cd.GenerationConfig(length_penalty=HUGE),
+        lambda: cd.training.DistillConfig(on_policy=HUGE),
+        lambda: cd.training.TrainConfig(learning_rate=HUGE),
+        lambda: cd.data.Curriculum(PHOTO, dict.fromkeys(PHOTO.image_ids, HUGE)),
+    ],
+)
+def test_a_whole_number_beyond_all_floats_is_refused_as_any_wrong_number(use: Any) -> None:
+    with pytest.raises(ValueError, match="1000000"):
+        use()

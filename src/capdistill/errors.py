@@ -11,7 +11,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -171,16 +171,30 @@ number above 0 and below 1.
     Raises:
         ConfigError: the value has another type, is not finite, or lies outside the limits.
     """
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number = as_float(value)
     if (
-        not real
-        or not math.isfinite(number := float(value))  # type: ignore[arg-type]
+        not math.isfinite(number)
         or not _within(number, minimum, maximum)
         or (above is not None and number <= above)
         or (below is not None and number >= below)
     ):
         raise _not_a_number(name, value, "number", minimum, maximum, above, below)
     return number
+
+
+def as_float(value: object) -> float:
+    """A real number as a float. One that is too large is infinite; a bool and all else is NaN.
+
+    Example:
+        >>> as_float(2), as_float(10**400), as_float("2")
+        (2.0, inf, nan)
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > cast(Any, 0) else -math.inf
 
 
 def _within(value: Any, minimum: float | None, maximum: float | None) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capdistill.errors import CheckpointError, shortened
+from capdistill.errors import CheckpointError, as_float, shortened
 
 Ranges = dict[str, tuple[float, float]]
 
@@ -99,11 +99,12 @@ def read_ranges(data: Any, where: object) -> Ranges | None:
     found: Ranges = {}
     for name, pair in data.items() if isinstance(data, Mapping) else [("", data)]:
         numbers = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (1, 0)
-        finite = all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers)
-        if not isinstance(data, Mapping) or not finite or numbers[0] > numbers[1]:
+        low, high = map(as_float, numbers)
+        finite = math.isfinite(low) and math.isfinite(high)
+        if not isinstance(data, Mapping) or not finite or low > high:
             raise CheckpointError(
                 f"{where}: activation_ranges has {name!r}: {shortened(pair)}, which is no pair of "
                 "a lowest and a highest number. Copy the file again, or remove activation_ranges."
             )
-        found[str(name)] = float(numbers[0]), float(numbers[1])
+        found[str(name)] = low, high
     return found

@@ -417,7 +417,8 @@ def test_a_draw_reads_a_member_that_runs_anyway():
 
 
 @pytest.mark.parametrize(
-    "weights", [[1], [1, 2, 3], [1, -1], [0, 0], [1, math.nan], ["a", 1], "ab", {"toy": 1}, 3]
+    "weights",
+    [[1], [1, 2, 3], [1, -1], [0, 0], [1, math.nan], ["a", 1], "ab", {"toy": 1}, 3, [10**400, 1]],
 )
 def test_invalid_weights_are_refused(weights):
     with pytest.raises(ConfigError, match=r"weights are .* for 2 members \(toy, reader\)"):

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from capdistill.errors import (
     ConfigError,
     DataError,
     UnknownName,
+    as_float,
     require_number,
     shortened,
     suggest,
@@ -286,12 +286,12 @@ def _number(values: Mapping[str, Any], name: str) -> float:
         near = suggest(name, list(values)[:3])
         raise ConfigError(f"Curriculum: image '{name}' has no difficulty. {near}")
     value = values[name]
-    valid = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid:
+    number = as_float(value)
+    if not math.isfinite(number):
         raise ConfigError(
             f"Curriculum: the difficulty of image '{name}' is {value!r}; expected a finite number."
         )
-    return float(value)
+    return number
 
 
 def _require_data(data: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from capdistill.errors import CheckpointError, ConfigError, is_count, shortened
+from capdistill.errors import CheckpointError, ConfigError, as_float, is_count, shortened
 from capdistill.files import (
     from_json,
     remove_abandoned,
@@ -117,12 +118,15 @@ class Manifest:
             raise ValueError("names must be strings, sizes positive whole numbers")
         if content["precision"] not in PRECISIONS:
             raise ValueError(f"its precision is {shortened(content['precision'])}")
+        mean, std = (tuple(map(as_float, image[name])) for name in ("mean", "std"))
+        if not all(map(math.isfinite, (*mean, *std))):
+            raise ValueError("mean and std must be finite numbers")
         return cls(
             name=content["name"],
             precision=content["precision"],
             image_size=image["size"],
-            mean=tuple(float(each) for each in image["mean"]),
-            std=tuple(float(each) for each in image["std"]),
+            mean=mean,
+            std=std,
             image_inputs=tuple(content["image_inputs"]),
             state=tuple(content["state"]),
             vocabulary=content["vocabulary"],

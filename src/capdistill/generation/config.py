@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
-from capdistill.errors import ConfigError, shortened, suggest
+from capdistill.errors import ConfigError, as_float, shortened, suggest
 from capdistill.generation import words
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def _exact(name: str, annotation: Any, value: Any) -> Any:
     if type(value).__name__ in ("bool", "bool_"):  # NumPy's, too
         value, right = bool(value), bool in kinds
     elif isinstance(value, Integral) and float in kinds:
-        value, right = _as_float(value), True
+        value, right = as_float(value), True
     elif isinstance(value, Integral):
         value, right = int(value), int in kinds
     elif isinstance(value, Real):
@@ -240,13 +240,6 @@ def _exact(name: str, annotation: Any, value: Any) -> Any:
     if not right or (isinstance(value, float) and not math.isfinite(value)):
         raise _wrong(name, given, _expected(kinds))
     return value
-
-
-def _as_float(value: Integral) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from capdistill.errors import ConfigError, IncompatibleModels, require_number, suggest
+from capdistill.errors import ConfigError, IncompatibleModels, as_float, require_number, suggest
 from capdistill.losses.schedules import named_schedule
 from capdistill.outputs import OUTPUTS, Batch, CaptionerOutput, ModelSpec
 
@@ -139,9 +138,8 @@ def check_schedule(what: str, value: Any, *, positive: bool = False) -> Schedule
         return value  # type: ignore[no-any-return]
     pair = isinstance(value, (tuple, list))
     values = tuple(value) if pair else (value,)
-    numbers = [float(v) for v in values if isinstance(v, Real) and not isinstance(v, bool)]
-    valid = len(numbers) == len(values) == (2 if pair else 1)
-    if not valid or not all(_is_allowed(v, positive) for v in numbers):
+    numbers = [as_float(each) for each in values]
+    if len(numbers) != (2 if pair else 1) or not all(_is_allowed(v, positive) for v in numbers):
         raise ConfigError(
             f"{what} is {value!r}; give a finite number {'> 0' if positive else '>= 0'}, a pair "
             "(first, last) of them, a function of the run's progress, or a schedule such as "
@@ -168,7 +166,7 @@ def scheduled(what: str, schedule: Schedule, progress: float, *, positive: bool 
     value: Any = schedule(progress)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not _is_allowed(number, positive):
         raise ConfigError(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any
 
-from capdistill.errors import ConfigError, shortened, suggest
+from capdistill.errors import ConfigError, as_float, shortened, suggest
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: share,
@@ -145,7 +145,7 @@ def _listed(value: Any) -> Any:
 def _numbers(value: Any) -> Any:
     """A number, or pairs of numbers, as floats; None for anything else."""
     if isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
+        return as_float(value)
     if not isinstance(value, (list, tuple)):
         return None
     pairs = [_pair(each) for each in value]

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -15,7 +14,14 @@ from torch import Tensor, nn
 
 from capdistill.captioner import Captioner
 from capdistill.decoders.base import Decoder
-from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels, shortened, suggest
+from capdistill.errors import (
+    CheckpointError,
+    ConfigError,
+    IncompatibleModels,
+    as_float,
+    shortened,
+    suggest,
+)
 from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.losses.divergence import full
@@ -402,9 +408,12 @@ def _normalised(weights: Any, names: Sequence[str]) -> dict[str, float]:
         listed = [weights.get(name) for name in names]
     elif isinstance(values := getattr(weights, "tolist", lambda: weights)(), Sequence):
         listed = [] if isinstance(values, str) else list(values)  # arrays and tensors too
-    numbers = [float(w) for w in listed if isinstance(w, Real) and not isinstance(w, bool)]
-    fits = len(numbers) == len(listed) == len(names)
-    if not fits or not all(0 <= w < math.inf for w in numbers) or not 0 < sum(numbers) < math.inf:
+    numbers = [as_float(weight) for weight in listed]
+    if (
+        len(numbers) != len(names)
+        or not all(0 <= w < math.inf for w in numbers)
+        or not 0 < sum(numbers) < math.inf
+    ):
         raise ConfigError(
             f"Ensemble: weights are {shortened(weights)} for {len(names)} members "
             f"({', '.join(names)}). Give each a finite number >= 0, at least one of them > 0."

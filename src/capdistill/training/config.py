@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from capdistill.errors import ConfigError, is_count, parse, shortened, suggest
+from capdistill.errors import ConfigError, as_float, is_count, parse, shortened, suggest
 from capdistill.generation.config import GenerationConfig, GenerationOptions
 from capdistill.training.options import Options
 
@@ -331,8 +330,8 @@ class DistillConfig(TrainConfig):
     @classmethod
     def _is_a_share(cls, value: Any) -> Any:
         ends = list(value) if isinstance(value, (list, tuple)) else [value, value]
-        numbers = [float(e) for e in ends if isinstance(e, Real) and not isinstance(e, bool)]
-        if len(numbers) != 2 or len(ends) != 2 or not all(0 <= each <= 1 for each in numbers):
+        numbers = [as_float(end) for end in ends]
+        if len(numbers) != 2 or not all(0 <= each <= 1 for each in numbers):
             raise ValueError("expected a share from 0 to 1, or a pair (first, last) of them")
         return tuple(numbers) if isinstance(value, (list, tuple)) else numbers[0]
 

@@ -9,6 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from capdistill.errors import as_float
+
 
 class Options(BaseModel):
     """Options that take no True, text or NaN for a number, and no number for a bool."""
@@ -27,7 +29,8 @@ class Options(BaseModel):
         elif isinstance(value, Integral):
             value, right = int(value), bool(kinds & {int, float})
         elif isinstance(value, Real):
-            value, right = float(value), float in kinds and math.isfinite(value)
+            value = as_float(value)
+            right = float in kinds and math.isfinite(value)
         else:
             right = not isinstance(value, str) or str in kinds or value in kinds
         if wanted and not right:
