@@ -246,8 +246,8 @@ def test_a_configuration_is_timed_with_random_weights(kind: str, tmp_path: Path)
 def test_published_configurations_have_the_published_sizes() -> None:
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    classes = {
-        "blip-base": ("BlipForConditionalGeneration", 247.4),
+    classes = {  # BLIP's 247.4 million count the embedding twice, which is also its last layer
+        "blip-base": ("BlipForConditionalGeneration", 224.0),
         "git-base": ("GitForCausalLM", 176.6),
         "vit-gpt2": ("VisionEncoderDecoderModel", 239.2),
     }
