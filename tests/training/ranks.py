@@ -479,6 +479,7 @@ SHARED = (
     accumulation,
     uncertainty,
     ratio,
+    quantized,
     reward,
     mean_teacher,
     words,
