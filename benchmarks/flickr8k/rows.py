@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 import capdistill as cd
+from capdistill.averaging import average_weights
 from capdistill.teachers import Ensemble, cache, caption
-from capdistill.training import recipe, run_stages
+from capdistill.training import recipe
 
 SEEDS = (0, 1, 2)
 ENCODERS = {
@@ -187,27 +188,12 @@ def member(encoder: str, decoder: tuple[str, dict[str, Any]], **options: Any) ->
     return make
 
 
-def best(teacher: tuple[str, ...]) -> Callable[[Run], cd.Captioner]:
-    """The stages of `recipe("best_small")` after the student by cross-entropy.
-
-    The teacher's captions and targets are computed once for all seeds.
-    """
-
-    def make(run: Run) -> cd.Captioner:
-        _, *stages = recipe("best_small")["stages"]
-        student = run.load("student-ce")
-        for stage in stages:
-            if stage["method"] != "average":
-                stage |= {"seed": run.seed, "cache_dir": run.out / "cache", **run.options}
-            if "captions" in stage:
-                options = stage.pop("captions")
-                train = run.sequences(run.teacher(teacher), "+".join(teacher), **options)
-                stage |= {"train": train, "teacher": run.targets(teacher, train)}
-        table = run_stages(student, run.data.train, run.data.val, stages=stages, out=run.directory)
-        stop_if(table.interrupted)
-        return student
-
-    return make
+def mean_of_both(run: Run) -> cd.Captioner:
+    """Self-critical training of the best student; then the mean of its weights before and after."""
+    before = run.load("student-best")
+    after = run.fit(cd.SelfCritical(run.load("student-best")), **{**REWARD, "epochs": 3})
+    before.load_state_dict(average_weights([before.state_dict(), after.state_dict()]))
+    return before
 
 
 def self_critical(start: str) -> Callable[[Run], cd.Captioner]:
@@ -229,6 +215,7 @@ def distilled(
     losses: dict[str, Any],
     weights: dict[str, Any],
     sequences: dict[str, Any] | None = None,
+    teacher: tuple[str, ...] = (),
     **options: Any,
 ) -> Callable[[Run], cd.Captioner]:
     """From the student by cross-entropy: distillation from the ensemble.
@@ -236,19 +223,27 @@ def distilled(
     Args:
         losses, weights: As for `Distiller`.
         sequences: The teacher captions the images, with these arguments of `caption`.
+        teacher: Rows of another teacher.
         options: Training options.
     """
+    rows = teacher or TUNED
 
     def make(run: Run) -> cd.Captioner:
-        train, live = run.data.train, run.teacher(TUNED)
+        train, live = run.data.train, run.teacher(rows)
         if sequences is not None:
-            train = run.sequences(live, "+".join(TUNED), **sequences)
+            train = run.sequences(live, "+".join(rows), **sequences)
         # The student's own captions are new in every step, so the teacher must run beside it.
-        teacher = live if "on_policy" in options else run.targets(TUNED, train)
-        trainer = cd.Distiller(teacher, run.load("student-ce"), losses=losses, weights=weights)
+        taught = live if "on_policy" in options else run.targets(rows, train)
+        trainer = cd.Distiller(taught, run.load("student-ce"), losses=losses, weights=weights)
         return run.fit(trainer, train, **{**FURTHER, **options})
 
     return make
+
+
+def best(teacher: tuple[str, ...]) -> Callable[[Run], cd.Captioner]:
+    """The stage of `recipe("best_small")` after cross-entropy, from targets that are kept."""
+    _, stage = recipe("best_small")["stages"]
+    return distilled(stage["losses"], stage["weights"], SEQUENCES, teacher, epochs=stage["epochs"])
 
 
 def sequence(run: Run) -> cd.Captioner:
@@ -310,6 +305,9 @@ ROWS: dict[str, Row] = {
         ("student-ce", "ensemble-sc"),
     ),
     "student-best": Row("the best recipe", best(TUNED), ("student-ce", "ensemble-sc")),
+    "student-best-mean": Row(
+        "+ self-critical, mean of before and after", mean_of_both, ("student-best",)
+    ),
     "student-best-single": Row(
         "the best recipe, from the best single teacher",
         best(TUNED[:1]),

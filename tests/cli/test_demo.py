@@ -105,17 +105,17 @@ def test_a_recipe_with_stages_trains_the_student_of_given_teachers_and_continues
     command += ["--set", f"train.cache_dir={tmp_path}", "--out", str(out), "--json"]
     assert main(command) == 0
     content = json.loads(capsys.readouterr().out)
-    names = ["cross-entropy", "sequences", "self-critical", "average"]
+    names = ["cross-entropy", "sequences"]
     assert [row["name"] for row in content["stages"]] == names
-    assert [row["epochs"] for row in content["stages"]] == [1, 1, 1, 0]
+    assert [row["epochs"] for row in content["stages"]] == [1, 1]
     assert content["models"]["teacher"]["name"].startswith("ensemble of 2")
     kept = [out / f"{n}-{name}" / "best" / "captioner.json" for n, name in enumerate(names, 1)]
-    written = [path.stat().st_mtime_ns for path in kept[:3]]
+    written = [path.stat().st_mtime_ns for path in kept]
     assert main(command) == 0  # finished stages are not trained again
-    assert [path.stat().st_mtime_ns for path in kept[:3]] == written
+    assert [path.stat().st_mtime_ns for path in kept] == written
     saved = cd.Captioner.load(content["captioner"])
-    average = cd.Captioner.load(kept[3].parent).state_dict()
-    assert all(torch.equal(value, average[n]) for n, value in saved.state_dict().items())
+    last = cd.Captioner.load(kept[1].parent).state_dict()
+    assert all(torch.equal(value, last[n]) for n, value in saved.state_dict().items())
     words = cd.Captioner.load(teacher / "best").tokenizer.vocabulary
     assert list(saved.tokenizer.vocabulary) == list(words)
 

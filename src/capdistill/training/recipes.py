@@ -47,16 +47,13 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # What the stages of "best_small" share: views of every image, on cached maps.
-_VIEWS: dict[str, Any] = {
+_SUPERVISED: dict[str, Any] = {
     "batch_size": 16,
     "cache_features": True,
     "cache_views": 4,
     "encoder_lr_scale": 1.0,
     "flip": True,
     "patience": None,
-}
-_SUPERVISED = {
-    **_VIEWS,
     "captions_per_image": 5,
     "label_smoothing": 0.1,
     "schedule": "warmup_cosine",
@@ -86,16 +83,6 @@ _RECIPES["best_small"] = {
             "epochs": 12,
             "learning_rate": 1e-3,
         },
-        {
-            **_VIEWS,
-            "method": "self_critical",
-            "name": "self-critical",
-            "losses": {},
-            "ema_decay": 0.998,
-            "epochs": 3,
-            "learning_rate": 5e-5,
-        },
-        {"method": "average", "of": ["sequences", "self-critical"]},
     ],
 }
 
@@ -134,10 +121,9 @@ def recipe(name: str) -> dict[str, Any]:
       and a CNN-LSTM student, token KL at T = 4. The numbers it states are expectations, not
       measurements.
     - "flickr8k_small" is one distillation on Flickr8k, from a teacher that it trains too.
-    - "best_small" trains a small student in stages: cross-entropy; then captions, words and pooled
-      features of the teacher; then self-critical training; and last the mean of the weights after
-      these two. Its teacher must be given: best an ensemble of captioners after self-critical
-      training, whose first member has the features that are learned. docs/results.md measures it.
+    - "best_small" trains a small student in two stages: cross-entropy; then the captions, words and
+      pooled features of a teacher. The teacher must be given: best an ensemble of captioners after
+      self-critical training, whose first member has the features. docs/results.md measures it.
 
     Raises:
         UnknownName: there is no such recipe; the message lists the available ones.
