@@ -6,14 +6,16 @@ To write a loss, subclass `DistillationLoss`. The trainer divides, weights and a
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from capdistill.errors import ConfigError, IncompatibleModels, as_float, require_number, suggest
+from capdistill.errors import ConfigError, IncompatibleModels, require_number, suggest
 from capdistill.losses.schedules import named_schedule
 from capdistill.outputs import OUTPUTS, Batch, CaptionerOutput, ModelSpec
 
@@ -138,14 +140,15 @@ def check_schedule(what: str, value: Any, *, positive: bool = False) -> Schedule
         return value  # type: ignore[no-any-return]
     pair = isinstance(value, (tuple, list))
     values = tuple(value) if pair else (value,)
-    numbers = [as_float(each) for each in values]
-    if len(numbers) != (2 if pair else 1) or not all(_is_allowed(v, positive) for v in numbers):
+    real = all(isinstance(each, Real) and not isinstance(each, bool) for each in values)
+    fits = real and len(values) == (2 if pair else 1)
+    if not fits or not all(_is_allowed(each, positive) for each in values):
         raise ConfigError(
             f"{what} is {value!r}; give a finite number {'> 0' if positive else '>= 0'}, a pair "
             "(first, last) of them, a function of the run's progress, or a schedule such as "
             '{"schedule": "cosine", "first": 1.0, "last": 0.1}.'
         )
-    return (numbers[0], numbers[1]) if pair else numbers[0]
+    return (float(values[0]), float(values[1])) if pair else float(values[0])
 
 
 def scheduled(what: str, schedule: Schedule, progress: float, *, positive: bool = False) -> float:
@@ -177,7 +180,7 @@ def scheduled(what: str, schedule: Schedule, progress: float, *, positive: bool 
 
 
 def _is_allowed(number: float, positive: bool) -> bool:
-    return 0 <= number < math.inf and not (positive and number == 0)
+    return 0 <= number <= sys.float_info.max and not (positive and number == 0)
 
 
 def check_factors(loss: str, **factors: float) -> list[float]:

@@ -298,24 +298,19 @@ def load(
         return Ensemble({name: load(place, **how) for name, place in directory.items()})
     if isinstance(directory, Sequence) and not isinstance(directory, (str, bytes)):
         return Ensemble([load(place, **how) for place in directory])
-    if is_pretrained(directory):
-        place = str(directory).removeprefix(HUB)
-        return _from_pretrained({"name_or_path_or_module": place}, device)
-    path = user_path(directory, CheckpointError)
-    if (path / PRETRAINED).is_file():
-        return _from_pretrained(read_pretrained(path), device)
+    path, named = user_path(directory, CheckpointError), is_pretrained(directory)
+    if named or (path / PRETRAINED).is_file():
+        from capdistill.teachers.huggingface.loading import from_pretrained
+
+        by_name = {"name_or_path_or_module": str(directory).removeprefix(HUB)}
+        arguments = by_name if named else read_pretrained(path)
+        teacher = from_pretrained(**arguments)
+        return teacher if "device_map" in arguments else teacher.to(device)
     if is_cached(path):
         return CachedTeacher(path, tokenizer).to(device)
     several = (path / ENSEMBLE).is_file()
     cls: type[Captioner | Ensemble] = Ensemble if several else Captioner
     return cls.load(directory, **how)
-
-
-def _from_pretrained(arguments: Mapping[str, Any], device: str | torch.device) -> CaptionGenerator:
-    from capdistill.teachers.huggingface.loading import from_pretrained
-
-    teacher = from_pretrained(**arguments)
-    return teacher if "device_map" in arguments else teacher.to(device)
 
 
 def leaves(model: nn.Module) -> list[nn.Module]:
@@ -409,11 +404,8 @@ def _normalised(weights: Any, names: Sequence[str]) -> dict[str, float]:
     elif isinstance(values := getattr(weights, "tolist", lambda: weights)(), Sequence):
         listed = [] if isinstance(values, str) else list(values)  # arrays and tensors too
     numbers = [as_float(weight) for weight in listed]
-    if (
-        len(numbers) != len(names)
-        or not all(0 <= w < math.inf for w in numbers)
-        or not 0 < sum(numbers) < math.inf
-    ):
+    fits = len(numbers) == len(names) and all(0 <= weight < math.inf for weight in numbers)
+    if not fits or not 0 < sum(numbers) < math.inf:
         raise ConfigError(
             f"Ensemble: weights are {shortened(weights)} for {len(names)} members "
             f"({', '.join(names)}). Give each a finite number >= 0, at least one of them > 0."

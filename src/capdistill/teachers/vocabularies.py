@@ -336,9 +336,7 @@ def share_dropped_mass(event: str, teacher: nn.Module | None, ranks: Any) -> Non
         teacher: Of this process.
         ranks: The processes.
     """
-    if not ranks.several or event not in ("on_fit_start", "on_epoch"):
-        return
-    for part in trimmed_parts(teacher):
+    for part in trimmed_parts(teacher) if event in ("on_fit_start", "on_epoch") else ():
         if event == "on_epoch":
             own = [0.0, 0.0] if part._dropped is None else part._dropped.tolist()
             whole = torch.tensor(ranks.total(own))

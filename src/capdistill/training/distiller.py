@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
@@ -81,8 +81,7 @@ class Distiller(Trainer):
             vocabulary see `capdistill.teachers.TrimmedTeacher` and `RetokenizingTeacher`.
         student: The captioner that is trained.
         losses: Term name -> loss, or a registered name, or {"name": ..., arguments}. By default
-            token, feature and hidden. "teacher" among the arguments names one of several teachers,
-            or gives its place, from 0.
+            token, feature and hidden. "teacher" among the arguments: the name or place of one.
         weights: Weights of "ce" and of each loss; see `Objective`. A loss without a weight gets its
             default: 0.3 for ce, 0.7 for token, 0.2 for feature, 0.1 for hidden, 1 for any other. A
             term of weight 0 is not built. `Uncertainty`, `GradNorm` and `LossRatio` adapt them.
@@ -228,7 +227,8 @@ class Distiller(Trainer):
         return super()._make_callbacks(out, monitor, with_dropped_mass(callbacks, self.teacher))
 
     def _emit(self, event: str, *row: Any) -> None:
-        share_dropped_mass(event, self.teacher, self.ranks)
+        if self.ranks.several:
+            share_dropped_mass(event, self.teacher, self.ranks)
         super()._emit(event, *row)
 
     def _find_followers(self) -> dict[str, WeightAverage]:
@@ -269,11 +269,10 @@ class Distiller(Trainer):
         return teacher_specs(self.teacher, self.objective.teacher_needs, batch)
 
     def _specs_are_known(self) -> bool:
-        try:
+        with suppress(ConfigError):  # otherwise to be probed on a real batch
             self._teacher_specs(None)
-        except ConfigError:  # to be probed on a real batch
-            return False
-        return True
+            return True
+        return False
 
     def _try_models(self) -> None:
         """Run one tiny batch through our models; no random state, flag or buffer changes.
@@ -360,7 +359,8 @@ def _make_loss(name: str, loss: DistillationLoss | str | Mapping[str, Any]) -> D
     if isinstance(loss, Mapping) and "name" in loss:
         arguments = {key: value for key, value in loss.items() if key not in ("name", "teacher")}
         made = loss_registry.create(loss["name"], **arguments)
-        made.teacher = made.teacher if loss.get("teacher") is None else loss["teacher"]
+        if loss.get("teacher") is not None:
+            made.teacher = loss["teacher"]
         return made
     raise ConfigError(
         f"losses: '{name}' was given {loss!r}. Give a DistillationLoss, a registered name "
