@@ -51,6 +51,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     files = sorted(options.images.glob("*.jpg"))[: options.count]
+    if not files:
+        parser.error(f"there are no JPEG files (*.jpg) in {options.images}")
     if options.hash:
         print(time_hashes(files))
     elif options.views:

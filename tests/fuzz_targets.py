@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -26,11 +27,14 @@ from capdistill import encoders
 from capdistill.cli.runfile import DistillRun, TrainRun, parse_run, read_values
 from capdistill.data import CaptionData, Example
 from capdistill.data.images import read_image
+from capdistill.deploy.manifest import REQUIRED, FileEntry, Manifest
+from capdistill.deploy.manifest import read_manifest as read_exported
 from capdistill.errors import CapdistillError
 from capdistill.metrics import DocumentFrequencies
 from capdistill.metrics.coco_files import read_coco_results
 from capdistill.teachers import load as load_teacher
 from capdistill.teachers.caption_file import read_rows
+from capdistill.teachers.directory import read_pretrained
 from capdistill.teachers.foreign_captions import read_texts
 from capdistill.tokenizer import WordTokenizer
 from capdistill.training.checkpoint import load_state
@@ -312,6 +316,45 @@ def _in_place_of(original: Path, read: Callable[[Path], object]) -> Callable[[Pa
     return reader
 
 
+def _pretrained() -> list[bytes]:
+    given = {"name_or_path_or_module": "bert", "prompt": "a photo of", "device_map": {"": 0}}
+    return [json.dumps({"format": "capdistill.pretrained/1", **given}).encode()]
+
+
+def _exported() -> list[bytes]:
+    """The manifest of an export whose files are all empty."""
+    empty = hashlib.sha256().hexdigest()
+    manifest = Manifest(
+        name="student",
+        precision="float32",
+        image_size=32,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        image_inputs=("image_keys",),
+        state=("state_h",),
+        vocabulary=9,
+        max_length=20,
+        files={name: FileEntry(empty, 0) for name in REQUIRED},
+        versions={"capdistill": "0.1.0", "opset": 18},
+    )
+    return [json.dumps(manifest.to_json()).encode()]
+
+
+def _read_exported(path: Path) -> object:
+    """The manifest, with the checksum that goes with its content: what is behind it is read too."""
+    for name in REQUIRED:
+        (path.parent / name).touch()
+    try:
+        content = json.loads(path.read_bytes())
+        del content["checksum"]
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        content["checksum"] = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        path.write_bytes(json.dumps(content).encode("utf-8", "surrogatepass"))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    return read_exported(path.parent)
+
+
 def _targets_of_teacher(folder: Path, pictures: Path) -> Path:
     """Cached targets of a teacher."""
     examples = [Example(f"{n}.jpg", pictures / f"{n}.jpg", ("a dog",)) for n in (1, 2)]
@@ -478,6 +521,14 @@ def targets(folder: Path) -> Mapping[str, tuple[Target, Iterable[Callable[[list[
         "captions of an API": (
             Target(read_texts, lambda: [b'{"image": "1.jpg", "captions": ["a dog"]}\n' * 3]),
             [damaged, lines_altered],
+        ),
+        "pretrained.json": (
+            Target(lambda path: read_pretrained(path.parent), _pretrained, "pretrained.json"),
+            [damaged, altered],
+        ),
+        "exported manifest": (
+            Target(_read_exported, _exported, "manifest.json"),
+            [damaged, altered],
         ),
         **{
             f"cached {name}": (
