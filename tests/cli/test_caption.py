@@ -10,7 +10,7 @@ import pytest
 
 from capdistill import Captioner
 from capdistill.cli import main
-from capdistill.data import read_image
+from capdistill.data.pixels import read_pixels
 from tests.cli.cli_commands import TINY, refused
 
 
@@ -212,9 +212,9 @@ def test_captions_are_printed_as_they_are_made(
         if len(read) == 1:
             assert capsys.readouterr().out.startswith(photos[0])
         read.append(path)
-        return read_image(path)
+        return read_pixels(path)
 
-    monkeypatch.setattr("capdistill.data.read_image", reading)
+    monkeypatch.setattr("capdistill.data.pixels.read_pixels", reading)
     assert main(["caption", str(student), *photos, "--batch-size", "1"]) == 0
     assert len(read) == 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 
 import capdistill as cd
+from capdistill.cli import main
 from capdistill.data.images import centre_square, read_image
 from capdistill.deploy import OnnxCaptioner
 from capdistill.deploy.manifest import MANIFEST, FileEntry, Manifest
@@ -285,3 +287,40 @@ def test_numpy_pillow_and_onnx_runtime_are_all_that_it_needs(
     captioner: cd.Captioner = exported_lstm.captioner
     wanted = captioner.caption(path), captioner.caption(path, beam_size=3, banned_words=["cat"])
     assert done.stdout.splitlines() == [*wanted], done.stderr
+
+
+# -- on the command line -----------------------------------------------------------------------
+
+
+def test_the_command_caption_reads_an_exported_captioner(
+    exported: Exported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = [str(example.path) for example in cd.data.sample().val.examples[:3]]
+    command = ["caption", str(exported.directory), *photos, "--beam-size", "2", "--json"]
+    assert main(command) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["image"] for row in rows] == photos
+    assert [row["caption"] for row in rows] == exported.captioner.caption(photos, beam_size=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--attention", "map.png"], "--attention: .*is exported. Give the captioner itself"),
+        (["--out", "captions.jsonl"], "--out: .*is exported"),
+        (["--device", "cuda"], "an exported captioner runs on the CPU"),
+    ],
+)
+def test_what_an_exported_captioner_cannot_do_is_refused_on_the_command_line(
+    exported_lstm: Exported, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = str(cd.data.sample().val.examples[0].path)
+    assert main(["caption", str(exported_lstm.directory), photo, *given]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_command_that_needs_the_captioner_itself_says_what_was_given(
+    exported_lstm: Exported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(exported_lstm.directory), "--data", "sample"]) == 1
+    assert "is an exported captioner" in capsys.readouterr().err

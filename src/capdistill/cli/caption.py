@@ -16,6 +16,7 @@ from capdistill.cli.common import (
     captioner_directory,
     data_values,
     generation_values,
+    is_exported,
 )
 from capdistill.cli.data import parse_data
 from capdistill.data.image_names import images_below
@@ -24,6 +25,7 @@ from capdistill.files import printable, user_path
 
 if TYPE_CHECKING:
     from capdistill.data import CaptionData
+    from capdistill.deploy.onnx_captioner import OnnxCaptioner
     from capdistill.generation.decode import CaptionGenerator
     from capdistill.generation.hypotheses import CaptionResult
 
@@ -48,7 +50,9 @@ def caption_command(parser: argparse.ArgumentParser) -> None:
     """Add the options of `caption`."""
     parser.description = _EXAMPLE
     parser.usage = "capdistill caption DIR [IMAGE ...] [options]"
-    parser.add_argument("captioner", metavar="DIR", help="a run's or a saved captioner's directory")
+    parser.add_argument(
+        "captioner", metavar="DIR", help="directory of a run, or of a saved or exported captioner"
+    )
     parser.add_argument(
         "paths",
         metavar="IMAGE",
@@ -92,20 +96,16 @@ def caption_command(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Caption the images, print each as it is done, and name those that cannot be read."""
-    from capdistill.runtime import pick_device
-    from capdistill.teachers.ensemble import load
-
-    directory = captioner_directory(options.captioner)
-    if options.out is not None:
-        return _write_training_captions(options, directory)
+    exported = is_exported(options.captioner)
+    if options.out is not None and not exported:
+        return _write_training_captions(options, captioner_directory(options.captioner))
     if options.data is not None or not options.paths:
         raise ConfigError("Give IMAGE files or folders. --data PATH needs --out FILE, too.")
     paths = image_paths(options.paths)
     if options.attention:
         options.attention = user_path(options.attention)
         _require_pictures(options.attention, len(paths))
-    device = pick_device(options.device)
-    captioner = load(directory, device=device)
+    captioner = _load_exported(options) if exported else _load(options)
     rows, unreadable = [], 0
     for number, row in enumerate(caption_files(captioner, paths, options), start=1):
         unreadable += "error" in row
@@ -122,6 +122,26 @@ def run(options: argparse.Namespace) -> int:
             f"capdistill caption: {unreadable} of {len(paths)} images could not be read; see above."
         )
     return PROBLEM if unreadable else DONE
+
+
+def _load(options: argparse.Namespace) -> CaptionGenerator:
+    from capdistill.runtime import pick_device
+    from capdistill.teachers.ensemble import load
+
+    directory = captioner_directory(options.captioner)
+    return load(directory, device=pick_device(options.device))
+
+
+def _load_exported(options: argparse.Namespace) -> OnnxCaptioner:
+    """What `capdistill export` wrote; it runs without torch, on the CPU."""
+    from capdistill.deploy.onnx_captioner import OnnxCaptioner
+
+    given = {"--out": options.out, "--attention": options.attention}
+    for name in (name for name, value in given.items() if value is not None):
+        raise ConfigError(f"{name}: {options.captioner} is exported. Give the captioner itself.")
+    if options.device not in ("auto", "cpu"):
+        raise ConfigError(f"--device {options.device}: an exported captioner runs on the CPU.")
+    return OnnxCaptioner.load(options.captioner)
 
 
 def _write_training_captions(options: argparse.Namespace, directory: Path) -> int:
@@ -179,7 +199,7 @@ def image_paths(given: Iterable[str]) -> list[str]:
 
 
 def caption_files(
-    captioner: CaptionGenerator, paths: Sequence[str], options: argparse.Namespace
+    captioner: CaptionGenerator | OnnxCaptioner, paths: Sequence[str], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Image and caption, or image and error, for every path in its order."""
     generation = generation_values(options)
@@ -207,11 +227,11 @@ def caption_files(
 
 def _readable(paths: Sequence[str], waiting: deque[tuple[str, str | None]]) -> Iterator[Any]:
     """The images that can be read; every path goes to `waiting`, in its order."""
-    from capdistill.data import read_image
+    from capdistill.data.pixels import read_pixels
 
     for path in paths:
         try:
-            image = read_image(user_path(path, DataError))
+            image = read_pixels(user_path(path, DataError))
         except DataError as error:
             print_status(str(error))
             waiting.append((path, str(error)))

@@ -334,10 +334,23 @@ def captioner_directory(given: str) -> Path:
             f"{given} is a run that has not saved a captioner yet. Finish its first epoch with "
             f"--resume --out {given}."
         )
+    if is_exported(given):
+        raise CheckpointError(
+            f"{given} is an exported captioner, which `capdistill caption`, `bench` and "
+            "capdistill.deploy.OnnxCaptioner read. Give the captioner that was exported."
+        )
     raise CheckpointError(
         f"{given} holds no saved captioner. Expected a directory that `capdistill train` or "
         "Captioner.save wrote: RUN, RUN/best or RUN/final, with a file captioner.json."
     )
+
+
+def is_exported(given: str) -> bool:
+    """Whether a directory is one that `capdistill export` wrote."""
+    from capdistill.deploy.manifest import ENCODER, MANIFEST
+
+    path = user_path(given, CheckpointError)
+    return all((path / name).is_file() for name in (MANIFEST, ENCODER))
 
 
 def require_writable(directory: str | Path) -> None:
