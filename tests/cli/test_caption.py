@@ -206,13 +206,14 @@ def test_captions_are_printed_as_they_are_made(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    read: list[str] = []
+    read: list[Path] = []
 
-    def reading(path: Any) -> Any:
-        if len(read) == 1:
-            assert capsys.readouterr().out.startswith(photos[0])
-        read.append(path)
-        return read_pixels(path)
+    def reading(source: Any) -> Any:
+        if isinstance(source, Path):  # the captioner is given the pixels
+            if len(read) == 1:
+                assert capsys.readouterr().out.startswith(photos[0])
+            read.append(source)
+        return read_pixels(source)
 
     monkeypatch.setattr("capdistill.data.pixels.read_pixels", reading)
     assert main(["caption", str(student), *photos, "--batch-size", "1"]) == 0
