@@ -31,7 +31,8 @@ NAMES = (
     ),
     *("flickr8k tokens", "csv", "json lines", "coco", "karpathy", "results", "references"),
     *("document frequencies", "image", "ensemble.json", "shard", "index of a shard"),
-    *("teacher captions", "captions of an API", "cached targets.json", "cached index.jsonl"),
+    *("teacher captions", "captions of an API", "pretrained.json", "exported manifest"),
+    *("cached targets.json", "cached index.jsonl"),
 )
 
 
