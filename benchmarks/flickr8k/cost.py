@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from rows import ROWS, TUNED, Run, seed_of
+from rows import ROWS, TUNED, Run
 
 import capdistill as cd
 
@@ -29,9 +29,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     data = cd.data.Flickr8k(options.data)
     run = Run(data, None, options.out, options.student, 0, {})
-    directory = options.out / options.student / f"seed{seed_of(options.student, 0)}"
-    student = cd.Captioner.load(sorted(directory.glob("**/best"))[-1])
-    images = data.val.subset(options.images)
+    student, images = run.load(options.student), data.val.subset(options.images)
     print(cd.compare(run.teacher(TUNED), student, images, beam_size=options.beam_size))
 
 

@@ -131,7 +131,8 @@ def test_the_options_of_all_stages_are_copied_for_each(
 
 
 def test_a_stage_that_learns_from_a_teacher_needs_one(colours: CaptionData, tmp_path: Path) -> None:
-    for stage in ({"method": "distill"}, {"method": "train", "captions": CAPTIONS}):
+    own = {"method": "distill", "teacher": tiny.make_teacher(), "captions": CAPTIONS}
+    for stage in ({"method": "distill"}, {"method": "train", "captions": CAPTIONS}, own):
         with pytest.raises(ConfigError, match="Give teacher="):
             run(tiny.make_student(), colours, tmp_path, stages=[stage], teacher=None)
 

@@ -72,10 +72,11 @@ def run_stages(
         stages: A mapping for each stage. "method": "train" (`Trainer`), "distill" (`Distiller`),
             "self_critical" (`SelfCritical`), or "average". "name": of its directory; the method by
             default. "losses" and "weights": as for that trainer; `reward` too, for the last.
-            "captions": the stage learns from the teacher's captions, with these arguments of
-            `capdistill.teachers.caption`; device, precision, cache_dir and progress are those of
-            the trainer by default. "teacher" and "train": instead of those of all stages, such as
-            cached targets of the same teacher. Everything else is an option of its trainer.
+            "captions": the stage learns from captions of the teacher of all stages, with these
+            arguments of `capdistill.teachers.caption`; device, precision, cache_dir and progress
+            are those of the trainer by default. "teacher" and "train": instead of those of all
+            stages, such as cached targets of the same teacher. Everything else is an option of its
+            trainer.
             "average" trains nothing: the student gets the mean of its weights after the earlier
             stages that "of" names, with "weights" (`average_weights`).
         out: Directory of the stages, and of the returned table in stages.json.
@@ -228,6 +229,7 @@ def _make(
     """
     own = {name: value for name, value in stage.items() if name not in OWN}
     method, chosen = stage["method"], copy.deepcopy({**options, **own})
+    captions_of = teacher  # a stage's own teacher may be cached targets, which caption nothing
     if stage.get("teacher") is not None:
         teacher = as_teacher(stage["teacher"])
     try:
@@ -238,7 +240,9 @@ def _make(
                     'arguments of capdistill.teachers.caption, such as {"beam_size": 5}.'
                 )
             check_options(**stage["captions"])
-        if teacher is None and (method == "distill" or "captions" in stage):
+        if (teacher is None and method == "distill") or (
+            captions_of is None and "captions" in stage
+        ):
             raise ConfigError("it learns from a teacher, but there is none. Give teacher=.")
         if method == "train":
             return Trainer(student, **chosen)
