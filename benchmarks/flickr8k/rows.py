@@ -252,6 +252,16 @@ def sequence(run: Run) -> cd.Captioner:
     return run.fit(cd.Trainer(run.load("student-ce")), train, **FURTHER)
 
 
+def sweep(
+    temperature: float = 1.0, ce: float = 0.3, num_return: int = 3, mix: int = 2, **options: Any
+) -> Callable[[Run], cd.Captioner]:
+    """A short run of tokens and sequences that differs from the others in one thing."""
+    token = {"token": {"name": "token", "temperature": temperature}}
+    captions = {"num_return": num_return, "mix": mix}
+    shares = {"ce": ce, "token": 1 - ce}
+    return distilled(token, shares, captions, **{"epochs": 4, **options})
+
+
 TUNED = tuple(f"{name}-sc" for name in MEMBERS)
 TOKEN = {"token": {"name": "token", "temperature": 1.0}}
 SHARES = {"ce": 0.3, "token": 0.7}
@@ -308,9 +318,30 @@ ROWS: dict[str, Row] = {
     "student-best-mean": Row(
         "+ self-critical, mean of before and after", mean_of_both, ("student-best",)
     ),
+    "student-varied": Row(
+        "token KD from the cross-entropy ensemble",
+        distilled(TOKEN, SHARES, teacher=MEMBERS, epochs=12),
+        ("student-ce", *MEMBERS),
+    ),
     "student-best-single": Row(
         "the best recipe, from the best single teacher",
         best(TUNED[:1]),
         ("student-ce", TUNED[0]),
     ),
 }
+SWEEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sweep": ("T = 1, cross-entropy .3, three captions and two references", {}),
+    "sweep-temperature-2": ("T = 2", {"temperature": 2.0}),
+    "sweep-temperature-4": ("T = 4", {"temperature": 4.0}),
+    "sweep-ce-0": ("no cross-entropy", {"ce": 0.0}),
+    "sweep-ce-7": ("cross-entropy .7", {"ce": 0.7}),
+    "sweep-one-caption": ("one caption and two references", {"num_return": 1}),
+    "sweep-no-reference": ("three captions alone", {"mix": 0}),
+    "sweep-all-references": ("three captions and five references", {"mix": 5}),
+    "sweep-on-policy-2": ("a fifth on-policy", {"on_policy": 0.2}),
+    "sweep-on-policy-5": ("half on-policy", {"on_policy": 0.5}),
+}
+ROWS.update(
+    (name, Row(title, sweep(**what), ("student-ce", "ensemble-sc"), seeds=(0,)))
+    for name, (title, what) in SWEEPS.items()
+)
