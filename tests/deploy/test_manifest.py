@@ -119,6 +119,17 @@ def test_an_edited_manifest_is_refused(directory: Path) -> None:
             lambda content: content["files"].update({"../a": {"sha256": "0", "bytes": 1}}),
             "not the name of a file beside it",
         ),
+        (lambda content: content.update(state=["image_keys"]), "listed twice"),
+        (lambda content: content["image"].update(mean=[0.5]), "three finite numbers"),
+        *(
+            (
+                lambda content, name=name: content["files"].update(
+                    {name: {"sha256": "0", "bytes": 1}}
+                ),
+                "not the name of a file beside it",
+            )
+            for name in ("a\0b", "\ud800", "C:a")
+        ),
         (lambda content: content.update(format=True), "format True"),
     ],
 )
@@ -144,6 +155,15 @@ def test_a_manifest_that_does_not_describe_a_captioner_is_refused(
 def test_a_foreign_manifest_is_refused(directory: Path, text: str, reason: str) -> None:
     (directory / MANIFEST).write_text(text)
     with pytest.raises(CheckpointError, match=reason):
+        read_manifest(directory)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("name", ["manifest.json", "step.onnx"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(directory: Path, name: str) -> None:
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read.* not a file"):
         read_manifest(directory)
 
 

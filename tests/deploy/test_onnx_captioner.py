@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import json
+import pickle
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ import capdistill as cd
 from capdistill.cli import main
 from capdistill.data.images import centre_square, read_image
 from capdistill.deploy import OnnxCaptioner
-from capdistill.deploy.manifest import MANIFEST, FileEntry, Manifest
-from capdistill.deploy.onnx_captioner import _saved_spec
+from capdistill.deploy.manifest import MANIFEST, FileEntry, Manifest, read_manifest
+from capdistill.deploy.onnx_captioner import saved_spec
 from capdistill.errors import CheckpointError, ConfigError, DataError, MissingExtra
 from capdistill.generation import GenerationConfig, GenerationSpec
 from capdistill.generation.hypotheses import CaptionResult, Hypothesis
@@ -204,14 +206,16 @@ def test_the_options_that_were_exported_are_the_default(
     assert loaded.caption(noise(), generation={}) == exported_lstm.captioner.caption(noise())
 
 
-def test_options_that_concern_subwords_survive_their_file(tmp_path: Path) -> None:
+def test_options_that_concern_subwords_survive_their_file(copied: Path) -> None:
     rules = SubwordRules(banned_first=((4,), (5, 6)), not_last=((7, 8),), added=(4,), run_on=(5, 9))
     config = GenerationConfig(min_length=2, banned_words=["dog"], prefix="a cat")
     lists = {"banned": (0, 1), "phrases": ((4, 5), (6,)), "not_last": (7,), "prefix": (4, 5)}
     spec = GenerationSpec(1, 2, 9, config, subwords=rules, **lists)
     content = {**asdict(spec), "config": config.model_dump(mode="json"), "pad_id": 0}
-    (tmp_path / "generation.json").write_text(json.dumps(content))
-    assert _saved_spec(tmp_path / "generation.json") == spec
+    (copied / "generation.json").write_text(json.dumps(content))
+    list_again(copied)
+    manifest = replace(read_manifest(copied), vocabulary=10, max_length=9)
+    assert saved_spec(copied / "generation.json", manifest) == spec
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "step.onnx", "tokenizer.json", "generation.json"])
@@ -235,6 +239,67 @@ def test_files_that_hold_something_else_are_refused_by_name(copied: Path, name: 
         OnnxCaptioner.load(copied)
 
 
+@pytest.mark.parametrize("name", ["encoder.onnx", "step.onnx", "tokenizer.json"])
+def test_a_file_of_another_captioner_is_refused_by_name(
+    exported_transformer: Exported, copied: Path, name: str
+) -> None:
+    if name == "tokenizer.json":
+        cd.WordTokenizer(["one", "two"]).save(copied / name)
+    else:
+        shutil.copy(exported_transformer.directory / name, copied / name)
+    list_again(copied)
+    with pytest.raises(CheckpointError, match=rf"{name} is of another captioner than .*manifest"):
+        OnnxCaptioner.load(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda content: content["image"].update(size=10**9), "encoder.onnx"),
+        (lambda content: content.update(state=["state_h"]), "encoder.onnx"),
+        (lambda content: content.update(image_inputs=[]), "encoder.onnx"),
+        (lambda content: content.update(vocabulary=99), "step.onnx"),
+        (lambda content: content.update(max_length=10**9), "generation.json"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_the_graphs_is_refused(
+    copied: Path, change: Callable[[dict[str, Any]], object], name: str
+) -> None:
+    content = json.loads((copied / MANIFEST).read_text())
+    change(content)
+    (copied / MANIFEST).write_text(json.dumps(content))
+    list_again(copied)
+    with pytest.raises(CheckpointError, match=name):
+        OnnxCaptioner.load(copied)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"start_id": 10},
+        {"end_id": None},
+        {"max_length": True},
+        {"max_length": 10**12},
+        {"banned": [-1]},
+        {"banned": "ab"},
+        {"banned": [*range(10)]},
+        {"phrases": [[]]},
+        {"phrases": [4]},
+        {"prefix": ["a"]},
+        {"config": None},
+        {"subwords": {"added": [10]}},
+        {"subwords": {"unknown": []}},
+    ],
+    ids=str,
+)
+def test_options_in_ids_that_cannot_be_are_refused(copied: Path, wrong: dict[str, Any]) -> None:
+    content = json.loads((copied / "generation.json").read_text())
+    (copied / "generation.json").write_text(json.dumps({**content, **wrong}))
+    list_again(copied)
+    with pytest.raises(CheckpointError, match=r"generation\.json does not hold options"):
+        OnnxCaptioner.load(copied)
+
+
 def test_a_newer_directory_is_refused(copied: Path) -> None:
     content = json.loads((copied / MANIFEST).read_text())
     (copied / MANIFEST).write_text(json.dumps({**content, "format": 99}))
@@ -245,8 +310,9 @@ def test_a_newer_directory_is_refused(copied: Path) -> None:
 def test_no_directory_and_no_threads_are_refused(exported_lstm: Exported, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no exported captioner"):
         OnnxCaptioner.load(tmp_path)
-    with pytest.raises(ConfigError, match="threads=0"):
-        OnnxCaptioner.load(exported_lstm.directory, threads=0)
+    for threads in (0, 257):
+        with pytest.raises(ConfigError, match=f"threads={threads}"):
+            OnnxCaptioner.load(exported_lstm.directory, threads=threads)
 
 
 def test_without_onnx_runtime_it_says_what_to_install(
@@ -257,6 +323,26 @@ def test_without_onnx_runtime_it_says_what_to_install(
         OnnxCaptioner.load(exported_lstm.directory)
 
 
+def test_without_tqdm_a_bar_is_refused(
+    loaded: OnnxCaptioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(MissingExtra, match=r"pip install tqdm.*leave progress out"):
+        loaded.caption(noise(), progress=True)
+
+
+def test_a_copy_and_a_pickled_one_caption_as_it_does(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(exported.directory)
+    loaded = OnnxCaptioner.load(".", threads=2)
+    data = pickle.dumps(loaded)
+    monkeypatch.chdir(tmp_path)
+    expected = loaded.caption(noise(), beam_size=2)
+    for again in (pickle.loads(data), copy.deepcopy(loaded), copy.copy(loaded)):
+        assert again.caption(noise(), beam_size=2) == expected
+
+
 # -- without torch ---------------------------------------------------------------------------
 
 PROGRAM = """
@@ -265,7 +351,7 @@ import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] not in {*sys.stdlib_module_names, *sys.argv[3].split(",")}:
-            raise ImportError(f"{name} is not installed")
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Block())
 from capdistill.deploy import OnnxCaptioner
@@ -273,6 +359,9 @@ from capdistill.deploy import OnnxCaptioner
 captioner = OnnxCaptioner.load(sys.argv[1], threads=1)
 print(captioner.caption(sys.argv[2]))
 print(captioner.caption(sys.argv[2], beam_size=3, banned_words=["cat"]))
+from capdistill.cli import main
+assert main(["caption", sys.argv[1], sys.argv[2]]) == 0
+assert main(["evaluate", sys.argv[1], "--data", "sample"]) == 1
 """
 
 
@@ -286,7 +375,9 @@ def test_numpy_pillow_and_onnx_runtime_are_all_that_it_needs(
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     captioner: cd.Captioner = exported_lstm.captioner
     wanted = captioner.caption(path), captioner.caption(path, beam_size=3, banned_words=["cat"])
-    assert done.stdout.splitlines() == [*wanted], done.stderr
+    assert done.stdout.splitlines() == [*wanted, f"{path}\t{wanted[0]}"], done.stderr
+    assert "package pydantic is not installed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # -- on the command line -----------------------------------------------------------------------
@@ -306,7 +397,8 @@ def test_the_command_caption_reads_an_exported_captioner(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--attention", "map.png"], "--attention: .*is exported. Give the captioner itself"),
+        (["--attention", "maps/map"], "--attention: .*is exported. Give the captioner itself"),
+        (["--data", "sample"], "--data: .*is exported. Give the captioner itself"),
         (["--out", "captions.jsonl"], "--out: .*is exported"),
         (["--device", "cuda"], "an exported captioner runs on the CPU"),
     ],
@@ -317,6 +409,16 @@ def test_what_an_exported_captioner_cannot_do_is_refused_on_the_command_line(
     photo = str(cd.data.sample().val.examples[0].path)
     assert main(["caption", str(exported_lstm.directory), photo, *given]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "encoder.onnx", "step.onnx"])
+def test_the_command_caption_names_what_half_a_copy_lacks(
+    copied: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / name).unlink()
+    photo = str(cd.data.sample().val.examples[0].path)
+    assert main(["caption", str(copied), photo]) == 1
+    assert re.search(f"{name}( is missing|\\. Write one)", capsys.readouterr().err)
 
 
 def test_a_command_that_needs_the_captioner_itself_says_what_was_given(

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import capdistill as cd
 from capdistill.deploy.manifest import REQUIRED, FileEntry, Manifest, write_directory
 from capdistill.errors import CheckpointError, ConfigError
-from capdistill.generation.config import GenerationConfig, GenerationSpec
+from capdistill.generation.config import GenerationSpec
 from tests.deploy.javascript import PAGE
 
 
@@ -25,8 +26,8 @@ def export_stub(directory: Path, **options: Any) -> Path:
     def fill(folder: Path) -> Manifest:
         for name in (*REQUIRED, "greedy.onnx"):
             (folder / name).write_text(f"content of {name}")
-        content = {"config": GenerationConfig(**options).model_dump(mode="json")}
-        (folder / "generation.json").write_text(json.dumps({**content, "start_id": spec.start_id}))
+        content = {**asdict(spec), "config": spec.config.model_dump(mode="json")}
+        (folder / "generation.json").write_text(json.dumps(content))
         return Manifest(
             *("stub", "float32", 32, (0.5,) * 3, (0.5,) * 3, ("image_keys",), ("state_h",), 9, 9),
             files={path.name: FileEntry.measured(path) for path in folder.iterdir()},

@@ -42,6 +42,7 @@ COMMANDS = {
     "score": ("evaluate", "score caption files, as the COCO tool does"),
 }
 DONE, PROBLEM = 0, 1
+_NEEDED = {"nltk", "pydantic", "safetensors", "timm", "torch", "torchvision", "tqdm"}
 _CLOSING = """\
 example:
   capdistill demo
@@ -79,6 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return interrupted(signal.SIGINT)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         _abandon_output()
+        return PROBLEM
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if debug or package not in _NEEDED:
+            raise
+        print_status(
+            f"{name}: the package {package} is not installed, which training and captioners in "
+            "torch need: pip install capdistill. Without it, `capdistill caption` and `bench` take "
+            "directories that `capdistill export` wrote."
+        )
         return PROBLEM
     except (CapdistillError, OSError) as error:
         if debug:

@@ -18,7 +18,6 @@ from capdistill.cli.common import (
     generation_values,
     is_exported,
 )
-from capdistill.cli.data import parse_data
 from capdistill.data.image_names import images_below
 from capdistill.errors import ConfigError, DataError
 from capdistill.files import printable, user_path
@@ -97,7 +96,9 @@ def caption_command(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Caption the images, print each as it is done, and name those that cannot be read."""
     exported = is_exported(options.captioner)
-    if options.out is not None and not exported:
+    if exported:
+        _require_possible(options)
+    if options.out is not None:
         return _write_training_captions(options, captioner_directory(options.captioner))
     if options.data is not None or not options.paths:
         raise ConfigError("Give IMAGE files or folders. --data PATH needs --out FILE, too.")
@@ -132,21 +133,26 @@ def _load(options: argparse.Namespace) -> CaptionGenerator:
     return load(directory, device=pick_device(options.device))
 
 
-def _load_exported(options: argparse.Namespace) -> OnnxCaptioner:
-    """What `capdistill export` wrote; it runs without torch, on the CPU."""
-    from capdistill.deploy.onnx_captioner import OnnxCaptioner
-
-    given = {"--out": options.out, "--attention": options.attention}
+def _require_possible(options: argparse.Namespace) -> None:
+    """Refuse what an exported captioner cannot do."""
+    given = {"--out": options.out, "--data": options.data, "--attention": options.attention}
     for name in (name for name, value in given.items() if value is not None):
         raise ConfigError(f"{name}: {options.captioner} is exported. Give the captioner itself.")
     if options.device not in ("auto", "cpu"):
         raise ConfigError(f"--device {options.device}: an exported captioner runs on the CPU.")
+
+
+def _load_exported(options: argparse.Namespace) -> OnnxCaptioner:
+    """What `capdistill export` wrote; it runs without torch, on the CPU."""
+    from capdistill.deploy.onnx_captioner import OnnxCaptioner
+
     return OnnxCaptioner.load(options.captioner)
 
 
 def _write_training_captions(options: argparse.Namespace, directory: Path) -> int:
     """Caption the images of a data set, or the named ones, into a file; see `teachers.caption`."""
     from capdistill import teachers
+    from capdistill.cli.data import parse_data
     from capdistill.data import Images
 
     if (options.data is None) == (not options.paths):

@@ -1,4 +1,8 @@
-"""Shared arguments: the data set, the decoding options, metrics, saved captioners."""
+"""Shared arguments: the data set, the decoding options, metrics, saved captioners.
+
+Nothing here loads pydantic: `capdistill caption` runs where only NumPy, Pillow and ONNX Runtime
+are installed.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,16 @@ import difflib
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-
-from capdistill.cli.data import FORMATS, absolute_paths
-from capdistill.errors import CheckpointError, ConfigError, UnknownName, parse, suggest
+from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
-from capdistill.training.config import LOGGERS, TrainConfig
-from capdistill.training.recipes import recipe, recipe_models
 
+if TYPE_CHECKING:
+    from capdistill.training.config import TrainConfig
+
+DATA_FORMATS = ("flickr8k", "karpathy", "coco", "folder", "images", "shards", "sample")
 DEFAULT_RECIPE = "kd_2024"  # the source of the default losses
 
 
@@ -29,9 +32,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     )
     group.add_argument(
         "--format",
-        choices=list(FORMATS),
+        choices=DATA_FORMATS,
         metavar="FORMAT",
-        help=f"the layout of the data: {', '.join(FORMATS)} (default: flickr8k)",
+        help=f"the layout of the data: {', '.join(DATA_FORMATS)} (default: flickr8k)",
     )
     group.add_argument(
         "--images", metavar="DIR", help="the folder of the images (coco and karpathy)"
@@ -154,6 +157,8 @@ def add_run_options(
         output: Whether the command writes a run.
         recipes: Whether a recipe is possible.
     """
+    from capdistill.training.config import LOGGERS, TrainConfig
+
     if output:
         _add_output_options(parser)
     _add_settings(parser, recipes)
@@ -255,42 +260,6 @@ def metric_names(options: argparse.Namespace) -> list[str] | None:
     return names
 
 
-class MeanTeacherSection(BaseModel):
-    """The average of the student's own weights as its teacher; see `MeanTeacher`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: Literal["mean_teacher"]
-    decay: float = Field(0.999, strict=True, ge=0, lt=1)
-
-
-Teachers = Annotated[
-    MeanTeacherSection | str | list[str] | dict[str, str], BeforeValidator(absolute_paths)
-]
-
-
-def teacher_section(values: Any) -> Any:
-    """The section `teacher` as it was given; an average of the student itself is checked."""
-    if not isinstance(values, Mapping) or not {"name"} <= {*values} <= {"name", "decay"}:
-        return values
-    name = str(values["name"])
-    if name == "mean_teacher":
-        return parse(MeanTeacherSection, dict(values), "teacher")
-    if "decay" in values or not os.path.exists(os.path.expanduser(name)):
-        raise UnknownName(f"teacher: there is no '{name}'. {suggest(name, ['mean_teacher'])}")
-    return values
-
-
-def teacher_directories(teacher: Any, out: str | None) -> Any:
-    """The captioner's directory of each teacher, in the form they were given in; none is `out`."""
-    if isinstance(teacher, MeanTeacherSection):
-        return teacher
-    if isinstance(teacher, dict):
-        return {name: teacher_directories(each, out) for name, each in teacher.items()}
-    if isinstance(teacher, list):
-        return [teacher_directories(each, out) for each in teacher]
-    return directory_outside(teacher, out, "teacher")
-
-
 def directory_outside(given: str, out: str | None, what: str) -> str:
     """The directory of a captioner that a run reads, which must not be that of the run itself.
 
@@ -346,11 +315,11 @@ def captioner_directory(given: str) -> Path:
 
 
 def is_exported(given: str) -> bool:
-    """Whether a directory is one that `capdistill export` wrote."""
-    from capdistill.deploy.manifest import ENCODER, MANIFEST
+    """Whether a directory is one that `capdistill export` wrote, or part of its copy."""
+    from capdistill.deploy.manifest import ENCODER, MANIFEST, STEP
 
     path = user_path(given, CheckpointError)
-    return all((path / name).is_file() for name in (MANIFEST, ENCODER))
+    return sum((path / name).is_file() for name in (MANIFEST, ENCODER, STEP)) > 1
 
 
 def require_writable(directory: str | Path) -> None:
@@ -379,6 +348,8 @@ def recipe_values(name: str, section: str = "student", role: str = "student") ->
     Raises:
         UnknownName: there is no such recipe; the message lists the available ones.
     """
+    from capdistill.training.recipes import recipe, recipe_models
+
     options = recipe(name)
     if options.pop("stages", None) is not None and section != "student":
         raise ConfigError(
@@ -403,5 +374,7 @@ def default_losses() -> dict[str, Any]:
         >>> default_losses()["token"]
         {'name': 'token', 'temperature': 4.0}
     """
+    from capdistill.training.recipes import recipe
+
     losses: dict[str, Any] = recipe(DEFAULT_RECIPE)["losses"]
     return losses

@@ -1,7 +1,8 @@
-"""The section `data` of a run file: which data set, and what of it is trained on."""
+"""The sections `data` and `teacher` of a run file: what is trained on, and from whom."""
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -16,6 +18,7 @@ from pydantic import (
     StrictInt,
 )
 
+from capdistill.cli.common import DATA_FORMATS, directory_outside
 from capdistill.errors import ConfigError, UnknownName, parse, suggest
 from capdistill.files import read_object, user_path
 
@@ -258,15 +261,10 @@ class ShardsData(DataSection):
         return Shards(self.path, **options).split(val=self.val_share, seed=self.seed)
 
 
-FORMATS: dict[str, type[DataSection]] = {
-    "flickr8k": Flickr8kData,
-    "karpathy": KarpathyData,
-    "coco": CocoData,
-    "folder": FolderData,
-    "images": ImagesData,
-    "shards": ShardsData,
-    "sample": SampleData,
-}
+_SECTIONS: tuple[type[DataSection], ...] = (
+    *(Flickr8kData, KarpathyData, CocoData, FolderData, ImagesData, ShardsData, SampleData),
+)
+FORMATS = dict(zip(DATA_FORMATS, _SECTIONS, strict=True))
 
 
 def parse_data(values: Any) -> DataSection:
@@ -313,3 +311,39 @@ def _with_parts(data: Splits, parts: Mapping[str, Any]) -> Splits:
 
     whole = {**{name: data.get(name) for name in data}, **parts}
     return Splits(whole, name=data.name, note=data.note, absent=data.absent, report=data.report)
+
+
+class MeanTeacherSection(BaseModel):
+    """The average of the student's own weights as its teacher; see `MeanTeacher`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Literal["mean_teacher"]
+    decay: float = Field(0.999, strict=True, ge=0, lt=1)
+
+
+Teachers = Annotated[
+    MeanTeacherSection | str | list[str] | dict[str, str], BeforeValidator(absolute_paths)
+]
+
+
+def teacher_section(values: Any) -> Any:
+    """The section `teacher` as it was given; an average of the student itself is checked."""
+    if not isinstance(values, Mapping) or not {"name"} <= {*values} <= {"name", "decay"}:
+        return values
+    name = str(values["name"])
+    if name == "mean_teacher":
+        return parse(MeanTeacherSection, dict(values), "teacher")
+    if "decay" in values or not os.path.exists(os.path.expanduser(name)):
+        raise UnknownName(f"teacher: there is no '{name}'. {suggest(name, ['mean_teacher'])}")
+    return values
+
+
+def teacher_directories(teacher: Any, out: str | None) -> Any:
+    """The captioner's directory of each teacher, in the form they were given in; none is `out`."""
+    if isinstance(teacher, MeanTeacherSection):
+        return teacher
+    if isinstance(teacher, dict):
+        return {name: teacher_directories(each, out) for name, each in teacher.items()}
+    if isinstance(teacher, list):
+        return [teacher_directories(each, out) for each in teacher]
+    return directory_outside(teacher, out, "teacher")

@@ -181,7 +181,7 @@ def run_distill(options: argparse.Namespace) -> int:
 
 def run_staged(options: argparse.Namespace) -> int:
     """Train a student by a recipe with stages, compare it with its teacher, write the report."""
-    from capdistill.cli.common import teacher_directories
+    from capdistill.cli.data import teacher_directories
     from capdistill.cli.runfile import DistillRun, make_captioner, override
     from capdistill.cli.train import make_run, merged_values
     from capdistill.evaluation.comparison import compare

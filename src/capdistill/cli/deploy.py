@@ -13,7 +13,6 @@ from capdistill.cli.common import (
     generation_values,
     require_writable,
 )
-from capdistill.cli.data import parse_data
 from capdistill.errors import ConfigError
 from capdistill.files import user_path
 
@@ -102,6 +101,8 @@ def _calibration(options: argparse.Namespace) -> Any:
     Raises:
         ConfigError: only one of the two options was given.
     """
+    from capdistill.cli.data import parse_data
+
     given = options.calibration
     if (given is None) != (options.quantize is None):
         raise ConfigError(

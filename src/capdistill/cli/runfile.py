@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StrictBool
 
-from capdistill.cli.common import Teachers, captioner_directory, default_losses, teacher_section
-from capdistill.cli.data import FORMATS, DataSection, FullPath, parse_data
+from capdistill.cli.common import captioner_directory, default_losses
+from capdistill.cli.data import (
+    FORMATS,
+    DataSection,
+    FullPath,
+    Teachers,
+    parse_data,
+    teacher_section,
+)
 from capdistill.cli.tokenizers import TokenizerSection
 from capdistill.errors import ConfigError, parse
 from capdistill.files import from_json, read_object, write_text

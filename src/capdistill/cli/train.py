@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from capdistill.cli import DONE, PROBLEM, interrupted, print_result, print_status
 from capdistill.cli.common import (
-    MeanTeacherSection,
     add_run_options,
     captioner_directory,
     data_values,
@@ -18,8 +17,8 @@ from capdistill.cli.common import (
     generation_values,
     metric_names,
     recipe_values,
-    teacher_directories,
 )
+from capdistill.cli.data import MeanTeacherSection, teacher_directories
 from capdistill.cli.runfile import (
     NAME,
     DistillRun,

@@ -12,15 +12,17 @@ from pydantic import Field
 from capdistill.cli import DONE, interrupted, print_result, print_status
 from capdistill.cli.common import (
     TRAINING_FLAGS,
-    MeanTeacherSection,
-    Teachers,
     add_run_options,
     captioner_directory,
     directory_outside,
+)
+from capdistill.cli.data import (
+    FullPath,
+    MeanTeacherSection,
+    Teachers,
     teacher_directories,
     teacher_section,
 )
-from capdistill.cli.data import FullPath
 from capdistill.cli.runfile import (
     ModelSection,
     RunConfig,

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,11 +117,13 @@ class Manifest:
         texts = (content["name"], *named)
         if not all(map(is_count, counts)) or not all(isinstance(each, str) for each in texts):
             raise ValueError("names must be strings, sizes positive whole numbers")
+        if len({*named}) < len(named):
+            raise ValueError("an input of the step graph is listed twice")
         if content["precision"] not in PRECISIONS:
             raise ValueError(f"its precision is {shortened(content['precision'])}")
         mean, std = (tuple(map(as_float, image[name])) for name in ("mean", "std"))
-        if not all(map(math.isfinite, (*mean, *std))):
-            raise ValueError("mean and std must be finite numbers")
+        if not len(mean) == len(std) == 3 or not all(map(math.isfinite, (*mean, *std))):
+            raise ValueError("mean and std must be three finite numbers each")
         return cls(
             name=content["name"],
             precision=content["precision"],
@@ -152,7 +155,7 @@ class FileEntry:
     def of(cls, name: str, content: Mapping[str, Any]) -> FileEntry:
         """An entry of a manifest; the name must be one of a file beside it."""
         sha256, size = content["sha256"], content["bytes"]
-        if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name:
+        if name in ("", ".", "..", MANIFEST) or not name.isprintable() or {*"/\\:"} & {*name}:
             raise ValueError(f"{name!r} is not the name of a file beside it")
         if not isinstance(sha256, str) or not is_count(size, 0):
             raise ValueError(f"the checksum or the size of {name} is invalid")
@@ -207,8 +210,8 @@ manifest.json. Write one with capdistill.deploy.export(captioner, directory).
 
 def _read_content(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        if (size := _size(path)) > _MAX_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
         content = from_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
@@ -244,7 +247,7 @@ def _read_content(path: Path) -> dict[str, Any]:
 
 def _require_file(path: Path, entry: FileEntry, verify: bool) -> None:
     try:
-        size = path.stat().st_size
+        size = _size(path)
         if size == entry.bytes and (not verify or FileEntry.measured(path) == entry):
             return
     except OSError as error:
@@ -258,6 +261,14 @@ def _require_file(path: Path, entry: FileEntry, verify: bool) -> None:
     if size != entry.bytes:
         kind = f"has {size:,} bytes, but {entry.bytes:,} were exported"
     raise CheckpointError(f"{path} {kind}. Copy it again, or export the captioner again.")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; reading a pipe would wait for its other end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is not a file")
+    return status.st_size
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

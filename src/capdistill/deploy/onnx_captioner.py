@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -12,9 +13,24 @@ import numpy as np
 
 from capdistill.data.pixels import OneImage, Pixels, SeveralImages, is_many, read_batches
 from capdistill.deploy.choice import Array, image_keys
-from capdistill.deploy.manifest import ENCODER, GENERATION, STEP, TOKENIZER, read_manifest
+from capdistill.deploy.manifest import (
+    ENCODER,
+    GENERATION,
+    MANIFEST,
+    STEP,
+    TOKENIZER,
+    read_manifest,
+)
 from capdistill.deploy.search import State, decode
-from capdistill.errors import CheckpointError, DataError, MissingExtra, require_bool, require_int
+from capdistill.errors import (
+    CheckpointError,
+    DataError,
+    MissingExtra,
+    is_count,
+    require_bool,
+    require_int,
+    shortened,
+)
 from capdistill.files import from_json, user_path
 from capdistill.generation.config import GenerationConfig, GenerationSpec, resolve
 from capdistill.generation.hypotheses import CaptionResult, Hypothesis, with_text
@@ -30,6 +46,8 @@ if TYPE_CHECKING:
 
 
 _ENCODED = 4  # images encoded at once: more take as long, and 6 MB of memory each
+_MAX_THREADS = 256  # ONNX Runtime takes minutes to start a thousand
+_MAX_LENGTH = 2**20  # tokens of a caption
 
 
 class OnnxCaptioner:
@@ -37,6 +55,7 @@ class OnnxCaptioner:
 
     It gives the captions of the captioner that was exported: it reads images with the same code,
     and has the same options. It needs NumPy, Pillow and ONNX Runtime. Several threads may use it.
+    A pickled one is loaded again from its directory.
 
     Example:
         `OnnxCaptioner.load("exported").caption("dog.jpg", beam_size=3)` gives "a brown dog runs
@@ -54,10 +73,11 @@ class OnnxCaptioner:
         manifest: Manifest,
         tokenizer: Tokenizer,
         spec: GenerationSpec,
+        load_again: Callable[[], OnnxCaptioner],
     ) -> None:
         self.manifest, self.name, self.tokenizer = manifest, manifest.name, tokenizer
         self._encoder, self._step = encoder, step = sessions
-        self._spec = spec
+        self._spec, self._load_again = spec, load_again
         self._first = [output.name for output in encoder.get_outputs()]
         self._next = [output.name.removeprefix("next_") for output in step.get_outputs()]
         self._inputs = {each.name for each in step.get_inputs()}
@@ -77,17 +97,23 @@ class OnnxCaptioner:
         Raises:
             CheckpointError: it is no exported captioner, or one of a newer format, or a file is
                 missing, truncated or changed; the message names it.
-            ConfigError: threads < 1.
+            ConfigError: threads < 1 or > 256.
             MissingExtra: ONNX Runtime is not installed.
         """
         if threads is not None:
-            require_int("OnnxCaptioner: threads", threads, 1)
+            require_int("OnnxCaptioner: threads", threads, 1, _MAX_THREADS)
         require_bool("OnnxCaptioner: verify", verify)
         folder = user_path(directory, CheckpointError)
         manifest = read_manifest(folder, verify=verify)
         sessions = _session(folder / ENCODER, threads), _session(folder / STEP, threads)
-        tokenizer, spec = load_tokenizer(folder / TOKENIZER), _saved_spec(folder / GENERATION)
-        return cls(sessions, manifest, tokenizer, spec)
+        tokenizer = load_tokenizer(folder / TOKENIZER)
+        _require_fit(folder, manifest, *sessions, tokenizer)
+        spec = saved_spec(folder / GENERATION, manifest)
+        again = partial(cls.load, folder.absolute(), threads=threads, verify=verify)
+        return cls(sessions, manifest, tokenizer, spec, again)
+
+    def __reduce__(self) -> tuple[Callable[[], OnnxCaptioner], tuple[()]]:
+        return self._load_again, ()
 
     def __repr__(self) -> str:
         return (
@@ -147,7 +173,7 @@ class OnnxCaptioner:
                 warning and puts None in its place.
             details: Return a `CaptionResult` (log-probabilities, n-best) per image. Its `attention`
                 is None.
-            progress: Show a bar; it needs tqdm.
+            progress: Show a bar; it needs the package tqdm.
             generation: Fields of `GenerationConfig`, or a whole one as `generation=`. By default
                 those that were exported.
 
@@ -270,8 +296,12 @@ class OnnxCaptioner:
 def _bar(stream: Iterator[Any], images: Any) -> Iterator[Any]:
     from operator import length_hint
 
-    from tqdm import tqdm
-
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise MissingExtra(
+            "progress=True needs tqdm. Install it (pip install tqdm), or leave progress out."
+        ) from error
     yield from tqdm(stream, total=length_hint(images) or None, desc="captioning", unit="image")
 
 
@@ -297,23 +327,83 @@ def _session(path: Path, threads: int | None) -> Any:
         ) from error
 
 
-def _saved_spec(path: Path) -> GenerationSpec:
+def _require_fit(
+    folder: Path, manifest: Manifest, encoder: Any, step: Any, tokenizer: Tokenizer
+) -> None:
+    """Refuse graphs and a tokenizer that are not those which the manifest describes."""
+    side, names = manifest.image_size, {*manifest.image_inputs, *manifest.state}
+    first, given = _by_name(encoder.get_outputs()), _by_name(encoder.get_inputs())
+    read, made = _by_name(step.get_inputs()), _by_name(step.get_outputs())
+    values = {name.removeprefix("next_"): each for name, each in made.items()}
+    logits = values.pop("logits", None)
+    fits = {
+        ENCODER: {*given} == {"images"}
+        and [*given["images"].shape[1:]] == [3, side, side]
+        and {*first} == names,
+        STEP: {*read} <= names | {"tokens", "position"}
+        and {*values} <= names
+        and logits is not None
+        and logits.shape[-1] == manifest.vocabulary
+        and all(_agree(first[name], read[name]) for name in names & read.keys() & first.keys())
+        and all(_agree(each, read[name]) for name, each in values.items() if name in read),
+        TOKENIZER: len(tokenizer.vocabulary) == manifest.vocabulary,
+    }
+    for name in (name for name, is_right in fits.items() if not is_right):
+        raise CheckpointError(
+            f"{folder / name} is of another captioner than {folder / MANIFEST}. Copy all files of "
+            "one export, or export the captioner again."
+        )
+
+
+def _by_name(tensors: Iterable[Any]) -> dict[str, Any]:
+    return {each.name: each for each in tensors}
+
+
+def _agree(given: Any, read: Any) -> bool:
+    """Whether one graph reads what another gives. Those of hypotheses get an axis more."""
+    sizes = zip(reversed(given.shape), reversed(read.shape), strict=False)
+    known = (pair for pair in sizes if all(isinstance(side, int) for side in pair))
+    return given.type == read.type and all(mine == theirs for mine, theirs in known)
+
+
+def saved_spec(path: Path, manifest: Manifest) -> GenerationSpec:
     """The options that were exported, in token ids: words need no tokenizer of subwords again."""
     try:
         content = from_json(path.read_text(encoding="utf-8"))
-        ids = {key: content[key] for key in ("start_id", "end_id", "max_length")}
-        lists = {key: _tuples(content[key]) for key in ("banned", "phrases", "not_last", "prefix")}
-        rules = content["subwords"]
-        subwords = rules and SubwordRules(**{key: _tuples(each) for key, each in rules.items()})
-        return GenerationSpec(
-            **ids, **lists, subwords=subwords, config=GenerationConfig(**content["config"])
+        longest, rules = content["max_length"], content["subwords"]
+        if longest != manifest.max_length or not is_count(longest) or longest > _MAX_LENGTH:
+            raise ValueError(f"max_length is {shortened(longest)}")
+        depths = {"start_id": 0, "end_id": 0, **_DEPTHS}
+        ids = {key: _ids(content[key], depth, manifest) for key, depth in depths.items()}
+        if rules is not None:
+            rules = {key: _ids(each, _SUBWORD_DEPTHS[key], manifest) for key, each in rules.items()}
+        spec = GenerationSpec(
+            **ids,
+            max_length=longest,
+            subwords=None if rules is None else SubwordRules(**rules),
+            config=GenerationConfig(**content["config"]),
         )
+        spec.require_a_word(manifest.vocabulary)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} does not hold options of generation ({type(error).__name__}: {error}). Export "
             "the captioner again."
         ) from error
+    return spec
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+# Options in ids: 1 is a list of ids, 2 a list of sequences.
+_DEPTHS = {"banned": 1, "phrases": 2, "not_last": 1, "prefix": 1}
+_SUBWORD_DEPTHS = {
+    **{"banned_first": 2, "not_last": 2, "not_whole": 2},
+    **{"added": 1, "first": 1, "run_on": 1},
+}
+
+
+def _ids(value: Any, depth: int, manifest: Manifest) -> Any:
+    """An id, or lists of ids as tuples."""
+    if depth == 0 and is_count(value, 0) and value < manifest.vocabulary:
+        return value
+    if depth == 0 or not isinstance(value, list) or (depth == 2 and [] in value):
+        raise ValueError(f"{shortened(value)} is not {'an id' if depth == 0 else 'a list of ids'}")
+    return tuple(_ids(each, depth - 1, manifest) for each in value)

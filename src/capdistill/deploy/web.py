@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from capdistill.deploy import manifest as files
+from capdistill.deploy.onnx_captioner import saved_spec
 from capdistill.errors import CheckpointError, ConfigError
-from capdistill.files import from_json, read_object, system_error, user_path, write_text
+from capdistill.files import from_json, system_error, user_path, write_text
 
 ONNXRUNTIME_WEB = "1.30.0"  # the version that the page is tested with
 _CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{ONNXRUNTIME_WEB}/dist"
@@ -63,8 +64,7 @@ def write_page(
             directory holds something else or cannot be written.
     """
     source, target = user_path(exported, CheckpointError), user_path(directory)
-    files.read_manifest(source)
-    _require_supported(source)
+    _require_supported(source, files.read_manifest(source))
     runtime = None if ort is None else _runtime_files(user_path(ort))
     _require_free(target)
     if source.resolve().is_relative_to(target.resolve()):
@@ -85,11 +85,10 @@ def write_page(
     return target / "index.html"
 
 
-def _require_supported(source: Path) -> None:
-    config = read_object(source / files.GENERATION, "the options of an export").get("config", {})
-    beams = config.get("beam_size", 1)
-    if config.get("sample") or beams > 1:
-        option = "sample=True" if config.get("sample") else f"beam_size={beams}"
+def _require_supported(source: Path, manifest: files.Manifest) -> None:
+    config = saved_spec(source / files.GENERATION, manifest).config
+    if config.sample or config.beam_size > 1:
+        option = "sample=True" if config.sample else f"beam_size={config.beam_size}"
         raise ConfigError(
             f"write_page: {source} was exported with {option}, but the page takes the most "
             "probable word at every step. Export the captioner for the page with beam_size=1 and "

@@ -110,6 +110,7 @@ def uniforms(keys: Tensor, seed: int, position: int) -> Tensor:
     Source:
         The output function of SplitMix64 (Steele, Lea, Flood 2014).
     """
+    seed = (seed + 2**63) % 2**64 - 2**63  # to an int64
     place = torch.full_like(keys, position + 1) * _GAMMA
     mixed = _mix(keys + _mix(torch.full_like(keys, seed)) + place)
     return _shift(mixed, 12).double() * 2.0**-52

@@ -43,8 +43,8 @@ class GenerationConfig:
         length_normalisation: Divisor of a hypothesis' log-probability for ranking, with n tokens
             (including the end token) and a the `length_penalty`: "none" by 1, "average" by n ** a,
             "gnmt" by ((5 + n) / 6) ** a.
-        length_penalty: The exponent a; larger prefers longer captions. 0.7 scored best on
-            Flickr8k's validation images; 1 is the plain mean of the log-probabilities.
+        length_penalty: The exponent a, from -5 to 5; larger prefers longer captions. 0.7 scored
+            best on Flickr8k's validation images; 1 is the plain mean of the log-probabilities.
         early_stopping: When the search of an image stops, once `beam_size` hypotheses are kept:
             True at once; False when the best open beam, as long as it is now, scores less than the
             worst kept; "never" when no open beam could do better at any length (exact).
@@ -77,7 +77,7 @@ class GenerationConfig:
     max_length: int | None = _option(None, ge=1, le=10_000)
     min_length: int = _option(0, ge=0, le=10_000)
     length_normalisation: Literal["none", "average", "gnmt"] = "average"
-    length_penalty: float = 0.7
+    length_penalty: float = _option(0.7, ge=-5.0, le=5.0)
     early_stopping: bool | Literal["never"] = False
     num_return: int = _option(1, ge=1, le=10_000)
     no_repeat_ngram: int = _option(0, ge=0)
@@ -86,12 +86,12 @@ class GenerationConfig:
     not_last: tuple[str, ...] | Literal["function_words"] = ()
     prefix: str = ""
     sample: bool = False
-    temperature: float = _option(1.0, gt=0.0)
+    temperature: float = _option(1.0, gt=0.0, ge=1e-6, le=1e6)
     top_k: int = _option(0, ge=0)
     top_p: float = _option(1.0, gt=0.0, le=1.0)
     seed: int = 0
     beam_groups: int = _option(1, ge=1)
-    diversity_penalty: float = _option(0.0, ge=0.0)
+    diversity_penalty: float = _option(0.0, ge=0.0, le=1e6)
 
     def __init__(self, **values: Any) -> None:
         types = self.types()
