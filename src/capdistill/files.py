@@ -325,7 +325,7 @@ def _may_be_in_use(path: Path, host: str, process: str, token: str) -> bool:
 
 
 class DirectoryLock:
-    """The sole right to write a directory, for one process and one purpose at a time.
+    """The sole right to write a directory or a file, for one process and one purpose at a time.
 
     It ends with the process, however that ends, and leaves no file. Processes that are forked
     meanwhile do not have it. Where the system or the file system has no such locks (Windows, some
@@ -345,27 +345,28 @@ class DirectoryLock:
     def __init__(self) -> None:
         self._descriptor: int | None = None
 
-    def take(self, directory: Path) -> None:
-        """Take the right, unless this object has it. Without a directory nothing happens.
+    def take(self, path: Path) -> None:
+        """Take the right, unless this object has it. Where nothing exists, nothing happens.
 
         Raises:
             ConfigError: another process has it, or another object of this one.
         """
-        if self._descriptor is not None or not directory.is_dir():
+        if self._descriptor is not None or not path.exists():
             return
         try:
             import fcntl
 
-            descriptor = os.open(directory, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY)
         except (ImportError, OSError):
             return
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
+            writer, fix = ("training", "out=") if path.is_dir() else ("process", "file")
             raise ConfigError(
-                f"{directory} is in use: another training writes to it. Wait until it is over or "
-                "end it, or give another out=."
+                f"{path} is in use: another {writer} writes to it. Wait until it is over or end "
+                f"it, or give another {fix}."
             ) from error
         except OSError:  # a file system without locks
             os.close(descriptor)

@@ -132,6 +132,27 @@ def test_several_processes_do_not_write_one_file(
     assert again.captions == made.captions
 
 
+def test_one_process_at_a_time_writes_a_file(
+    pictures: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, file, refused = Scripted(script(pictures)), tmp_path / "c.jsonl", []
+    generate = Scripted.generate
+
+    def beside_others(*arguments: Any) -> list[Hypothesis]:
+        for overwrite in (False, True):
+            with pytest.raises(ConfigError, match=r"c\.jsonl is in use: another process"):
+                cd.teachers.caption(teacher, pictures, file, overwrite=overwrite, **QUIET)
+            refused.append(overwrite)
+        return generate(*arguments)
+
+    monkeypatch.setattr(Scripted, "generate", beside_others)
+    made = cd.teachers.caption(teacher, pictures, file, batch_size=8, **QUIET)
+    assert refused == [False, True]
+    assert cd.teachers.caption(teacher, pictures, file, batch_size=8, **QUIET).references == (
+        made.references
+    )
+
+
 def test_captions_are_those_that_the_teacher_generates(
     pictures: CaptionData, tmp_path: Path
 ) -> None:
@@ -581,6 +602,12 @@ def test_the_output_of_frozen_stages_cached_by_training_is_used(
     assert sorted((tmp_path / "cache").iterdir()) == written
     plain = cd.teachers.caption(teacher, pictures, tmp_path / "d.jsonl", **options)
     assert [e.captions for e in cached.examples] == [e.captions for e in plain.examples]
+
+
+def test_a_file_of_any_suffix_can_be_read_again(pictures: CaptionData, tmp_path: Path) -> None:
+    for name in ("c.json", "c.txt", "c"):
+        made = cd.teachers.caption(Scripted(script(pictures)), pictures, tmp_path / name, **QUIET)
+        assert read_captions(tmp_path / name, pictures).captions == made.captions
 
 
 def test_files_of_one_stem_are_described_apart(pictures: CaptionData, tmp_path: Path) -> None:

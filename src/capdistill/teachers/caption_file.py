@@ -15,15 +15,21 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from capdistill.data.caption_files import DataReport, Problem
+from capdistill.data.caption_files import DataReport, Problem, pluralize
 from capdistill.data.dataset import CaptionData, Example
 from capdistill.data.rows import accept_rows
 from capdistill.errors import ConfigError, DataError, require_int, require_number, suggest
-from capdistill.files import from_json, user_path, write_text
+from capdistill.files import DirectoryLock, from_json, user_path, write_text
 from capdistill.generation.hypotheses import Hypothesis
 from capdistill.metrics import CaptionScorer
 from capdistill.runtime import SAFE_SEED, stable_hash
-from capdistill.teachers.foreign_captions import read_texts, rows_of, texts_of, with_file_names
+from capdistill.teachers.foreign_captions import (
+    is_foreign,
+    read_texts,
+    rows_of,
+    texts_of,
+    with_file_names,
+)
 
 Keep = Literal["cider", "score"]
 
@@ -56,7 +62,7 @@ def read_captions(
     data = accept_rows(data)
     require_data("read_captions", data)
     file = user_path(path, DataError)
-    if _is_foreign(file):
+    if is_foreign(file, description_of(file)):
         rows = _foreign_rows(file, data, choice)
     else:
         written = read_rows(file)
@@ -78,18 +84,6 @@ def read_captions(
     return TeacherCaptions(examples, dict(counts), name=data.name, report=report)
 
 
-def _is_foreign(file: Path) -> bool:
-    """Whether another program wrote a file: its first row has nothing that ours have."""
-    if file.suffix == ".json":
-        return True
-    try:
-        with open(file, "rb") as stream:
-            row = json.loads(stream.readline() or b"0")
-    except (OSError, ValueError, RecursionError):  # reading it says what is wrong
-        return file.is_file() and not description_of(file).is_file()
-    return isinstance(row, dict) and not {"log_probs", "lengths", "duplicates"} & row.keys()
-
-
 def _foreign_rows(file: Path, data: CaptionData, choice: Choice) -> dict[str, Row]:
     """The rows of all images; those that the file lacks have no captions.
 
@@ -103,22 +97,27 @@ def _foreign_rows(file: Path, data: CaptionData, choice: Choice) -> dict[str, Ro
             "reweight= have nothing to go by. Use keep='cider', or None for the order of the file."
         )
     written, rows = read_texts(file), dict[str, Row]()
-    texts = with_file_names(written)
+    texts, named = with_file_names(written), 0
     for example in data.examples:
         row = rows[example.image_id] = Row(str(example.path), example.image_id, [], [], [])
-        for text in texts_of(texts, example) or ():
+        given = texts_of(texts, example)
+        named += given is not None
+        for text in given or ():
             if not text:
                 row.empty += 1
             elif text in row.captions:
                 row.duplicates += 1
             else:
                 row.captions.append(text)
-    if not any(row.captions for row in rows.values()):
+    if not named:
         theirs, ours = (", ".join(repr(n) for n in [*names][:3]) for names in (written, rows))
         raise DataError(
-            f"{file} has captions of {len(written)} images, such as {theirs}, but of none of the "
-            f"{len(data)} images of the data, such as {ours}. Name them by id or by file."
+            f"{file} has captions of {pluralize(len(written), 'image')}, such as {theirs}, but of "
+            f"none of the {len(data)} images of the data, such as {ours}. Name them by id or by "
+            "file."
         )
+    if not any(row.captions for row in rows.values()):
+        raise DataError(f"{file}: every caption of the {pluralize(named, 'image')} is empty.")
     if choice.keep == "cider":
         _score(rows, data)
     return rows
@@ -348,7 +347,7 @@ def open_rows(file: Path, about: dict[str, Any], overwrite: bool) -> dict[str, R
     """The rows that a file has, for the same teacher, options and data.
 
     Raises:
-        ConfigError: it was made with others.
+        ConfigError: it was made with others, or is to be replaced while another process writes it.
     """
     if file.is_dir():
         raise ConfigError(f"{file} is a directory. Give a file, such as {file / 'captions.jsonl'}.")
@@ -368,8 +367,9 @@ def open_rows(file: Path, about: dict[str, Any], overwrite: bool) -> dict[str, R
                 f"{file} was made differently: {changes}. Give another file, or overwrite=True to "
                 "caption the images anew."
             )
-        return read_rows(file, cut=True)
-    with suppress(OSError):  # what cannot be removed cannot be written either
+        return read_rows(file)
+    with DirectoryLock() as lock, suppress(OSError):  # what cannot be removed: nor written
+        lock.take(file)
         file.unlink()  # first: old rows must never stand beside a new description
     write_text(side, json.dumps(about, indent=2))
     write_text(file, "")

@@ -30,7 +30,7 @@ from capdistill.feature_cache import (
     keeps_frozen_stages,
 )
 from capdistill.feature_files import CacheType, default_cache_dir
-from capdistill.files import user_path
+from capdistill.files import DirectoryLock, user_path
 from capdistill.generation.config import GenerationConfig, resolve
 from capdistill.metrics import CaptionScorer
 from capdistill.outputs import Batch
@@ -46,6 +46,7 @@ from capdistill.teachers.caption_file import (
     append_rows,
     open_rows,
     read_captions,
+    read_rows,
     remove_if_empty,
     require_data,
 )
@@ -122,7 +123,7 @@ def caption(
 
     Raises:
         ConfigError: an invalid option; or the file was made by another teacher, with other
-            options or for other data (the message says what differs).
+            options or for other data (the message says what differs), or is in use.
         DataError: data of another kind, no readable image, or a damaged file.
 
     Source:
@@ -142,39 +143,69 @@ def caption(
     file = user_path(path)
     about = _about(teacher, data, config, precision, cache_features)
     rows = open_rows(file, about, overwrite)
-    missing = _missing(data.image_ids, rows, batch_size)
-    if missing:
+    if _missing(data.image_ids, rows, batch_size):
         if launched().world_size > 1:
             raise ConfigError(
                 f"caption: {launched().world_size} processes would write {file} at once. Caption "
                 "the images in one process before the training; what is complete is then read."
             )
-        with on_device([teacher], place):
-            caches: dict[str, Any] = {}
-            if cache_features:
-                directory = default_cache_dir() if cache_dir is None else user_path(cache_dir)
-                [caches] = trunk_caches(
-                    teacher, data, directory, precision, batch_size=batch_size, progress=progress
-                )
-            loader = Loader(
-                data.subset(missing),
-                teacher.tokenizer,
-                image_size=image_size(teacher),
+        directory = default_cache_dir() if cache_dir is None else user_path(cache_dir)
+        with DirectoryLock() as lock, on_device([teacher], place):
+            lock.take(file)
+            _complete(
+                teacher,
+                data,
+                file,
+                config,
+                (place, precision),
                 batch_size=batch_size,
-                captions_per_image=1,
                 num_workers=num_workers,
-                caches=caches,
-                with_images=not all(cache_key(model) in caches for model in leaves(teacher)),
+                cache_dir=directory if cache_features else None,
+                progress=progress,
             )
-            made = _decode(teacher, loader, data, config, (place, precision), rows)
-            batches = report_progress(made, len(loader), "Captioning", unit="batch", show=progress)
-            try:
-                append_rows(file, batches, rows)
-            except DataError:  # no readable image
-                remove_if_empty(file)
-                raise
-            append_rows(file, [_unreadable(data.subset(missing), rows, loader.skipped)], rows)
     return read_captions(file, data, **asdict(choice))
+
+
+def _complete(
+    teacher: Any,
+    data: CaptionData,
+    file: Path,
+    config: GenerationConfig,
+    where: tuple[torch.device, str],
+    *,
+    batch_size: int,
+    num_workers: int,
+    cache_dir: Path | None,
+    progress: bool,
+) -> None:
+    """Caption the images that have no row in the file yet. Nobody else writes it."""
+    rows = read_rows(file, cut=True)  # another process may have added some until now
+    missing = _missing(data.image_ids, rows, batch_size)
+    if not missing:
+        return
+    caches: dict[str, Any] = {}
+    if cache_dir is not None:
+        [caches] = trunk_caches(
+            teacher, data, cache_dir, where[1], batch_size=batch_size, progress=progress
+        )
+    loader = Loader(
+        data.subset(missing),
+        teacher.tokenizer,
+        image_size=image_size(teacher),
+        batch_size=batch_size,
+        captions_per_image=1,
+        num_workers=num_workers,
+        caches=caches,
+        with_images=not all(cache_key(model) in caches for model in leaves(teacher)),
+    )
+    made = _decode(teacher, loader, data, config, where, rows)
+    batches = report_progress(made, len(loader), "Captioning", unit="batch", show=progress)
+    try:
+        append_rows(file, batches, rows)
+    except DataError:  # no readable image
+        remove_if_empty(file)
+        raise
+    append_rows(file, [_unreadable(data.subset(missing), rows, loader.skipped)], rows)
 
 
 def check_options(**arguments: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
@@ -21,12 +22,29 @@ from capdistill.errors import DataError, shortened
 
 Row = TypeVar("Row")
 _IMAGE = ("image_id", "image", "file_name", "file", "id")
-_TEXT = ("captions", "caption", "text")
+_TEXT = ("captions", "caption", "text", "generated_text")
 _FORMS = (
     'Give JSON Lines of {"image": "dog.jpg", "caption": "a dog"} or "captions": [...]; one object '
     "{image: caption or captions}; COCO results, a list of {image_id, caption}; or a COCO file of "
     "images and annotations."
 )
+
+
+def is_foreign(file: Path, description: Path) -> bool:
+    """Whether another program wrote a file: its first row has nothing that ours have.
+
+    Args:
+        file: The captions.
+        description: The file that stands beside captions of ours.
+    """
+    try:
+        with open(file, "rb") as stream:
+            row = json.loads(stream.readline() or b"0")
+    except (OSError, ValueError, RecursionError):  # reading it says what is wrong
+        return file.is_file() and not description.is_file()
+    if not isinstance(row, dict):
+        return file.suffix == ".json"
+    return not {"log_probs", "lengths", "duplicates"} & row.keys()
 
 
 def read_texts(file: Path) -> dict[str, list[str]]:
@@ -49,10 +67,9 @@ def read_texts(file: Path) -> dict[str, list[str]]:
         content: Any = [parse_json(row, f"{file}, row {n}") for n, row in lines(read_text(file))]
     else:
         content = read_json(file)
-    names: dict[str, str] = {}
+    names: dict[str, str] = {}  # a further name of an image -> the one that its captions have
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        images = content.get("images") or []
-        names = {str(e["id"]): e["file_name"] for e in images if {"id", "file_name"} <= {*e}}
+        names = _file_names(content.get("images"))
         content = content["annotations"]
         rows: Iterable[tuple[str, Any]] = enumerate_rows(content, file, "annotations")
     elif isinstance(content, dict):
@@ -64,12 +81,20 @@ def read_texts(file: Path) -> dict[str, list[str]]:
         rows = enumerate_rows(content, file, "row")
     found: dict[str, list[str]] = {}
     for place, row in rows:
-        image, texts = _image_and_texts(place, row)
+        (image, *others), texts = _names_and_texts(place, row)
         found.setdefault(image, []).extend(texts)
-    for number, name in names.items():
-        if number in found:
-            found.setdefault(name, found[number])
+        names |= dict.fromkeys(others, image)
+    for name, image in names.items():
+        if image in found:
+            found.setdefault(name, found[image])
     return found
+
+
+def _file_names(images: Any) -> dict[str, str]:
+    """The file of each image of a COCO file -> its id; entries without both are left out."""
+    entries = [e for e in images if isinstance(e, Mapping)] if isinstance(images, list) else []
+    pairs = [(image_name(e.get("file_name")), image_name(e.get("id"))) for e in entries]
+    return {name: number for name, number in pairs if name is not None and number is not None}
 
 
 def enumerate_rows(content: Any, file: Path, name: str) -> Iterable[tuple[str, Any]]:
@@ -83,14 +108,16 @@ def enumerate_rows(content: Any, file: Path, name: str) -> Iterable[tuple[str, A
     return ((f"{file}, {name} {number}", row) for number, row in enumerate(content, 1))
 
 
-def _image_and_texts(place: str, row: Any) -> tuple[str, list[str]]:
+def _names_and_texts(place: str, row: Any) -> tuple[list[str], list[str]]:
+    """The names of the image, its id first, and its captions."""
     row = row if isinstance(row, Mapping) else {}
-    image = next((image_name(row[key]) for key in _IMAGE if key in row), None)
+    found = [image_name(row[key]) for key in _IMAGE if key in row]
+    names = [name for name in found if name is not None]
     texts = [row[key] for key in _TEXT if key in row]
-    if image is None or not texts:
+    if not names or not texts:
         raise DataError(f"{place} names no image and caption: {shortened(dict(row))}. {_FORMS}")
     several = texts[0] if isinstance(texts[0], list) else texts[:1]
-    return image, [_text(text, place) for text in several]
+    return names, [_text(text, place) for text in several]
 
 
 def _text(text: Any, place: str) -> str:
