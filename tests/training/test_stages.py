@@ -48,6 +48,7 @@ def test_stages_follow_each_other_and_the_table_has_a_row_each(
     assert [row.directory for row in table.rows] == ["1-cross-entropy", "2-distill",
                                                      "3-self_critical"]  # fmt: skip
     assert [row.epochs for row in table.rows] == [3, 2, 2]
+    assert str(table).split()[:3] == ["stage", "parameters", "epochs"]  # there is one student
     assert json.loads((tmp_path / "stages.json").read_text())["rows"][2]["stage"] == 3
     captions = (tmp_path / "2-distill.jsonl").read_text().splitlines()
     assert len(captions) >= len(colours)
@@ -105,7 +106,15 @@ def test_an_interrupted_recipe_goes_on_where_it_was(
         ([{"method": "distil"}], "distill"),
         ([{"method": "train", "name": "a/b"}], "cannot name a directory"),
         ([{"method": "train"}, {"method": "train", "epoch": 3}], "stage 2 .*epochs"),
-        ([{"method": "train", "losses": {}}], "stage 1 .*losses"),
+        ([{"method": "train", "losses": {}}], "stage 1 .*'losses'.*'distill' and 'self_critical'"),
+        ([{"method": "distill", "samples": 3}], "stage 1 .*'samples'.*'self_critical'"),
+        ([{"method": "train", "caption": CAPTIONS}], "stage 1 .*Did you mean 'captions'"),
+        ([{"method": "train", "teachers": None}], "stage 1 .*Did you mean 'teacher'"),
+        ([{"method": "train", "teacher": tiny.make_teacher()}], "stage 1 .*no losses that read it"),
+        (
+            [{"method": "self_critical", "losses": {}, "teacher": tiny.make_teacher()}],
+            "stage 1 .*no losses that read it",
+        ),
         ([{"method": "self_critical", "word_dropout": 0.1}], "stage 1 .*word_dropout"),
         ([{"method": "train", "captions": {"beam_width": 2}}], "stage 1 .*beam_size"),
         ([{"method": "train", "captions": {"keep": "best"}}], "stage 1 .*keep='best'"),
@@ -166,6 +175,24 @@ def test_a_stage_that_cannot_go_on_is_named_and_goes_on_with_the_changes(
     with pytest.warns(UserWarning, match="continues with changes"):
         table = run(saveable(), shorter, tmp_path, stages=STAGES[:1], accept_changes=True)
     assert table.rows[0].epochs == 3
+
+
+def test_a_stage_whose_start_has_changed_is_refused_until_the_change_is_accepted(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    second = {"method": "train", "name": "second"}
+    run(saveable(), colours, tmp_path, stages=[STAGES[0], second])
+    before = tiny.weights_of(cd.Captioner.load(tmp_path / "2-second" / "best"))
+    longer = [{**STAGES[0], "epochs": 4, "learning_rate": 0.1}, second]
+    refused = pytest.raises(CheckpointError, match=r"stage 2 \('second'\): .*weights at the start")
+    with pytest.warns(UserWarning, match="epochs 3 -> 4"), refused:
+        run(saveable(), colours, tmp_path, stages=longer)
+    with refused:
+        run(saveable(), colours, tmp_path, stages=longer)
+    after = tiny.weights_of(cd.Captioner.load(tmp_path / "2-second" / "best"))
+    assert tiny.same_bits(before, after)
+    with pytest.warns(UserWarning, match="weights at the start"):
+        run(saveable(), colours, tmp_path, stages=longer, accept_changes=True)
 
 
 def test_an_average_is_the_mean_of_the_weights_after_the_stages_that_it_names(

@@ -96,12 +96,14 @@ class ChainTable:
 
     def __str__(self) -> str:
         scores = list(dict.fromkeys(name for row in self.rows for name in row.scores))
-        lines = [["model", "parameters", "of teacher", "epochs", *scores]]
+        taught = any(row.stage == 0 for row in self.rows)  # else all rows are of one student
+        compared = ["of teacher"] if taught else []
+        lines = [["model" if taught else "stage", "parameters", *compared, "epochs", *scores]]
         for row in self.rows:
-            share = row.parameters / max(self.rows[0].parameters, 1)
+            share = [f"{row.parameters / max(self.rows[0].parameters, 1):.0%}"] if taught else []
             epochs = str(row.epochs) if row.stage else ""
             numbers = [f"{row.scores[n]:.4f}" if n in row.scores else "" for n in scores]
-            lines.append([row.name, f"{row.parameters:,}", f"{share:.0%}", epochs, *numbers])
+            lines.append([row.name, f"{row.parameters:,}", *share, epochs, *numbers])
         return text_columns(lines, right=range(1, len(lines[0])))
 
 

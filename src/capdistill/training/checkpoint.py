@@ -23,6 +23,7 @@ from capdistill.training.distributed import HARMLESS
 from capdistill.training.optim import make_schedule
 from capdistill.training.run_directory import (
     PREVIOUS,
+    START,
     UNFINISHED,
     is_plain,
     previous_state,
@@ -264,8 +265,9 @@ def _require_same_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
 
 
 def _require_same_run(now: Mapping[str, Any], saved: Mapping[str, Any], accept: bool) -> None:
-    # A loop of your own does not know its data, and a run may continue without validation.
-    optional = {key for key in {*now} ^ {*saved} if key.endswith(" data")}
+    # A loop of your own does not know its data, and a run may continue without validation, or
+    # without the run that it continues.
+    optional = {key for key in {*now} ^ {*saved} if key == START or key.endswith(" data")}
     changed = [
         f"{key}: {saved.get(key, 'absent')} -> {now.get(key, 'absent')}"
         for key in sorted({*now, *saved} - optional)

@@ -45,6 +45,8 @@ _RESULTS = (STATE, PREVIOUS, "best", "final")  # a new run replaces these only w
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}|\.check\..+")  # of earlier versions, and of a check
 LIBRARIES = ("capdistill", "torch", "torchvision", "timm", "numpy", "pydantic", "nltk")
 
+START = "weights at the start"  # in the identity of a run that continues another one
+
 Resume = bool | Literal["auto"]
 
 
@@ -288,6 +290,8 @@ def identity(stepper: Stepper, train: Source | None, val: Source | None = None) 
     found |= {f"weights.{name}": value for name, value in _plain_weights(stepper).items()}
     if adapted := _weighting(stepper):
         found["weights"] = adapted
+    if stepper.start_weights is not None:
+        found[START] = stepper.start_weights
     found["label_smoothing"] = config.label_smoothing
     found["monitor"] = config.monitor
     found["vocabulary"] = _digest([repr(list(stepper.captioner.tokenizer.vocabulary))])

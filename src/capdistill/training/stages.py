@@ -15,9 +15,12 @@ from capdistill.averaging import average_weights
 from capdistill.captioner import Captioner
 from capdistill.errors import ConfigError, require_number, shortened, suggest
 from capdistill.files import user_path, write_text
+from capdistill.generation.config import GenerationConfig
+from capdistill.saving import hash_weights
 from capdistill.teachers.caption_file import require_data
 from capdistill.teachers.captions import caption, check_options
 from capdistill.training.chain import ChainRow, ChainTable, history_row, naming, scores_of
+from capdistill.training.config import DistillConfig, SelfCriticalConfig, TrainConfig
 from capdistill.training.distiller import Distiller, Teacher, as_teacher
 from capdistill.training.history import History
 from capdistill.training.run_directory import Resume
@@ -27,6 +30,14 @@ from capdistill.training.trainer import Trainer
 TABLE = "stages.json"
 Method = Literal["train", "distill", "self_critical", "average"]
 OWN = ("method", "name", "captions", "teacher", "train")  # of a stage, beside its trainer's
+_TRAINERS: dict[str, tuple[type[TrainConfig], tuple[str, ...]]] = {  # options and arguments
+    "train": (TrainConfig, ("config",)),
+    "distill": (DistillConfig, ("config", "losses", "weights")),
+    "self_critical": (
+        SelfCriticalConfig,
+        ("config", "losses", "weights", "reward", "references"),
+    ),
+}
 
 
 def run_stages(
@@ -75,8 +86,8 @@ def run_stages(
             "captions": the stage learns from captions of the teacher of all stages, with these
             arguments of `capdistill.teachers.caption`; device, precision, cache_dir and progress
             are those of the trainer by default. "teacher" and "train": instead of those of all
-            stages, such as cached targets of the same teacher. Everything else is an option of its
-            trainer.
+            stages, such as cached targets of the same teacher, for the losses of the stage.
+            Everything else is an option of its trainer.
             "average" trains nothing: the student gets the mean of its weights after the earlier
             stages that "of" names, with "weights" (`average_weights`).
         out: Directory of the stages, and of the returned table in stages.json.
@@ -85,13 +96,15 @@ def run_stages(
         resume: "auto" goes on where an earlier call stopped: complete stages are loaded, an
             incomplete one is continued. True needs the first stage to exist.
         overwrite: Start anew, whatever is in the directories of the stages.
-        accept_changes: Resume a stage although its teacher, losses or data have changed.
+        accept_changes: Resume a stage although its teacher, losses, data, or the weights that it
+            began with have changed.
         options: Options of the trainers, for all stages; those of a stage override them.
 
     Raises:
         ConfigError: an invalid stage or option; names the stage.
         IncompatibleModels: teacher and student do not fit; names the stage.
-        CheckpointError: a stage to resume had other models, losses or data.
+        CheckpointError: a stage to resume had other models, losses or data, or began with other
+            weights, because an earlier stage has changed.
     """
     taught = None if teacher is None else as_teacher(teacher)
     listed = _checked(stages)
@@ -119,6 +132,8 @@ def run_stages(
                     given = {**_shared(trainer), "overwrite": overwrite, **stage["captions"]}
                     data = caption(taught, data, directory / f"{place}.jsonl", **given)
                 begun = "auto" if resume is True and number > 1 else resume
+                if number > 1:
+                    trainer.start_weights = _digest(student)
                 history = trainer.fit(data, val, out=directory / place, resume=begun, **how)
                 rows.append(history_row(student, number, place, history, name=stage["name"]))
         if stage["name"] in averaged:
@@ -157,6 +172,11 @@ def _average(
     )
 
 
+def _digest(student: Captioner) -> str:
+    state = student.state_dict()
+    return hash_weights({name.replace("_orig_mod.", ""): value for name, value in state.items()})
+
+
 def _shared(trainer: Trainer) -> dict[str, Any]:
     """The options of a trainer that its captioning has too."""
     config = trainer.config
@@ -188,7 +208,25 @@ def _checked(stages: Any) -> list[dict[str, Any]]:
     for number, stage in enumerate(named, 1):
         if stage["method"] == "average":
             _check_average(stage, number, [each["name"] for each in named[: number - 1]])
+        else:
+            _check_keys(stage, number)
     return named
+
+
+def _check_keys(stage: Mapping[str, Any], number: int) -> None:
+    """Refuse keys that neither the stage nor its trainer knows."""
+    known = {
+        method: {*OWN, *arguments, *config.model_fields, *GenerationConfig.types()}
+        for method, (config, arguments) in _TRAINERS.items()
+    }
+    method = stage["method"]
+    for key in (key for key in stage if key not in known[method]):
+        others = [name for name, keys in known.items() if key in keys]
+        hint = f"It belongs to method {' and '.join(map(repr, others))}. Remove it."
+        raise ConfigError(
+            f"run_stages: stage {number} ('{stage['name']}'): method '{method}' has no key "
+            f"{key!r}. {hint if others else suggest(str(key), known[method])}"
+        )
 
 
 def _check_average(stage: Mapping[str, Any], number: int, earlier: Sequence[str]) -> None:
@@ -230,7 +268,13 @@ def _make(
     own = {name: value for name, value in stage.items() if name not in OWN}
     method, chosen = stage["method"], copy.deepcopy({**options, **own})
     captions_of = teacher  # a stage's own teacher may be cached targets, which caption nothing
+    silent = chosen.get("losses") == {}
     if stage.get("teacher") is not None:
+        if method == "train" or silent:
+            raise ConfigError(
+                "it has a 'teacher' of its own, but no losses that read it; captions are those of "
+                "the teacher of all stages. Use method 'distill', or remove the key."
+            )
         teacher = as_teacher(stage["teacher"])
     try:
         if "captions" in stage:
@@ -248,7 +292,6 @@ def _make(
             return Trainer(student, **chosen)
         if method == "distill":
             return Distiller(teacher, student, **chosen)
-        silent = chosen.get("losses") == {}
         return SelfCritical(student, teacher=None if silent else teacher, **chosen)
     except TypeError as error:  # an argument that the stage sets itself
         raise ConfigError(f"{error}. Leave it out.") from error

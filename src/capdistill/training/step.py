@@ -72,6 +72,7 @@ class Stepper:
         self.captioner = captioner
         self.objective = objective
         self.loss_options: dict[str, str] = {}  # of each loss, as it was given
+        self.start_weights: str | None = None  # digest, where another run must have made them
         self.optimizer: torch.optim.Optimizer | None = None
         self.average: WeightAverage | None = None
         self.schedule: Scheduler
