@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from capdistill.cli import main
 from capdistill.cli.demo import draw_curves
 from capdistill.evaluation.comparison import Comparison
 from capdistill.evaluation.measure import Memory
+from capdistill.saving import TOKENIZER, saved_file
+from capdistill.tokenizer import WordTokenizer
 from capdistill.training.history import History
+from tests.cli.cli_commands import refused
 
 DRAWN = ("teacher", "baseline", "student") if importlib.util.find_spec("matplotlib") else ()
 
@@ -120,13 +124,96 @@ def test_a_recipe_with_stages_trains_the_student_of_given_teachers_and_continues
     assert list(saved.tokenizer.vocabulary) == list(words)
 
 
-def test_a_recipe_with_stages_is_no_recipe_for_train(
+@pytest.mark.parametrize("command", ["train", "check", "cache"])
+def test_a_recipe_with_stages_is_no_recipe_for_other_commands(
+    command: str, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--recipe", "best_small", "--data", "sample"]
+    given += [] if command == "train" else ["--teacher", str(teacher)]
+    assert "capdistill distill --recipe best_small --teacher DIR" in refused(
+        [command, *given], capsys
+    )
+
+
+def staged(tmp_path: Path, *more: str) -> list[str]:
+    """A recipe with stages for one epoch each on three photos; the teacher is not given."""
+    command = ["distill", "--recipe", "best_small", "--data", "sample", "--limit", "3"]
+    command += ["--epochs", "1", "--device", "cpu", "--precision", "fp32"]
+    for option in ("cache_features=false", "cache_views=1", "flip=false"):
+        command += ["--set", f"train.{option}"]
+    return [*command, "--out", str(tmp_path / "staged"), *more]
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The comparison at the end does nothing but tell its options."""
+    found: list[dict[str, Any]] = []
+
+    class Nothing:
+        def save(self, out: Path) -> Path:
+            return out
+
+        def to_json(self) -> dict[str, Any]:
+            return {}
+
+    def compare(*models: Any, **options: Any) -> Nothing:
+        found.append(options)
+        return Nothing()
+
+    monkeypatch.setattr("capdistill.evaluation.comparison.compare", compare)
+    return found
+
+
+def test_teacher_and_student_of_a_recipe_with_stages_may_stand_in_a_run_file_or_in_settings(
+    teacher: Path, tmp_path: Path, compared: list[dict[str, Any]]
+) -> None:
+    file, student = tmp_path / "run.json", {"preset": "debug_student"}
+    file.write_text(json.dumps({"teacher": str(teacher), "student": student}))
+    settings = ["--set", f"teacher={teacher}", "--set", "student.preset=debug_student"]
+    for given in (["--config", str(file)], settings):
+        assert main(staged(tmp_path, *given, "--overwrite")) == 0
+        rows = json.loads((tmp_path / "staged" / "stages.json").read_text())["rows"]
+        assert [row["name"] for row in rows] == ["cross-entropy", "sequences"]
+    assert [(o["device"], o["precision"]) for o in compared] == [("cpu", "fp32")] * 2
+
+
+def test_a_recipe_with_stages_reads_the_section_tokenizer(
+    teacher: Path, tmp_path: Path, compared: list[dict[str, Any]]
+) -> None:
+    words = WordTokenizer.load(saved_file(teacher / "best", TOKENIZER))
+    own = WordTokenizer(words.vocabulary[4:], max_length=7)
+    own.save(tmp_path / "own.json")
+    models = ["--teacher", str(teacher), "--student", "debug_student"]
+    assert main(staged(tmp_path, *models, "--tokenizer", str(tmp_path / "own.json"))) == 0
+    assert cd.Captioner.load(tmp_path / "staged" / "student").tokenizer == own
+
+
+@pytest.mark.filterwarnings("default:The resumed run")
+def test_a_recipe_with_stages_goes_on_with_accepted_changes_or_not_at_all(
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    compared: list[dict[str, Any]],
+) -> None:
+    models = ["--teacher", str(teacher), "--student", "debug_student"]
+    command = staged(tmp_path, *models)
+    assert main(command) == 0
+    changed = [*command, "--set", "train.label_smoothing=0.2"]
+    capsys.readouterr()
+    assert "label_smoothing: 0.1 -> 0.2" in refused(changed, capsys)
+    assert main([*changed, "--accept-changes"]) == 0
+    assert "label_smoothing: 0.1 -> 0.2" in capsys.readouterr().err
+    assert "contradict" in refused([*command, "--resume", "--overwrite"], capsys)
+    assert "--recipe" in refused(["distill", "--resume", "--out", str(tmp_path / "staged")], capsys)
+    fresh = [*staged(tmp_path / "new", *models), "--resume"]
+    assert "no training state to resume" in refused(fresh, capsys)
+
+
+def test_a_student_is_no_teacher_of_its_own_in_a_recipe_with_stages(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(["train", "--recipe", "best_small", "--data", "sample", "--out", str(tmp_path)]) == 1
-    )
-    assert "capdistill distill --recipe best_small --teacher DIR" in capsys.readouterr().err
+    own = ["--set", 'teacher={"name": "mean_teacher"}']
+    assert "Give --teacher DIR" in refused(staged(tmp_path, *own), capsys)
 
 
 def test_losses_and_weights_of_a_recipe_with_stages_are_not_changed_from_the_command_line(

@@ -332,7 +332,9 @@ def require_writable(directory: str | Path) -> None:
     probe.unlink(missing_ok=True)
 
 
-def recipe_values(name: str, section: str = "student", role: str = "student") -> dict[str, Any]:
+def recipe_values(
+    name: str, section: str = "student", role: str = "student", *, staged: bool = False
+) -> dict[str, Any]:
     """A recipe as values of a run file.
 
     Example:
@@ -343,17 +345,20 @@ def recipe_values(name: str, section: str = "student", role: str = "student") ->
         name: A name that `capdistill.training.recipe` knows.
         section: "student" to distil, "model" to train by cross-entropy.
         role: Which of the recipe's models goes there, if it has models: "teacher" or "student".
+        staged: Whether a recipe with stages is possible; the values are what they have in common.
 
     Raises:
         UnknownName: there is no such recipe; the message lists the available ones.
+        ConfigError: it has stages, which one run cannot have.
     """
     from capdistill.training.recipes import recipe, recipe_models
 
     options = recipe(name)
-    if options.pop("stages", None) is not None and section != "student":
+    if options.pop("stages", None) is not None and not staged:
         raise ConfigError(
             f"The recipe '{name}' trains a student in stages, from a teacher that is given. Use "
-            f"capdistill distill --recipe {name} --teacher DIR --data PATH --out DIR."
+            f"capdistill distill --recipe {name} --teacher DIR --data PATH --out DIR, which checks "
+            "every stage before the first one begins."
         )
     values: dict[str, Any] = {k: options.pop(k) for k in ("losses", "weights") if k in options}
     values = {**(values if section == "student" else {}), "train": options}

@@ -163,17 +163,19 @@ def distill_command(parser: argparse.ArgumentParser) -> None:
     from capdistill.cli import train
 
     train.distill_command(parser)
-    parser.set_defaults(run=run_distill)
+    parser.set_defaults(run=run_distill, staged=True)
 
 
 def run_distill(options: argparse.Namespace) -> int:
     """Distil, or run a whole recipe: one with stages, or one with models and no teacher."""
     from capdistill.cli import train
+    from capdistill.cli.runfile import NAME
     from capdistill.training.recipes import recipe, recipe_models
 
-    if options.recipe and options.teacher and "stages" in recipe(options.recipe):
+    if options.recipe and "stages" in recipe(options.recipe):
         return run_staged(options)
-    given = options.teacher or options.config or options.student or options.resume is True
+    alone = options.resume is True and (user_path(options.out or "") / NAME).exists()
+    given = options.teacher or options.config or options.student or alone
     if options.recipe and not given and recipe_models(options.recipe) is not None:
         return run_recipe(options)
     return train.train(options)
@@ -181,11 +183,10 @@ def run_distill(options: argparse.Namespace) -> int:
 
 def run_staged(options: argparse.Namespace) -> int:
     """Train a student by a recipe with stages, compare it with its teacher, write the report."""
-    from capdistill.cli.data import teacher_directories
-    from capdistill.cli.runfile import DistillRun, make_captioner, override
-    from capdistill.cli.train import make_run, merged_values
+    from capdistill.cli.data import MeanTeacherSection, teacher_directories
+    from capdistill.cli.runfile import DistillRun, override
+    from capdistill.cli.train import make_run, make_student, merged_values
     from capdistill.evaluation.comparison import compare
-    from capdistill.runtime import seed_everything
     from capdistill.teachers import load
     from capdistill.training.recipes import recipe
     from capdistill.training.stages import run_stages
@@ -200,11 +201,15 @@ def run_staged(options: argparse.Namespace) -> int:
             f"{', '.join(sorted(changed))}: each stage of '{options.recipe}' has its own. Change "
             "them in Python: capdistill.training.run_stages(**recipe(name))."
         )
+    if isinstance(run.teacher, MeanTeacherSection):
+        raise ConfigError(
+            f"teacher: the recipe '{options.recipe}' needs the captions of a trained teacher, which "
+            "the student's own average is not. Give --teacher DIR."
+        )
     teacher: Any = load(teacher_directories(run.teacher, run.out))
     data = run.data.load()
     print_status(data.summary())
-    seed_everything(run.train.seed)
-    student = make_captioner(run.student, "student", teacher.tokenizer)
+    student = make_student(run, data, teacher)
     out, chosen = user_path(run.out), recipe(options.recipe)
     given = {name: getattr(run.train, name) for name in run.train.model_fields_set}
     stages = [
@@ -218,8 +223,9 @@ def run_staged(options: argparse.Namespace) -> int:
         stages=stages,
         teacher=teacher,
         out=out,
-        resume="auto" if not options.overwrite else False,
+        resume=options.resume or (not options.overwrite and "auto"),
         overwrite=options.overwrite,
+        accept_changes=options.accept_changes,
         **chosen,
     )
     if table.interrupted:
@@ -227,7 +233,7 @@ def run_staged(options: argparse.Namespace) -> int:
         return interrupted(table.signal)
     student.save(out / "student")
     print_status(f"\n{table}\n\nComparing the student with its teacher ...")
-    found = compare(teacher, student, data.val, bootstrap=1000)
+    found = compare(teacher, student, data.val, bootstrap=1000, **_where(run))
     page = found.save(out / "report")
     content = {
         "report": str(page),
@@ -247,20 +253,29 @@ def run_recipe(options: argparse.Namespace) -> int:
     runs = recipe_runs(options)
     data = runs["teacher"].data.load()
     print_status(data.summary())
-    out = user_path(options.out)
-    resume: Resume = "auto" if not options.overwrite else False
-    models, number = _train_all(runs, data, resume=resume, overwrite=options.overwrite)
+    out, held_out = user_path(options.out), data.val  # data without it are an error now, not later
+    models, number = _train_all(
+        runs,
+        data,
+        resume=options.resume or (not options.overwrite and "auto"),
+        overwrite=options.overwrite,
+        accept_changes=options.accept_changes,
+    )
     if models is None:
         print_status(f"Interrupted. The same command continues, with --out {out}.")
         return interrupted(number)
     print_status("\nComparing the three models ...")
-    found = compare(
-        models["teacher"], models["student"], data.val, models["baseline"], bootstrap=1000
-    )
+    three = models["teacher"], models["student"], held_out, models["baseline"]
+    found = compare(*three, bootstrap=1000, **_where(runs["student"]))
     page = found.save(out / "report")
     content = {"report": str(page), **found.to_json()}
     print_result(options, content, lambda: f"{found}\n\nThe report is in {page}")
     return DONE
+
+
+def _where(run: RunConfig) -> dict[str, Any]:
+    """Where, and how precisely, the models of a run are compared: as they were trained."""
+    return {"device": run.train.device, "precision": run.train.precision}
 
 
 def recipe_runs(options: argparse.Namespace) -> dict[str, RunConfig]:
@@ -290,6 +305,7 @@ def _train_all(
     *,
     resume: Resume = False,
     overwrite: bool = False,
+    accept_changes: bool = False,
 ) -> tuple[dict[str, Captioner] | None, int | None]:
     """Train the models in their order; None and the signal's number if one was interrupted."""
     from capdistill.cli.train import run_training
@@ -302,7 +318,9 @@ def _train_all(
     models = {}
     for role, run in runs.items():
         print_status(f"\n{titles[role]} ({run.train.epochs} epochs) ...")
-        trainer, history = run_training(run, data, resume=resume, overwrite=overwrite)
+        begun = resume if role == "teacher" else resume and "auto"
+        how: dict[str, Any] = {"overwrite": overwrite, "accept_changes": accept_changes}
+        trainer, history = run_training(run, data, resume=begun, **how)
         if history.interrupted:
             return None, history.signal
         first, last = (history.epochs[i]["train"]["terms"]["ce"]["raw"] for i in (0, -1))

@@ -37,6 +37,7 @@ from capdistill.files import user_path
 from capdistill.training.config import DistillConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from capdistill.captioner import Captioner
     from capdistill.data import Splits
     from capdistill.tokenizer import Tokenizer
     from capdistill.training.history import History
@@ -227,18 +228,25 @@ def make_trainer(run: RunConfig, data: Splits) -> Trainer:
         seed_everything(run.train.seed)
         return Trainer(make_captioner(run.model, "model", words), config=run.train)
     assert isinstance(run, DistillRun)
-    teacher: Any = run.teacher
-    own = isinstance(teacher, MeanTeacherSection)
-    teacher = teacher if own else load(teacher)
-    described = own or run.tokenizer is not None
-    words = (
-        teacher.tokenizer if not described else _words(run.tokenizer, run.student, data, teacher)
-    )
-    seed_everything(run.train.seed)
-    student = make_captioner(run.student, "student", words)
-    teacher = MeanTeacher(student, teacher.decay) if own else teacher
+    given, teacher = run.teacher, None
+    if isinstance(given, MeanTeacherSection):
+        student = make_student(run, data, None)
+        teacher = MeanTeacher(student, given.decay)
+    else:
+        teacher = load(given)
+        student = make_student(run, data, teacher)
     weights: Any = dict(run.weights)
     return Distiller(teacher, student, run.losses, weights, config=run.train)
+
+
+def make_student(run: DistillRun, data: Splits, teacher: Any) -> Captioner:
+    """The student of a run. Without other instructions it has the teacher's tokenizer."""
+    from capdistill.runtime import seed_everything
+
+    described = teacher is None or run.tokenizer is not None
+    words = _words(run.tokenizer, run.student, data, teacher) if described else teacher.tokenizer
+    seed_everything(run.train.seed)
+    return make_captioner(run.student, "student", words)
 
 
 def _words(
@@ -253,7 +261,10 @@ def _words(
 
 def make_run(options: argparse.Namespace) -> RunConfig:
     """Recipe, run file, options and --set to one configuration; what comes later wins."""
-    base = recipe_values(options.recipe, options.model, options.role) if options.recipe else {}
+    base: dict[str, Any] = {}
+    if options.recipe:
+        staged = getattr(options, "staged", False)
+        base = recipe_values(options.recipe, options.model, options.role, staged=staged)
     values = merged_values(options, base)
     model = options.student if options.model == "student" else options.preset
     if model is not None:
@@ -262,6 +273,10 @@ def make_run(options: argparse.Namespace) -> RunConfig:
         values["losses"] = default_losses()
     values = override(values, options.set)
     _drop_weights(values, base.get("weights", {}))
+    section, of_recipe = values.get(options.model), base.get(options.model, {})
+    if isinstance(section, Mapping) and section.get("preset"):  # instead of the recipe's components
+        kept = {k: each for k, each in section.items() if each != of_recipe.get(k)}
+        values[options.model] = kept
     run: RunConfig = parse_run(options.run_class, values)
     return run
 
@@ -299,8 +314,16 @@ def _drop_weights(values: dict[str, Any], of_recipe: Mapping[str, Any]) -> None:
 def _read_run_file(options: argparse.Namespace) -> dict[str, Any]:
     if options.config is not None:
         return read_values(options.config)
-    if options.resume and options.out and (user_path(options.out) / NAME).exists():
-        return read_values(Path(options.out) / NAME)
+    if not options.resume or not options.out:
+        return {}
+    out = user_path(options.out)
+    if (out / NAME).exists():
+        return read_values(out / NAME)
+    if not options.recipe and (out / "stages.json").exists():
+        raise ConfigError(
+            f"{options.out} holds the stages of a recipe. Repeat the whole command, with --recipe, "
+            "to go on with them."
+        )
     return {}
 
 
