@@ -203,8 +203,8 @@ def run_staged(options: argparse.Namespace) -> int:
         )
     if isinstance(run.teacher, MeanTeacherSection):
         raise ConfigError(
-            f"teacher: the recipe '{options.recipe}' needs the captions of a trained teacher, which "
-            "the student's own average is not. Give --teacher DIR."
+            f"teacher: the recipe '{options.recipe}' needs the captions of a trained teacher, "
+            "which the student's own average is not. Give --teacher DIR."
         )
     teacher: Any = load(teacher_directories(run.teacher, run.out))
     data = run.data.load()
