@@ -228,12 +228,12 @@ def make_trainer(run: RunConfig, data: Splits) -> Trainer:
         seed_everything(run.train.seed)
         return Trainer(make_captioner(run.model, "model", words), config=run.train)
     assert isinstance(run, DistillRun)
-    given, teacher = run.teacher, None
-    if isinstance(given, MeanTeacherSection):
+    teacher: Any = run.teacher
+    if isinstance(teacher, MeanTeacherSection):
         student = make_student(run, data, None)
-        teacher = MeanTeacher(student, given.decay)
+        teacher = MeanTeacher(student, teacher.decay)
     else:
-        teacher = load(given)
+        teacher = load(teacher)
         student = make_student(run, data, teacher)
     weights: Any = dict(run.weights)
     return Distiller(teacher, student, run.losses, weights, config=run.train)
