@@ -178,6 +178,11 @@ def test_resume_goes_on_with_the_run_file_of_the_directory(teacher: Path, tmp_pa
     assert [row["epoch"] for row in epochs] == [0, 1]
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["train"]["schedule"], config["train"]["epochs"]) == ("constant", 2)
+    files = [tmp_path / name for name in ("config.json", "run.json")]
+    written = [file.read_bytes() for file in files]
+    for given in (["--epochs", "2"], ["--learning-rate", "1e-9"]):  # they tell what was trained
+        assert main(["distill", "--resume", "--out", str(tmp_path), *given]) == 0
+        assert [file.read_bytes() for file in files] == written
 
 
 def test_resume_without_a_run_is_refused(

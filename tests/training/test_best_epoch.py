@@ -132,8 +132,11 @@ def test_a_run_that_stopped_early_stays_stopped(
 ) -> None:
     monitored, series, _, stops = TABLE[2]
     Scripted(saveable(), monitored, series).fit(TRAIN, VAL, out=tmp_path)
+    written = (tmp_path / "run.json").read_bytes()
     again = Scripted(saveable(), monitored, [*series, 9.0, 9.0])
-    history = again.fit(TRAIN, VAL, out=tmp_path, resume=True)
+    with pytest.warns(UserWarning, match="max_grad_norm.*complete already, so they change nothing"):
+        history = again.fit(TRAIN, VAL, out=tmp_path, resume=True, max_grad_norm=7.0)
+    assert (tmp_path / "run.json").read_bytes() == written
     assert history.epochs[-1]["epoch"] == stops
     assert again.weights == {}
 

@@ -186,8 +186,12 @@ class _RunFile:
         self.run = run
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Write it."""
-        write_resolved(self.run)
+        """Write it, unless the run is complete: that of what was trained stays."""
+        from capdistill.training.monitor import is_complete
+
+        complete = is_complete(trainer.epoch, trainer.config.epochs, trainer.callbacks)
+        if not complete or not (Path(self.run.out or "") / NAME).exists():
+            write_resolved(self.run)
 
 
 def _with_captions(run: RunConfig, train: Any) -> RunConfig:

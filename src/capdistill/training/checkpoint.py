@@ -20,6 +20,7 @@ from capdistill.errors import CapdistillError, CheckpointError, ConfigError
 from capdistill.files import temporary_name
 from capdistill.runtime import random_state, restore_random
 from capdistill.training.distributed import HARMLESS
+from capdistill.training.monitor import is_complete
 from capdistill.training.optim import make_schedule
 from capdistill.training.run_directory import (
     PREVIOUS,
@@ -215,18 +216,19 @@ def restore(
             average.load_state_dict(state["averages"][name])
         else:
             average.restart()  # it begins with the resumed run
+    for key, callback in _stateful(callbacks):
+        if key in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][key])
     same = _position(stepper, train).get("batch_size") == state["position"].get("batch_size")
     harmless = HARMLESS | {"batch_size"} if same else HARMLESS  # on another number of ranks
-    _warn_of_changes(stepper.config.model_dump(), state["config"], harmless)
+    complete = is_complete(state["epoch"], stepper.config.epochs, callbacks)
+    _warn_of_changes(stepper.config.model_dump(), state["config"], harmless, complete)
     _restore_optimizer(stepper, state)
     stepper.scaler.load_state_dict(state["scaler"])
     restore_random(state["random"])
     stepper.epoch, stepper.step_count = state["epoch"], state["step"]
     stepper.guard.load_state_dict(state["guard"])
     stepper.meter.load_state_dict(state["meter"])
-    for key, callback in _stateful(callbacks):
-        if key in state["callbacks"]:
-            callback.load_state_dict(state["callbacks"][key])
     if isinstance(train, Loader):
         for problem in state["skipped"]:
             train.skipped.add(Problem(*problem))
@@ -315,17 +317,22 @@ def _require_same_position(now: Mapping[str, Any], state: Mapping[str, Any]) -> 
 
 
 def _warn_of_changes(
-    now: Mapping[str, Any], before: Mapping[str, Any], harmless: frozenset[str]
+    now: Mapping[str, Any], before: Mapping[str, Any], harmless: frozenset[str], complete: bool
 ) -> None:
     changed = [
         f"{key} {before[key]!r} -> {value!r}"
         for key, value in now.items()
         if key in before and before[key] != value and key not in harmless
     ]
+    effect = "Learning rates and scheduled weights follow the new ones from here on."
+    if complete:
+        effect = (
+            "It is complete already, so they change nothing. Train in another directory, or give "
+            "more epochs."
+        )
     if changed:
         warnings.warn(
-            f"The resumed run continues with other options: {', '.join(changed)}. Learning rates "
-            "and scheduled weights follow the new ones from here on.",
+            f"The resumed run continues with other options: {', '.join(changed)}. {effect}",
             stacklevel=2,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from capdistill.errors import UnknownName, suggest
@@ -161,6 +161,18 @@ class BestEpoch:
         rest = dict(state)
         self.losses = list(rest.pop("losses"))
         self.monitor.load_state_dict(rest)
+
+
+def is_complete(epoch: int, epochs: int, callbacks: Sequence[Any]) -> bool:
+    """Whether a run has nothing left to train: all epochs are done, or its patience has run out.
+
+    Args:
+        epoch: Epochs done.
+        epochs: Epochs of the run.
+        callbacks: Those of the run.
+    """
+    stopped = any(isinstance(c, BestEpoch) and c.monitor.exhausted for c in callbacks)
+    return epoch >= epochs or stopped
 
 
 def monitored_value(row: Row, name: str) -> float:

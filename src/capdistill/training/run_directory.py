@@ -157,8 +157,9 @@ def check_can_save(captioner: Captioner, out: Path, lock: DirectoryLock) -> None
         ) from cause
 
 
-def describe_run(stepper: Stepper, train: Source, captions: int | None, out: Path) -> None:
+def describe_run(stepper: Stepper, train: Source, out: Path) -> None:
     """Write run.json: resolved options, models, weights of the terms, versions and seed."""
+    captions = captions_per_image(train, stepper.config)
     content = {
         "format": "capdistill.run/1",
         "trainer": type(stepper).__name__,

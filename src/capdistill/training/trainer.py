@@ -47,7 +47,7 @@ from capdistill.training.execution import PLACING
 from capdistill.training.failed_step import explained
 from capdistill.training.history import EpochMeter, History, Row
 from capdistill.training.loggers import make_loggers
-from capdistill.training.monitor import BestEpoch, Monitor
+from capdistill.training.monitor import BestEpoch, Monitor, is_complete
 from capdistill.training.objective import Objective
 from capdistill.training.optim import StepGuard
 from capdistill.training.profile import profiled
@@ -63,7 +63,6 @@ from capdistill.training.run_directory import (
 )
 from capdistill.training.sharding import any_sharded, gathered
 from capdistill.training.sources import (
-    captions_per_image,
     close_workers,
     number_of_batches,
     open_sources,
@@ -217,8 +216,8 @@ class Trainer(Stepper):
                 self.load_state_dict(state, accept_changes=accept_changes)
             if directory is not None:
                 clear_directory(directory, keep_results=state is not None)
-                captions = captions_per_image(self.train_source, self.config)
-                describe_run(self, self.train_source, captions, directory)
+                if state is None or not is_complete(self.epoch, self.config.epochs, self.callbacks):
+                    describe_run(self, self.train_source, directory)
                 keep_until = self.step_count if state is not None else None
                 self.history = History(directory / "history.jsonl", keep_until, self.epoch)
             if state is None:
