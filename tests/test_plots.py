@@ -219,7 +219,7 @@ def test_a_run_without_validation_or_steps_is_drawn() -> None:
 
 
 def test_no_history_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"history\.jsonl does not exist"):
+    with pytest.raises(DataError, match=r"no history in .*history\.jsonl"):
         plots.history(tmp_path)
     with pytest.raises(DataError, match="no row yet"):
         plots.history(History())

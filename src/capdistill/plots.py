@@ -112,10 +112,7 @@ def read_history(run: str | Path | History) -> History:
     if isinstance(run, History):
         found, name = run, "the history"
     else:
-        file = Path(run, "history.jsonl") if Path(run).is_dir() else Path(run)
-        if not file.exists():
-            raise DataError(f"plots.history: {file} does not exist. Give a run's directory.")
-        found, name = History.load(file), str(file)
+        found, name = History.load(run), str(run)
     if not found.rows:
         raise DataError(f"plots.history: {name} has no row yet.")
     return found

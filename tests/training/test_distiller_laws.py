@@ -70,6 +70,18 @@ def test_the_teachers_own_flags_come_back() -> None:
     assert [module.training for module in teacher.modules()] == flags
 
 
+def test_a_loss_does_not_take_what_one_run_has_trained_into_another() -> None:
+    losses = {"token": cd.TokenKD(), "hidden": cd.HiddenKD()}
+    Distiller(*pair(), losses=losses, **QUIET)  # nothing is trained yet
+    Distiller(*pair(), losses=losses, **QUIET).fit(TRAIN, epochs=1)
+    with pytest.raises(ConfigError, match=r"'hidden' is a HiddenKD that another trainer has used"):
+        Distiller(*pair(), losses=losses, **QUIET)
+    for loss in losses.values():
+        loss.was_trained = False
+    Distiller(*pair(), losses=losses, **QUIET).fit(TRAIN, epochs=1)
+    Distiller(*pair(), losses={"token": losses["token"]}, **QUIET)  # it has nothing to pass on
+
+
 def test_a_shared_trainable_parameter_is_refused_by_name() -> None:
     teacher, student = pair(dim=6)
     student.encoder.conv = teacher.encoder.conv

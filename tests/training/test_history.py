@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from capdistill import Captioner, Distiller, Trainer
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, DataError
 from capdistill.training.history import History
 from tests.training import tiny_models as tiny
 
@@ -199,3 +199,16 @@ def test_the_line_of_a_history_shows_the_monitored_score() -> None:
     row = {"kind": "epoch", "epoch": 0, "step": 1, "scores": {"bleu_4": 0.2, "cider_d": 0.5}}
     history.append({**row, "improved": True, "best": {"epoch": 0, "bleu_4": 0.2}})
     assert repr(history) == "History(1 epoch, 0 logged steps, best epoch 1 (bleu_4 0.2000))"
+
+
+def test_the_history_of_a_run_is_read_by_its_directory_and_nothing_else_is_taken_for_one(
+    saveable: Make, tmp_path: Path
+) -> None:
+    history = distilling(saveable()).fit(TRAIN, TRAIN, out=tmp_path, epochs=1)
+    assert History.load(tmp_path).rows == History.load(tmp_path / "history.jsonl").rows
+    assert History.load(tmp_path).stopped == history.stopped == "its epoch is done"
+    for wrong in ("nowhere", "best", "run.json"):
+        with pytest.raises(DataError, match="history"):
+            History.load(tmp_path / wrong)
+    (tmp_path / "history.jsonl").write_text('{"kind": "st')  # killed in its first row
+    assert History.load(tmp_path).rows == []

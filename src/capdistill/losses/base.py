@@ -42,6 +42,7 @@ class DistillationLoss(nn.Module):
             `{"name": "feature", "teacher": "lite2"}`, too, or by its place: `"teacher": 0`.
         progress: Share of the run that is done, 0 to 1, for schedules; the trainer sets it before
             each forward pass.
+        was_trained: Whether a trainer has made steps with it; the trainer sets it.
 
     Raises:
         ConfigError: (when the class is defined or the attribute is set) `needs` or `per` is
@@ -55,6 +56,7 @@ class DistillationLoss(nn.Module):
     across_vocabularies: bool = False
     teacher: str | None = None
     progress: float = 0.0
+    was_trained: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from capdistill.errors import ConfigError, MissingExtra
-from capdistill.files import finite_or_none, from_json, write_text
+from capdistill.errors import ConfigError, DataError, MissingExtra
+from capdistill.files import finite_or_none, from_json, user_path, write_text
 
+HISTORY = "history.jsonl"
 Row = dict[str, Any]
 Verdict = Literal["good", "overflow", "spike"]  # of a step, before it changes the weights
 
@@ -158,7 +159,8 @@ class History:
     def __repr__(self) -> str:
         """One line: how far the run is, and its best epoch."""
         count = len(self.epochs)
-        parts = [f"{count} epoch{'s' * (count != 1)}", f"{len(self.steps)} logged steps"]
+        logged = len(self.steps)
+        parts = [f"{count} epoch{'s' * (count != 1)}", f"{logged} logged step{'s' * (logged != 1)}"]
         if self.best is not None:
             monitored = {k: v for k, v in self.best.get("best", {}).items() if k != "epoch"}
             shown = "".join(f" ({name} {value:.4f})" for name, value in monitored.items())
@@ -174,9 +176,23 @@ class History:
 
     @classmethod
     def load(cls, path: str | Path) -> History:
-        """Read a history file without writing to it; a half-written last line is left out."""
-        history = cls()
-        history.rows = _read_until(Path(path), math.inf)
+        """Read the history of a run without writing to it; a half-written last line is left out.
+
+        Args:
+            path: The directory of the run, or its history.jsonl.
+
+        Raises:
+            DataError: there is no such file, or it is not a history.
+        """
+        history, file = cls(), user_path(path, DataError)
+        file = file / HISTORY if file.is_dir() else file
+        if not file.is_file():
+            raise DataError(
+                f"There is no history in {file}. Give the directory of a run, or its {HISTORY}."
+            )
+        history.rows = _read_until(file, math.inf)
+        if not history.rows and b"\n" in file.read_bytes():
+            raise DataError(f"{file} has no row of a history. Give the {HISTORY} of a run.")
         ends = [row for row in history.rows if row.get("kind") == "end"]
         if ends:
             history.stopped = ends[-1].get("stopped")

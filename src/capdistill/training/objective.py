@@ -28,6 +28,22 @@ Weight = Schedule | Mapping[str, Any]  # a mapping is a schedule as data
 Weights = Mapping[str, Weight] | Weighting
 
 
+def _require_untrained(losses: Mapping[str, DistillationLoss]) -> None:
+    """Refuse losses with what another trainer has trained: its run would be passed on to this one.
+
+    Raises:
+        ConfigError: names the loss.
+    """
+    for name, loss in losses.items():
+        if loss.was_trained and loss.state_dict():
+            raise ConfigError(
+                f"losses: '{name}' is a {type(loss).__name__} that another trainer has used, with "
+                "the projections that it trained. Give each trainer a new one, or a name or a dict "
+                'such as {"name": "feature"}, from which each makes its own. To go on with the '
+                "trained ones on purpose, set loss.was_trained = False."
+            )
+
+
 class Objective(nn.Module):
     """The terms of a step: cross-entropy, and the distillation losses on the same forward pass.
 
@@ -57,6 +73,7 @@ class Objective(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        _require_untrained(losses)
         base = weights.base if isinstance(weights, Weighting) else weights
         self.weights = check_weights(base, losses)
         self._base: dict[str, float] = {}  # of the current step
@@ -230,6 +247,8 @@ class Objective(nn.Module):
             sums, counts: Of the terms over the step.
             highest: The highest of each value over all ranks; None if there is one.
         """
+        for _, loss in self._losses():
+            loss.was_trained = True
         if self.quantizer is not None:
             self.quantizer.update(highest)
         if self.weighting is not None:

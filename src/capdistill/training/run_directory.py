@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
+from capdistill.data.caption_files import pluralize
 from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import Loader
 from capdistill.data.source import Source
@@ -30,6 +31,7 @@ from capdistill.registry import recipe_of
 from capdistill.saving import TARGETS, require_no_other
 from capdistill.teachers.cached import CachedTeacher
 from capdistill.teachers.ensemble import Ensemble
+from capdistill.training.history import HISTORY
 from capdistill.training.monitor import monitor_key
 from capdistill.training.sharding import whole
 from capdistill.training.sources import captions_per_image
@@ -99,7 +101,7 @@ def clear_directory(out: Path, keep_results: bool) -> None:
     for path in out.iterdir() if out.is_dir() else ():
         stale = path in old or path.name in (UNFINISHED, FAILED_STEP)
         stale |= _TEMPORARY.fullmatch(path.name) is not None
-        if stale or (not keep_results and path.name in (*_RESULTS, "run.json", "history.jsonl")):
+        if stale or (not keep_results and path.name in (*_RESULTS, "run.json", HISTORY)):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -204,7 +206,9 @@ def run_lines(stepper: Stepper, train: Source | None, val: Source | None) -> lis
     groups = stepper.optimizer.param_groups if stepper.optimizer is not None else []
     rates = {str(group["name"]): group["initial_lr"] for group in groups}
     shown = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-    lines.append(f"  rates   {shown}; {config.schedule}, at most {config.epochs} epochs")
+    lines.append(
+        f"  rates   {shown}; {config.schedule}, at most {pluralize(config.epochs, 'epoch')}"
+    )
     if config.ema_decay is not None:
         lines.append(f"  average of the weights with decay {config.ema_decay:g}")
     if val is not None:
@@ -273,7 +277,7 @@ def _plain(value: Any) -> Any:
 
 def _plain_attributes(module: Any) -> dict[str, Any]:
     """Public attributes that are plain data or functions: temperature, layers and the like."""
-    skipped = ("training", "registered_as", "progress")
+    skipped = ("training", "registered_as", "progress", "was_trained")
     shown = {
         name: _plain(value) if isinstance(value, FunctionType) else value
         for name, value in vars(module).items()

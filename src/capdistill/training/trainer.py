@@ -45,7 +45,7 @@ from capdistill.training.decoder_inputs import require_unknown_word
 from capdistill.training.distributed import Parallel, tensors_of
 from capdistill.training.execution import PLACING
 from capdistill.training.failed_step import explained
-from capdistill.training.history import EpochMeter, History, Row
+from capdistill.training.history import HISTORY, EpochMeter, History, Row
 from capdistill.training.loggers import make_loggers
 from capdistill.training.monitor import BestEpoch, Monitor, is_complete
 from capdistill.training.objective import Objective
@@ -219,7 +219,7 @@ class Trainer(Stepper):
                 if state is None or not is_complete(self.epoch, self.config.epochs, self.callbacks):
                     describe_run(self, self.train_source, directory)
                 keep_until = self.step_count if state is not None else None
-                self.history = History(directory / "history.jsonl", keep_until, self.epoch)
+                self.history = History(directory / HISTORY, keep_until, self.epoch)
             if state is None:
                 self._save()  # a run that is killed early can be resumed
 
@@ -282,8 +282,10 @@ class Trainer(Stepper):
             self.history.interrupted = False  # it came too late to matter
             if self.average is not None:
                 self.average.assign()  # what is kept from here on
-            all_done, asked = f"all {self.config.epochs} epochs are done", "a callback asked for it"
-            self.history.stopped = self.history.stopped or (all_done if done else asked)
+            number = self.config.epochs
+            all_done = f"all {number} epochs are done" if number > 1 else "its epoch is done"
+            why = all_done if done else "a callback asked for it"
+            self.history.stopped = self.history.stopped or why
         else:
             self.history.stopped = f"interrupted after step {self.step_count}"
             self._save()
