@@ -35,6 +35,7 @@ class FakeProcess:
     """Answers as a process of a model that takes as many milliseconds as its directory says."""
 
     order: list[str] = []  # noqa: RUF012  the turns of all of them
+    last_calls: dict[str, int] = {}  # noqa: RUF012  the one at which a model fails
 
     def __init__(self, request: Request, errors: object) -> None:
         self.name, self.milliseconds = request.directory, float(Path(request.directory).name)
@@ -44,6 +45,8 @@ class FakeProcess:
     def time(self, batches: list[list[str]]) -> tuple[list[Timing], int]:
         FakeProcess.order.append(Path(self.name).name)
         self.calls += 1
+        if self.calls == FakeProcess.last_calls.get(Path(self.name).name):
+            raise CapdistillError(f"bench: {self.name}: no memory")
         seconds = self.milliseconds / 1000
         warm_up = [Timing(9.0, 9.0, 9.0, 9.0)] * (len(batches) > 1)
         each = Timing(seconds / 4, seconds / 4, seconds / 2, seconds * 2)
@@ -59,6 +62,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """Directories of a model that takes 10 ms and one that takes 30 ms."""
     monkeypatch.setattr(benchmark, "_Process", FakeProcess)
     FakeProcess.order.clear()
+    FakeProcess.last_calls.clear()
     found = [tmp_path / "10", tmp_path / "30"]
     for directory in found:
         directory.mkdir()
@@ -87,6 +91,36 @@ def test_any_model_can_be_the_reference(fake: list[Path]) -> None:
     assert "Time of slow" in str(found)
     with pytest.raises(ConfigError, match=r"Did you mean 'slow'"):
         bench(models, PHOTOS, reference="slwo")
+
+
+def test_a_model_that_fails_midway_leaves_the_figures_of_the_others(fake: list[Path]) -> None:
+    FakeProcess.last_calls["10"] = 2
+    found = bench({"fast": fake[0], "slow": fake[1]}, PHOTOS, rounds=3, batch_size=5)
+    assert FakeProcess.order == ["10", "30", "30", "10", "30"] + ["30"] * 3
+    assert ([*found.models], found.reference) == (["slow"], "slow")
+    assert found.models["slow"].latency_ms.n == 12
+    assert found.failed == {"fast": f"bench: {fake[0]}: no memory"}
+    assert str(found).endswith("no memory")
+    assert found.to_json()["failed"] == found.failed
+    FakeProcess.last_calls["30"] = 1
+    FakeProcess.order.clear()
+    with pytest.raises(CapdistillError, match=r"30: no memory.*10: no memory"):
+        bench({"fast": fake[0], "slow": fake[1]}, PHOTOS)
+    assert FakeProcess.order == ["10", "30", "10"]
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out(
+    fake: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "notes.jpg").write_text("no image")
+    with pytest.warns(UserWarning, match=r"left out: .*notes\.jpg"):
+        found = bench([fake[0]], [tmp_path / "notes.jpg", *PHOTOS], rounds=1)
+    assert found.models[str(fake[0])].latency_ms.n == 4
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(DataError, match="none of the 1 images can be read"),
+    ):
+        bench([fake[0]], [tmp_path / "notes.jpg"])
 
 
 def test_the_spread_of_a_ratio_is_that_of_the_rounds() -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from capdistill.cli import DONE, print_result, print_status
+from capdistill.cli import DONE, PROBLEM, print_result, print_status
 from capdistill.cli.common import (
     add_generation_options,
     captioner_directory,
@@ -162,7 +162,7 @@ def run_bench(options: argparse.Namespace) -> int:
         reference=options.reference,
     )
     print_result(options, found.to_json(), lambda: str(found))
-    return DONE
+    return PROBLEM if found.failed else DONE
 
 
 def _named(given: str) -> tuple[str, str]:

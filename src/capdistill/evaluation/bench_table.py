@@ -88,12 +88,14 @@ class Bench:
         ratios: Name -> "latency" and "processor" -> the ratio to the reference.
         reference: The name of the model that the others are compared with.
         settings: How it was measured.
+        failed: Name -> why it has no figures, for a model that failed.
     """
 
     models: Mapping[str, Measured]
     ratios: Mapping[str, Mapping[str, Ratio]]
     reference: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -106,6 +108,7 @@ class Bench:
                 name: {key: asdict(ratio) for key, ratio in each.items()}
                 for name, each in self.ratios.items()
             },
+            "failed": dict(self.failed),
         }
 
     def __str__(self) -> str:
@@ -113,7 +116,8 @@ class Bench:
         table = text_columns(
             [["", *self.models], *rows], right=range(1, len(rows[0])), width=terminal_width()
         )
-        return f"{table}\n{_how(self.settings)}"
+        reasons = (f"{name} failed: {reason}" for name, reason in self.failed.items())
+        return "\n".join([table, _how(self.settings), *reasons])
 
 
 def _rows(found: Bench) -> Iterator[tuple[str, list[str]]]:

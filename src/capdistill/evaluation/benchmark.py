@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from capdistill.data.pixels import read_pixels
 from capdistill.deploy.manifest import ENCODER, MANIFEST, STEP
 from capdistill.errors import CapdistillError, ConfigError, DataError, require_int, suggest
 from capdistill.evaluation.bench_table import Bench, Measured, Ratio
@@ -43,7 +46,8 @@ def bench(
     """Measure captioners on the CPU, each in a process of its own, in turns.
 
     Every model captions the same image files. In a round the models take turns, so that other work
-    on the computer slows all of them alike.
+    on the computer slows all of them alike. An image that cannot be read is named in a warning and
+    left out. A model that fails after its first caption is in `Bench.failed`, without figures.
 
     Example:
         .. code-block:: python
@@ -69,8 +73,9 @@ def bench(
 
     Raises:
         ConfigError: an argument is out of range, or a model is unknown.
-        DataError: there are no images.
-        CapdistillError: a process failed; the message holds its reason.
+        DataError: there are no images, or none that can be read.
+        CapdistillError: a model cannot be loaded or makes no caption, or all of them failed; the
+            message holds the reason.
     """
     for name, value, least in (
         ("rounds", rounds, 1),
@@ -85,7 +90,7 @@ def bench(
     reference = next(iter(named)) if reference is None else reference
     if reference not in named:
         raise ConfigError(f"bench: reference='{reference}'. {suggest(reference, named)}")
-    files = _image_files(images)
+    files = _readable(_image_files(images), rounds * max(images_per_round, batch_size))
     say = report if progress else _silent
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="capdistill-bench-"))
@@ -100,8 +105,10 @@ def bench(
                 process = stack.enter_context(run.started())
                 if not last:
                     process.end()
-        _take_turns(runs, files, rounds, images_per_round, batch_size, say)
+        failed = _take_turns(runs, files, rounds, images_per_round, batch_size, say)
+        runs = {name: run for name, run in runs.items() if name not in failed}
         measured = {name: run.measured() for name, run in runs.items()}
+    reference = reference if reference in runs else next(iter(runs))
     ratios = {name: _ratios(run, runs[reference]) for name, run in runs.items()}
     settings = {
         "threads": threads,
@@ -111,7 +118,7 @@ def bench(
         "batch_size": batch_size,
         "starts": starts,
     }
-    return Bench(measured, ratios, reference, settings)
+    return Bench(measured, ratios, reference, settings, failed)
 
 
 def _silent(text: str) -> None:
@@ -145,6 +152,22 @@ def _image_files(images: Any) -> list[str]:
     return [str(file) for file in files]
 
 
+def _readable(files: Sequence[str], count: int) -> list[str]:
+    """The first images that can be read, at most so many."""
+    found: list[str] = []
+    for file in files:
+        if len(found) == count:
+            break
+        try:
+            read_pixels(file)
+            found.append(file)
+        except DataError as error:
+            warnings.warn(f"bench: an image was left out: {error}", stacklevel=3)
+    if not found:
+        raise DataError(f"bench: none of the {len(files)} images can be read; see the warnings.")
+    return found
+
+
 def _request(
     model: str, folder: Path, image: str, threads: int, words: int | None, say: Any
 ) -> Request:
@@ -152,7 +175,7 @@ def _request(
     if model.startswith(HUB):
         return Request("torch", model, image, threads, words)
     kind, place = "torch", user_path(model)
-    if model.startswith(CONFIG) or (_is_preset(model) and not place.exists()):
+    if model.startswith(CONFIG) or (not place.exists() and _is_preset(model)):
         say(f"Writing {model} with random weights ...")
         _write_random(model, folder)
         kind, place = "transformers" if model.startswith(CONFIG) else "torch", folder
@@ -239,7 +262,10 @@ class _Process:
     def _why(self) -> str:
         self._process.wait()
         self._errors.seek(0)
-        return f"its process ended ({self._process.returncode}): {_last_line(self._errors.read())}"
+        last = _last_line(self._errors.read())
+        if self._process.returncode == -signal.SIGKILL:
+            return f"its process was killed, as the system does where memory is short ({last})"
+        return f"its process ended ({self._process.returncode}): {last}"
 
 
 class _Run:
@@ -309,18 +335,36 @@ def _take_turns(
     images_per_round: int,
     batch_size: int,
     say: Any,
-) -> None:
-    """All rounds, first of single images: a batch needs more memory. Every other goes backwards."""
+) -> dict[str, str]:
+    """All rounds, first of single images: a batch needs more memory. Every other goes backwards.
+
+    Returns:
+        The models that failed, and why.
+
+    Raises:
+        CapdistillError: all of them failed.
+    """
+    failed: dict[str, str] = {}
+
+    def turns(number: int, time_one: Callable[[_Run], None]) -> None:
+        for name in [name for name in runs if name not in failed][:: 1 if number % 2 == 0 else -1]:
+            try:
+                time_one(runs[name])
+            except CapdistillError as error:
+                failed[name] = str(error)
+                say(f"{name} failed: {error}")
+        if len(failed) == len(runs):
+            raise CapdistillError(" ".join(failed.values()))
+
     for number in range(rounds):
         say(f"Round {number + 1} of {rounds}: one image at a time ...")
-        chosen = _some(files, number, images_per_round)
-        for run in list(runs.values())[:: 1 if number % 2 == 0 else -1]:
-            run.time_images(files[0], chosen)
+        one_by_one = _some(files, number, images_per_round)
+        turns(number, lambda run, chosen=one_by_one: run.time_images(files[0], chosen))
     for number in range(rounds if batch_size else 0):
         say(f"Round {number + 1} of {rounds}: batches ...")
-        chosen = _some(files, number, batch_size)
-        for run in list(runs.values())[:: 1 if number % 2 == 0 else -1]:
-            run.time_batch(chosen)
+        batch = _some(files, number, batch_size)
+        turns(number, lambda run, chosen=batch: run.time_batch(chosen))
+    return failed
 
 
 def _some(files: Sequence[str], number: int, count: int) -> list[str]:
