@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -358,12 +359,11 @@ def _take_turns(
 
     for number in range(rounds):
         say(f"Round {number + 1} of {rounds}: one image at a time ...")
-        one_by_one = _some(files, number, images_per_round)
-        turns(number, lambda run, chosen=one_by_one: run.time_images(files[0], chosen))
+        chosen = _some(files, number, images_per_round)
+        turns(number, partial(_Run.time_images, warm_up=files[0], files=chosen))
     for number in range(rounds if batch_size else 0):
         say(f"Round {number + 1} of {rounds}: batches ...")
-        batch = _some(files, number, batch_size)
-        turns(number, lambda run, chosen=batch: run.time_batch(chosen))
+        turns(number, partial(_Run.time_batch, files=_some(files, number, batch_size)))
     return failed
 
 
