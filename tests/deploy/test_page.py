@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,6 +153,7 @@ def test_a_file_that_is_no_image_is_reported(shown: Shown, tmp_path: Path) -> No
     status = "document.getElementById('status')"
     shown.window.wait(f"{status}.className === 'error'")
     assert "cannot read the file as an image" in shown.window.run(f"return {status}.textContent")
+    assert shown.window.run("return document.getElementById('result').hidden")
 
 
 def encoded(kind: str) -> bytes:
@@ -244,6 +246,23 @@ def test_a_newer_captioner_is_refused_in_words(shown: Shown) -> None:
     with changed(shown.directory / "model" / "manifest.json", lambda c: c.update(newer)):
         error = error_after_reload(shown)
     assert "has format 2, written by capdistill 9.0; this page reads format 1" in error
+
+
+def test_what_stops_the_captioner_is_still_said_when_a_photo_is_chosen(
+    shown: Shown, photos: list[Path], tmp_path: Path
+) -> None:
+    window, address = shown.window, shown.window.run("return location.href")
+    copy = Path(shutil.copytree(shown.directory, tmp_path / "copy"))
+    (copy / "captioner.js").unlink()
+    with chromium.served(copy) as (url, _):
+        window.open(url)
+        window.wait("document.getElementById('status').className === 'error'")
+        window.choose("#file", photos[0])
+        window.wait("!document.getElementById('result').hidden")
+        error = window.run("return document.getElementById('status').textContent")
+        assert window.run("return document.getElementById('loading').hidden")
+    window.open(address)
+    assert "The captioner cannot run (one of its scripts cannot be loaded)" in error
 
 
 def test_the_runtime_may_come_from_another_server_if_its_hash_is_right(

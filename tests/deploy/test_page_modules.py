@@ -30,6 +30,17 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Node:
     return Node(tmp_path_factory.mktemp("page"))
 
 
+@pytest.mark.parametrize("name", ["WebAssembly", "OffscreenCanvas"])
+def test_a_browser_that_lacks_something_is_told_what(node: Node, name: str) -> None:
+    script = """
+        const { loadCaptioner } = await import("./captioner.js");
+        globalThis.OffscreenCanvas = class {};
+        delete globalThis[given];
+        await loadCaptioner().catch((error) => answer(error.message));
+    """
+    assert f"This browser has no {name}" in node(script, name)
+
+
 def base64_of(values: Pixels) -> str:
     return base64.b64encode(values.tobytes()).decode()
 

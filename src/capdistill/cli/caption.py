@@ -16,10 +16,10 @@ from capdistill.cli.common import (
     captioner_directory,
     data_values,
     generation_values,
-    is_exported,
 )
 from capdistill.data.image_names import images_below
-from capdistill.errors import ConfigError, DataError
+from capdistill.deploy.manifest import is_exported
+from capdistill.errors import CheckpointError, ConfigError, DataError
 from capdistill.files import printable, user_path
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def caption_command(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Caption the images, print each as it is done, and name those that cannot be read."""
-    exported = is_exported(options.captioner)
+    exported = is_exported(user_path(options.captioner, CheckpointError))
     if exported:
         _require_possible(options)
     if options.out is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from capdistill.deploy.manifest import is_exported
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
@@ -282,6 +283,8 @@ def captioner_directory(given: str) -> Path:
     Raises:
         CheckpointError: no captioner is there; the message says what is.
     """
+    if not str(given).startswith("hf:"):
+        _require_existing(given, user_path(given, CheckpointError))
     from capdistill.saving import DESCRIPTION, ENSEMBLE, PRETRAINED, TARGETS, saved_file
     from capdistill.teachers.directory import is_pretrained
 
@@ -292,17 +295,12 @@ def captioner_directory(given: str) -> Path:
         names = (DESCRIPTION, ENSEMBLE, TARGETS, PRETRAINED)
         if any(saved_file(directory, name).is_file() for name in names):
             return directory
-    if not path.exists():
-        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-        near = difflib.get_close_matches(path.name, [each.name for each in siblings], n=1)
-        hint = f" Did you mean '{path.with_name(near[0])}'?" if near else ""
-        raise CheckpointError(f"{given}: there is no such directory.{hint}")
     if (path / "state.pt").exists():
         raise CheckpointError(
             f"{given} is a run that has not saved a captioner yet. Finish its first epoch with "
             f"--resume --out {given}."
         )
-    if is_exported(given):
+    if is_exported(path):
         raise CheckpointError(
             f"{given} is an exported captioner, which `capdistill caption`, `bench` and "
             "capdistill.deploy.OnnxCaptioner read. Give the captioner that was exported."
@@ -313,12 +311,13 @@ def captioner_directory(given: str) -> Path:
     )
 
 
-def is_exported(given: str) -> bool:
-    """Whether a directory is one that `capdistill export` wrote, or part of its copy."""
-    from capdistill.deploy.manifest import ENCODER, MANIFEST, STEP
-
-    path = user_path(given, CheckpointError)
-    return sum((path / name).is_file() for name in (MANIFEST, ENCODER, STEP)) > 1
+def _require_existing(given: str, path: Path) -> None:
+    if path.exists():
+        return
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    near = difflib.get_close_matches(path.name, [each.name for each in siblings], n=1)
+    hint = f" Did you mean '{path.with_name(near[0])}'?" if near else ""
+    raise CheckpointError(f"{given}: there is no such directory.{hint}")
 
 
 def require_writable(directory: str | Path) -> None:

@@ -173,9 +173,9 @@ def _named(given: str) -> tuple[str, str]:
 
 def _directory(model: str) -> str:
     """The best captioner of a run; other models as they are."""
-    from capdistill.deploy.manifest import MANIFEST
+    from capdistill.deploy.manifest import is_exported
     from capdistill.evaluation.timed_models import CONFIG
 
     path = Path(model).expanduser()
-    as_it_is = model.startswith(CONFIG) or (path / MANIFEST).is_file() or not path.exists()
+    as_it_is = model.startswith(CONFIG) or is_exported(path) or not path.exists()
     return model if as_it_is else str(captioner_directory(model))

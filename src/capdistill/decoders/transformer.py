@@ -223,4 +223,6 @@ def sinusoids(first: int, count: int, width: int) -> Tensor:
     place = torch.arange(first, first + count, dtype=torch.float64, device="cpu")[:, None]
     even = torch.arange(0, width, 2, dtype=torch.float64, device="cpu")
     rate = torch.exp(even * (-math.log(10_000.0) / width))
-    return torch.stack([torch.sin(place * rate), torch.cos(place * rate)], -1).flatten(1)
+    # A cosine is a shifted sine. Most versions of ONNX Runtime have no cosine in float64.
+    shift = torch.tensor([0.0, math.pi / 2], dtype=torch.float64, device="cpu")
+    return torch.sin((place * rate)[..., None] + shift).flatten(1)

@@ -1,15 +1,31 @@
-"""Constraints on the next token in NumPy; see `capdistill.generation.constraints`."""
+"""Constraints on the next token in NumPy; see `capdistill.generation.constraints`.
+
+The file of an export that holds them is read here, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from capdistill.deploy.choice import Array
-from capdistill.generation.config import GenerationSpec
+from capdistill.deploy.manifest import Manifest
+from capdistill.errors import CheckpointError, is_count, shortened
+from capdistill.files import from_json
+from capdistill.generation.config import GenerationConfig, GenerationSpec
 from capdistill.generation.hypotheses import IMPOSSIBLE
 from capdistill.generation.words import SubwordRules
+
+_MAX_LENGTH = 2**20  # tokens of a caption
+# Options in ids: 1 is a list of ids, 2 a list of sequences.
+_DEPTHS = {"banned": 1, "phrases": 2, "not_last": 1, "prefix": 1}
+_SUBWORD_DEPTHS = {
+    **{"banned_first": 2, "not_last": 2, "not_whole": 2},
+    **{"added": 1, "first": 1, "run_on": 1},
+}
 
 
 class Constraints:
@@ -135,3 +151,42 @@ def ban_repeats(log_probs: Array, generated: Array, n: int) -> None:
     latest = generated[:, None, length - n + 1 :]  # (R, 1, n - 1)
     row, place = np.nonzero((windows[..., :-1] == latest).all(-1))
     log_probs[row, windows[row, place, -1]] = -np.inf
+
+
+def saved_spec(path: Path, manifest: Manifest) -> GenerationSpec:
+    """The options that were exported, in token ids: words need no tokenizer of subwords again.
+
+    Raises:
+        CheckpointError: the file does not hold options, or ids beyond the vocabulary.
+    """
+    try:
+        content = from_json(path.read_text(encoding="utf-8"))
+        longest, rules = content["max_length"], content["subwords"]
+        if longest != manifest.max_length or not is_count(longest) or longest > _MAX_LENGTH:
+            raise ValueError(f"max_length is {shortened(longest)}")
+        depths = {"start_id": 0, "end_id": 0, **_DEPTHS}
+        ids = {key: _ids(content[key], depth, manifest) for key, depth in depths.items()}
+        if rules is not None:
+            rules = {key: _ids(each, _SUBWORD_DEPTHS[key], manifest) for key, each in rules.items()}
+        spec = GenerationSpec(
+            **ids,
+            max_length=longest,
+            subwords=None if rules is None else SubwordRules(**rules),
+            config=GenerationConfig(**content["config"]),
+        )
+        spec.require_a_word(manifest.vocabulary)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold options of generation ({type(error).__name__}: {error}). Export "
+            "the captioner again."
+        ) from error
+    return spec
+
+
+def _ids(value: Any, depth: int, manifest: Manifest) -> Any:
+    """An id, or lists of ids as tuples."""
+    if depth == 0 and is_count(value, 0) and value < manifest.vocabulary:
+        return value
+    if depth == 0 or not isinstance(value, list) or (depth == 2 and [] in value):
+        raise ValueError(f"{shortened(value)} is not {'an id' if depth == 0 else 'a list of ids'}")
+    return tuple(_ids(each, depth - 1, manifest) for each in value)

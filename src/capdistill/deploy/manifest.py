@@ -172,6 +172,11 @@ class FileEntry:
         return cls(digest.hexdigest(), size)
 
 
+def is_exported(directory: Path) -> bool:
+    """Whether a directory is one that `export` wrote, or part of its copy."""
+    return sum((directory / name).is_file() for name in (MANIFEST, ENCODER, STEP)) > 1
+
+
 def read_manifest(directory: str | os.PathLike[str], *, verify: bool = True) -> Manifest:
     """The manifest of an exported captioner, whose files are those that were written.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from capdistill.data.pixels import OneImage, Pixels, SeveralImages, is_many, read_batches
 from capdistill.deploy.choice import Array, image_keys
+from capdistill.deploy.constraints import saved_spec
 from capdistill.deploy.manifest import (
     ENCODER,
     GENERATION,
@@ -22,19 +24,11 @@ from capdistill.deploy.manifest import (
     read_manifest,
 )
 from capdistill.deploy.search import State, decode
-from capdistill.errors import (
-    CheckpointError,
-    DataError,
-    MissingExtra,
-    is_count,
-    require_bool,
-    require_int,
-    shortened,
-)
-from capdistill.files import from_json, user_path
+from capdistill.errors import CheckpointError, DataError, MissingExtra, require_bool, require_int
+from capdistill.files import user_path
 from capdistill.generation.config import GenerationConfig, GenerationSpec, resolve
 from capdistill.generation.hypotheses import CaptionResult, Hypothesis, with_text
-from capdistill.generation.words import SubwordRules, token_texts
+from capdistill.generation.words import token_texts
 from capdistill.tokenizers.saved import load as load_tokenizer
 
 if TYPE_CHECKING:
@@ -42,12 +36,12 @@ if TYPE_CHECKING:
 
     from capdistill.deploy.manifest import Manifest
     from capdistill.generation.config import CaptionOptions, DecodingOptions, GenerationOptions
-    from capdistill.tokenizer import Tokenizer
+    from capdistill.tokenizer import WordTokenizer
+    from capdistill.tokenizers.huggingface import HuggingFace
 
 
 _ENCODED = 4  # images encoded at once: more take as long, and 6 MB of memory each
 _MAX_THREADS = 256  # ONNX Runtime takes minutes to start a thousand
-_MAX_LENGTH = 2**20  # tokens of a caption
 
 
 class OnnxCaptioner:
@@ -71,7 +65,7 @@ class OnnxCaptioner:
         self,
         sessions: tuple[Any, Any],
         manifest: Manifest,
-        tokenizer: Tokenizer,
+        tokenizer: WordTokenizer | HuggingFace,
         spec: GenerationSpec,
         load_again: Callable[[], OnnxCaptioner],
     ) -> None:
@@ -234,8 +228,11 @@ class OnnxCaptioner:
     ) -> GenerationSpec:
         if generation is None and not options:
             return self._spec
-        whole = self._spec.config if generation is None else generation
-        spec = GenerationSpec.of(resolve(whole, options), self.tokenizer)
+        config = resolve(self._spec.config if generation is None else generation, options)
+        if _words_of(config) == _words_of(self._spec.config):  # subwords need no library again
+            longest = config.max_length or self.tokenizer.max_length + 1
+            return replace(self._spec, config=config, max_length=longest)
+        spec = GenerationSpec.of(config, self.tokenizer)
         spec.require_a_word(self.manifest.vocabulary)
         return spec
 
@@ -262,11 +259,12 @@ class OnnxCaptioner:
         )
 
     def _generate(self, images: Pixels, spec: GenerationSpec) -> list[Hypothesis]:
-        size, shape = self.image_size, getattr(images, "shape", ())
-        if shape[1:] != (3, size, size) or images.dtype != np.uint8:
+        size, shape = self.image_size, tuple(getattr(images, "shape", ()))
+        kind = getattr(images, "dtype", type(images).__name__)
+        if shape[1:] != (3, size, size) or kind != np.uint8:
             raise DataError(
-                f"{self.name}: images of shape {tuple(shape)}, {getattr(images, 'dtype', '')} were "
-                f"given; expected uint8 (I, 3, {size}, {size}). `caption` reads images of any size."
+                f"{self.name}: {kind} {shape} was given; expected an array of NumPy, uint8 "
+                f"(I, 3, {size}, {size}). `caption` reads images of any kind and size."
             )
         if not len(images):
             return []
@@ -291,6 +289,12 @@ class OnnxCaptioner:
         image = {name: values.get(name, value) for name, value in state.image.items()}
         row = {name: values.get(name, value) for name, value in state.row.items()}
         return values["logits"], State(image, row)
+
+
+def _words_of(config: GenerationConfig) -> tuple[object, ...]:
+    """The options that stand in ids in a specification."""
+    words = config.banned_words, config.not_last, config.prefix, config.min_length > 0
+    return *words, config.allow_unknown
 
 
 def _bar(stream: Iterator[Any], images: Any) -> Iterator[Any]:
@@ -318,6 +322,8 @@ def _session(path: Path, threads: int | None) -> Any:
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    # Processors with AVX2 but without VNNI would let 16-bit sums of int8 products overflow.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has classes of its own for every reason
@@ -328,7 +334,11 @@ def _session(path: Path, threads: int | None) -> Any:
 
 
 def _require_fit(
-    folder: Path, manifest: Manifest, encoder: Any, step: Any, tokenizer: Tokenizer
+    folder: Path,
+    manifest: Manifest,
+    encoder: Any,
+    step: Any,
+    tokenizer: WordTokenizer | HuggingFace,
 ) -> None:
     """Refuse graphs and a tokenizer that are not those which the manifest describes."""
     side, names = manifest.image_size, {*manifest.image_inputs, *manifest.state}
@@ -364,46 +374,3 @@ def _agree(given: Any, read: Any) -> bool:
     sizes = zip(reversed(given.shape), reversed(read.shape), strict=False)
     known = (pair for pair in sizes if all(isinstance(side, int) for side in pair))
     return given.type == read.type and all(mine == theirs for mine, theirs in known)
-
-
-def saved_spec(path: Path, manifest: Manifest) -> GenerationSpec:
-    """The options that were exported, in token ids: words need no tokenizer of subwords again."""
-    try:
-        content = from_json(path.read_text(encoding="utf-8"))
-        longest, rules = content["max_length"], content["subwords"]
-        if longest != manifest.max_length or not is_count(longest) or longest > _MAX_LENGTH:
-            raise ValueError(f"max_length is {shortened(longest)}")
-        depths = {"start_id": 0, "end_id": 0, **_DEPTHS}
-        ids = {key: _ids(content[key], depth, manifest) for key, depth in depths.items()}
-        if rules is not None:
-            rules = {key: _ids(each, _SUBWORD_DEPTHS[key], manifest) for key, each in rules.items()}
-        spec = GenerationSpec(
-            **ids,
-            max_length=longest,
-            subwords=None if rules is None else SubwordRules(**rules),
-            config=GenerationConfig(**content["config"]),
-        )
-        spec.require_a_word(manifest.vocabulary)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} does not hold options of generation ({type(error).__name__}: {error}). Export "
-            "the captioner again."
-        ) from error
-    return spec
-
-
-# Options in ids: 1 is a list of ids, 2 a list of sequences.
-_DEPTHS = {"banned": 1, "phrases": 2, "not_last": 1, "prefix": 1}
-_SUBWORD_DEPTHS = {
-    **{"banned_first": 2, "not_last": 2, "not_whole": 2},
-    **{"added": 1, "first": 1, "run_on": 1},
-}
-
-
-def _ids(value: Any, depth: int, manifest: Manifest) -> Any:
-    """An id, or lists of ids as tuples."""
-    if depth == 0 and is_count(value, 0) and value < manifest.vocabulary:
-        return value
-    if depth == 0 or not isinstance(value, list) or (depth == 2 and [] in value):
-        raise ValueError(f"{shortened(value)} is not {'an id' if depth == 0 else 'a list of ids'}")
-    return tuple(_ids(each, depth - 1, manifest) for each in value)

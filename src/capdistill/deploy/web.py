@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from capdistill.deploy import manifest as files
-from capdistill.deploy.onnx_captioner import saved_spec
+from capdistill.deploy.constraints import saved_spec
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.files import from_json, system_error, user_path, write_text
 

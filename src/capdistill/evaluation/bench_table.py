@@ -150,9 +150,10 @@ def _rows(found: Bench) -> Iterator[tuple[str, list[str]]]:
 def _how(settings: Mapping[str, Any]) -> str:
     words = settings["words"]
     length = "as long as the models make them" if words is None else f"of {words} tokens"
+    batches = f"batches of {settings['batch_size']}" if settings["batch_size"] else "no batches"
     return (
         f"{settings['threads']} thread(s); {settings['rounds']} rounds in which the models take "
-        f"turns, {settings['images_per_round']} images each; captions {length}; batches of "
-        f"{settings['batch_size']}. Memory is all of a process of its own. A ratio is the median "
-        "of the rounds, with the least and the greatest."
+        f"turns, {settings['images_per_round']} images each; captions {length}; {batches}. Memory "
+        "is all of a process of its own. A ratio is the median of the rounds, with the least and "
+        "the greatest."
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from capdistill.data.pixels import read_pixels
-from capdistill.deploy.manifest import ENCODER, MANIFEST, STEP
+from capdistill.deploy.manifest import ENCODER, STEP, is_exported
 from capdistill.errors import CapdistillError, ConfigError, DataError, require_int, suggest
 from capdistill.evaluation.bench_table import Bench, Measured, Ratio
 from capdistill.evaluation.resources import Latency, disk_bytes
@@ -180,7 +180,7 @@ def _request(
         say(f"Writing {model} with random weights ...")
         _write_random(model, folder)
         kind, place = "transformers" if model.startswith(CONFIG) else "torch", folder
-    elif (place / MANIFEST).is_file():
+    elif is_exported(place):
         kind = "onnx"
     elif not place.is_dir():
         from capdistill import presets

@@ -114,7 +114,8 @@ def library_tokenizer(content: str) -> Any:
     except ImportError as error:
         raise MissingExtra(
             "Encoding subwords needs the package tokenizers, which is not installed. Install "
-            'the extra: pip install "capdistill[hf]"'
+            'the extra (pip install "capdistill[hf]"), or where an exported captioner runs without '
+            "torch, the package alone: pip install tokenizers"
         ) from error
     return library_call(lambda: Tokenizer.from_str(content))
 

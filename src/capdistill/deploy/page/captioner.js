@@ -8,12 +8,17 @@ import { makeDecoder } from "./text.js";
 
 const DIRECTORY = "model";
 const GRAPHS = ["encoder.onnx", "step.onnx"];
+const SIMD = Uint8Array.of( // the smallest module with an instruction of SIMD
+  0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15,
+  253, 98, 11,
+);
 
 /** Load onnxruntime-web and the captioner beside this page.
  *
  * @param {function(number): void} onProgress - Is told the share that has arrived, from 0 to 1.
  */
 export async function loadCaptioner(onProgress = () => {}) {
+  requireBrowser();
   const page = await loadJson("page.json");
   const manifest = await loadManifest(DIRECTORY);
   const ort = await loadRuntime(page.onnxruntime);
@@ -30,6 +35,20 @@ export async function loadCaptioner(onProgress = () => {}) {
     sessions.push(await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] }));
   }
   return new Captioner(ort, manifest, spec, decode, ...sessions);
+}
+
+/** Throws where the browser lacks what the captioner needs. */
+function requireBrowser() {
+  const needed = {
+    "WebAssembly with SIMD": globalThis.WebAssembly?.validate(SIMD),
+    OffscreenCanvas: globalThis.OffscreenCanvas,
+  };
+  for (const name of Object.keys(needed).filter((each) => !needed[each])) {
+    throw new Error(
+      `This browser has no ${name}, or does not allow it on this page. Use a browser of 2024 or ` +
+        "later; a phone in Lockdown Mode can exclude the page from it.",
+    );
+  }
 }
 
 async function loadRuntime({ module, wasm }) {

@@ -5,6 +5,7 @@ import { offerCamera } from "./camera.js";
 const element = (id) => document.getElementById(id);
 let number = 0; // of the photo that is shown
 let ready = false;
+let failure = null; // why there is no captioner
 
 /** Show a photo and have it captioned. */
 async function show(photo) {
@@ -15,8 +16,16 @@ async function show(photo) {
   element("photo").alt = "Your photo";
   element("result").hidden = false;
   for (const id of ["caption", "time", "spoken"]) element(id).textContent = "";
+  if (failure) return say(failure, true);
   say(ready ? "Looking …" : "The photo is captioned as soon as the captioner is loaded.");
-  (await worker).postMessage({ number: mine, photo });
+  (await worker)?.postMessage({ number: mine, photo });
+}
+
+/** Say why photos cannot be captioned, now and for every later photo. */
+function fail(reason) {
+  failure = reason;
+  element("loading").hidden = true;
+  say(reason, true);
 }
 
 function say(text, isError = false) {
@@ -26,15 +35,18 @@ function say(text, isError = false) {
 
 function onMessage({ data }) {
   if ("share" in data) element("progress").value = data.share;
-  if ("ready" in data || "failed" in data) element("loading").hidden = true;
-  if ("failed" in data) say(data.failed, true);
+  if ("failed" in data) fail(data.failed);
   if ("ready" in data) {
     ready = true;
+    element("loading").hidden = true;
     element("name").textContent = data.ready;
     say(number ? "Looking …" : "Ready.");
   }
   if (data.number !== number) return;
-  if ("unreadable" in data) say(data.unreadable, true);
+  if ("unreadable" in data) {
+    element("result").hidden = true;
+    say(data.unreadable, true);
+  }
   if ("text" in data) element("caption").textContent = data.text;
   if ("seconds" in data) {
     say("");
@@ -48,10 +60,22 @@ async function startWorker() {
   say("Loading the captioner …");
   element("loading").hidden = false;
   await keepOffline();
-  const made = new Worker("worker.js", { type: "module" });
-  made.onmessage = onMessage;
-  made.onerror = (event) => say(`The captioner stopped: ${event.message || "unknown cause"}.`, true);
-  return made;
+  try {
+    const made = new Worker("worker.js", { type: "module" });
+    made.onmessage = onMessage;
+    made.onerror = (event) => fail(cannotStart(event.message));
+    return made;
+  } catch (error) {
+    return fail(cannotStart(error.message));
+  }
+}
+
+/** Browsers do not say which script of a worker is missing. */
+function cannotStart(cause) {
+  return (
+    `The captioner cannot run (${cause || "one of its scripts cannot be loaded"}). Copy all files ` +
+    "of the page to the server again, or use a browser of 2024 or later."
+  );
 }
 
 /** Let a service worker keep the files, for visits without a network. */

@@ -25,7 +25,8 @@ onmessage = async ({ data: { number, photo } }) => {
     postMessage({ number, text, seconds: (performance.now() - began) / 1000 });
   } catch (error) {
     const unreadable = error.name === "InvalidStateError" || error.name === "EncodingError";
-    const advice = "This browser cannot read the file as an image. Save it as JPEG or PNG.";
+    const advice =
+      "This browser cannot read the file as an image. Save it as JPEG or PNG; few browsers read HEIC.";
     postMessage({ number, unreadable: unreadable ? advice : error.message });
   }
 };
