@@ -81,6 +81,15 @@ def test_bench_passes_its_options_on(
     assert (given["words"], given["reference"], given["rounds"]) == (None, "mine", 5)
 
 
+def test_bench_ends_with_an_error_where_a_model_failed(
+    photos: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = {"mine": "no memory"}
+    monkeypatch.setattr(benchmark, "bench", lambda *_, **__: Bench({}, {}, "a", {}, failed))
+    assert main(["bench", "mine=debug_student", "--images", photos[0], "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["failed"] == failed
+
+
 def test_models_of_bench_by_name_and_place(saved: Path, tmp_path: Path) -> None:
     assert _named("a=b/c") == ("a", "b/c")
     assert _named("b/c") == ("b/c", "b/c")

@@ -37,6 +37,8 @@ MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beam": {"beam_size": 3, "num_return": 3},
     "exact": {"beam_size": 2, "early_stopping": "never", "length_normalisation": "gnmt"},
+    "wide": {"beam_size": 20, "num_return": 20, "max_length": 3},  # more than words
+    "short": {"beam_size": 2, "max_length": 1},
     "groups": {"beam_size": 4, "beam_groups": 2, "diversity_penalty": 0.5, "num_return": 2},
     "sample": {"sample": True, "num_return": 3, "temperature": 2.0, "top_p": 0.9, "seed": 5},
     "words": {

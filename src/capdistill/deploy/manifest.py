@@ -240,7 +240,9 @@ def _read_content(path: Path) -> dict[str, Any]:
             f"version reads formats up to {FORMAT}. Upgrade capdistill, or export with this one."
         )
     if form != FORMAT or isinstance(form, bool):
-        raise CheckpointError(f"{path} has format {shortened(form)}; expected {FORMAT}.")
+        raise CheckpointError(
+            f"{path} has format {shortened(form)}; expected {FORMAT}. Export the captioner again."
+        )
     given = content.pop("checksum", None)
     if given != _checksum(content):
         raise CheckpointError(
