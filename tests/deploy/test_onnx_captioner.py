@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,13 @@ def test_an_image_gets_the_same_caption_alone_and_in_a_batch(
     together = loaded.caption(noise(), **MODES[mode])
     assert together == [loaded.caption(each, **MODES[mode]) for each in noise()]
     assert together == loaded.caption(noise(), batch_size=2, **MODES[mode])
+
+
+def test_threads_of_a_program_share_it(loaded: OnnxCaptioner) -> None:
+    expected = loaded.caption(noise(), **MODES["beam"])
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: loaded.caption(noise(), **MODES["beam"]), range(8)))
+    assert found == [expected] * 8
 
 
 def forms(folder: Path) -> Iterator[Any]:
