@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from capdistill.files import user_path
 from capdistill.progress import report
 
 HUB = "hf:"  # before a name on the Hugging Face Hub
+_KILLED = -9  # by SIGKILL, which Windows does not have
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -264,7 +264,7 @@ class _Process:
         self._process.wait()
         self._errors.seek(0)
         last = _last_line(self._errors.read())
-        if self._process.returncode == -signal.SIGKILL:
+        if self._process.returncode == _KILLED:
             return f"its process was killed, as the system does where memory is short ({last})"
         return f"its process ended ({self._process.returncode}): {last}"
 
