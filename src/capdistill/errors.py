@@ -334,6 +334,9 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     if problem["type"] in ("model_type", "model_attributes_type"):
         known = ", ".join(_options_at(cls, problem["loc"]))
         return f"option '{name}' was given {problem['input']!r}: expected an object with {known}."
+    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+        known = suggest(problem["input"], re.findall("'([^']*)'", problem["ctx"]["expected"]))
+        return f"option '{name}' was given {problem['input']!r}. {known}"
     if problem["type"] == "missing":
         return f"option '{name}' must be given."
     if problem["type"] == "value_error" and not name:

@@ -35,6 +35,17 @@ def test_a_config_of_another_kind_is_refused(saveable: Make, config: Any) -> Non
         Trainer(saveable(), config)
 
 
+def test_names_may_be_a_list_or_text_with_commas() -> None:
+    given: Any = {"metrics": "bleu,cider_d"}
+    assert TrainConfig(**given).metrics == TrainConfig(metrics=("bleu", "cider_d")).metrics
+
+
+def test_an_option_of_a_weighting_is_suggested_among_the_terms() -> None:
+    models, weights = (tiny.make_teacher(), tiny.make_student()), {"learning_rat": 0.1}
+    with pytest.raises(ConfigError, match="no term 'learning_rat'. Did you mean 'learning_rate'"):
+        Distiller(*models, weights=Uncertainty(weights), **OPTIONS)
+
+
 def test_decoding_options_beside_an_unusable_generation_are_refused(saveable: Make) -> None:
     wrong: Any = "beam"
     with pytest.raises(ConfigError, match="generation"):

@@ -161,6 +161,11 @@ def parse_run(cls: type[R], values: Mapping[str, Any]) -> R:
     """
     checked = dict(values)
     options: Any = cls.model_fields["train"].annotation
+    for key in options.model_fields.keys() & values.keys() - cls.model_fields.keys():
+        raise ConfigError(
+            f"run file: '{key}' is an option of training. Write it as train.{key}, or in the "
+            'section "train".'
+        )
     checked["data"] = parse_data(values.get("data"))
     checked["train"] = _with_monitored(parse_section(options, values.get("train") or {}, "train"))
     if "tokenizer" in cls.model_fields and values.get("tokenizer") is not None:

@@ -75,7 +75,8 @@ class Objective(nn.Module):
         super().__init__()
         _require_untrained(losses)
         base = weights.base if isinstance(weights, Weighting) else weights
-        self.weights = check_weights(base, losses)
+        options = weights.options if isinstance(weights, Weighting) else ()
+        self.weights = check_weights(base, losses, options)
         self._base: dict[str, float] = {}  # of the current step
         self.student = student
         self.losses = nn.ModuleDict({k: loss for k, loss in losses.items() if k in self.weights})
@@ -279,12 +280,19 @@ class Objective(nn.Module):
         return cast("Iterator[tuple[str, DistillationLoss]]", iter(self.losses.items()))
 
 
-def check_weights(weights: Mapping[str, Any], losses: Iterable[str]) -> dict[str, Schedule]:
+def check_weights(
+    weights: Mapping[str, Any], losses: Iterable[str], options: Iterable[str] = ()
+) -> dict[str, Schedule]:
     """The weights of the terms to build: each has its term, none is negative, 0 is left out.
 
     Example:
         >>> check_weights({"ce": 1, "token": [0.7, 0.1], "hidden": 0.0}, ["token", "hidden"])
         {'ce': 1.0, 'token': (0.7, 0.1)}
+
+    Args:
+        weights: By term.
+        losses: The terms beside "ce".
+        options: Names that may stand beside the weights, for the message.
 
     Raises:
         ConfigError: otherwise, with the names that exist.
@@ -292,7 +300,9 @@ def check_weights(weights: Mapping[str, Any], losses: Iterable[str]) -> dict[str
     known = ["ce", *losses]
     for name in weights:
         if name not in known:
-            raise ConfigError(f"weights: there is no term '{name}'. {suggest(name, known)}")
+            raise ConfigError(
+                f"weights: there is no term '{name}'. {suggest(name, [*known, *options])}"
+            )
     checked = {
         name: check_schedule(f"weights: '{name}'", weight) for name, weight in weights.items()
     }

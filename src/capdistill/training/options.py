@@ -13,14 +13,20 @@ from capdistill.errors import as_float
 
 
 class Options(BaseModel):
-    """Options that take no True, text or NaN for a number, and no number for a bool."""
+    """Options that take no True, text or NaN for a number, and no number for a bool.
+
+    Names may be a list, or text with commas between them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _exact(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if annotation == tuple[str, ...] and isinstance(value, str):
+            return tuple(value.replace(",", " ").split())
+        kinds = _kinds(annotation)
         wanted = "a finite number" if float in kinds else "a whole number"
         if not kinds & {int, float}:
             wanted = "true or false" if bool in kinds else ""
