@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -151,6 +153,24 @@ def test_one_process_at_a_time_writes_a_file(
     assert cd.teachers.caption(teacher, pictures, file, batch_size=8, **QUIET).references == (
         made.references
     )
+
+
+def test_a_full_disk_is_named_and_the_same_call_continues(
+    pictures: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, file = Scripted(script(pictures)), tmp_path / "c.jsonl"
+
+    def full(row: Row) -> bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def captioned() -> TeacherCaptions:
+        return cd.teachers.caption(teacher, pictures, file, batch_size=2, **QUIET)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Row, "line", full)
+        with pytest.raises(ConfigError, match=r"c\.jsonl: No space left .*same call continues"):
+            captioned()
+    assert captioned().references == pictures.references
 
 
 def test_captions_are_those_that_the_teacher_generates(

@@ -42,7 +42,7 @@ def test_names_may_be_a_list_or_text_with_commas() -> None:
 
 def test_an_option_of_a_weighting_is_suggested_among_the_terms() -> None:
     models, weights = (tiny.make_teacher(), tiny.make_student()), {"learning_rat": 0.1}
-    with pytest.raises(ConfigError, match="no term 'learning_rat'. Did you mean 'learning_rate'"):
+    with pytest.raises(ConfigError, match=r"no term 'learning_rat'\. Did you mean 'learning_rate'"):
         Distiller(*models, weights=Uncertainty(weights), **OPTIONS)
 
 

@@ -380,3 +380,16 @@ def require_some(examples: Sequence[object], name: str, report: DataReport, fix:
     """Reject a data set in which nothing can be used, with the reasons and the fix."""
     if not examples:
         raise DataError(f"{name}: no image with a caption can be used. {fix}\n{report}")
+
+
+def require_data(function: str, data: object) -> None:
+    """Refuse what is no data set of ours, whose images have ids.
+
+    Raises:
+        DataError: names what was given.
+    """
+    if not isinstance(data, CaptionData):
+        raise DataError(
+            f"{function}: {type(data).__name__} was given as data; expected one split of a "
+            "capdistill data set, such as data.train or cd.data.Images(folder)."
+        )

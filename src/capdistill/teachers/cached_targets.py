@@ -9,7 +9,7 @@ from typing import Any
 
 from capdistill.captioner import Captioner, require_loaded
 from capdistill.compatibility import image_size as largest_size
-from capdistill.data.dataset import CaptionData
+from capdistill.data.dataset import CaptionData, require_data
 from capdistill.data.rows import accept_rows
 from capdistill.errors import ConfigError, require_bool, require_int, require_number, suggest
 from capdistill.feature_files import CacheType, default_cache_dir
@@ -20,7 +20,6 @@ from capdistill.runtime import pick_device, pick_precision
 from capdistill.saving import ENSEMBLE, TARGETS, require_no_other
 from capdistill.teachers.cached import CachedTeacher
 from capdistill.teachers.cached_writer import Words, Writer
-from capdistill.teachers.caption_file import require_data
 from capdistill.teachers.ensemble import Ensemble, leaves
 from capdistill.teachers.mean_teacher import MeanTeacher
 

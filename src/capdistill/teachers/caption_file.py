@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from capdistill.data.caption_files import DataReport, Problem, pluralize
-from capdistill.data.dataset import CaptionData, Example
+from capdistill.data.dataset import CaptionData, Example, require_data
 from capdistill.data.rows import accept_rows
 from capdistill.errors import ConfigError, DataError, require_int, require_number, suggest
 from capdistill.files import DirectoryLock, from_json, user_path, write_text
@@ -130,19 +130,6 @@ def _score(rows: Mapping[str, Row], data: CaptionData) -> None:
     for image, row in rows.items():
         if scorer is not None and image in known:
             row.cider_d = scorer.rewards([image] * len(row.captions), row.captions).tolist()
-
-
-def require_data(function: str, data: object) -> None:
-    """Refuse what is no data set of ours; the rows of the file name its images.
-
-    Raises:
-        DataError: names what was given.
-    """
-    if not isinstance(data, CaptionData):
-        raise DataError(
-            f"{function}: {type(data).__name__} was given as data; expected one split of a "
-            "capdistill data set, such as data.train or cd.data.Images(folder)."
-        )
 
 
 class TeacherCaptions(CaptionData):
@@ -406,13 +393,22 @@ def read_rows(file: Path, cut: bool = False) -> dict[str, Row]:
 
 
 def append_rows(file: Path, batches: Iterable[Sequence[Row]], rows: dict[str, Row]) -> None:
-    """Add the rows of images that have none, a batch at a time."""
-    with open(file, "ab") as stream:
-        for batch in batches:
-            new = [row for row in batch if row.image_id not in rows or _retried(row, rows)]
-            stream.write(b"".join(row.line() for row in new))
-            stream.flush()
-            rows |= {row.image_id: row for row in new}
+    """Add the rows of images that have none, a batch at a time.
+
+    Raises:
+        ConfigError: the file cannot be written; the rows so far stay.
+    """
+    for batch in batches:
+        new = [row for row in batch if row.image_id not in rows or _retried(row, rows)]
+        try:
+            with open(file, "ab") as stream:
+                stream.write(b"".join(row.line() for row in new))
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot write {file}: {error.strerror or error}. The captions written so far are "
+                "kept: make room, and the same call continues."
+            ) from error
+        rows |= {row.image_id: row for row in new}
 
 
 def _retried(row: Row, rows: Mapping[str, Row]) -> bool:

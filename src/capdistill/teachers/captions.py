@@ -18,7 +18,7 @@ from torch import nn
 from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
 from capdistill.data.caption_files import DataReport, pluralize
-from capdistill.data.dataset import CaptionData
+from capdistill.data.dataset import CaptionData, require_data
 from capdistill.data.loader import Loader
 from capdistill.data.rows import accept_rows
 from capdistill.encoders.base import Encoder
@@ -48,7 +48,6 @@ from capdistill.teachers.caption_file import (
     read_captions,
     read_rows,
     remove_if_empty,
-    require_data,
 )
 from capdistill.teachers.ensemble import Ensemble, leaves
 from capdistill.weights import StateOf

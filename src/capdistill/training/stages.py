@@ -13,11 +13,11 @@ from torch import Tensor
 
 from capdistill.averaging import average_weights
 from capdistill.captioner import Captioner
+from capdistill.data.dataset import require_data
 from capdistill.errors import ConfigError, require_number, shortened, suggest
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
 from capdistill.saving import hash_weights
-from capdistill.teachers.caption_file import require_data
 from capdistill.teachers.captions import caption, check_options
 from capdistill.training.chain import ChainRow, ChainTable, history_row, naming, scores_of
 from capdistill.training.config import DistillConfig, SelfCriticalConfig, TrainConfig
