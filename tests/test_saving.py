@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -481,8 +482,16 @@ def test_a_truncated_file_is_named(saved, name):
 
 
 def test_a_directory_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nowhere.captioner\.json does not describe"):
+    with pytest.raises(CheckpointError, match=r"no directory .*nowhere\. .*captioner\.json"):
         Captioner.load(tmp_path / "nowhere")
+
+
+def test_the_best_of_a_run_is_named_where_the_run_itself_was_given(saved, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(saved, run / "best")
+    with pytest.raises(CheckpointError, match=r"run holds no .*captioner\. Give .*run.best"):
+        Captioner.load(run)
 
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path):

@@ -70,6 +70,13 @@ def read_manifest(
         if content.get("format") != form:
             raise ValueError(f"format {content.get('format')!r}")
         check(content)
+    except FileNotFoundError as error:
+        place, best = path.parent, path.parent / "best"
+        noun = what.removeprefix("a ").removeprefix("an ")
+        found = f"{place} holds no {noun}" if place.is_dir() else f"There is no directory {place}"
+        fix = f"a directory written by {writer}, with a file {path.name}"
+        fix = f"{best}, the best of the run" if (best / path.name).is_file() else fix
+        raise CheckpointError(f"{found}. Give {fix}.") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} does not describe {what} ({type(error).__name__}: {error}). Expected a "
@@ -246,14 +253,6 @@ def lock(stream: IO[bytes]) -> None:
         import fcntl
 
         fcntl.flock(stream, fcntl.LOCK_EX)
-
-
-def append_bytes(path: Path, data: bytes) -> None:
-    """Add bytes to a file; they are on the disk when the function returns."""
-    with open(path, "ab") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def json_checksum(value: Any) -> int:

@@ -96,7 +96,7 @@ def test_what_cannot_be_measured_is_a_note_and_the_rest_is_there() -> None:
     assert found.latency_ms is not None
     assert found.latency_ms.n == 2
     assert found.peak_memory_bytes is None
-    assert any("does not describe a captioner" in note for note in found.notes)
+    assert any("holds no captioner" in note for note in found.notes)
 
 
 def test_time_is_taken_one_image_at_a_time_after_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -375,7 +375,7 @@ def test_the_directory_alone_gives_the_teacher(data: CaptionData, tmp_path: Path
     assert torch.equal(cached(batch).logits, loaded(batch).logits)
     assert loaded.weights == cached.weights
     assert isinstance(loaded.members["one"], CachedTeacher)
-    with pytest.raises(CheckpointError, match=r"does not describe cached targets"):
+    with pytest.raises(CheckpointError, match=r"holds no cached targets"):
         CachedTeacher(tmp_path)
 
 

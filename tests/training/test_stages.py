@@ -177,6 +177,38 @@ def test_a_stage_that_cannot_go_on_is_named_and_goes_on_with_the_changes(
     assert table.rows[0].epochs == 3
 
 
+def test_captions_come_from_the_cache_only_where_the_teacher_has_one(
+    saveable: Make, colours: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+
+    def caption(teacher: Any, data: CaptionData, path: Path, **options: Any) -> CaptionData:
+        given.append(options["cache_features"])
+        return data
+
+    monkeypatch.setattr("capdistill.training.stages.caption", caption)
+    wrapped = cd.teachers.wrap(tiny.make_teacher(), lambda m, batch: m(batch), tiny.TOKENIZER)
+    for number, teacher in enumerate((tiny.make_teacher(trainable=False), wrapped)):
+        for cached in (True, False):
+            stages = [{"method": "train", "captions": CAPTIONS, "cache_features": cached}]
+            options = {"teacher": teacher, "stages": stages, "cache_dir": tmp_path / "cache"}
+            run(saveable(trainable=False), colours, tmp_path / f"{number}{cached}", **options)
+    assert given == [True, False, False, False]
+
+
+def test_what_cannot_caption_or_be_cached_is_refused_before_anything_is_trained(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    wrapped = cd.teachers.wrap(tiny.make_teacher(), lambda m, batch: m(batch), tiny.TOKENIZER)
+    targets = cd.teachers.cache(tiny.make_teacher(), colours, tmp_path / "targets", **tiny.QUIET)
+    captions = {**CAPTIONS, "cache_features": True}
+    for teacher, message in ((targets, "cannot caption images"), (wrapped, "no encoder that can")):
+        stages = [STAGES[0], {"method": "train", "name": "late", "captions": captions}]
+        with pytest.raises(ConfigError, match=rf"stage 2 \('late'\): .*{message}"):
+            run(saveable(), colours, tmp_path / "out", stages=stages, teacher=teacher)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stage_whose_start_has_changed_is_refused_until_the_change_is_accepted(
     saveable: Make, colours: CaptionData, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from capdistill.data.dataset import CaptionData
 from capdistill.data.image_keys import image_contents
 from capdistill.errors import CheckpointError, ConfigError, DataError
-from capdistill.files import append_bytes, lock, read_manifest, write_text
+from capdistill.files import lock, read_manifest, write_text
 from capdistill.saving import TARGETS
 from capdistill.teachers.cached_index import Block, Column, Index, Line, with_checks
 
@@ -203,6 +203,14 @@ def read_content(directory: Path) -> dict[str, Any]:
 
     writer = "capdistill.teachers.cache"
     return read_manifest(directory / TARGETS, FORMAT, "cached targets", writer, check)
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Add bytes to a file; they are on the disk when the function returns."""
+    with open(path, "ab") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextmanager

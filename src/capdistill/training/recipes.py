@@ -73,7 +73,7 @@ _RECIPES["best_small"] = {
             **_SUPERVISED,
             "method": "distill",
             "name": "sequences",
-            "captions": {"beam_size": 5, "num_return": 3, "mix": 2, "cache_features": True},
+            "captions": {"beam_size": 5, "num_return": 3, "mix": 2},
             "losses": {
                 "token": {"name": "token", "temperature": 1.0},
                 "feature": {"name": "feature", "match": "pooled", "teacher": 0},

@@ -297,6 +297,8 @@ def identity(stepper: Stepper, train: Source | None, val: Source | None = None) 
         found["weights"] = adapted
     if stepper.start_weights is not None:
         found[START] = stepper.start_weights
+    if config.quantize is not None:
+        found["quantize"] = config.quantize
     found["label_smoothing"] = config.label_smoothing
     found["monitor"] = config.monitor
     found["vocabulary"] = _digest([repr(list(stepper.captioner.tokenizer.vocabulary))])

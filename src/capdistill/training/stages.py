@@ -18,7 +18,9 @@ from capdistill.errors import ConfigError, require_number, shortened, suggest
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig
 from capdistill.saving import hash_weights
-from capdistill.teachers.captions import caption, check_options
+from capdistill.teachers.cached import cached_parts
+from capdistill.teachers.captions import cache_key, caption, check_options
+from capdistill.teachers.ensemble import leaves
 from capdistill.training.chain import ChainRow, ChainTable, history_row, naming, scores_of
 from capdistill.training.config import DistillConfig, SelfCriticalConfig, TrainConfig
 from capdistill.training.distiller import Distiller, Teacher, as_teacher
@@ -84,10 +86,10 @@ def run_stages(
             "self_critical" (`SelfCritical`), or "average". "name": of its directory; the method by
             default. "losses" and "weights": as for that trainer; `reward` too, for the last.
             "captions": the stage learns from captions of the teacher of all stages, with these
-            arguments of `capdistill.teachers.caption`; device, precision, cache_dir and progress
-            are those of the trainer by default. "teacher" and "train": instead of those of all
-            stages, such as cached targets of the same teacher, for the losses of the stage.
-            Everything else is an option of its trainer.
+            arguments of `capdistill.teachers.caption`; device, precision, cache_dir, progress and,
+            where it is possible, cache_features are those of the trainer by default. "teacher" and
+            "train": instead of those of all stages, such as cached targets of the same teacher,
+            for the losses of the stage. Everything else is an option of its trainer.
             "average" trains nothing: the student gets the mean of its weights after the earlier
             stages that "of" names, with "weights" (`average_weights`).
         out: Directory of the stages, and of the returned table in stages.json.
@@ -129,7 +131,11 @@ def run_stages(
             else:
                 trainer, data = _make(stage, student, taught, options), stage.get("train", train)
                 if "captions" in stage:
-                    given = {**_shared(trainer), "overwrite": overwrite, **stage["captions"]}
+                    given = {
+                        **_shared(trainer, taught),
+                        "overwrite": overwrite,
+                        **stage["captions"],
+                    }
                     data = caption(taught, data, directory / f"{place}.jsonl", **given)
                 begun = "auto" if resume is True and number > 1 else resume
                 if number > 1:
@@ -177,11 +183,18 @@ def _digest(student: Captioner) -> str:
     return hash_weights({name.replace("_orig_mod.", ""): value for name, value in state.items()})
 
 
-def _shared(trainer: Trainer) -> dict[str, Any]:
+def _shared(trainer: Trainer, teacher: Any) -> dict[str, Any]:
     """The options of a trainer that its captioning has too."""
     config = trainer.config
     same = {name: getattr(config, name) for name in ("device", "precision", "cache_dir")}
-    return {**same, "progress": config.progress is not False}
+    cached = bool(config.cache_features) and _can_cache(teacher)
+    return {**same, "cache_features": cached, "progress": config.progress is not False}
+
+
+def _can_cache(teacher: Any) -> bool:
+    """Whether an encoder in the teacher has features that can be cached."""
+    models = () if teacher is None else leaves(teacher)
+    return any(cache_key(model) is not None for model in models)
 
 
 def _checked(stages: Any) -> list[dict[str, Any]]:
@@ -284,6 +297,16 @@ def _make(
                     'arguments of capdistill.teachers.caption, such as {"beam_size": 5}.'
                 )
             check_options(**stage["captions"])
+            for cached in cached_parts(captions_of):
+                raise ConfigError(
+                    f"captions: '{cached.name}' has cached targets and cannot caption images. Give "
+                    "the teacher itself to all stages, and the targets to those with losses on it."
+                )
+            if stage["captions"].get("cache_features") and not _can_cache(captions_of):
+                raise ConfigError(
+                    "captions: cache_features=True, but the teacher has no encoder that can be "
+                    "cached. Set cache_features=False."
+                )
         if (teacher is None and method == "distill") or (
             captions_of is None and "captions" in stage
         ):
