@@ -216,10 +216,12 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 def _add_settings(parser: argparse.ArgumentParser, recipes: bool) -> None:
     group = parser.add_argument_group("configuration")
     if recipes:
+        from capdistill.training.recipes import RECIPES
+
         group.add_argument(
             "--recipe",
             metavar="NAME",
-            help="start from the losses, weights and options of a recipe",
+            help="start from the losses, weights and options of a recipe: " + ", ".join(RECIPES),
         )
     group.add_argument(
         "--config", metavar="FILE", help="start from a run file, such as that of an earlier run"

@@ -55,7 +55,8 @@ example:
       --set losses.token.temperature=2 --set weights.ce=0.5 --out runs/student-2
   capdistill distill --config runs/student/config.json --out runs/again    # the same run again
   capdistill distill --resume --out runs/student                 # continue an interrupted run
-  capdistill distill --recipe flickr8k_small --data flickr8k --out runs/small    # all in one"""
+  capdistill distill --recipe flickr8k_small --data flickr8k --out runs/small    # all in one
+  capdistill distill --recipe best_small --teacher runs/a runs/b --data flickr8k --out runs/best"""
 _CHECK = """\
 example:
   capdistill check --teacher runs/teacher --student lite0_lstm --data flickr8k"""

@@ -45,6 +45,9 @@ def read_captions(
 ) -> TeacherCaptions:
     """Training data with the captions that `caption`, or another program, wrote to a file.
 
+    Example:
+        >>> read_captions("api.jsonl", data.train, mix=1)  # doctest: +SKIP
+
     Args:
         path: The file of `caption`; or captions of any other origin, such as an API: JSON Lines or
             JSON, by the id of the image or the name of its file (see `foreign_captions.py`).

@@ -105,6 +105,7 @@ _MODELS: dict[str, dict[str, Any]] = {
 _MODELS["best_small"] = {
     key: _MODELS["flickr8k_small"][key] for key in ("tokenizer", "student", "encoder")
 }
+RECIPES = tuple(_RECIPES)  # the names
 
 
 def recipe(name: str) -> dict[str, Any]:
