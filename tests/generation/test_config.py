@@ -36,6 +36,7 @@ from capdistill.training.config import TrainConfig
         ({"diversity_penalty": 0.5}, "but beam_groups=1. Use beam_groups=2 or more"),
         ({"min_length": 9, "max_length": 8}, "min_length=9 words do not fit max_length=8"),
         ({"banned_words": "dog"}, r"banned_words='dog' is one string; give \['dog'\]"),
+        ({"not_last": ["functionwords"]}, r"expected a list of words or 'function_words'"),
         ({"not_last": "dog"}, r"not_last='dog' is one string; give \['dog'\]"),
         ({"early_stopping": "always"}, "early_stopping"),
     ],
@@ -136,3 +137,8 @@ def test_scalars_of_numpy_and_whole_numbers_for_floats_are_accepted():
 def test_options_of_training_are_as_strict(name, value):
     with pytest.raises(ConfigError, match=f"'{name}' was given"):
         parse(TrainConfig, {name: value}, "fit")
+
+
+def test_a_list_of_the_name_of_a_set_of_words_is_that_set():
+    assert cd.GenerationConfig(not_last=["function_words"]).not_last == "function_words"
+    assert cd.GenerationConfig(not_last=["function"]).not_last == ("function",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,18 @@ from capdistill import (
     WordTokenizer,
 )
 from capdistill.data import CaptionData, Loader
-from capdistill.errors import ConfigError, DataError
+from capdistill.errors import CheckpointError, ConfigError, DataError
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import Batch, CaptionerOutput
 from capdistill.runtime import pick_device
-from capdistill.training import GradNorm, LossRatio, TrainConfig, Uncertainty, model_difficulty
+from capdistill.training import (
+    Callback,
+    GradNorm,
+    LossRatio,
+    TrainConfig,
+    Uncertainty,
+    model_difficulty,
+)
 from tests.training import tiny_models as tiny
 
 OPTIONS: dict[str, Any] = {**tiny.QUIET, "batch_size": 2, "epochs": 1}
@@ -124,6 +132,23 @@ def test_a_callback_whose_event_is_no_function_is_refused(saveable: Make) -> Non
 
     with pytest.raises(ConfigError, match="callbacks"):
         Trainer(saveable(), **OPTIONS).fit([], callbacks=[Wrong()])
+
+
+def test_a_callback_with_a_method_that_no_event_calls_is_refused(saveable: Make) -> None:
+    class Elsewhere(Callback):
+        def on_epoch_end(self, trainer: Any, row: Any) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"'on_epoch_end' of Elsewhere .*Did you mean 'on_epoch'"):
+        Trainer(saveable(), **OPTIONS).fit([], callbacks=[Elsewhere()])
+
+
+def test_another_objective_is_named_before_what_the_optimizer_holds(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    Trainer(saveable(), **OPTIONS).fit(colours, out=tmp_path)
+    distiller = Distiller(tiny.make_teacher(), saveable(), losses={"hidden": "hidden"}, **OPTIONS)
+    with pytest.raises(CheckpointError, match=r"losses\.hidden: absent -> "):
+        distiller.fit(colours, out=tmp_path, resume=True)
 
 
 def test_a_source_without_start_is_refused_before_the_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -233,6 +234,9 @@ def _exact(name: str, annotation: Any, value: Any) -> Any:
     elif isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
         value = tuple(value)
         right = tuple in kinds and all(isinstance(word, str) for word in value)
+        sets = [kind for kind in kinds if isinstance(kind, str)]  # named sets of words
+        if right and len(value) == 1 and difflib.get_close_matches(value[0], sets, 1, 0.85):
+            value, right = value[0], value[0] in sets
     elif isinstance(value, str):
         right = str in kinds or value in kinds
     else:

@@ -22,7 +22,7 @@ import torch
 
 from capdistill.captioner import Captioner
 from capdistill.data.source import Source, skipped_images
-from capdistill.errors import CheckpointError, ConfigError
+from capdistill.errors import CheckpointError, ConfigError, suggest
 from capdistill.files import printable
 from capdistill.progress import on_terminal, report
 from capdistill.saving import WEIGHTS, read_weights, saved_file
@@ -108,6 +108,10 @@ def check_callbacks(callbacks: Any) -> None:
             f"fit: callbacks={callbacks!r:.200} was given. Expected a list of objects with some of "
             f"{', '.join(EVENTS)}."
         )
+    for each in (each for each in several if isinstance(each, Callback)):
+        for name in (n for n in dir(each) if n.startswith("on_") and n not in EVENTS):
+            kind = type(each).__name__
+            raise ConfigError(f"fit: '{name}' of {kind} is no event. {suggest(name, EVENTS)}")
 
 
 def is_logged(row: Row, config: TrainConfig) -> bool:

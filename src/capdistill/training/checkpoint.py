@@ -205,8 +205,8 @@ def restore(
         CheckpointError: the state belongs to another run; nothing was changed.
     """
     assert stepper.optimizer is not None
+    _require_same_run(who, state["identity"], accept_changes)  # names causes: it comes first
     _require_same_groups(stepper.optimizer, state["optimizer"])
-    _require_same_run(who, state["identity"], accept_changes)
     if train is not None:  # a loop of your own finds its place by itself
         _require_same_position(_position(stepper, train), state)
     weights = strip_prefixes(state["objective"], stepper.objective.state_dict())
