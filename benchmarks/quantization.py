@@ -1,10 +1,12 @@
 """What 8 bits cost and save: size, time on one thread, CIDEr-D, and captions alone and in a batch.
 
     python benchmarks/quantization.py CAPTIONER --data flickr8k [--images 1000] [--calibration 128]
+    python benchmarks/quantization.py CAPTIONER --data flickr8k --trained RUN/best --only plain
 
 Exports a saved captioner, quantizes its encoder and its step graph in several ways, and captions
-the validation images with each. The difference of CIDEr-D to float32 has a paired interval. Times
-are seconds of the processor, so that other work on the computer matters little.
+the validation images with each. `--trained` are captioners that were trained further from it with
+quantize="int8" or, to tell what that does, without. The difference of CIDEr-D to float32 has a
+paired interval. Times are seconds of the processor, so that other work matters little.
 """
 
 from __future__ import annotations
@@ -227,6 +229,7 @@ class Bench:
         places = np.random.default_rng(0).permutation(len(data.train))[: options.calibration]
         paths = [data.train.examples[i].path for i in places]
         self.calibration = self.read("calibration", paths)
+        self.calibration_paths = paths
         self.states: dict[Path, dict[str, np.ndarray]] = {}
         self.encoder = self.out / "float32" / "encoder.onnx"
         self.step = self.out / "float32" / "step.onnx"
@@ -237,6 +240,19 @@ class Bench:
             batches = read_batches(paths, self.manifest.image_size, BATCH, "raise")
             np.save(kept, np.concatenate([np.stack(each) for each in batches]))
         return np.load(kept)
+
+    def trained(self, directory: Path, place: int) -> Iterator[Row]:
+        """Another captioner in float32 and in 8 bits, with the ranges of its training if it has."""
+        captioner = cd.Captioner.load(directory)
+        if captioner.tokenizer.vocabulary != self.captioner.tokenizer.vocabulary:
+            raise SystemExit(f"{directory} has another vocabulary.")
+        for quantize in (None, "int8"):
+            out = self.out / f"trained-{place}-{quantize or 'float32'}"
+            images = None if captioner.activation_ranges is not None else self.calibration_paths
+            if not (out / "manifest.json").exists():
+                cd.deploy.export(captioner, out, quantize=quantize, calibration=images)
+            name = f"{directory}: {quantize or 'float32'}"
+            yield self.measure(name, out / "encoder.onnx", out / "step.onnx", True)
 
     def recorded(self) -> list[dict[str, np.ndarray]]:
         """Inputs of the step for 100 calibration images."""
@@ -303,7 +319,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("quantization"), help="files go here")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--calibration", type=int, default=128)
-    parser.add_argument("--only", nargs="*", help="names of variants, all by default")
+    parser.add_argument("--trained", type=Path, nargs="*", default=[], help="other captioners")
+    parser.add_argument("--only", nargs="*", help='names of variants, all by default, or "plain"')
     options = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(options)
@@ -330,7 +347,11 @@ def main() -> None:
     )
     base = bench.measure("float32", bench.encoder, bench.step, True)
     bench.report(base, base)
-    pairs = [(f"both: {each}, rows", each, "rows") for each in encoders]
+    for place, directory in enumerate(options.trained):
+        for row in bench.trained(directory, place):
+            bench.report(row, base)
+    pairs = [("plain", "conv and rows", "rows")]  # as `export` does
+    pairs += [(f"both: {each}, rows", each, "rows") for each in encoders if each != pairs[0][1]]
     pairs += [(f"step: {each}", None, each) for each in steps]
     for name, encoder, step in pairs:
         if options.only and name not in options.only:
@@ -338,7 +359,7 @@ def main() -> None:
         try:
             first = bench.made(encoder or "", bench.encoder, encoders[encoder] if encoder else None)
             word = bench.made(step or "", bench.step, steps[step] if step else None)
-            bench.report(bench.measure(name, first, word, name.startswith("both")), base)
+            bench.report(bench.measure(name, first, word, name.startswith(("both", "plain"))), base)
         except Exception as error:  # the others are measured all the same
             print(f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:90]} |")
 

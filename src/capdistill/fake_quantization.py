@@ -5,6 +5,7 @@ Weights, and the inputs of convolutions and linear layers, are rounded to 8 bits
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from capdistill import int8
 from capdistill.errors import ConfigError
-from capdistill.int8 import Ranges, round_activation, round_rows, round_weight, scale_and_zero
-from capdistill.runtime import evaluating, stable_hash
+from capdistill.int8 import (
+    CONVOLUTIONS,
+    End,
+    Ranges,
+    RoundedProducts,
+    find_ends,
+    round_activation,
+    round_rows,
+    round_weight,
+    scale_and_zero,
+)
+from capdistill.runtime import stable_hash
 
 MOMENTUM = 0.99  # share of a range that a step keeps
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)  # an export rounds behind them
 _OWNER, _DEPTH = "_fake_quantizer", "_fake_quantizer_depth"
 
 
@@ -33,16 +43,17 @@ class Layer:
         name: Its name within the captioner.
         module: It.
         weights: Names of its weights.
-        row: Row of the range of its input; None for what is no convolution.
-        end: What gives its output to others than a convolution: the activation or batch norm
-            behind it, or itself; else None.
+        reads: The name of the range of its input; "" for what is no convolution.
+        writes: The name of the range of its output; "" if its output is not rounded.
+        end: Where its output is rounded.
     """
 
     name: str
     module: nn.Module
     weights: tuple[str, ...]
-    row: int | None = None
-    end: nn.Module | None = None
+    reads: str = ""
+    writes: str = ""
+    end: End | None = None
 
     @property
     def trained(self) -> bool:
@@ -54,11 +65,13 @@ class FakeQuantizer(nn.Module):
     """Rounds a captioner's weights and activations while it is attached to it.
 
     The weights of convolutions, linear and recurrent layers and embeddings are rounded by
-    `round_weight`, the inputs of linear layers by `round_rows`. Inputs of convolutions, and outputs
-    that others read, are rounded by `round_activation` once their range is known. The
-    first convolution, which reads pixels, is left as it is, and so are the inputs of recurrent
-    layers and of a vocabulary projection that is no layer of its own. Parameters, their names and
-    the class of every module do not change: what is saved is an ordinary captioner.
+    `round_weight`, the inputs of linear and recurrent layers by `round_rows`. Inputs of
+    convolutions, and outputs that others read, are rounded by `round_activation` once their range
+    is known. These are the numbers of the export, which takes the ranges. One differs: a recurrent
+    layer that reads a whole caption at once does not round its own states. The first convolution,
+    which reads pixels, and matrices of fewer than `int8.LEAST` entries are left as they are.
+    Parameters, their names and the class of every module do not change: what is saved is an
+    ordinary captioner.
 
     Ranges are extended by what a step has seen on all its batches and ranks: `update` moves them
     by 1 % towards its lowest and highest values. Those of frozen layers are set once.
@@ -83,7 +96,8 @@ class FakeQuantizer(nn.Module):
 
     Attributes:
         ranges: (N, 2) lowest and highest values of each tensor in `names`; NaN until known.
-        names: The name of a convolution for its input, with ".output" for its output.
+        names: The name of a convolution with ".output" for its output, and without for an input
+            that is no such output.
 
     Raises:
         ConfigError: a weight is no ordinary float parameter.
@@ -98,12 +112,10 @@ class FakeQuantizer(nn.Module):
     def __init__(self, captioner: nn.Module) -> None:
         super().__init__()
         layers = list(_layers(captioner))
-        self.names: list[str] = []
-        self._of_names: list[Layer] = []  # the layer of each name
-        for layer in (each for each in layers if each.row is not None):
-            names = [layer.name] if layer.end is None else [layer.name, f"{layer.name}.output"]
-            self.names += names
-            self._of_names += [layer] * len(names)
+        of = {name: each for each in layers for name in (each.reads, each.writes) if name}
+        of |= {each.writes: each for each in layers if each.writes}  # its reader may be another
+        self.names, self._of_names = [*of], [*of.values()]
+        self._rows = {name: row for row, name in enumerate(of)}
         device = next(captioner.parameters()).device
         self.register_buffer("ranges", torch.full((len(self.names), 2), math.nan, device=device))
         self.observing, self.rounding = False, True
@@ -111,7 +123,7 @@ class FakeQuantizer(nn.Module):
         self._undo: list[Callable[[], object]] = []
         self._cache: dict[tuple[str, str], tuple[object, Tensor]] = {}
         self._table: tuple[object, list[bool], Tensor, Tensor] | None = None
-        self._layers = layers
+        self._layers, self._inside = layers, 0
         vars(self)["_captioner"] = captioner  # not as a part of this module
 
     # -- attached or not ---------------------------------------------------------------------------
@@ -126,13 +138,17 @@ class FakeQuantizer(nn.Module):
         decoder = cast("nn.Module", self._captioner.decoder)
         parts = {id(part) for part in decoder.modules()}
         for layer in self._layers:
-            if not (isinstance(layer.module, nn.RNNBase) and id(layer.module) in parts):
-                before, after = partial(self._before, layer), partial(self._leave, layer)
-                first = layer.module.register_forward_pre_hook(before)
-                last = layer.module.register_forward_hook(after, always_call=True)
-                self._undo += [first.remove, last.remove]
+            before, after = partial(self._before, layer), partial(self._leave, layer)
+            first = layer.module.register_forward_pre_hook(before)
+            last = layer.module.register_forward_hook(after, always_call=True)
+            self._undo += [first.remove, last.remove]
             if layer.end is not None:
-                ended = layer.end.register_forward_hook(partial(self._output, layer))
+                module, output = layer.end.module, partial(self._output, layer.writes)
+                ended = (
+                    module.register_forward_pre_hook(output)
+                    if layer.end.before
+                    else module.register_forward_hook(output)
+                )
                 self._undo.append(ended.remove)
         inside = [layer for layer in self._layers if id(layer.module) in parts]
         for name in ("forward", "start", "step"):  # a decoder may use weights without their module
@@ -204,7 +220,8 @@ class FakeQuantizer(nn.Module):
         """
         self._cache.clear()  # weights may have been changed in ways that leave no trace
         unseen = self.ranges.new_full((2,), -math.inf)
-        if not self.names:
+        if not self.names:  # a captioner without convolutions is known as a rounded one, too
+            vars(self._captioner)["activation_ranges"] = {}
             return
         rows = [self.seen.get(row, unseen) for row in range(len(self.names))]
         seen, self.seen = torch.stack(rows), {}  # minus the lowest, and the highest
@@ -258,16 +275,22 @@ class FakeQuantizer(nn.Module):
 
     def _before(self, layer: Layer, module: nn.Module, args: tuple[Any, ...]) -> Any:
         self._enter(layer, module)
-        if isinstance(module, nn.Linear) and args:
-            return (round_rows(args[0]), *args[1:])
-        if layer.row is None or not args:
+        if not args or not isinstance(args[0], Tensor):
             return None
-        return (self._activation(layer.row, args[0]), *args[1:])
+        if layer.reads:
+            return (self._activation(layer.reads, args[0]), *args[1:])
+        by_rows = isinstance(module, nn.Linear) and not self._inside
+        if by_rows or (isinstance(module, nn.RNNBase) and "weight_ih_l0" in layer.weights):
+            return (round_rows(args[0]), *args[1:])
+        return None
 
-    def _output(self, layer: Layer, _: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return self._activation(cast("int", layer.row) + 1, output)
+    def _output(self, name: str, _: nn.Module, args: Any, *output: Tensor) -> Any:
+        if output:
+            return self._activation(name, output[0])
+        return (self._activation(name, args[0]), *args[1:])  # the module reads it
 
-    def _activation(self, row: int, x: Tensor) -> Tensor:
+    def _activation(self, name: str, x: Tensor) -> Tensor:
+        row = self._rows[name]
         if self.observing:
             low, high = torch.aminmax(x.detach())
             seen = torch.stack([-low, high]).float()
@@ -281,9 +304,15 @@ class FakeQuantizer(nn.Module):
     def _whole(self, layers: list[Layer], call: Callable[..., Any], *args: Any, **how: Any) -> Any:
         for layer in layers:
             self._enter(layer, layer.module)
+        tables = ((vars(layer.module), layer.weights) for layer in layers)
+        weights = (table[name] for table, names in tables for name in names)
+        rounding = contextlib.nullcontext() if self._inside else RoundedProducts(weights)
+        self._inside += 1
         try:
-            return call(*args, **how)
+            with rounding:
+                return call(*args, **how)
         finally:
+            self._inside -= 1
             for layer in layers:
                 self._leave(layer, layer.module)
 
@@ -339,65 +368,39 @@ def _restore(module: nn.Module, name: str, before: object) -> None:
 
 
 def _layers(captioner: nn.Module) -> Iterator[Layer]:
-    rows, (first, ends) = 0, _convolutions(cast("nn.Module", captioner.encoder))
+    encoder = cast("nn.Module", captioner.encoder)
+    first, ends, sources = find_ends(encoder)
+    names = {module: f"encoder.{name}" for name, module in encoder.named_modules()}
     for part in ("encoder", "decoder"):
         for name, module in captioner.get_submodule(part).named_modules(prefix=part):
-            weights = () if module is first else _weights_of(module)
-            for key in weights:
-                value = module._parameters.get(key)
-                if value is None or not value.is_floating_point():
-                    raise ConfigError(
-                        f'quantize="int8": {name}.{key} is no floating-point parameter: the layer '
-                        "is parametrized, or quantized already. Undo that, or leave quantize out."
-                    )
-            if isinstance(module, _CONVOLUTIONS) and weights:
-                end = ends.get(module)
-                yield Layer(name, module, weights, rows, end)
-                rows += 1 if end is None else 2
-            elif weights:
+            weights = () if module is first else _weights_of(module, name)
+            if not isinstance(module, CONVOLUTIONS) and weights:
                 yield Layer(name, module, weights)
+            elif weights:
+                end, source = ends.get(module), sources.get(module)
+                reads = name if source is None else f"{names[source]}.output"
+                writes = "" if end is None else f"{name}.output"
+                yield Layer(name, module, weights, reads, writes, end)
 
 
-def _convolutions(encoder: nn.Module) -> tuple[nn.Module | None, dict[nn.Module, nn.Module]]:
-    """The first convolution that runs, and what ends those whose output no other one reads."""
-    ends: dict[nn.Module, nn.Module] = {}
-    called: list[nn.Module] = []
-    outputs: list[tuple[Tensor, nn.Module]] = []  # and the convolution that each is of
-
-    def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        source = next((conv for out, conv in outputs if args and args[0] is out), None)
-        again = module in called
-        called.append(module)
-        if isinstance(module, _CONVOLUTIONS):
-            ends.pop(source, None)  # type: ignore[arg-type]
-            ends[module] = source = module
-        elif source in ends and not isinstance(module, nn.Identity):
-            ends[source] = module  # a batch norm or an activation
-            if again and isinstance(module, _ACTIVATIONS):
-                del ends[source]  # it has other uses
-        if source is not None:
-            outputs.append((output, source))
-
-    kinds = (*_CONVOLUTIONS, *_ACTIVATIONS, nn.modules.batchnorm._BatchNorm, nn.Identity)
-    hooks = [
-        each.register_forward_hook(see) for each in encoder.modules() if isinstance(each, kinds)
-    ]
-    side, device = int(cast("int", encoder.image_size)), next(encoder.parameters()).device
-    shape = (1, len(cast("tuple[float, ...]", encoder.mean)), side, side)
-    try:
-        with evaluating(encoder), torch.no_grad():
-            encoder(torch.zeros(shape, dtype=torch.uint8, device=device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    first = next((module for module in called if isinstance(module, _CONVOLUTIONS)), None)
-    return first, ends
-
-
-def _weights_of(module: nn.Module) -> tuple[str, ...]:
+def _weights_of(module: nn.Module, layer: str) -> tuple[str, ...]:
+    """Names of the weights of a module that are rounded: matrices that are worth it."""
+    names: tuple[str, ...] = ()
     if isinstance(module, nn.RNNBase):
-        return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
-    return ("weight",) if isinstance(module, (*_CONVOLUTIONS, nn.Linear, nn.Embedding)) else ()
+        names = tuple(name for name in module._flat_weights_names if name.startswith("weight"))
+    elif isinstance(module, nn.RNNCellBase):
+        names = ("weight_ih", "weight_hh")
+    elif isinstance(module, (*CONVOLUTIONS, nn.Linear, nn.Embedding)):
+        names = ("weight",)
+    for key in names:
+        value = module._parameters.get(key)
+        if value is None or not value.is_floating_point():
+            raise ConfigError(
+                f'quantize="int8": {layer}.{key} is no floating-point parameter: the layer '
+                "is parametrized, or quantized already. Undo that, or leave quantize out."
+            )
+    least = 0 if isinstance(module, CONVOLUTIONS) else int8.LEAST
+    return tuple(key for key in names if module.get_parameter(key).numel() >= least)
 
 
 def release(captioner: nn.Module) -> None:

@@ -5,31 +5,48 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import onnxruntime
+import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 import capdistill as cd
 from capdistill import Captioner
 from capdistill.encoders.base import Encoder
+from capdistill.errors import ConfigError
 from capdistill.fake_quantization import FakeQuantizer
+from capdistill.int8 import scale_and_zero
 
 SIDE, WIDTH = 32, 64
+TOKENIZER = cd.WordTokenizer([f"word{n}" for n in range(80)])
+
+
+class NormSwish(nn.BatchNorm2d):
+    """A batch norm with an activation inside, as timm has it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
 
 
 class Mobile(Encoder):
-    """A stem and an inverted residual block: batch norms with and without a ReLU6."""
+    """A stem and two residual blocks: batch norms with and without an activation.
+
+    The input of the first block is read by its sum, and that of the second by its sum as well.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.dim = self.token_dim = WIDTH
         self.tokens, self.grid, self.image_size = 16, (4, 4), SIDE
         self.stem = nn.Sequential(nn.Conv2d(3, 24, 8, 8), nn.BatchNorm2d(24), nn.ReLU6())
-        self.block = nn.Sequential(
-            *(nn.Conv2d(24, 96, 1, bias=False), nn.BatchNorm2d(96), nn.ReLU6()),
-            *(nn.Conv2d(96, 96, 3, padding=1, groups=96), nn.BatchNorm2d(96), nn.ReLU6()),
-            *(nn.Conv2d(96, 24, 1, bias=False), nn.BatchNorm2d(24)),
-        )
+        self.narrow = nn.Sequential(nn.Conv2d(24, 24, 1, bias=False), nn.BatchNorm2d(24))
+        self.blocks = nn.ModuleList(self.block(act) for act in (True, False))
         self.last = nn.Sequential(nn.Conv2d(24, WIDTH, 1), nn.BatchNorm2d(WIDTH), nn.ReLU6())
         self.project = nn.Linear(WIDTH, WIDTH)
         for norm in (m for m in self.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -37,64 +54,150 @@ class Mobile(Encoder):
             nn.init.normal_(norm.bias)
             norm.running_var.uniform_(0.05, 2.0)
 
+    def block(self, clips: bool) -> nn.Module:
+        swish = [NormSwish(96)]
+        return nn.Sequential(
+            *(nn.Conv2d(24, 96, 1, bias=False), nn.BatchNorm2d(96), nn.ReLU6()),
+            nn.Conv2d(96, 96, 3, padding=1, groups=96),
+            *([nn.BatchNorm2d(96), nn.ReLU6(inplace=True)] if clips else swish),
+            *(nn.Conv2d(96, 24, 1, bias=False), nn.BatchNorm2d(24)),
+        )
+
     def trunk(self, images: Tensor) -> Tensor:
-        maps = self.stem(self.normalise(images))
-        return self.last(maps + self.block(maps)).flatten(2).transpose(1, 2)
+        maps = self.narrow(self.stem(self.normalise(images)))
+        for block in self.blocks:
+            maps = maps + block(maps)
+        return self.last(maps).flatten(2).transpose(1, 2)
 
     def head(self, tokens: Tensor) -> Tensor:
         return self.project(tokens)
 
     def trunk_parameters(self) -> Iterator[nn.Parameter]:
-        for part in (self.stem, self.block, self.last):
-            yield from part.parameters()
+        yield from (p for name, p in self.named_parameters() if not name.startswith("project"))
 
 
-def test_a_fake_quantized_captioner_computes_what_its_export_to_int8_computes(tmp_path: Path):
+def mobile() -> Captioner:
     torch.manual_seed(0)
-    sizes = {"dim": WIDTH, "embed": WIDTH, "hidden": WIDTH, "layers": 1, "heads": 2}
-    decoder = cd.decoders.create("lstm", **sizes)
-    tokenizer = cd.WordTokenizer([f"word{n}" for n in range(80)])
-    captioner = Captioner(Mobile(), decoder, tokenizer).eval()
-    images = torch.randint(256, (8, 3, SIDE, SIDE), dtype=torch.uint8)
+    sizes = {"dim": WIDTH, "embed": WIDTH, "hidden": WIDTH, "layers": 2, "heads": 2}
+    return Captioner(Mobile(), cd.decoders.create("lstm", **sizes), TOKENIZER).eval()
+
+
+def calibrated(captioner: Captioner) -> tuple[FakeQuantizer, Tensor]:
+    """A quantizer with the ranges of some images, and these images."""
+    images = torch.randint(256, (8, 3, captioner.image_size, captioner.image_size))
     quantizer = FakeQuantizer(captioner)
     quantizer.attach()
     with quantizer.calibrating():
-        captioner.encode(images)
-    quantizer.detach()
-    assert captioner.activation_ranges  # so that export corrects no bias: training would have
-    cd.deploy.export(captioner, tmp_path, quantize="int8", calibration=list(images), progress=False)
+        captioner.encode(images.byte())
+    return quantizer, images.byte()
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    encoder, step = (
-        onnxruntime.InferenceSession(tmp_path / name, options)
-        for name in ("encoder.onnx", "step.onnx")
-    )
-    feeds = dict(
-        zip(
-            [o.name for o in encoder.get_outputs()],
-            encoder.run(None, {"images": images.numpy()}),
-            strict=True,
+
+Values = dict[str, Tensor]
+
+
+@torch.no_grad()
+def first_state(captioner: Captioner, images: Tensor) -> Values:
+    """What torch computes of images."""
+    state = captioner.decoder.start(captioner.encode(images))
+    rows = {f"state_{name}": value for name, value in state.row.items()}
+    return {f"image_{name}": value for name, value in state.image.items()} | rows
+
+
+@torch.no_grad()
+def first_word(captioner: Captioner, images: Tensor) -> Values:
+    """What torch computes then."""
+    state = captioner.decoder.start(captioner.encode(images))
+    tokens = torch.full((len(images),), TOKENIZER.start_id)
+    logits, after = captioner.decoder.step(tokens, state)
+    rows = {f"next_state_{n}": value for n, value in after.row.items() if n in state.row}
+    return rows | {"logits": logits}
+
+
+def run(path: Path, feeds: Values) -> Values:
+    session = onnxruntime.InferenceSession(path)
+    wanted = {each.name for each in session.get_inputs()}
+    made = session.run(None, {k: v.numpy() for k, v in feeds.items() if k in wanted})
+    names = [each.name for each in session.get_outputs()]
+    return {name: torch.from_numpy(value) for name, value in zip(names, made, strict=True)}
+
+
+def exported_word(directory: Path, state: Values) -> Values:
+    """What step.onnx computes after a state."""
+    count = len(next(iter(state.values())))
+    feeds = {k: v[:, None] if k.startswith("state_") else v for k, v in state.items()}
+    feeds |= {"tokens": torch.full((count, 1), TOKENIZER.start_id), "position": torch.tensor(0)}
+    made = run(directory / "step.onnx", feeds)
+    return {name: value[:, 0] for name, value in made.items() if "cache" not in name}
+
+
+def preset(name: str) -> Captioner:
+    torch.manual_seed(0)
+    return cd.Captioner.create(name, tokenizer=TOKENIZER, weights=False).eval()
+
+
+def require_same_rounding(exported: Values, fake: Values, exact: Values, share: float) -> None:
+    """Most of the rounding error is the same one."""
+    for key, values in exact.items():
+        lost, differs = (
+            (each[key] - exported[key]).square().mean().sqrt() for each in (exact, fake)
         )
-    )
-    exported = {"mean": torch.from_numpy(feeds["image_mean"])}
-    tokens = torch.full((8, 1), tokenizer.start_id)
-    rows = {n: v[:, None] if n.startswith("state_") else v for n, v in feeds.items()}
-    wanted = {each.name for each in step.get_inputs()}
-    rows |= {"tokens": tokens.numpy(), "position": torch.tensor(0).numpy()}
-    given = {n: v for n, v in rows.items() if n in wanted}
-    exported["logits"] = torch.from_numpy(step.run(["logits"], given)[0])[:, 0]
+        assert lost > 0.001 * values.square().mean().sqrt(), key
+        assert differs < share * lost, key
 
-    def computed() -> dict[str, Tensor]:
-        with torch.no_grad():
-            state = captioner.decoder.start(captioner.encode(images))
-            logits, _ = captioner.decoder.step(tokens[:, 0], state)
-        return {"mean": state.image["mean"], "logits": logits}
 
-    exact = computed()
-    quantizer.attach()
-    fake = computed()
-    for name, values in exported.items():
-        lost = (exact[name] - values).square().mean().sqrt()
-        differs = (fake[name] - values).square().mean().sqrt()
-        assert differs < (0.5 if name == "mean" else 0.9) * lost  # logits: a recurrent layer
+SLOW = [pytest.param(f"debug_{name}", marks=pytest.mark.slow) for name in ("student", "teacher")]
+
+
+@pytest.mark.parametrize("name", ["mobile", *SLOW])
+def test_a_fake_quantized_captioner_computes_what_its_export_to_int8_computes(
+    name: str, tmp_path: Path
+) -> None:
+    """Values between two steps may be rounded either way, and one changes many in the next layer.
+
+    With random norms, more than half of the values are those of the export to the bit.
+    """
+    captioner = mobile() if name == "mobile" else preset(name)
+    quantizer, images = calibrated(captioner)
+    state, word = first_state(captioner, images), first_word(captioner, images)
+    quantizer.detach()
+    cd.deploy.export(captioner, tmp_path, quantize="int8", progress=False)
+    exact = first_state(captioner, images)
+    exported = run(tmp_path / "encoder.onnx", {"images": images})
+    require_same_rounding(exported, state, exact, 0.35)
+    exported = exported_word(tmp_path, state)
+    require_same_rounding(exported, word, first_word(captioner, images), 0.05)
+
+
+def test_an_export_takes_the_ranges_of_training_or_those_of_given_images(tmp_path: Path) -> None:
+    captioner = mobile()
+    quantizer, images = calibrated(captioner)
+    quantizer.detach()
+    ranges = captioner.activation_ranges or {}
+    ranges["encoder.last.0.output"] = (0.0, 4.5)
+
+    def exported_step(**options: object) -> tuple[float, int]:
+        cd.deploy.export(captioner, tmp_path, quantize="int8", progress=False, **options)  # type: ignore[arg-type]
+        graph = onnx.load(tmp_path / "encoder.onnx").graph
+        kept = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+        conv = next(n for n in graph.node if n.op_type == "Conv" and "last.0" in n.input[1])
+        return tuple(kept[f"{conv.output[0]}_{n}"].item() for n in ("scale", "zero_point"))  # type: ignore[return-value]
+
+    scale, zero = scale_and_zero(torch.tensor([[0.0, 4.5]]))
+    assert exported_step() == (scale.item(), zero.item())
+    given = exported_step(calibration=list(images))
+    assert given[0] == pytest.approx(6 / 255, rel=0.02)  # ReLU6 is reached
+    del ranges["encoder.last.0.output"]
+    with pytest.raises(ConfigError, match=r"no range for encoder\.last\.0\.output.*calibration="):
+        exported_step()
+
+
+def test_a_captioner_is_exported_in_the_middle_of_its_training(tmp_path: Path) -> None:
+    captioner = mobile()
+    quantizer, images = calibrated(captioner)
+    cd.deploy.export(captioner, tmp_path, progress=False)
+    rounded = first_state(captioner, images)["image_mean"]
+    quantizer.detach()
+    exported = run(tmp_path / "encoder.onnx", {"images": images})["image_mean"]
+    exact = first_state(captioner, images)["image_mean"]
+    torch.testing.assert_close(exported, exact, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(rounded, exact, rtol=1e-3, atol=1e-3)

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from capdistill.deploy.products import TOP, Floats, quantized_rows
 from capdistill.deploy.writing import quiet
+from capdistill.errors import ConfigError
+from capdistill.int8 import Ranges, scale_and_zero
 
 
 def quantize_convolutions(
@@ -19,6 +22,7 @@ def quantize_convolutions(
     target: Path,
     images: Iterable[npt.NDArray[np.uint8]],
     correct_biases: bool = True,
+    ranges: Ranges | None = None,
     **options: Any,
 ) -> None:
     """Static 8-bit convolutions of an encoder graph (QDQ format).
@@ -28,6 +32,7 @@ def quantize_convolutions(
         target: The file to write.
         images: Batches of calibration images.
         correct_biases: Remove the mean error that rounded weights cause: see `corrected`.
+        ranges: Those of training, instead of what the images show; see `FakeQuantizer`.
         options: For `onnxruntime.quantization.quantize_static`.
 
     Source:
@@ -59,11 +64,78 @@ def quantize_convolutions(
         "nodes_to_exclude": exact,
         **options,
     }
+    if ranges is not None:
+        wanted["extra_options"] = {"TensorQuantOverrides": _steps(model, exact, ranges)}
     if correct_biases:
         top = 64 if options.get("reduce_range") else TOP
         model = corrected(model, batches, wanted["nodes_to_exclude"], top)
     with quiet():
         quantization.quantize_static(model, target, Reader(), **wanted)
+    made = onnx.load(target)
+    read_unrounded(made)
+    onnx.save(made, target)
+
+
+def _steps(model: Any, exact: Sequence[str], ranges: Ranges) -> dict[str, list[dict[str, Any]]]:
+    """The step and the zero of every activation that is rounded, as training had them.
+
+    Raises:
+        ConfigError: the range of one is not known.
+    """
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    names: dict[str, list[str]] = {}  # of the ranges of a tensor, the first known one counts
+    nodes = [node for node in model.graph.node if node.op_type == "Conv" and node.name not in exact]
+    for node in nodes:
+        output, then = node.output[0], readers.get(node.output[0], [])
+        kinds = [each.op_type for each in then]
+        if kinds in (["Clip"], ["Relu"]):
+            output = then[0].output[0]
+        wanted = [] if "BatchNormalization" in kinds else [f"{_layer(node)}.output"]
+        names[output] = wanted + names.get(output, [])
+    for node in nodes:
+        names.setdefault(node.input[0], []).append(_layer(node))
+    known = {
+        name: [ranges[each] for each in given if each in ranges] for name, given in names.items()
+    }
+    missing = [names[name] or [name] for name, found in known.items() if not found]
+    if missing:
+        raise ConfigError(
+            f"export: training with quantize='int8' has found no range for {missing[0][0]}. Give "
+            "calibration=images; ranges are then those that the images show."
+        )
+    scales, zeros = scale_and_zero(torch.tensor([found[0] for found in known.values()]))
+    steps = zip(known, scales.numpy(), zeros.numpy().astype(np.uint8), strict=True)
+    return {
+        name: [{"scale": np.array(scale), "zero_point": np.array(zero)}]
+        for name, scale, zero in steps
+    }
+
+
+def _layer(node: Any) -> str:
+    """The name of a convolution in the captioner: its weight has it."""
+    return str(node.input[1]).removesuffix(".weight")
+
+
+def read_unrounded(model: Any) -> None:
+    """Let all but convolutions read an activation as it was before it was rounded for them.
+
+    The sums of residual blocks then collect no rounding. Outputs of convolutions are made rounded,
+    so that others read them rounded.
+    """
+    made = {name: node for node in model.graph.node for name in node.output}
+    exact: dict[str, str] = {}  # a rounded activation, and the activation
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in made:
+            rounding = made[node.input[0]]
+            maker = made.get(rounding.input[0])
+            if rounding.op_type == "QuantizeLinear" and (maker and maker.op_type) != "Conv":
+                exact[node.output[0]] = rounding.input[0]
+    for node in model.graph.node:
+        if node.op_type != "Conv":
+            node.input[:] = [exact.get(name, name) for name in node.input]
 
 
 def corrected(

@@ -22,14 +22,15 @@ from capdistill.deploy import manifest as files
 from capdistill.deploy.graphs import Entry, Traced, tensors_of, trace
 from capdistill.deploy.greedy import require_plain, write_greedy
 from capdistill.deploy.manifest import FileEntry, Manifest
-from capdistill.deploy.quantize import calibration_batches, quantize_graphs
+from capdistill.deploy.quantize import Calibration, quantize_graphs
 from capdistill.deploy.writing import OPSET, Graph, write_graph
 from capdistill.errors import ConfigError, MissingExtra, require_bool
+from capdistill.fake_quantization import release
 from capdistill.files import user_path, write_text
 from capdistill.generation.config import GenerationConfig, GenerationSpec, resolve
 from capdistill.generation.decode import generate
 from capdistill.progress import report
-from capdistill.runtime import evaluating, generator
+from capdistill.runtime import generator
 from capdistill.saving import is_saved, require_no_other
 
 TOLERANCE = 1e-3  # of the largest value of an output, between torch and ONNX Runtime
@@ -65,7 +66,8 @@ def export(
         directory: Created if it does not exist; an earlier export in it is replaced.
         quantize: "int8" writes 8-bit graphs, a quarter of the size: see `deploy.quantize`.
         calibration: Images for quantize="int8", like those that will be captioned; 128 are used.
-            A folder, a data set, its splits (the training images), or a list of images.
+            A folder, a data set, its splits (the training images), or a list of images. A captioner
+            that was trained with quantize="int8" needs none: it is rounded as in training then.
         generation: The options that the exported captioner uses by default.
         greedy: Also write greedy.onnx, which is greedy decoding in one graph, from images to ids.
             It holds all weights again.
@@ -82,7 +84,7 @@ def export(
     _require_captioner(captioner)
     if quantize not in (None, "int8"):
         raise ConfigError(f"export: quantize={quantize!r} was given; use None or 'int8'.")
-    batches = calibration_batches(calibration, captioner.image_size) if quantize else iter(())
+    calibration = None if quantize is None else Calibration.of(captioner, calibration)
     target = user_path(directory)
     require_no_other(target)
     spec = GenerationSpec.of(resolve(generation, {}), captioner.tokenizer)
@@ -91,23 +93,15 @@ def export(
     plain, say = _plain_copy(captioner), report if progress else _silent
 
     def fill(folder: Path) -> Manifest:
-        with evaluating(plain):
-            traced = trace(plain)
-            _write_graphs(traced, folder, say)
-            with torch.no_grad():
-                _compare(plain, traced.entries, folder)
-                if greedy:
-                    _write_greedy(plain, spec, folder)
+        entries = _write_float32(plain, folder, say)
+        if greedy:
+            _write_greedy(plain, spec, folder)
         if quantize:
             say("Quantizing to 8 bits ...")
-            trained = captioner.activation_ranges is not None  # with rounded weights
-            graphs = folder / files.ENCODER, folder / files.STEP
-            quantize_graphs(*graphs, batches, correct_biases=not trained)
+            quantize_graphs(folder / files.ENCODER, folder / files.STEP, calibration)
             if greedy:
                 _join(plain, spec, folder)
-        plain.tokenizer.save(folder / files.TOKENIZER)  # type: ignore[attr-defined]
-        write_text(folder / files.GENERATION, json.dumps(_options(spec, plain), indent=2) + "\n")
-        return _manifest(plain, traced.entries, spec, folder, quantize or "float32")
+        return _describe(plain, entries, spec, folder, quantize or "float32")
 
     return files.write_directory(target, fill)
 
@@ -143,7 +137,19 @@ def _require_captioner(captioner: object) -> None:
 
 def _plain_copy(captioner: Captioner) -> Captioner:
     """On the CPU in float32: graphs are portable, and the captioner stays as it is."""
-    return copy.deepcopy(captioner).to("cpu", torch.float32).requires_grad_(False)
+    plain = copy.deepcopy(captioner).to("cpu", torch.float32).requires_grad_(False).eval()
+    release(plain)
+    return plain
+
+
+def _write_float32(
+    captioner: Captioner, folder: Path, say: Callable[[str], None]
+) -> tuple[Entry, ...]:
+    """Both graphs, compared with torch; returns what the decoder keeps."""
+    traced = trace(captioner)
+    _write_graphs(traced, folder, say)
+    _compare(captioner, traced.entries, folder)
+    return traced.entries
 
 
 def _write_graphs(traced: Traced, folder: Path, say: Callable[[str], None]) -> None:
@@ -176,6 +182,7 @@ def _write_graphs(traced: Traced, folder: Path, say: Callable[[str], None]) -> N
         say(f"Exported {name}: {megabytes:.1f} MB in {time.monotonic() - began:.0f} s")
 
 
+@torch.no_grad()
 def _compare(captioner: Captioner, entries: Sequence[Entry], folder: Path) -> None:
     """Run both graphs as torch does, for one image and for three with two beams each.
 
@@ -206,7 +213,9 @@ def _compare(captioner: Captioner, entries: Sequence[Entry], folder: Path) -> No
             feeds.update({each.input: out[f"next_{each.input}"] for each in changing})
 
 
+@torch.no_grad()
 def _write_greedy(captioner: Captioner, spec: GenerationSpec, folder: Path) -> None:
+    """With its words compared with torch's."""
     path = _join(captioner, spec, folder)
     images = _random_images(captioner, 3, generator(2, "export"))
     ids = _run(_session(path), {"images": images})["ids"]
@@ -275,13 +284,16 @@ def _options(spec: GenerationSpec, captioner: Captioner) -> dict[str, Any]:
     return {**ids, "pad_id": captioner.tokenizer.pad_id}
 
 
-def _manifest(
+def _describe(
     captioner: Captioner,
     entries: Sequence[Entry],
     spec: GenerationSpec,
     folder: Path,
     precision: str,
 ) -> Manifest:
+    """Write what is needed beside the graphs; returns the manifest of all files."""
+    captioner.tokenizer.save(folder / files.TOKENIZER)  # type: ignore[attr-defined]
+    write_text(folder / files.GENERATION, json.dumps(_options(spec, captioner), indent=2) + "\n")
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")}
     return Manifest(
         name=captioner.name,

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from capdistill.int8 import LEAST
+
 Floats = npt.NDArray[np.float32]
 Products = Literal["row", "weight"]
 
-LEAST = 4096  # entries of a matrix; smaller ones are left in float32
 TOP = 127  # the largest 8-bit integer; -128 is not used
 _ZERO = 128  # stored for 0: products of unsigned integers are exact on every processor
 _TINY = 1e-12  # least scale: a row of zeros stays one

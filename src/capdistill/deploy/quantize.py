@@ -7,43 +7,72 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from capdistill.captioner import Captioner
 from capdistill.data.dataset import CaptionData, Splits
 from capdistill.data.folder import Images
 from capdistill.data.pixels import is_many, read_batches
 from capdistill.deploy.convolutions import quantize_convolutions
 from capdistill.deploy.products import Products, quantize_products
 from capdistill.errors import ConfigError, DataError, shortened
+from capdistill.int8 import Ranges
 
 _CALIBRATION, _BATCH = 128, 8  # images for calibration, and how many are run at once
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How the inputs and outputs of convolutions are rounded.
+
+    Args:
+        images: Batches, (I, 3, S, S) uint8, which show the ranges.
+        ranges: Those of a training with quantize="int8", which take the place of what is shown.
+        correct_biases: As for `quantize_convolutions`. Weights that were trained while rounded have
+            nothing to correct.
+    """
+
+    images: Iterable[npt.NDArray[np.uint8]]
+    ranges: Ranges | None = None
+    correct_biases: bool = True
+
+    @classmethod
+    def of(cls, captioner: Captioner, data: Any) -> Calibration:
+        """By images, if there are any, else as in training.
+
+        Raises:
+            ConfigError, DataError: as `calibration_batches`.
+        """
+        size, trained = captioner.image_size, captioner.activation_ranges
+        if data is None and trained is not None:
+            black = np.zeros((1, len(captioner.encoder.mean), size, size), np.uint8)
+            return cls([black], trained, correct_biases=False)
+        return cls(calibration_batches(data, size), correct_biases=trained is None)
+
+
 def quantize_graphs(
-    encoder: Path,
-    step: Path,
-    images: Iterable[npt.NDArray[np.uint8]],
-    products: Products = "row",
-    correct_biases: bool = True,
+    encoder: Path, step: Path, calibration: Calibration, products: Products = "row"
 ) -> None:
     """Replace two float32 graphs by 8-bit ones.
 
     Args:
         encoder, step: The files; each is replaced.
-        images: Batches of calibration images, (I, 3, S, S).
+        calibration: For convolutions.
         products: As for `quantize_products`.
-        correct_biases: As for `quantize_convolutions`.
     """
     import onnx
 
     model = onnx.load(encoder)
     if any(node.op_type == "Conv" for node in model.graph.node):
         made = encoder.with_name("quantized.onnx")
-        quantize_convolutions(encoder, made, images, correct_biases)
+        quantize_convolutions(
+            encoder, made, calibration.images, calibration.correct_biases, calibration.ranges
+        )
         made.replace(encoder)
     for path in (encoder, step):
         model = onnx.load(path)
