@@ -16,11 +16,17 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import capdistill as cd
-from capdistill import Captioner
+from capdistill import Captioner, int8
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.fake_quantization import MOMENTUM, FakeQuantizer, release
 from capdistill.int8 import round_activation, round_rows, round_weight, scale_and_zero
 from tests.training import tiny_models as tiny
+
+
+@pytest.fixture(autouse=True)
+def small_matrices_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "LEAST", 1)
+
 
 SHAPES = st.sampled_from([(1, 1), (4, 3), (3, 2, 3, 3), (5, 1, 3)])
 
@@ -138,8 +144,14 @@ def attached(captioner: Captioner) -> FakeQuantizer:
     return quantizer
 
 
+def rows_by_hand(x: Tensor) -> Tensor:
+    """The gradient passes straight through."""
+    scale = x.detach().abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return x + ((x / scale).round() * scale - x).detach()
+
+
 class Rows(nn.Module):
-    """A linear layer whose input is rounded by hand; the gradient passes straight through."""
+    """A linear layer whose input is rounded by hand."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -150,15 +162,26 @@ class Rows(nn.Module):
         return self.linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = x.detach().abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-        return self.linear(x + ((x / scale).round() * scale - x).detach())
+        return self.linear(rows_by_hand(x))
+
+
+class RowsLSTM(nn.LSTM):
+    """One whose input is rounded by hand; the state before, too, where it reads one word."""
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> Any:
+        h, c = state
+        return super().forward(rows_by_hand(x), (rows_by_hand(h) if x.shape[1] == 1 else h, c))
 
 
 def rounding_by_hand(captioner: Captioner) -> Captioner:
     again = with_rounded_weights(captioner)
+    decoder: Any = again.decoder
     for name, part in list(again.named_modules()):
         if isinstance(part, nn.Linear):
             again.set_submodule(name, Rows(part))
+        elif isinstance(part, nn.LSTM):
+            part.__class__ = RowsLSTM
+    decoder.score = lambda x: F.linear(rows_by_hand(decoder.drop(x)), *decoder.output_layer())
     return again
 
 
@@ -288,3 +311,47 @@ def test_a_layer_that_cannot_be_rounded_is_refused_with_the_reason():
     nn.utils.parametrizations.weight_norm(captioner.encoder.project)
     with pytest.raises(ConfigError, match=r"encoder\.project\.weight .*parametrized"):
         FakeQuantizer(captioner)
+
+
+def test_matrices_that_an_export_leaves_in_float32_are_not_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    captioner = lstm(layers=1)
+    matrices = {n: p.numel() for n, p in captioner.decoder.named_parameters() if p.ndim > 1}
+    monkeypatch.setattr(int8, "LEAST", max(matrices.values()))
+    rounded = {
+        f"{layer.name}.{name}"
+        for layer in FakeQuantizer(captioner)._layers
+        for name in layer.weights
+    }
+    largest = {f"decoder.{n}" for n, count in matrices.items() if count == int8.LEAST}
+    assert {name for name in rounded if name.startswith("decoder.")} == largest
+    assert "encoder.mix.weight" in rounded  # a convolution of any size
+
+
+class Block(nn.Module):
+    """Convolutions with all that an output can be read by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size, self.mean = 8, (0.5, 0.5, 0.5)
+        self.first, self.alone, self.summed = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.changed, self.twice, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.norm, self.clip = nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+        self.shared = nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.alone(self.first(images.float()))
+        x = self.clip(self.norm(self.summed(x)))
+        y = F.silu(self.changed(x), inplace=True) + x
+        return self.last(self.shared(self.twice(self.shared(y))))
+
+
+def test_outputs_are_rounded_that_something_else_than_a_convolution_reads():
+    block = Block()
+    names = {module: name for name, module in block.named_modules()}
+    first, ends, sources = int8.find_ends(block)
+    assert names[first] == "first"
+    found = {names[conv]: names[end.module] for conv, end in ends.items() if conv is not first}
+    assert found == {"summed": "clip", "changed": "changed", "last": "last"}
+    assert {names[a]: names[b] for a, b in sources.items()} == {"changed": "summed"}

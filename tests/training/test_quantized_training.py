@@ -11,13 +11,19 @@ import torch
 from torch.testing import assert_close
 
 import capdistill as cd
-from capdistill import Captioner, Distiller, SelfCritical, Trainer
+from capdistill import Captioner, Distiller, SelfCritical, Trainer, int8
 from capdistill.data import CaptionData
 from capdistill.errors import CheckpointError, ConfigError
 from capdistill.training.sources import open_sources
 from tests.training import tiny_models as tiny
 from tests.training.test_execution import steps
 from tests.training.test_resume import At, distiller, stop, timeless
+
+
+@pytest.fixture(autouse=True)
+def small_matrices_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "LEAST", 1)
+
 
 QUIET: dict[str, Any] = {**tiny.QUIET, "schedule": "constant", "quantize": "int8"}
 
@@ -65,6 +71,16 @@ def test_the_student_is_given_back_as_it_is_saved(saveable: Any, colours: Any, t
     assert not torch.equal(student(batch).logits, best(batch).logits)  # rounded again
     Distiller(tiny.make_teacher(), student, **tiny.QUIET)  # another run, without
     assert torch.equal(student(batch).logits, best(batch).logits)
+
+
+def test_training_without_it_forgets_the_ranges():
+    student, batch = tiny.make_student(mix=True), tiny.make_batch([2, 5])
+    Trainer(student, **QUIET).step(batch)
+    assert student.activation_ranges
+    trainer = Trainer(student, **{**QUIET, "quantize": None})
+    assert student.activation_ranges  # nothing was trained yet
+    trainer.step(batch)
+    assert student.activation_ranges is None
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -24,7 +24,8 @@ example:
 
 The directory needs no torch: capdistill.deploy.OnnxCaptioner runs it, and so does the page that
 --web writes, in a browser. With int8, images like those to be captioned set the ranges of the
-numbers: --calibration is a folder of them, or a data set's with --format."""
+numbers: --calibration is a folder of them, or a data set's with --format. A captioner that was
+trained with quantize="int8" has ranges, and needs none."""
 _BENCH = """\
 example:
   capdistill bench exported/int8 exported/student runs/student --images photos/
@@ -76,9 +77,11 @@ def run_export(options: argparse.Namespace) -> int:
     if options.web and (options.sample or (options.beam_size or 1) > 1):
         raise ConfigError("--web: the page decodes greedily. Leave --beam-size and --sample out.")
     out, captioner = user_path(options.out), captioner_directory(options.captioner)
-    calibration = _calibration(options)
+    if options.calibration and not options.quantize:
+        raise ConfigError("--calibration belongs to --quantize int8; give that, too.")
     require_writable(out.parent)
     model: Any = load(captioner)
+    calibration = _calibration(options, model)
     manifest = export(
         model,
         out,
@@ -95,22 +98,24 @@ def run_export(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _calibration(options: argparse.Namespace) -> Any:
-    """A folder of images, or the training images of a data set; None without --quantize.
+def _calibration(options: argparse.Namespace, model: Any) -> Any:
+    """A folder of images, or the training images of a data set; None where none are needed.
 
     Raises:
-        ConfigError: only one of the two options was given.
+        ConfigError: they are needed and were not given.
     """
     from capdistill.cli.data import parse_data
 
     given = options.calibration
-    if (given is None) != (options.quantize is None):
-        raise ConfigError(
-            "--quantize int8 and --calibration PATH belong together: give images like those that "
-            "will be captioned."
-        )
-    if given is None or (options.format is None and given != "sample"):
-        return None if given is None else str(user_path(given))
+    if given is None:
+        if options.quantize and getattr(model, "activation_ranges", None) is None:
+            raise ConfigError(
+                "--quantize int8 needs --calibration PATH: images like those that will be "
+                'captioned. Only a captioner that was trained with quantize="int8" needs none.'
+            )
+        return None
+    if options.format is None and given != "sample":
+        return str(user_path(given))
     values = {"path": given, **({"format": options.format} if options.format else {})}
     return parse_data(values).load().train
 

@@ -97,20 +97,21 @@ def _steps(model: Any, exact: Sequence[str], ranges: Ranges) -> dict[str, list[d
         names[output] = wanted + names.get(output, [])
     for node in nodes:
         names.setdefault(node.input[0], []).append(_layer(node))
-    known = {
-        name: [ranges[each] for each in given if each in ranges] for name, given in names.items()
+    found = {
+        tensor: next((ranges[each] for each in given if each in ranges), None)
+        for tensor, given in names.items()
     }
-    missing = [names[name] or [name] for name, found in known.items() if not found]
+    missing = [(names[tensor] or [tensor])[0] for tensor, known in found.items() if known is None]
     if missing:
         raise ConfigError(
-            f"export: training with quantize='int8' has found no range for {missing[0][0]}. Give "
+            f"export: training with quantize='int8' has found no range for {missing[0]}. Give "
             "calibration=images; ranges are then those that the images show."
         )
-    scales, zeros = scale_and_zero(torch.tensor([found[0] for found in known.values()]))
-    steps = zip(known, scales.numpy(), zeros.numpy().astype(np.uint8), strict=True)
+    scales, zeros = scale_and_zero(torch.tensor([*found.values()]).view(-1, 2))
+    steps = zip(found, scales.numpy(), zeros.numpy().astype(np.uint8), strict=True)
     return {
-        name: [{"scale": np.array(scale), "zero_point": np.array(zero)}]
-        for name, scale, zero in steps
+        tensor: [{"scale": np.array(scale), "zero_point": np.array(zero)}]
+        for tensor, scale, zero in steps
     }
 
 
