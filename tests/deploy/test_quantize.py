@@ -18,7 +18,7 @@ from PIL import Image
 import capdistill as cd
 from capdistill.data.folder import Images
 from capdistill.deploy import products
-from capdistill.deploy.convolutions import corrected, quantize_convolutions
+from capdistill.deploy.convolutions import corrected, quantize_convolutions, read_unrounded
 from capdistill.deploy.onnx_captioner import OnnxCaptioner
 from capdistill.deploy.products import quantize_products, quantized_rows
 from capdistill.deploy.quantize import calibration_batches
@@ -291,3 +291,31 @@ def test_int8_without_images_is_refused_before_anything_is_exported(
         cd.deploy.export(captioner, tmp_path, quantize="int8", calibration=[], progress=False)
     with pytest.raises(ConfigError, match="None or 'int8'"):
         cd.deploy.export(captioner, tmp_path, quantize="int4", progress=False)
+    with pytest.raises(ConfigError, match="belongs to quantize='int8'"):
+        cd.deploy.export(captioner, tmp_path, calibration=tmp_path, progress=False)
+
+
+def test_an_image_that_cannot_be_read_is_named_before_anything_is_exported(tmp_path: Path) -> None:
+    captioner = toy("lstm", embed=6, hidden=8)
+    (tmp_path / "photo.jpg").write_bytes(b"none")
+    with pytest.raises(DataError, match=r"photo\.jpg"):
+        cd.deploy.export(captioner, tmp_path / "new", quantize="int8", calibration=tmp_path)
+    assert not (tmp_path / "new").exists()
+
+
+def test_sums_read_what_was_not_rounded_for_a_convolution() -> None:
+    """But outputs of convolutions rounded, as they are computed."""
+
+    def node(kind: str, given: list[str], made: str) -> onnx.NodeProto:
+        return helper.make_node(kind, given, [made])
+
+    nodes = []
+    for name, kind in (("a", "Conv"), ("b", "Add")):
+        nodes.append(node(kind, [f"{name}_in", f"{name}_other"], name))
+        nodes.append(node("QuantizeLinear", [name, "step", "zero"], f"{name}_8bit"))
+        nodes.append(node("DequantizeLinear", [f"{name}_8bit", "step", "zero"], f"{name}_float"))
+    nodes += [node("Conv", ["b_float", "w"], "c"), node("Add", ["a_float", "b_float"], "d")]
+    made = helper.make_model(helper.make_graph(nodes, "toy", [], []))
+    read_unrounded(made)
+    assert [*made.graph.node[-2].input] == ["b_float", "w"]
+    assert [*made.graph.node[-1].input] == ["a_float", "b"]

@@ -84,6 +84,8 @@ def export(
     _require_captioner(captioner)
     if quantize not in (None, "int8"):
         raise ConfigError(f"export: quantize={quantize!r} was given; use None or 'int8'.")
+    if quantize is None and calibration is not None:
+        raise ConfigError("export: calibration belongs to quantize='int8'; give that, too.")
     calibration = None if quantize is None else Calibration.of(captioner, calibration)
     target = user_path(directory)
     require_no_other(target)

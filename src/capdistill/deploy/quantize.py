@@ -6,7 +6,7 @@ Convolutions are quantized statically (`convolutions`), products with matrices b
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Calibration:
             nothing to correct.
     """
 
-    images: Iterable[npt.NDArray[np.uint8]]
+    images: Sequence[npt.NDArray[np.uint8]]
     ranges: Ranges | None = None
     correct_biases: bool = True
 
@@ -52,7 +52,8 @@ class Calibration:
         if data is None and trained is not None:
             black = np.zeros((1, len(captioner.encoder.mean), size, size), np.uint8)
             return cls([black], trained, correct_biases=False)
-        return cls(calibration_batches(data, size), correct_biases=trained is None)
+        images = [*calibration_batches(data, size)]  # one that cannot be read is found at once
+        return cls(images, correct_biases=trained is None)
 
 
 def quantize_graphs(
@@ -106,5 +107,5 @@ def calibration_batches(data: Any, size: int) -> Iterator[npt.NDArray[np.uint8]]
     if not images:
         raise DataError("export: calibration holds no image. Give a hundred or so.")
     chosen = images[:: -(-len(images) // _CALIBRATION)]
-    read = read_batches(chosen, size, _BATCH, "raise")  # when they are needed
+    read = read_batches(chosen, size, _BATCH, "raise")
     return (np.stack([image for image in batch if image is not None]) for batch in read)
