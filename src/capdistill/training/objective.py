@@ -252,6 +252,8 @@ class Objective(nn.Module):
             loss.was_trained = True
         if self.quantizer is not None:
             self.quantizer.update(highest)
+        else:
+            self.student.activation_ranges = None  # they would be those of other weights
         if self.weighting is not None:
             self.weighting.end_step(sums, counts)
         return {n: w.item() if isinstance(w, Tensor) else w for n, w in weights.items()}

@@ -242,8 +242,6 @@ class Stepper:
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         if verdict != "spike":
             self.scaler.step(optimizer)
-            if self.objective.quantizer is None:  # its ranges would be those of other weights
-                self.captioner.activation_ranges = None
         self.scaler.update()
         in_force = self.objective.end_step(weights, totals, counts, ranks.highest)
         if verdict == "good":
