@@ -262,6 +262,19 @@ def test_the_average_of_one_stage_scores_as_that_stage(
     assert mean.scores != second.scores
 
 
+def test_an_average_has_no_ranges_of_8_bits(
+    saveable: Make, colours: CaptionData, tmp_path: Path
+) -> None:
+    stages = [
+        {"method": "train", "name": "first"},
+        {"method": "train", "name": "second", "quantize": "int8"},
+        {"method": "average", "of": ["first", "second"]},
+    ]
+    run(saveable(), colours, tmp_path, stages=stages)
+    assert cd.Captioner.load(tmp_path / "2-second" / "best").activation_ranges is not None
+    assert cd.Captioner.load(tmp_path / "3-average" / "best").activation_ranges is None
+
+
 def test_training_goes_on_from_the_average(
     saveable: Make, colours: CaptionData, tmp_path: Path
 ) -> None:

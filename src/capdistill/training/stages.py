@@ -166,6 +166,7 @@ def _average(
         trainer: That of the last one before, which knows the validation data.
     """
     student.load_state_dict(average_weights([kept[n] for n in stage["of"]], stage.get("weights")))
+    student.activation_ranges = None  # of 8 bits: they were those of the last stage's weights
     if trainer.ranks.main:
         student.save(directory / "best")
     return ChainRow(
