@@ -422,7 +422,7 @@ def test_metrics_from_an_iterator_serve_every_model() -> None:
 
 def test_a_missing_history_is_named_before_the_work(tmp_path) -> None:
     pytest.importorskip("matplotlib")
-    with pytest.raises(DataError, match=r"history\.jsonl does not exist"):
+    with pytest.raises(DataError, match=r"There is no history in .*history\.jsonl"):
         compare(TEACHER, STUDENT, None, histories={"student": tmp_path})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import time
@@ -480,7 +481,7 @@ def fewer_words_cases():
     [pytest.param(make, losses, id=name) for name, make, losses in fewer_words_cases()],
 )
 def test_features_alone_are_compared_with_a_teacher_that_knows_fewer_words(make, losses):
-    one = distiller(make(), losses=losses)
+    one = distiller(make(), losses=copy.deepcopy(losses))
     report = check_training(one, Pictures())
     assert report.ok, str(report)
     assert only(report, "vocabulary", "note")
