@@ -6,7 +6,7 @@
 Teacher and student are the presets vit_transformer and lite0_lstm with random weights; a step has
 up to four terms. First the places are counted where a step waits for the device, as torch reports
 them. Then precisions take turns, on request `torch.compile` too. Last, `fit` trains on JPEG files;
-the share of time in which a kernel ran is the driver's (package `nvidia-ml-py`), of the second half.
+the driver's share of time in which a kernel ran is read (package `nvidia-ml-py`), second half only.
 """
 
 from __future__ import annotations
