@@ -26,6 +26,14 @@ def test_scores_are_those_of_the_scorer_on_the_captions_and_all_references() -> 
     assert dict(found.scores) == dict(scorer(found.captions))
 
 
+def test_one_metric_is_given_alone() -> None:
+    plain = {**PLAIN, "metrics": "rouge_l"}
+    batches = [batch_of([0, 1])]
+    assert list(evaluate(TinyCaptioner(), batches, **plain).scores) == ["rouge_l"]
+    found = compare(TinyCaptioner(), TinyCaptioner(), batches, **plain)
+    assert list(found.models["student"]["scores"]) == ["rouge_l"]
+
+
 def test_success_needs_words_and_an_end() -> None:
     found = evaluate(TinyCaptioner(), [batch_of([0, 1, 2, 3])], **PLAIN)
     assert found.success_rate == 0.5

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -329,7 +330,28 @@ def test_two_metrics_that_give_one_score_are_refused() -> None:
             CaptionScorer(REFERENCES, metrics=metrics)
 
 
-@pytest.mark.parametrize("metrics", ["bleu", 3, [_length], [None]], ids=_kind)
+@pytest.mark.parametrize(
+    "metrics", ["bleu", ["bleu"], ("bleu",), {"bleu"}, "bleu,", iter(["bleu"])]
+)
+def test_one_metric_is_given_alone_or_in_a_list(metrics: Any) -> None:
+    scorer = CaptionScorer(REFERENCES, metrics=metrics)
+    assert list(scorer(CAPTIONS)) == ["bleu_1", "bleu_2", "bleu_3", "bleu_4"]
+
+
+def test_names_of_metrics_are_also_text_and_an_own_metric_stands_alone() -> None:
+    assert list(CaptionScorer(REFERENCES, metrics="bleu_4, rouge_l")(CAPTIONS)) == [
+        "bleu_4",
+        "rouge_l",
+    ]
+    own = Metric(_length, {"length": "lower"})
+    assert list(CaptionScorer(REFERENCES, metrics=own)(CAPTIONS)) == ["length"]
+    first, second = (dict.fromkeys(REFERENCES, text) for text in ("a dog", "a car"))
+    assert list(paired_bootstrap(REFERENCES, first, second, "rouge_l", samples=9)) == ["rouge_l"]
+
+
+@pytest.mark.parametrize(
+    "metrics", ["", " , ", b"bleu", {"bleu": 1}, 3, _length, [_length], [None]], ids=_kind
+)
 def test_metrics_of_another_type_are_refused(metrics: object) -> None:
     with pytest.raises(ConfigError, match=r"metrics.*expected"):
         CaptionScorer(REFERENCES, metrics=metrics)

@@ -243,3 +243,5 @@ def test_the_monitored_score_is_measured_without_being_asked_for() -> None:
     assert set(history.epochs[0]["best"]) == {"epoch", "rouge_l"}
     trainer = Trainer(tiny.make_student(), monitor="loss", metrics=["bleu_1"], **tiny.QUIET)
     assert set(trainer.fit(TRAIN, VAL, epochs=1).epochs[0]["scores"]) == {"bleu_1"}
+    trainer.metrics = "rouge_l"
+    assert set(trainer.fit(TRAIN, VAL, epochs=1).epochs[0]["scores"]) == {"rouge_l"}

@@ -17,7 +17,6 @@ from capdistill.captioner import Captioner
 from capdistill.errors import CheckpointError, ConfigError, IncompatibleModels, require_int
 from capdistill.evaluation.evaluation import (
     Evaluation,
-    as_list,
     evaluate,
     require_generate,
     require_known_options,
@@ -26,6 +25,7 @@ from capdistill.evaluation.measure import time_captions
 from capdistill.evaluation.report import fragment, page, summary
 from capdistill.evaluation.table import Progress, TableRow, comparison_table, table_rows
 from capdistill.files import finite_or_none, from_json, write_text
+from capdistill.metrics.base import listed_metrics
 from capdistill.metrics.bootstrap import PairedScores, paired
 from capdistill.runtime import autocast, on_device
 
@@ -192,8 +192,9 @@ def compare(
     if attention:
         plots.require_matplotlib()
     _require_reusable(data)
-    for name in ("metrics", "training_captions"):  # an iterator would be empty the second time
-        options |= {name: as_list(options[name])} if name in options else {}
+    options["metrics"] = listed_metrics(options.get("metrics"))
+    if isinstance(captions := options.get("training_captions"), Iterator):
+        options["training_captions"] = list(captions)  # the second model would find it empty
     found = {}
     for role, model in models.items():
         Progress(role, options.get("progress", True)).say("captioning")

@@ -30,7 +30,8 @@ from capdistill.evaluation.measure import (
 from capdistill.evaluation.report import Gallery
 from capdistill.evaluation.table import Progress, evaluation_table
 from capdistill.generation.config import GenerationConfig, resolve
-from capdistill.metrics import CaptionScorer, Diversity, Metric, Scores, diversity
+from capdistill.metrics import CaptionScorer, Diversity, Scores, diversity
+from capdistill.metrics.base import Metrics, listed_metrics
 from capdistill.metrics.scorer import resolve_metrics
 from capdistill.outputs import Batch, part, require_unique_ids
 from capdistill.runtime import autocast, on_device, pick_device, pick_precision
@@ -144,7 +145,7 @@ def evaluate(
     batch_size: int = 32,
     device: str = "auto",
     precision: str = "auto",
-    metrics: Iterable[str | Metric] | None = None,
+    metrics: Metrics | None = None,
     limit: int | None = None,
     num_workers: int = 0,
     measure: bool = True,
@@ -199,7 +200,7 @@ def evaluate(
         require_int("evaluate: limit", limit, minimum=1)
     require_bool("evaluate: measure", measure)
     require_bool("evaluate: progress", progress)
-    metrics = as_list(metrics)
+    metrics = listed_metrics(metrics)
     resolve_metrics(metrics)
     known = None if training_captions is None else _texts(training_captions)
     torch_device = pick_device(device)
@@ -248,11 +249,6 @@ def _about(captioner: Any) -> tuple[str, ...]:
         f"'{captioner.name}' is {len(members)} models ({', '.join(members)}) that caption "
         "together: parameters, size, time and memory are those of all of them.",
     )
-
-
-def as_list(values: Any) -> Any:
-    """Convert an iterator to a list that can be read repeatedly; return other data unchanged."""
-    return list(values) if isinstance(values, Iterator) else values
 
 
 def require_known_options(caller: str, options: Mapping[str, Any], *functions: Any) -> None:

@@ -279,6 +279,33 @@ def _each(name: str, scores: Any, images: Collection[Any]) -> dict[Any, float]:
     return {image: float(items[image]) for image in images}
 
 
+Metrics = str | Metric | Iterable[str | Metric]  # one, names separated by commas, or several
+
+
+def listed_metrics(metrics: Metrics | None) -> list[str | Metric] | None:
+    """The option `metrics` as a list: one metric, several, or names separated by commas.
+
+    Example:
+        >>> listed_metrics("bleu"), listed_metrics("bleu, cider_d"), listed_metrics(("bleu",))
+        (['bleu'], ['bleu', 'cider_d'], ['bleu'])
+
+    Raises:
+        ConfigError: text without a name, or another type.
+    """
+    if metrics is None:
+        return None
+    if isinstance(metrics, Metric):
+        return [metrics]
+    given = metrics.replace(",", " ").split() if isinstance(metrics, str) else metrics
+    mistaken = isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable)
+    if mistaken or (isinstance(metrics, str) and not given):
+        raise ConfigError(
+            f"metrics={shortened(metrics)} was given; expected a name such as 'bleu', a list such "
+            "as ['bleu', 'cider_d'], or None for all."
+        )
+    return list(given)
+
+
 @dataclass(frozen=True)
 class Scores(Mapping[str, float]):
     """Corpus scores by name, in a fixed order, with the scores of each image.

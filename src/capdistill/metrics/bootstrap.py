@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from capdistill.errors import UnknownName, require_int, require_number, suggest
-from capdistill.metrics.base import Captions, Metric, References, Scores
+from capdistill.metrics.base import Captions, Metrics, References, Scores
 from capdistill.metrics.bleu_rouge_meteor import Bleu
 from capdistill.metrics.meteor15 import Meteor15
 from capdistill.metrics.ngram_counts import Floats, Ints
@@ -112,7 +112,7 @@ def paired_bootstrap(
     references: References,
     a: Captions,
     b: Captions,
-    metrics: Iterable[str | Metric] | None = None,
+    metrics: Metrics | None = None,
     samples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,

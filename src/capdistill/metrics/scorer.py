@@ -14,6 +14,7 @@ from capdistill.metrics.base import (
     Captions,
     Direction,
     Metric,
+    Metrics,
     References,
     Results,
     Scores,
@@ -22,6 +23,7 @@ from capdistill.metrics.base import (
     align_many,
     checked_caption,
     first,
+    listed_metrics,
     prepare,
     score_weights,
     tokens_of,
@@ -58,7 +60,8 @@ class CaptionScorer:
             references of each image. A caption is a string, or a list of tokens, which are taken
             as they are.
         metrics: Which to compute: "bleu", "rouge_l", "cider_d", "meteor_nltk", "meteor_1_5", or a
-            score's own name such as "bleu_4", or your own `Metric`. None is all the built-in ones.
+            score's own name such as "bleu_4", or your own `Metric`; one or several. None is all
+            the built-in ones.
             "meteor_1_5" becomes "meteor_1_5_nopara" without a paraphrase table.
         document_frequencies: Document frequencies for CIDEr-D; None counts them in `references`.
 
@@ -73,7 +76,7 @@ class CaptionScorer:
         self,
         references: References,
         *,
-        metrics: Iterable[str | Metric] | None = None,
+        metrics: Metrics | None = None,
         document_frequencies: DocumentFrequencies | None = None,
     ) -> None:
         self._references = prepare(references)
@@ -274,7 +277,7 @@ ON_NGRAMS = ("bleu", "cider_d")
 
 
 def resolve_metrics(
-    metrics: Iterable[str | Metric] | None,
+    metrics: Metrics | None,
 ) -> tuple[dict[str, list[str]], list[Metric], list[str]]:
     """Check the option `metrics`: built-in ones with their scores, your own, the names as given.
 
@@ -282,15 +285,11 @@ def resolve_metrics(
         UnknownName: an unknown metric; the message suggests the nearest name.
         ConfigError: metrics of another type, or two that give one score.
     """
-    if metrics is None:
+    listed = listed_metrics(metrics)
+    if listed is None:
         return select(None), [], []
-    if isinstance(metrics, (str, Metric)) or not isinstance(metrics, Iterable):
-        raise ConfigError(
-            f"metrics={shortened(metrics)} was given; expected a list such as "
-            "['bleu', 'cider_d'], or None for all."
-        )
     names, own = [], list[Metric]()
-    for metric in metrics:
+    for metric in listed:
         if isinstance(metric, Metric):
             own.append(metric)
         elif isinstance(metric, str):

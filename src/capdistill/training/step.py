@@ -16,7 +16,7 @@ from capdistill.averaging import WeightAverage
 from capdistill.captioner import Captioner
 from capdistill.data.source import Source
 from capdistill.errors import ConfigError, LossSpike, NotFiniteLoss
-from capdistill.metrics import Metric
+from capdistill.metrics.base import Metric, Metrics, listed_metrics
 from capdistill.outputs import Batch, CaptionerOutput, LossTerm, part, require_batches
 from capdistill.ranks import Ranks
 from capdistill.runtime import (
@@ -57,7 +57,7 @@ class Stepper:
             learning rate stays constant.
         meter: Sums over the steps since the epoch began.
         average: The average of the trained weights, with `ema_decay`; None without.
-        metrics: Metrics that validation computes, names or your own `Metric` objects, instead of
+        metrics: Metrics that validation computes, as `CaptionScorer` takes them, instead of
             `config.metrics`; `monitor` may name any of their scores.
         parallel: Wraps the trained module for several processes; by default it is
             DistributedDataParallel.
@@ -84,7 +84,7 @@ class Stepper:
         self.spare: Batch | None = None  # a batch to run where a rank has none
         self.epoch = self.step_count = 0
         self.meter, self.guard = EpochMeter(), StepGuard()
-        self.metrics: Sequence[str | Metric] | None = None
+        self.metrics: Metrics | None = None
         self._scorer = PreparedScorer()
         self.scaler = self._made_scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.place()
@@ -410,7 +410,8 @@ class Stepper:
 
     @property
     def _metrics(self) -> Sequence[str | Metric]:
-        return self.config.metrics if self.metrics is None else self.metrics
+        own = listed_metrics(self.metrics)
+        return self.config.metrics if own is None else own
 
     def score(
         self, references: Mapping[str, Sequence[str]], captions: Mapping[str, str]

@@ -95,7 +95,7 @@ class Trainer(Stepper):
             `epochs=20, label_smoothing=0.1`.
 
     Attributes:
-        metrics: Metrics that validation computes, names or your own `Metric` objects, instead of
+        metrics: Metrics that validation computes, as `CaptionScorer` takes them, instead of
             `config.metrics`; `monitor` may name any of their scores.
         stopping: A callback sets it to end the run after the epoch.
 
