@@ -365,6 +365,19 @@ def test_a_complete_cache_is_read_from_a_directory_that_may_only_be_read(
         feature_files.clear_caches(tmp_path)
 
 
+def test_a_directory_that_does_not_exist_has_no_caches_to_list_or_clear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # that of the user may be absent
+    assert feature_files.list_caches() == []
+    assert feature_files.clear_caches() == 0
+    (tmp_path / "file").write_text("")
+    for name in ("typo", "file"):
+        for work in (feature_files.list_caches, feature_files.clear_caches):
+            with pytest.raises(ConfigError, match=f"{name}: there is no such directory"):
+                work(tmp_path / name)
+
+
 def test_caches_are_listed_and_cleared_and_other_files_stay(tmp_path: Path) -> None:
     def stop(seen: int) -> None:
         if seen == 4:

@@ -162,8 +162,11 @@ def list_caches(directory: str | os.PathLike[str] | None = None) -> list[CacheEn
 
     Args:
         directory: By default that of the user.
+
+    Raises:
+        ConfigError: a directory was given that does not exist.
     """
-    folder = default_cache_dir() if directory is None else user_path(directory)
+    folder = _cache_folder(directory)
     names = sorted({path.stem for path in _cache_files(folder)})
     found = [_entry(folder, name) for name in names]
     return sorted(found, key=lambda entry: _time(entry.path))
@@ -179,9 +182,9 @@ def clear_caches(directory: str | os.PathLike[str] | None = None) -> int:
         The number of bytes that were freed.
 
     Raises:
-        ConfigError: they cannot be removed.
+        ConfigError: they cannot be removed, or a directory was given that does not exist.
     """
-    folder = default_cache_dir() if directory is None else user_path(directory)
+    folder = _cache_folder(directory)
     files = [*_cache_files(folder), *folder.glob(HASHES)]
     freed = sum(_disk_bytes(file) for file in files)
     try:
@@ -193,6 +196,19 @@ def clear_caches(directory: str | os.PathLike[str] | None = None) -> int:
         ) from error
     remove_abandoned(folder)
     return freed
+
+
+def _cache_folder(directory: str | os.PathLike[str] | None) -> Path:
+    """The directory that was given, which must exist; by default that of the user."""
+    if directory is None:
+        return default_cache_dir()
+    folder = user_path(directory)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: there is no such directory. Expected the cache_dir of a run; without one, "
+            "the caches of the user are meant."
+        )
+    return folder
 
 
 def _cache_files(folder: Path) -> list[Path]:

@@ -300,6 +300,9 @@ def test_out_also_takes_images_without_captions(
         (["--out", "c.jsonl"], "either --data PATH or IMAGE"),
         (["dog.jpg", "--data", "sample", "--out", "c.jsonl"], "either --data PATH or IMAGE"),
         (["--data", "sample", "--out", "c.jsonl", "--details"], "do not go with --out"),
+        (["dog.jpg", "--overwrite"], "--overwrite belongs to --out"),
+        (["dog.jpg", "--limit", "3"], "belong to --data"),
+        (["dog.jpg", "--out", "c.jsonl", "--images", "photos"], "belong to --data"),
     ],
 )
 def test_images_data_and_out_that_do_not_go_together_are_refused(

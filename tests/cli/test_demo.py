@@ -226,6 +226,20 @@ def test_losses_and_weights_of_a_recipe_with_stages_are_not_changed_from_the_com
     assert not (tmp_path / "new").exists()
 
 
+def test_options_of_a_recipe_are_refused_without_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = ["--teacher-weights", "random"]
+    for command in (
+        ["distill"],
+        ["distill", "--recipe", "kd_2024"],
+        staged(tmp_path, "--teacher", "t"),
+    ):
+        assert "--teacher-weights: no teacher is trained" in refused([*command, *weights], capsys)
+    model = ["--preset", "debug_student", "--data", "sample", "--role", "student"]
+    assert "--role belongs to --recipe" in refused(["train", *model], capsys)
+
+
 def test_the_demo_does_not_replace_runs_of_another_directory_unasked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def test_compare_draws_as_many_samples_as_asked(
     content = json.loads(capsys.readouterr().out)
     assert content["bootstrap"]["samples"] == 50
     assert set(content["rows"][0]["differences"]) == {"teacher"}
+
+
+def test_curves_need_a_run(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "saved"
+    shutil.copytree(student / "best", alone)
+    command = ["compare", str(alone), str(alone), *DATA, "--out", str(tmp_path), "--curves"]
+    assert main(command) == 1
+    assert "--curves: no captioner lies in the directory of a run" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(

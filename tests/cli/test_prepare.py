@@ -104,6 +104,32 @@ def test_a_model_alone_is_cached_and_caches_are_listed_and_cleared(
     assert "no caches" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("work", ["--list", "--clear"])
+def test_caches_are_those_of_a_directory_that_exists_and_of_no_run(
+    work: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typo = refused(["cache", work, "--cache-dir", str(tmp_path / "typo")], capsys)
+    assert "typo: there is no such directory" in typo
+    for given in (["--set", f"train.cache_dir={tmp_path}"], ["--config", "c.json"], DATA[:2]):
+        message = refused(["cache", work, *given], capsys)
+        assert f"Leave out {given[0]}." in message
+
+
+def test_caches_are_not_listed_and_cleared_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["cache", "--list", "--clear"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_cache_has_no_options_that_it_does_not_read(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--metrics", "--beam-size", "--teacher-weights", "--log"):
+        with pytest.raises(SystemExit):
+            main(["cache", "--list", flag, "1"])
+        assert f"there is no option {flag}" in capsys.readouterr().err
+    for flag in (["--overwrite"], ["--target-words", "3"]):
+        assert "--targets DIR" in refused(["cache", "--preset", "debug_student", *flag], capsys)
+
+
 def test_a_model_and_a_pair_together_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["cache", "--preset", "debug_student", "--student", "debug_student", *DATA]
     assert "--preset is a model alone" in refused(command, capsys)

@@ -299,6 +299,16 @@ def test_a_captioner_that_does_not_exist_is_named(
     assert "model: no captioner was given" in nothing
 
 
+@pytest.mark.parametrize("command", ["tune", "train", "distill"])
+def test_a_run_to_resume_that_does_not_exist_is_named(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tuned").mkdir()
+    message = refused([command, "--resume", "--out", str(tmp_path / "tunde")], capsys)
+    assert f"--resume --out {tmp_path / 'tunde'}: there is no such directory." in message
+    assert f"Did you mean '{tmp_path / 'tuned'}'?" in message
+
+
 def test_an_ensemble_cannot_be_tuned(
     teacher: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

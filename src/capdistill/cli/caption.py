@@ -98,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
     exported = is_exported(user_path(options.captioner, CheckpointError))
     if exported:
         _require_possible(options)
+    _require_companions(options)
     if options.out is not None:
         return _write_training_captions(options, captioner_directory(options.captioner))
     if options.data is not None or not options.paths:
@@ -123,6 +124,14 @@ def run(options: argparse.Namespace) -> int:
             f"capdistill caption: {unreadable} of {len(paths)} images could not be read; see above."
         )
     return PROBLEM if unreadable else DONE
+
+
+def _require_companions(options: argparse.Namespace) -> None:
+    """Refuse options that would do nothing without another one."""
+    if options.overwrite and options.out is None:
+        raise ConfigError("--overwrite belongs to --out FILE; give that, too.")
+    if options.data is None and data_values(options):
+        raise ConfigError("--format, --images and --limit belong to --data PATH; give that, too.")
 
 
 def _load(options: argparse.Namespace) -> CaptionGenerator:

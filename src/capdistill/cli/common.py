@@ -147,6 +147,7 @@ def add_run_options(
     *,
     output: bool = True,
     recipes: bool = True,
+    validation: bool = True,
 ) -> None:
     """Add the options of a run: its directory, configuration, data, training and validation.
 
@@ -156,6 +157,7 @@ def add_run_options(
         flags: Those that have a flag: name -> type, metavar, help.
         output: Whether the command writes a run.
         recipes: Whether a recipe is possible.
+        validation: Whether the command reads the options of validation.
     """
     from capdistill.training.config import LOGGERS, TrainConfig
 
@@ -182,9 +184,12 @@ def add_run_options(
             default=None,
             help="report after each epoch what the time was spent on",
         )
-    add_metrics_option(group, ",".join(TrainConfig.model_fields["metrics"].default))
-    purpose = " (how validation generates captions)"
-    add_generation_options(parser, purpose, without=flags)
+    if validation:
+        add_metrics_option(group, ",".join(TrainConfig.model_fields["metrics"].default))
+        purpose = " (how validation generates captions)"
+        add_generation_options(parser, purpose, without=flags)
+    else:
+        parser.set_defaults(metrics=None)
     parser.set_defaults(flags=(*flags, *(("log", "profile") if output else ())))
 
 
@@ -215,6 +220,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser, recipes: bool) -> None:
     group = parser.add_argument_group("configuration")
+    parser.set_defaults(recipe=None)
     if recipes:
         from capdistill.training.recipes import RECIPES
 
@@ -286,7 +292,7 @@ def captioner_directory(given: str) -> Path:
         CheckpointError: no captioner is there; the message says what is.
     """
     if not str(given).startswith("hf:"):
-        _require_existing(given, user_path(given, CheckpointError))
+        require_existing(given, user_path(given, CheckpointError))
     from capdistill.saving import DESCRIPTION, ENSEMBLE, PRETRAINED, TARGETS, saved_file
     from capdistill.teachers.directory import is_pretrained
 
@@ -313,7 +319,12 @@ def captioner_directory(given: str) -> Path:
     )
 
 
-def _require_existing(given: str, path: Path) -> None:
+def require_existing(given: str, path: Path) -> None:
+    """Check that what an option names is there.
+
+    Raises:
+        CheckpointError: it is not; the message suggests the nearest name beside it.
+    """
     if path.exists():
         return
     siblings = path.parent.iterdir() if path.parent.is_dir() else ()
@@ -334,7 +345,7 @@ def require_writable(directory: str | Path) -> None:
 
 
 def recipe_values(
-    name: str, section: str = "student", role: str = "student", *, staged: bool = False
+    name: str, section: str = "student", role: str | None = "student", *, staged: bool = False
 ) -> dict[str, Any]:
     """A recipe as values of a run file.
 
@@ -345,7 +356,8 @@ def recipe_values(
     Args:
         name: A name that `capdistill.training.recipe` knows.
         section: "student" to distil, "model" to train by cross-entropy.
-        role: Which of the recipe's models goes there, if it has models: "teacher" or "student".
+        role: Which of the recipe's models goes there, if it has models: "teacher", also if none is
+            named, or "student".
         staged: Whether a recipe with stages is possible; the values are what they have in common.
 
     Raises:
@@ -365,7 +377,7 @@ def recipe_values(
     values = {**(values if section == "student" else {}), "train": options}
     models = recipe_models(name)
     if models is not None:
-        kinds = models[role].items()
+        kinds = models[role or "teacher"].items()
         values[section] = {kind: {"name": n, "kwargs": kwargs} for kind, (n, kwargs) in kinds}
         if section == "model":
             values["tokenizer"] = models["tokenizer"]

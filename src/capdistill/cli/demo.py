@@ -163,6 +163,11 @@ def distill_command(parser: argparse.ArgumentParser) -> None:
     from capdistill.cli import train
 
     train.distill_command(parser)
+    parser.add_argument(
+        "--teacher-weights",
+        metavar="W",
+        help="with a recipe that trains its teacher: the weights of the teacher's encoder",
+    )
     parser.set_defaults(run=run_distill, staged=True)
 
 
@@ -172,12 +177,18 @@ def run_distill(options: argparse.Namespace) -> int:
     from capdistill.cli.runfile import NAME
     from capdistill.training.recipes import recipe, recipe_models
 
-    if options.recipe and "stages" in recipe(options.recipe):
-        return run_staged(options)
+    staged = options.recipe and "stages" in recipe(options.recipe)
     alone = options.resume is True and (user_path(options.out or "") / NAME).exists()
     given = options.teacher or options.config or options.student or alone
-    if options.recipe and not given and recipe_models(options.recipe) is not None:
+    if options.recipe and not staged and not given and recipe_models(options.recipe) is not None:
         return run_recipe(options)
+    if options.teacher_weights is not None:
+        raise ConfigError(
+            "--teacher-weights: no teacher is trained here. It belongs to a recipe that trains its "
+            "own, such as --recipe flickr8k_small without --teacher, --student and --config."
+        )
+    if staged:
+        return run_staged(options)
     return train.train(options)
 
 

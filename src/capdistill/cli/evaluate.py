@@ -128,6 +128,7 @@ def run_compare(options: argparse.Namespace) -> int:
     require_writable(out)
     roles = [role for role in ("teacher", "student", "baseline") if getattr(options, role)]
     directories = {role: captioner_directory(getattr(options, role)) for role in roles}
+    histories = _histories(directories) if options.curves else {}
     models = {role: load(directory) for role, directory in directories.items()}
     data = _data(options)
     result = compare(
@@ -137,7 +138,7 @@ def run_compare(options: argparse.Namespace) -> int:
         models.get("baseline"),
         bootstrap=options.bootstrap,
         attention=options.attention,
-        histories=_histories(directories) if options.curves else {},
+        histories=histories,
         metrics=metrics,
         **_evaluation_options(options, data),
     )
@@ -150,7 +151,13 @@ def run_compare(options: argparse.Namespace) -> int:
 def _histories(directories: Mapping[str, Path]) -> dict[str, Path]:
     """Model -> the run that its directory lies in, where there is one."""
     runs = {role: directory.absolute().parent for role, directory in directories.items()}
-    return {role: run for role, run in runs.items() if (run / "history.jsonl").exists()}
+    found = {role: run for role, run in runs.items() if (run / "history.jsonl").exists()}
+    if not found:
+        raise ConfigError(
+            "--curves: no captioner lies in the directory of a run with its history.jsonl. Give "
+            "the directory of the run, RUN or RUN/best, or leave --curves out."
+        )
+    return found
 
 
 def _data(options: argparse.Namespace) -> Splits:

@@ -44,15 +44,16 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
     text = "a model alone: a preset or a saved captioner's directory"
     parser.add_argument("--preset", metavar="NAME", help=text)
     add_pair_options(parser)
-    add_run_options(parser, DistillConfig, _FLAGS, output=False)
+    add_run_options(parser, DistillConfig, _FLAGS, output=False, validation=False)
     group = parser.add_argument_group("targets of the teacher")
     text = "also run the teacher over all captions, and keep its targets here"
     group.add_argument("--targets", metavar="DIR", help=text)
     text = "of a large vocabulary, keep the N most probable words (default: all, exactly)"
     group.add_argument("--target-words", metavar="N", type=int, help=text)
-    text = "replace targets that were made differently"
+    text = "with --targets: replace those that were made differently"
     group.add_argument("--overwrite", action="store_true", help=text)
-    group = parser.add_argument_group("caches that are there")
+    text = "caches that are there (in --cache-dir)"
+    group = parser.add_argument_group(text).add_mutually_exclusive_group()
     group.add_argument("--list", action="store_true", help="list them, and do nothing else")
     group.add_argument("--clear", action="store_true", help="remove them all, and do nothing else")
     parser.set_defaults(run=cache, out=None, resume=False, role="student")
@@ -62,16 +63,20 @@ def cache(options: argparse.Namespace) -> int:
     """Cache the features of a run, or list or remove what is there."""
     from capdistill.feature_files import clear_caches, default_cache_dir, list_caches
 
+    if options.list or options.clear:
+        _require_only_a_directory(options)
     directory = options.cache_dir or default_cache_dir()
     if options.clear:
-        freed = clear_caches(directory)
+        freed = clear_caches(options.cache_dir)
         content: Any = {"directory": str(directory), "bytes": freed}
         print_result(options, content, lambda: f"{directory}: freed {_gigabytes(freed)}")
         return DONE
     if options.list:
-        found = list_caches(directory)
+        found = list_caches(options.cache_dir)
         print_result(options, _content(found), lambda: f"{directory}\n{_table(found)}")
         return DONE
+    if options.targets is None and (options.overwrite or options.target_words is not None):
+        raise ConfigError("--overwrite and --target-words belong to --targets DIR; give that, too.")
     began = time.monotonic()
     made, epochs = _cache(options)
     seconds = time.monotonic() - began
@@ -84,6 +89,15 @@ def cache(options: argparse.Namespace) -> int:
         options, content, lambda: f"{_table(made)}\n{seconds:.1f} s. {hint} and the same options."
     )
     return DONE
+
+
+def _require_only_a_directory(options: argparse.Namespace) -> None:
+    """Refuse the options of a run: they could name another directory than the one in use."""
+    read = ("list", "clear", "cache_dir", "command", "json", "debug", "run", "flags", "role")
+    for name, value in vars(options).items():
+        if name not in read and value not in (None, False, []):
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--list and --clear read --cache-dir DIR alone. Leave out --{flag}.")
 
 
 def _cache(options: argparse.Namespace) -> tuple[list[CacheEntry], str]:

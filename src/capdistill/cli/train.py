@@ -17,6 +17,7 @@ from capdistill.cli.common import (
     generation_values,
     metric_names,
     recipe_values,
+    require_existing,
 )
 from capdistill.cli.data import MeanTeacherSection, teacher_directories
 from capdistill.cli.runfile import (
@@ -78,8 +79,7 @@ def train_command(parser: argparse.ArgumentParser) -> None:
         "--role",
         choices=["teacher", "student"],
         metavar="ROLE",
-        default="teacher",
-        help="with --recipe: train its teacher (default) or its student",
+        help="with a recipe that has models: train its teacher (default) or its student",
     )
     parser.set_defaults(run=train, run_class=TrainRun, model="model")
 
@@ -106,6 +106,8 @@ def check_command(parser: argparse.ArgumentParser) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train or distil, and print the result."""
+    if options.run_class is TrainRun and options.role and not options.recipe:
+        raise ConfigError("--role belongs to --recipe NAME; give that, too.")
     run, data = load_run(options)
     trainer, history = run_training(run, data, **directory_options(options))
     content = result(run, trainer, history)
@@ -324,6 +326,8 @@ def _read_run_file(options: argparse.Namespace) -> dict[str, Any]:
     out = user_path(options.out)
     if (out / NAME).exists():
         return read_values(out / NAME)
+    if options.resume is True and not options.recipe:
+        require_existing(f"--resume --out {options.out}", out)
     if not options.recipe and (out / "stages.json").exists():
         raise ConfigError(
             f"{options.out} holds the stages of a recipe. Repeat the whole command, with --recipe, "
@@ -379,11 +383,6 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
         "hf:NAME on its Hub; or several teachers"
     )
     parser.add_argument("--teacher", metavar="DIR", nargs="+", help=text)
-    parser.add_argument(
-        "--teacher-weights",
-        metavar="W",
-        help="with a recipe that trains its teacher: the weights of the teacher's encoder",
-    )
     parser.add_argument(
         "--student",
         metavar="NAME",
