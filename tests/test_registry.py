@@ -124,10 +124,22 @@ def test_only_subclasses_of_the_base_are_registered(shapes: Registry[Shape]) -> 
         shapes.register("text")(str)
 
 
-@pytest.mark.parametrize("name", ["", "a:b"])
-def test_a_name_that_could_not_be_asked_for_is_refused(shapes: Registry[Shape], name: str) -> None:
-    with pytest.raises(ConfigError, match="without ':'"):
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "a:b", "a b", " a", "a\n", "a/b", "a\\b", "a=b", "a,b", "-a", ".a", "3d", "true"],
+)
+def test_a_name_that_no_command_line_or_file_could_carry_is_refused(
+    shapes: Registry[Shape], name: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"cannot name a shape: .*a letter first"):
         shapes.register(name)(Circle)
+    assert shapes.names() == ["square"]
+
+
+@pytest.mark.parametrize("name", ["Circle", "round-1", "my.shape", "_own", "größe"])
+def test_words_with_digits_dashes_and_dots_are_names(shapes: Registry[Shape], name: str) -> None:
+    shapes.register(name)(Circle)
+    assert shapes.get(name) is Circle
 
 
 def test_an_unknown_name_lists_the_names_and_the_nearest(shapes: Registry[Shape]) -> None:
@@ -245,6 +257,17 @@ def test_a_plugin_that_decorates_its_own_class_shadows_nobody(
     shapes.create("star")
     assert shapes.create("star") is not None  # no warning, no clash
     assert shapes.describe("star").shadowed == ()
+
+
+def test_a_plugin_whose_name_nothing_could_carry_is_left_out_with_one_warning(
+    shapes: Registry[Shape], install
+) -> None:
+    install("spaced", "my star", GOOD)
+    with pytest.warns(UserWarning, match=r"'my star' of spaced 1\.2\.3 is left out") as caught:
+        assert shapes.names() == ["square"]
+    with pytest.raises(UnknownName):
+        shapes.get("my star")
+    assert len(caught) == 1
 
 
 def test_two_distributions_with_one_name_are_an_error_only_when_asked_for(

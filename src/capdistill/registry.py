@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 import re
 import sys
 import warnings
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
+_NAME = re.compile(r"(?!(?:true|false|null|NaN|Infinity)\Z)[^\W\d][\w.-]*")  # --set reads JSON
+_EXPECTED = "command lines and files need letters, digits, '_', '-' and '.', a letter first"
 
 
 class Registry(Generic[T]):
@@ -61,8 +64,8 @@ Available: path, square.
         """Decorator that gives a class a name (its own by default).
 
         Raises:
-            ConfigError: the name is taken and `override` is not set, or the class does not
-                subclass the base.
+            ConfigError: the name is taken and `override` is not set, a command line or a file
+                could not carry it, or the class does not subclass the base.
         """
         if not (name is None or isinstance(name, str)):
             raise ConfigError(
@@ -160,8 +163,8 @@ Available: path, square.
                 f"{self.base.__qualname__}. Derive it from "
                 f"{self.base.__module__}.{self.base.__qualname__}."
             )
-        if not name or ":" in name:
-            raise ConfigError(f"'{name}' cannot name a {self.kind}: use a word without ':'.")
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{name!r} cannot name a {self.kind}: {_EXPECTED}.")
         taken = self._local(name)
         if taken and not override:
             raise ConfigError(
@@ -195,7 +198,8 @@ Available: path, square.
             candidates.append(Candidate(name, origin, target, partial(_same, cls)))
         if name in self._builtins:
             target = self._builtins[name]
-            candidates.append(Candidate(name, "built-in", target, partial(_import, target)))
+            load = partial(pkgutil.resolve_name, target)
+            candidates.append(Candidate(name, "built-in", target, load))
         return candidates
 
     def _from_plugins(self, name: str) -> list[Candidate[T]]:
@@ -237,7 +241,13 @@ Available: path, square.
                         "Reinstall or uninstall it."
                     )
         for entry in entries:
-            yield entry, *_identity(entry.dist)
+            owner = _identity(entry.dist)
+            if _NAME.fullmatch(entry.name):
+                yield entry, *owner
+            else:
+                self._warn_once(
+                    f"The {self.kind} {entry.name!r} of {' '.join(owner)} is left out: {_EXPECTED}."
+                )
 
     def _load(self, entry: EntryPoint, origin: str) -> type[T]:
         """Import a plugin's class; any failure, including `sys.exit`, is an error."""
@@ -392,11 +402,6 @@ def _signature(cls: type) -> inspect.Signature | None:
 
 def _same(cls: type[T]) -> type[T]:
     return cls
-
-
-def _import(target: str) -> Any:
-    module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _identity(distribution: Distribution | None) -> tuple[str, str]:

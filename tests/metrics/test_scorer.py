@@ -226,8 +226,9 @@ def test_a_metric_of_the_users_own_gets_raw_text_and_has_a_direction() -> None:
 
 
 def test_a_metric_without_a_direction_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'higher' or 'lower'"):
-        Metric(_length, {"length": "up"})
+    for wrong in ({"length": "up"}, {}, {"": "higher"}, {3: "higher"}, "length", ["length"]):
+        with pytest.raises(ConfigError, match="'higher' or 'lower'"):
+            Metric(_length, wrong)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="direction"):
         CaptionScorer(REFERENCES, metrics=[Metric(_length, {"other": "lower"})])(CAPTIONS)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capdistill import Captioner, Trainer
-from capdistill.errors import UnknownName
+from capdistill.errors import ConfigError, UnknownName
 from capdistill.metrics import Metric
 from capdistill.training.history import History
 from capdistill.training.monitor import Monitor, resolve_monitor
@@ -179,6 +179,13 @@ def test_the_best_epoch_is_the_first_extreme_of_the_numbers(
 def test_a_score_that_is_not_measured_says_how_to_have_it_measured():
     with pytest.raises(UnknownName, match=r"'rouge_l' is measured.*metrics=\(\.\.\., 'rouge_l'\)"):
         resolve_monitor("rouge_l", {"cider_d": True})
+
+
+def test_a_score_of_ones_own_is_monitored_by_its_own_name() -> None:
+    assert resolve_monitor("Words-1", {"Words-1": True, "cider_d": True}) == ("Words-1", True)
+    assert resolve_monitor("CIDEr", {"Words-1": True, "cider_d": True}) == ("cider_d", True)
+    with pytest.raises(ConfigError, match="'loss', which is the validation loss"):
+        resolve_monitor("cider_d", {"loss": True, "cider_d": True})
 
 
 # -- scores near 0 ----------------------------------------------------------------------------

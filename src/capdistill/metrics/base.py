@@ -30,6 +30,7 @@ References = (
     | Sequence[Sequence[Caption]]
 )
 _SHOWN = 5
+_WAYS = ("higher", "lower")  # in which a score gets better
 
 
 def _is_pair_of_references(item: Any) -> bool:
@@ -236,17 +237,18 @@ class Metric:
         directions: Each name that `function` gives -> "higher" or "lower", whichever is better.
 
     Raises:
-        ConfigError: no name, or a direction that is neither.
+        ConfigError: no name, one that is not text, or a direction that is neither.
     """
 
     function: Callable[[dict[Any, list[str]], dict[Any, str]], Mapping[str, tuple[float, Any]]]
     directions: Mapping[str, Direction]
 
     def __post_init__(self) -> None:
-        wrong = {n: d for n, d in self.directions.items() if d not in ("higher", "lower")}
-        if wrong or not self.directions:
+        given = dict(self.directions) if isinstance(self.directions, Mapping) else {}
+        named = all(isinstance(name, str) and name for name in given)
+        if not given or not named or any(way not in _WAYS for way in given.values()):
             raise ConfigError(
-                f"Metric: directions are {dict(self.directions)!r}; give every score that the "
+                f"Metric: directions are {self.directions!r}; give every score that the "
                 "function returns a name and 'higher' or 'lower', whichever is better."
             )
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from capdistill.errors import UnknownName, suggest
+from capdistill.errors import ConfigError, UnknownName, suggest
 from capdistill.training.history import History, Row
 
 LOSS = "loss"
@@ -197,9 +197,15 @@ def resolve_monitor(name: str, directions: Mapping[str, bool]) -> tuple[str, boo
 
     Raises:
         UnknownName: no such score is measured; the message lists those that are.
+        ConfigError: a score has the name of the validation loss.
     """
+    if LOSS in directions:
+        raise ConfigError(
+            f"monitor: your own metric gives a score called '{LOSS}', which is the validation "
+            "loss. Rename the score."
+        )
     known = {LOSS: False, **directions}
-    key = monitor_key(name)
+    key = name if name in directions else monitor_key(name)
     if key not in known:
         shown = sorted({*known, *(a for a, k in ALIASES.items() if k in known)})
         raise UnknownName(
