@@ -36,6 +36,18 @@ def test_compare_writes_the_report_and_prints_the_table(
     assert str(out / "report.html") in shown.err
 
 
+def test_compare_takes_several_students_by_the_names_of_their_runs_or_given_ones(
+    teacher: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(teacher), str(student), f"last={student / 'final'}"]
+    assert main(["compare", *runs, *DATA, "--out", str(tmp_path), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert list(content["models"]) == ["teacher", student.name, "last"]
+    twice = [str(teacher), str(student), str(student / "best")]
+    assert main(["compare", *twice, *DATA, "--out", str(tmp_path)]) == 1
+    assert f"the name '{student.name}' is taken" in capsys.readouterr().err
+
+
 def test_compare_draws_as_many_samples_as_asked(
     teacher: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,6 +149,56 @@ def test_a_foreign_report_is_refused_by_name(tmp_path) -> None:
         Comparison.load(tmp_path)
 
 
+# -- several students -------------------------------------------------------------------------
+
+
+def students(**sayings: tuple[str, ...]) -> dict[str, TinyCaptioner]:
+    return {name: TinyCaptioner(name, each) for name, each in sayings.items()}
+
+
+def test_several_students_are_each_compared_with_the_teacher(tmp_path) -> None:
+    four = students(a=SHORT, b=SHORT[::-1], c=("a dog runs",) * 4, d=SHORT)
+    found = compare(TinyCaptioner("big"), four, BATCHES, bootstrap=20, **OPTIONS)
+    assert list(found.models) == ["teacher", "a", "b", "c", "d"]
+    row = found.rows[0]
+    assert list(row.differences) == ["a", "b", "c", "d"]
+    for name in four:
+        gap = row.values[name] - row.values["teacher"]
+        assert row.differences[name]["difference"] == pytest.approx(gap)
+    assert set(row.intervals) == set(found.models)
+    assert (row.relation, row.expected, row.reached) == ("", "", None)
+    for shown in (str(found), found.save(tmp_path).read_text("utf-8")):
+        assert "student" not in shown.lower()
+        assert "verdict" not in shown.lower()
+    assert "difference from teacher" in str(found)
+    assert "d minus teacher" in found._repr_html_()
+    assert str(Comparison.load(tmp_path)) == str(found)
+    assert "3 images; 5 models" in repr(found)
+
+
+def test_students_without_a_teacher_are_compared_with_the_first() -> None:
+    found = compare(None, students(a=SHORT, b=SHORT), BATCHES, bootstrap=20, **OPTIONS)
+    assert list(found.models) == ["a", "b"]
+    assert found.rows[0].differences["b"]["p_value"] == 1
+
+
+def test_with_a_student_of_that_name_the_others_are_what_it_is_compared_with() -> None:
+    found = compare(
+        TinyCaptioner("big"), students(student=SHORT, other=SHORT), BATCHES, bootstrap=20, **OPTIONS
+    )
+    assert list(found.rows[0].differences) == ["teacher", "other"]
+    assert found.rows[0].reached is True
+
+
+@pytest.mark.parametrize("named", [{}, {"": 1}, {3: 1}, {"teacher": 1}, {"baseline": 1}])
+def test_names_that_cannot_be_those_of_students_are_refused(named: dict) -> None:
+    given = {name: TinyCaptioner() for name in named}
+    with pytest.raises(ConfigError, match=r"cannot name a student|two models or more"):
+        compare(TinyCaptioner(), given, BATCHES, **OPTIONS)
+    with pytest.raises(ConfigError, match="two models or more"):
+        compare(None, TinyCaptioner(), BATCHES, **OPTIONS)
+
+
 def test_a_one_shot_iterator_is_refused() -> None:
     with pytest.raises(ConfigError, match="one-shot iterator"):
         compare(TinyCaptioner(), TinyCaptioner(), iter(BATCHES), **OPTIONS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -317,6 +317,29 @@ def captioner_directory(given: str) -> Path:
         f"{given} holds no saved captioner. Expected a directory that `capdistill train` or "
         "Captioner.save wrote: RUN, RUN/best or RUN/final, with a file captioner.json."
     )
+
+
+def named_directories(given: Sequence[str]) -> dict[str, str]:
+    """Name -> directory for DIR or NAME=DIR, with that of the run as name; one alone is "student".
+
+    Example:
+        >>> named_directories(["runs/a"]), named_directories(["runs/a/best", "small=runs/b"])
+        ({'student': 'runs/a'}, {'a': 'runs/a/best', 'small': 'runs/b'})
+
+    Raises:
+        ConfigError: two have one name, or one has that of another role.
+    """
+    named: dict[str, str] = {}
+    for each in given:
+        name, equals, directory = each.partition("=")
+        if not equals or Path(each).exists():
+            path, directory = Path(each).absolute(), each
+            name = path.parent.name if path.name in ("best", "final") else path.name
+            name = name if len(given) > 1 else "student"
+        if name in ("teacher", "baseline", *named):
+            raise ConfigError(f"{each}: the name '{name}' is taken. Give it another: NAME=DIR.")
+        named[name] = directory
+    return named
 
 
 def require_existing(given: str, path: Path) -> None:

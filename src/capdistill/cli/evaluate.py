@@ -18,6 +18,7 @@ from capdistill.cli.common import (
     data_values,
     generation_values,
     metric_names,
+    named_directories,
     require_writable,
 )
 from capdistill.cli.data import parse_data
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from capdistill.data import Splits
     from capdistill.metrics import Scores
 
-
 _EVALUATE = """\
 example:
   capdistill evaluate runs/student --data flickr8k --split test
@@ -37,8 +37,8 @@ example:
 _COMPARE = """\
 example:
   capdistill compare runs/teacher runs/student --data flickr8k --out runs/report
-  capdistill compare runs/teacher runs/student --baseline runs/ce \\
-      --data flickr8k --bootstrap 1000 --out runs/report"""
+  capdistill compare runs/teacher runs/student --baseline runs/ce --data flickr8k --out runs/report
+  capdistill compare runs/teacher runs/a runs/b c=runs/old --data flickr8k --out runs/report"""
 _SCORE = """\
 example:
   capdistill score captions_val2017.json results.json
@@ -64,11 +64,11 @@ def evaluate_command(parser: argparse.ArgumentParser) -> None:
 def compare_command(parser: argparse.ArgumentParser) -> None:
     """Add the options of `compare`."""
     parser.description = _COMPARE
-    parser.usage = "capdistill compare TEACHER STUDENT --data PATH --out DIR [options]"
-    parser.add_argument(
-        "teacher", metavar="TEACHER", help="the teacher: a run's or a saved captioner's directory"
-    )
-    parser.add_argument("student", metavar="STUDENT", help="the student, likewise")
+    parser.usage = "capdistill compare TEACHER STUDENT ... --data PATH --out DIR [options]"
+    text = "the teacher: a run's or a saved captioner's directory"
+    parser.add_argument("teacher", metavar="TEACHER", help=text)
+    text = "the student, or several; NAME=DIR names one"
+    parser.add_argument("students", metavar="STUDENT", nargs="+", help=text)
     parser.add_argument(
         "--baseline", metavar="DIR", help="the same student trained by cross-entropy alone"
     )
@@ -120,22 +120,24 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    """Compare two or three captioners and write the report."""
+    """Compare captioners and write the report."""
     from capdistill.evaluation.comparison import compare
     from capdistill.teachers.ensemble import load
 
     out, metrics = user_path(options.out), metric_names(options)
     require_writable(out)
-    roles = [role for role in ("teacher", "student", "baseline") if getattr(options, role)]
-    directories = {role: captioner_directory(getattr(options, role)) for role in roles}
+    given = {"teacher": options.teacher, **named_directories(options.students)}
+    given |= {"baseline": options.baseline} if options.baseline else {}
+    directories = {role: captioner_directory(each) for role, each in given.items()}
     histories = _histories(directories) if options.curves else {}
     models = {role: load(directory) for role, directory in directories.items()}
     data = _data(options)
+    teacher, baseline = models.pop("teacher"), models.pop("baseline", None)
     result = compare(
-        models["teacher"],
-        models["student"],
+        teacher,
+        models,
         data.get(options.split),
-        models.get("baseline"),
+        baseline,
         bootstrap=options.bootstrap,
         attention=options.attention,
         histories=histories,

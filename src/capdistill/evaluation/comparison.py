@@ -1,4 +1,4 @@
-"""Compare teacher and student, and with the expectations of the published recipe."""
+"""Compare teacher and student, with the expectations of the published recipe, or any captioners."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ from capdistill.evaluation.evaluation import (
 )
 from capdistill.evaluation.measure import time_captions
 from capdistill.evaluation.report import fragment, page, summary
-from capdistill.evaluation.table import Progress, TableRow, comparison_table, table_rows
+from capdistill.evaluation.table import (
+    Progress,
+    TableRow,
+    compared_pairs,
+    comparison_table,
+    table_rows,
+)
 from capdistill.files import finite_or_none, from_json, write_text
 from capdistill.metrics.base import listed_metrics
 from capdistill.metrics.bootstrap import PairedScores, paired
@@ -57,8 +63,8 @@ class Comparison:
     """The result of `compare`. `print` it, or `save` it as a report.
 
     Args:
-        models: "teacher", "student" and, if given, "baseline" -> its evaluation as plain dicts
-            (the form of `Evaluation.to_json`).
+        models: "teacher", "student" or the names of the students, and "baseline", as given -> its
+            evaluation as plain dicts (the form of `Evaluation.to_json`).
         rows: The table.
         samples: Images spread evenly over the data, not chosen by quality.
         bootstrap: Settings of the intervals: "samples", "seed", "confidence", and "notes" on scores
@@ -137,7 +143,7 @@ class Comparison:
 
 
 def compare(
-    teacher: Any,
+    teacher: Any | None,
     student: Any,
     data: Any,
     baseline: Any = None,
@@ -147,7 +153,7 @@ def compare(
     histories: Mapping[str, str | Path] | None = None,
     **options: Any,
 ) -> Comparison:
-    """Evaluate teacher and student on the same images and compare them.
+    """Evaluate teacher and student, or several students, on the same images and compare them.
 
     Example:
         >>> import capdistill as cd
@@ -160,22 +166,25 @@ def compare(
         ['bleu_1', 'bleu_2']
 
     Args:
-        teacher: The teacher.
-        student: The student distilled from it.
+        teacher: The teacher; None compares students alone.
+        student: The student distilled from it; or name -> student for several. Then there are no
+            expectations, and each model is compared with the first, which is the teacher if there
+            is one; or all with the one called "student".
         data: As in `evaluate`, but not a one-shot iterator: every model reads it.
         baseline: The same student trained by cross-entropy alone, as a third column.
         bootstrap: Number of samples of the images, such as 1000: scores get 95 % intervals, and the
-            student's difference from teacher and baseline an interval and a p-value, as
-            `metrics.paired_bootstrap` defines them. 0 draws none.
+            student's difference from teacher and baseline (of several students, that from the
+            first model) an interval and a p-value, as `metrics.paired_bootstrap` defines them. 0
+            draws none.
         attention: Number of images (the first of the data) for which to draw attention maps of each
             model; needs the extra `ui`, as `histories` does.
-        histories: "teacher", "student" or "baseline" -> its run's directory, to draw its training
-            curves.
+        histories: "teacher", "student" or a student's name, "baseline" -> its run's directory, to
+            draw its training curves.
         options: Options of `evaluate`.
 
     Raises:
-        ConfigError: an unknown option (the message suggests the nearest), a value out of range, or
-            a history of another model.
+        ConfigError: an unknown option (the message suggests the nearest), a value out of range, a
+            history of another model, or fewer than two models.
         DataError: as `evaluate`, or a history that does not exist.
         MissingExtra: pictures are requested but matplotlib is not installed.
         IncompatibleModels: the models could not be scored on the same images.
@@ -183,9 +192,7 @@ def compare(
     require_int("compare: bootstrap", bootstrap, minimum=0)
     require_int("compare: attention", attention, minimum=0)
     require_known_options("compare", options, evaluate, compare)
-    models = {"teacher": teacher, "student": student}
-    if baseline is not None:
-        models["baseline"] = baseline
+    models = _by_role(teacher, student, baseline)
     for model in models.values():  # fail before the first model captions everything
         require_generate("compare", model)
     histories = _checked_histories(histories or {}, models)
@@ -207,9 +214,29 @@ def compare(
         models=evaluated,
         rows=tuple(_with_intervals(row, drawn) for row in table_rows(evaluated)),
         samples=tuple(_samples(found)),
-        bootstrap=_settings(drawn["teacher"]) if drawn else None,
+        bootstrap=_settings(next(iter(drawn.values()))) if drawn else None,
         pictures=_pictures(models, found, histories, attention),
     )
+
+
+def _by_role(teacher: Any, student: Any, baseline: Any) -> dict[str, Any]:
+    """Role -> model; several students have names of their own."""
+    students = dict(student) if isinstance(student, Mapping) else {"student": student}
+    wrong = [name for name in students if not isinstance(name, str) or not name]
+    taken = [name for name in ("teacher", "baseline") if name in students]
+    if wrong or taken:
+        raise ConfigError(
+            f"compare: {[*wrong, *taken][0]!r} cannot name a student. Give text other than "
+            "'teacher' and 'baseline', which name the models that students are compared with."
+        )
+    given = {"teacher": teacher, **students, "baseline": baseline}
+    models = {role: model for role, model in given.items() if role in students or model is not None}
+    if not students or len(models) < 2:
+        raise ConfigError(
+            f"compare: {', '.join(models) or 'no model'} was given; expected two models or more. "
+            "Use evaluate for one, or give several students as {name: captioner}."
+        )
+    return models
 
 
 def _checked_histories(
@@ -237,28 +264,32 @@ def _require_reusable(data: Any) -> None:
 
 
 def _require_same_images(found: Mapping[str, Evaluation]) -> None:
-    teacher = set(found["teacher"].captions)
+    first = next(iter(found))
     for role, each in found.items():
-        other = teacher.symmetric_difference(each.captions)
+        other = set(found[first].captions).symmetric_difference(each.captions)
         if other:
             raise IncompatibleModels(
-                f"compare: teacher and {role} captioned different images, so their scores cannot "
+                f"compare: {first} and {role} captioned different images, so their scores cannot "
                 f"be compared; the first that only one has: {min(other)}. Use data that give the "
                 "same images each time."
             )
 
 
 def _against(found: Mapping[str, Evaluation], samples: int) -> dict[str, PairedScores]:
-    """Teacher and, if given, baseline -> the comparison with the student, on the same samples."""
+    """As `differences` of a row: role -> the comparison of two models, on the same samples."""
     systems = {role: each.scores for role, each in found.items()}
-    others = [role for role in found if role != "student"]
-    results = paired(systems, [(role, "student") for role in others], samples)
-    return dict(zip(others, results, strict=True))
+    pairs = compared_pairs(list(found))
+    results = paired(systems, pairs.values(), samples)
+    return dict(zip(pairs, results, strict=True))
 
 
 def _with_intervals(row: TableRow, drawn: Mapping[str, PairedScores]) -> TableRow:
     pairs = {role: each[row.key] for role, each in drawn.items() if row.key in each}
-    intervals = {role: list(pair.a_interval) for role, pair in pairs.items()}
+    intervals: dict[str, list[float]] = {}
+    for role, (before, after) in compared_pairs(list(row.values)).items():
+        if role in pairs:
+            intervals[before] = list(pairs[role].a_interval)
+            intervals[after] = list(pairs[role].b_interval)
     differences = {
         role: {
             "difference": pair.difference,
@@ -267,8 +298,6 @@ def _with_intervals(row: TableRow, drawn: Mapping[str, PairedScores]) -> TableRo
         }
         for role, pair in pairs.items()
     }
-    if pairs:
-        intervals["student"] = list(pairs["teacher"].b_interval)
     return replace(row, intervals=intervals, differences=differences)
 
 
@@ -283,26 +312,26 @@ def _timed_in_turn(
     """Times measured again, image by image in turn: a busy machine slows all models alike."""
     if any(each.latency_ms is None for each in found.values()):
         return dict(found)
-    teacher = found["teacher"]
-    device = torch.device(teacher.device)
+    first = next(iter(found.values()))
+    device = torch.device(first.device)
     with on_device(list(models.values()), device):
         batches = [each.timed for each in found.values()]
-        how = teacher.precision, teacher.generation
+        how = first.precision, first.generation
         times = time_captions(list(models.values()), batches, device, *how)
     pairs = zip(found.items(), times, strict=True)
     return {role: replace(each, latency_ms=time) for (role, each), time in pairs}
 
 
 def _samples(found: Mapping[str, Evaluation]) -> list[Sample]:
-    student = found["student"]
+    one = found.get("student") or next(iter(found.values()))
     return [
         Sample(
             image_id=image,
             picture=picture,
-            references=tuple(student.references[image]),
+            references=tuple(one.references[image]),
             captions={role: each.captions[image] for role, each in found.items()},
         )
-        for image, picture in student.gallery.pictures().items()
+        for image, picture in one.gallery.pictures().items()
     ]
 
 

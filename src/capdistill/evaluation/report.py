@@ -10,7 +10,9 @@ from torch import Tensor
 
 from capdistill.evaluation.table import (
     TableRow,
+    are_judged,
     cell_of,
+    compared_pairs,
     compared_with,
     difference_of,
     remarks,
@@ -25,8 +27,10 @@ def page(content: Mapping[str, Any]) -> str:
         content: As `Comparison.to_json` gives it.
     """
     lines = remarks(content["models"], content.get("bootstrap"))
+    judged = are_judged(content["models"])
     return PAGE.format(
         style=STYLE,
+        title="Teacher and student, compared" if judged else "Captioners, compared",
         summary=html.escape(summary(content)),
         table=_table(content),
         remarks="".join(f"<li>{html.escape(text)}</li>" for text in lines),
@@ -41,10 +45,13 @@ def fragment(content: Mapping[str, Any]) -> str:
 
 
 def summary(content: Mapping[str, Any]) -> str:
-    """One sentence: how many images, and how many expectations are reached."""
+    """One sentence: how many images, and how many expectations are reached, if there are any."""
+    models = content["models"]
+    images = next(iter(models.values()))["images"]
+    if not are_judged(models):
+        return f"{images} images; {len(models)} models."
     judged = [row for row in content["rows"] if row["reached"] is not None]
     reached = sum(bool(row["reached"]) for row in judged)
-    images = content["models"]["student"]["images"]
     return f"{images} images; {reached} of {len(judged)} expectations reached."
 
 
@@ -52,29 +59,35 @@ def _table(content: Mapping[str, Any]) -> str:
     rows = [TableRow(**row) for row in content["rows"]]
     models, against = content["models"], compared_with(rows)
     heads = [_head(role, str(found["name"])) for role, found in models.items()]
-    heads += [_head(f"student minus {role}") for role in against]
-    heads += map(_head, ("Student against teacher", "Published recipe expects", "Verdict"))
-    body = "".join(_table_row(row, list(models), against) for row in rows)
+    pairs, judged = compared_pairs(list(models)), are_judged(models)
+    heads += [_head("{1} minus {0}".format(*pairs[role])) for role in against]
+    if judged:
+        names = ("Student against teacher", "Published recipe expects", "Verdict")
+        heads += [_head(name, words=True) for name in names]
+    body = "".join(_table_row(row, list(models), against, judged) for row in rows)
     return (
         f'<thead><tr><th scope="col">Figure</th>{"".join(heads)}</tr></thead>\n'
         f"<tbody>\n{body}</tbody>"
     )
 
 
-def _head(role: str, name: str = "") -> str:
-    return f'<th scope="col">{_with_small([role, name] if name else [role])}</th>'
+def _head(role: str, name: str = "", words: bool = False) -> str:
+    kind = ' class="words"' * words
+    return f'<th scope="col"{kind}>{_with_small([role, name] if name else [role])}</th>'
 
 
-def _table_row(row: TableRow, roles: Sequence[str], against: Sequence[str]) -> str:
+def _table_row(row: TableRow, roles: Sequence[str], against: Sequence[str], judged: bool) -> str:
     cells = "".join(f"<td>{_with_small(cell_of(row, role))}</td>" for role in roles)
     for role in against:
         difference, _, certainty = difference_of(row, role).partition(" ")
         cells += f"<td>{_with_small([difference, certainty] if certainty else [difference])}</td>"
-    mark = row.verdict
-    if mark:
-        mark = f'<span class="{mark.replace(" ", "-")}">{mark}</span>'
-    words = f"<td>{html.escape(row.relation)}</td><td>{html.escape(row.expected)}</td>"
-    return f'<tr><th scope="row">{html.escape(row.label)}</th>{cells}{words}<td>{mark}</td></tr>\n'
+    if judged:
+        mark = row.verdict
+        if mark:
+            mark = f'<span class="{mark.replace(" ", "-")}">{mark}</span>'
+        words = (html.escape(row.relation), html.escape(row.expected), mark)
+        cells += "".join(f'<td class="words">{each}</td>' for each in words)
+    return f'<tr><th scope="row">{html.escape(row.label)}</th>{cells}</tr>\n'
 
 
 def _with_small(parts: Sequence[str]) -> str:
@@ -128,7 +141,7 @@ caption { text-align: left; padding: .75rem 1rem; color: var(--soft); }
 th, td { padding: .55rem .7rem; text-align: right; border-top: 1px solid var(--line);
   white-space: nowrap; }
 th[scope=row], th[scope=col]:first-child { text-align: left; font-weight: 600; }
-td:nth-last-child(-n+3), th:nth-last-child(-n+3) { text-align: left; white-space: normal; }
+td.words, th.words { text-align: left; white-space: normal; }
 th small, td small { display: block; font-weight: 400; color: var(--soft); }
 tbody tr:hover { background: color-mix(in srgb, var(--accent) 7%, transparent); }
 .reached, .not-reached { font-weight: 600; border: 1px solid currentColor; border-radius: 1rem;
@@ -169,12 +182,12 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Teacher and student, compared</title>
+<title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
 <main>
-<h1>Teacher and student, compared</h1>
+<h1>{title}</h1>
 <p class="summary">{summary}</p>
 <h2 id="figures">Figures</h2>
 <div class="wide" role="region" aria-labelledby="figures" tabindex="0">

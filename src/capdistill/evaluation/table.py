@@ -24,6 +24,8 @@ Evaluated = Mapping[str, Any]  # an evaluation, as `Evaluation.to_json` gives it
 class TableRow:
     """One figure of every model, the relation of student and teacher, and the expectation.
 
+    Without a teacher and a student there is no relation, expectation or verdict.
+
     Args:
         key: Its name in the JSON file.
         label: Its name in tables.
@@ -33,8 +35,9 @@ class TableRow:
         expected: What the published recipe expects, in words; "" if nothing.
         reached: Whether the student meets the expectation; None without a verdict.
         intervals: Model -> low and high end of the interval of its figure, if samples were drawn.
-        differences: "teacher" and, if given, "baseline" -> the student's figure minus that
-            model's: "difference", "interval" and "p_value", as in `metrics.PairedScore`.
+        differences: Model -> the student's figure minus that model's; without a student, that
+            model's minus the first one's: "difference", "interval" and "p_value", as in
+            `metrics.PairedScore`.
     """
 
     key: str
@@ -153,7 +156,28 @@ def _row(
     values = {role: _at(each, path) for role, each in models.items()}
     expectation = _EXPECTATIONS.get(key, _SCORE if unit == "score" else _NOTHING)
     relation, reached = _judge(models, unit, values, expectation)
-    return TableRow(key, label, unit, values, relation, expectation.expected, reached)
+    expected = expectation.expected if are_judged(models) else ""
+    return TableRow(key, label, unit, values, relation, expected, reached)
+
+
+def are_judged(models: Mapping[str, Evaluated]) -> bool:
+    """Whether there are a teacher and a student, on whose relation something is expected."""
+    return {"teacher", "student"} <= models.keys()
+
+
+def compared_pairs(roles: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Model, as in `differences` of a row -> the two models of the difference.
+
+    Example:
+        >>> compared_pairs(["teacher", "student"]), compared_pairs(["a", "b", "c"])
+        ({'teacher': ('teacher', 'student')}, {'b': ('a', 'b'), 'c': ('a', 'c')})
+
+    Returns:
+        The second one's figure minus the first one's is the difference.
+    """
+    if "student" in roles:
+        return {role: (role, "student") for role in roles if role != "student"}
+    return {role: (roles[0], role) for role in roles[1:]}
 
 
 def _at(found: Evaluated, path: Sequence[str]) -> float | None:
@@ -234,13 +258,15 @@ def comparison_table(content: Mapping[str, Any], width: int | None = None) -> st
     """
     width = terminal_width() if width is None else width
     rows, roles = [TableRow(**row) for row in content["rows"]], list(content["models"])
-    head = ["", *roles, "student against teacher", "published recipe expects", "verdict"]
+    judged = are_judged(content["models"])
+    head = ["", *roles]
+    head += ["student against teacher", "published recipe expects", "verdict"] * judged
     numbers, right = [figures_of(row, roles) for row in rows], range(1, len(roles) + 1)
     label = max(len(row.label) for row in rows)
     apart = label + sum(2 + max(map(len, column)) for column in zip(*numbers, strict=True)) > width
     if apart:  # figures of the models stay side by side; their intervals follow
         numbers = [[format_value(row.values.get(role), row.unit) for role in roles] for row in rows]
-    words = [[row.relation, row.expected, row.verdict] for row in rows]
+    words = [[row.relation, row.expected, row.verdict] * judged for row in rows]
     cells = [[r.label, *n, *w] for r, n, w in zip(rows, numbers, words, strict=True)]
     parts = [text_columns([head, *cells], right=right, width=width)]
     drawn = [row for row in rows if row.intervals]
@@ -254,7 +280,8 @@ def comparison_table(content: Mapping[str, Any], width: int | None = None) -> st
             for row in rows
             if row.differences
         ]
-        table = [["student minus", *against], *differences]
+        begin = "student minus" if "student" in roles else f"difference from {roles[0]}"
+        table = [[begin, *against], *differences]
         parts.append(text_columns(table, right=range(1, len(against) + 1), width=width))
     lines = _wrapped(remarks(content["models"], content.get("bootstrap")), width)
     return "\n\n".join([*parts, "\n".join(lines)])
@@ -276,7 +303,7 @@ def _wrapped(lines: Sequence[str], width: int) -> list[str]:
 
 
 def compared_with(rows: Sequence[TableRow]) -> list[str]:
-    """The models with a known difference from the student."""
+    """The models with a known difference from the student, or from the first model."""
     return list(dict.fromkeys(role for row in rows for role in row.differences))
 
 
@@ -292,7 +319,7 @@ def cell_of(row: TableRow, role: str) -> list[str]:
 
 
 def difference_of(row: TableRow, role: str) -> str:
-    """The student's difference from a model, with interval and p-value; "" if it is not known."""
+    """The difference in `differences`, with interval and p-value; "" if it is not known."""
     found = row.differences.get(role)
     return changed(found["difference"], found["interval"], found["p_value"]) if found else ""
 
