@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -10,13 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from capdistill.evaluation import evaluate
+from capdistill.evaluation.comparison import EvaluationOptions
 from capdistill.generation.config import GenerationConfig, GenerationOptions
 from capdistill.training.config import (
     DistillConfig,
     DistillOptions,
+    SelfCriticalConfig,
     TrainConfig,
     TrainOptions,
 )
+from capdistill.training.stages import _TRAINERS, StageOptions
 
 PROGRAM = """
 import capdistill as cd
@@ -41,12 +46,22 @@ tuned = cd.SelfCritical(student, {"cider_d": 1.0}, teacher={"one": teacher}, sam
 history = tuned.fit(data.train, epochs=1, samples=4)
 captioned = cd.teachers.caption(cd.teachers.Ensemble([teacher]), data.train, "c.jsonl", beam_size=5)
 history = cd.Trainer(student).fit(cd.data.Curriculum(captioned, "rarity"), ema_decay=0.99)
+score: float = cd.evaluate(student, data.val, metrics="bleu", beam_size=3).scores["bleu_1"]
+table = cd.compare(None, {"a": student, "b": student}, data.val, measure=False, seed=1).to_json()
+stages: list[dict[str, object]] = [{"method": "train"}, {"method": "self_critical"}]
+table = cd.training.run_stages(student, data.train, stages=stages, out="x", epochs=1).to_json()
+cd.data.shard_splits("shards", captions=False)
 
 cd.TokenKD(temprature=2)  # WRONG
 cd.SelfCritical(student, sampels=3)  # WRONG
 cd.Distiller(teacher, student, on_polcy=0.3)  # WRONG
 tuned.fit(data.train, sampels=3)  # WRONG
 cd.teachers.caption(teacher, data.train, "c.jsonl", keep="best")  # WRONG
+cd.teachers.caption(teacher, data.train, "c.jsonl", beamsize=5)  # WRONG
+cd.evaluate(student, data.val, beamsize=3)  # WRONG
+cd.compare(teacher, student, data.val, mesure=False)  # WRONG
+cd.training.run_stages(student, data.train, stages=stages, out="x", epoch=1)  # WRONG
+cd.data.shard_splits("shards", caption=False)  # WRONG
 distiller.fit(data.train, epoch=1)  # WRONG
 cd.Trainer(student, epochs="3")  # WRONG
 cd.Distiller(teacher, student, learning_rat=1e-3)  # WRONG
@@ -89,6 +104,15 @@ def test_pyright_finds_the_mistakes_in_a_users_program_and_nothing_else(
         pytest.skip("pyright cannot start: it fetches itself at its first run")
     found = {int(line) for line in re.findall(r"program\.py:(\d+):\d+ - error", done.stdout)}
     assert sorted(found) == wrong_lines(), done.stdout
+
+
+def test_options_for_type_checkers_are_those_of_the_functions() -> None:
+    parameters = inspect.signature(evaluate).parameters.values()
+    own = {each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert set(EvaluationOptions.__annotations__) == own | set(GenerationConfig.types())
+    keys = {key for config, arguments in _TRAINERS.values() for key in arguments}
+    fields = set(SelfCriticalConfig.model_fields) | set(GenerationConfig.types())
+    assert set(StageOptions.__annotations__) == keys | fields
 
 
 def test_options_for_type_checkers_are_the_fields_of_the_configurations() -> None:

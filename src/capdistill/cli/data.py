@@ -254,11 +254,11 @@ class ShardsData(DataSection):
         """Read the splits that the names of the files tell."""
         from capdistill.data import Shards, shard_splits
 
-        options: dict[str, Any] = {"captions": self.captions, "errors": self.errors}
-        splits = shard_splits(self.path, **options)
+        splits = shard_splits(self.path, captions=self.captions, errors=self.errors)
         if "train" in splits.parts:
             return splits
-        return Shards(self.path, **options).split(val=self.val_share, seed=self.seed)
+        data = Shards(self.path, captions=self.captions, errors=self.errors)
+        return data.split(val=self.val_share, seed=self.seed)
 
 
 _SECTIONS: tuple[type[DataSection], ...] = (

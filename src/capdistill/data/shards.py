@@ -100,12 +100,14 @@ class Shards(CaptionData):
         super().__init__(examples.values(), name=name, report=report)
 
 
-def shard_splits(directory: str | os.PathLike[str], **options: Any) -> Splits:
+def shard_splits(
+    directory: str | os.PathLike[str], *, captions: bool = True, errors: Policy = "skip"
+) -> Splits:
     """The splits of a directory of shards, by the beginnings of their names.
 
     Args:
         directory: Holds `train-000000.tar`, `val-000000.tar`, ...
-        options: As for `Shards`.
+        captions, errors: As for `Shards`.
 
     Raises:
         DataError: as `Shards`.
@@ -116,7 +118,9 @@ def shard_splits(directory: str | os.PathLike[str], **options: Any) -> Splits:
         match = _NUMBERED.fullmatch(file.name)
         name = (match[1] if match else file.stem).lower()
         groups.setdefault(_SPLITS.get(name, name), []).append(file)
-    parts = {name: Shards(files, **options) for name, files in groups.items()}
+    parts = {
+        name: Shards(files, captions=captions, errors=errors) for name, files in groups.items()
+    }
     for name, part in parts.items():
         part.name = f"{folder.name or folder}/{name}"
     return Splits(parts, name=folder.name or str(folder))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from typing_extensions import Unpack
 
 from capdistill import plots
 from capdistill.captioner import Captioner
@@ -31,7 +32,8 @@ from capdistill.evaluation.table import (
     table_rows,
 )
 from capdistill.files import finite_or_none, from_json, write_text
-from capdistill.metrics.base import listed_metrics
+from capdistill.generation.config import GenerationConfig, GenerationOptions
+from capdistill.metrics.base import Metrics, listed_metrics
 from capdistill.metrics.bootstrap import PairedScores, paired
 from capdistill.runtime import autocast, on_device
 
@@ -142,6 +144,22 @@ class Comparison:
         return fragment(finite_or_none(self.to_json()))
 
 
+class EvaluationOptions(GenerationOptions, total=False):
+    """The keyword arguments of `evaluate`, for type checkers."""
+
+    batch_size: int
+    device: str
+    precision: str
+    metrics: Metrics | None
+    limit: int | None
+    num_workers: int
+    measure: bool
+    progress: bool
+    name: str | None
+    generation: GenerationConfig | Mapping[str, Any] | None
+    training_captions: Iterable[str] | None
+
+
 def compare(
     teacher: Any | None,
     student: Any,
@@ -151,7 +169,7 @@ def compare(
     bootstrap: int = 0,
     attention: int = 0,
     histories: Mapping[str, str | Path] | None = None,
-    **options: Any,
+    **options: Unpack[EvaluationOptions],
 ) -> Comparison:
     """Evaluate teacher and student, or several students, on the same images and compare them.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from typing_extensions import Unpack
 
 from capdistill.compatibility import image_size
 from capdistill.errors import (
@@ -29,7 +30,7 @@ from capdistill.evaluation.measure import (
 )
 from capdistill.evaluation.report import Gallery
 from capdistill.evaluation.table import Progress, evaluation_table
-from capdistill.generation.config import GenerationConfig, resolve
+from capdistill.generation.config import GenerationConfig, GenerationOptions, resolve
 from capdistill.metrics import CaptionScorer, Diversity, Scores, diversity
 from capdistill.metrics.base import Metrics, listed_metrics
 from capdistill.metrics.scorer import resolve_metrics
@@ -153,7 +154,7 @@ def evaluate(
     name: str | None = None,
     generation: GenerationConfig | Mapping[str, Any] | None = None,
     training_captions: Iterable[str] | None = None,
-    **options: Any,
+    **options: Unpack[GenerationOptions],
 ) -> Evaluation:
     """Caption every image of `data`, score the captions, measure size, time and memory.
 

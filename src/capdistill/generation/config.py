@@ -174,8 +174,8 @@ class GenerationConfig:
         ]
 
 
-class GenerationOptions(TypedDict, total=False):
-    """The fields of `GenerationConfig` as keyword arguments, for type checkers."""
+class SearchOptions(TypedDict, total=False):
+    """The fields of `GenerationConfig` without `num_return`, for type checkers."""
 
     beam_size: int
     max_length: int | None
@@ -183,7 +183,6 @@ class GenerationOptions(TypedDict, total=False):
     length_normalisation: Literal["none", "average", "gnmt"]
     length_penalty: float
     early_stopping: bool | Literal["never"]
-    num_return: int
     no_repeat_ngram: int
     banned_words: Sequence[str]
     allow_unknown: bool
@@ -196,6 +195,12 @@ class GenerationOptions(TypedDict, total=False):
     seed: int
     beam_groups: int
     diversity_penalty: float
+
+
+class GenerationOptions(SearchOptions, total=False):
+    """The fields of `GenerationConfig` as keyword arguments, for type checkers."""
+
+    num_return: int
 
 
 class DecodingOptions(GenerationOptions, total=False):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from capdistill.captioner import Captioner
 from capdistill.compatibility import image_size
@@ -31,7 +32,7 @@ from capdistill.feature_cache import (
 )
 from capdistill.feature_files import CacheType, default_cache_dir
 from capdistill.files import DirectoryLock, user_path
-from capdistill.generation.config import GenerationConfig, resolve
+from capdistill.generation.config import GenerationConfig, SearchOptions, resolve
 from capdistill.metrics import CaptionScorer
 from capdistill.outputs import Batch
 from capdistill.progress import progress as report_progress
@@ -72,7 +73,7 @@ def caption(
     overwrite: bool = False,
     progress: bool = True,
     generation: GenerationConfig | Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[SearchOptions],
 ) -> TeacherCaptions:
     """Training data whose captions are a teacher's, made once and kept in a file.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from capdistill.averaging import average_weights
 from capdistill.captioner import Captioner
@@ -21,12 +22,25 @@ from capdistill.saving import hash_weights
 from capdistill.teachers.cached import cached_parts
 from capdistill.teachers.captions import cache_key, caption, check_options
 from capdistill.teachers.ensemble import leaves
-from capdistill.training.chain import ChainRow, ChainTable, history_row, naming, scores_of
-from capdistill.training.config import DistillConfig, SelfCriticalConfig, TrainConfig
+from capdistill.training.chain import (
+    ChainRow,
+    ChainTable,
+    Losses,
+    history_row,
+    naming,
+    scores_of,
+)
+from capdistill.training.config import (
+    DistillConfig,
+    SelfCriticalConfig,
+    SelfCriticalOptions,
+    TrainConfig,
+)
 from capdistill.training.distiller import Distiller, Teacher, as_teacher
 from capdistill.training.history import History
+from capdistill.training.objective import Weights
 from capdistill.training.run_directory import Resume
-from capdistill.training.self_critical import SelfCritical
+from capdistill.training.self_critical import Reward, SelfCritical
 from capdistill.training.trainer import Trainer
 
 TABLE = "stages.json"
@@ -42,6 +56,16 @@ _TRAINERS: dict[str, tuple[type[TrainConfig], tuple[str, ...]]] = {  # options a
 }
 
 
+class StageOptions(SelfCriticalOptions, total=False):
+    """What the trainers of stages take as keyword arguments, for type checkers."""
+
+    config: TrainConfig
+    losses: Losses | None
+    weights: Weights | None
+    reward: str | Mapping[str, float] | Reward
+    references: Mapping[str, Sequence[str]] | None
+
+
 def run_stages(
     student: Captioner,
     train: Any,
@@ -53,7 +77,7 @@ def run_stages(
     resume: Resume = "auto",
     overwrite: bool = False,
     accept_changes: bool = False,
-    **options: Any,
+    **options: Unpack[StageOptions],
 ) -> ChainTable:
     """Train one student in several stages: each begins with the best weights of the one before.
 
