@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def test_export_writes_what_the_page_and_the_runtime_read(
     expected = cd.Captioner.load(saved).caption(photos, max_length=4)
     assert cd.deploy.OnnxCaptioner.load(out).caption(photos) == expected
     assert (page / "index.html").is_file()
+
+
+def test_export_asks_for_programs_of_executorch(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
+    pytest.importorskip("onnxscript")
+    message = refused(
+        ["export", str(saved), "--out", str(tmp_path / "out"), "--executorch"], capsys
+    )
+    assert "capdistill[executorch]" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_of_export_that_belong_together(

@@ -56,6 +56,11 @@ def export_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--greedy", action="store_true", help="also write greedy.onnx: from images to ids"
     )
+    parser.add_argument(
+        "--executorch",
+        action="store_true",
+        help="also write encoder.pte and step.pte, for ExecuTorch (in float32)",
+    )
     parser.add_argument("--web", metavar="DIR", help="also write a page for the browser there")
     parser.add_argument(
         "--ort",
@@ -89,6 +94,7 @@ def run_export(options: argparse.Namespace) -> int:
         calibration=calibration,
         generation=generation_values(options) or None,
         greedy=options.greedy,
+        executorch=options.executorch,
     )
     page = write_page(out, options.web, ort=options.ort) if options.web else None
     result = {**manifest.to_json(), "directory": str(out), "page": page and str(page)}

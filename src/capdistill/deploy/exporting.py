@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,11 +18,19 @@ from torch import Tensor
 from capdistill import __version__
 from capdistill.captioner import Captioner, require_loaded
 from capdistill.deploy import manifest as files
-from capdistill.deploy.graphs import Entry, Traced, tensors_of, trace
+from capdistill.deploy.executorch import require_executorch, write_programs
+from capdistill.deploy.graphs import (
+    Entry,
+    Traced,
+    random_images,
+    require_close,
+    tensors_of,
+    trace,
+)
 from capdistill.deploy.greedy import require_plain, write_greedy
 from capdistill.deploy.manifest import FileEntry, Manifest
 from capdistill.deploy.quantize import Calibration, quantize_graphs
-from capdistill.deploy.writing import OPSET, Graph, write_graph
+from capdistill.deploy.writing import OPSET, Graph, announced, write_graph
 from capdistill.errors import ConfigError, MissingExtra, require_bool
 from capdistill.fake_quantization import release
 from capdistill.files import user_path, write_text
@@ -32,8 +39,6 @@ from capdistill.generation.decode import generate
 from capdistill.progress import report
 from capdistill.runtime import generator
 from capdistill.saving import is_saved, require_no_other
-
-TOLERANCE = 1e-3  # of the largest value of an output, between torch and ONNX Runtime
 
 
 def export(
@@ -44,6 +49,7 @@ def export(
     calibration: Any = None,
     generation: GenerationConfig | Mapping[str, Any] | None = None,
     greedy: bool = False,
+    executorch: bool = False,
     progress: bool = True,
 ) -> Manifest:
     """Write a captioner as ONNX graphs, which run without torch.
@@ -71,21 +77,32 @@ def export(
         generation: The options that the exported captioner uses by default.
         greedy: Also write greedy.onnx, which is greedy decoding in one graph, from images to ids.
             It holds all weights again.
+        executorch: Also write encoder.pte and step.pte, the same two as programs of ExecuTorch, in
+            float32 for its backend XNNPACK. They read one image, in `beam_size` rows, and as many
+            words as `max_length` of `generation` allows.
         progress: Report each graph on standard error. An encoder takes up to a minute.
 
     Raises:
         ConfigError: it is no `Captioner`, a part cannot be exported (the message names it), or the
             directory cannot be written.
-        MissingExtra: the extra `onnx` is not installed.
+        MissingExtra: the extra `onnx` is not installed, or `executorch` where it is asked for.
     """
     _require_libraries()
     require_bool("export: progress", progress)
     require_bool("export: greedy", greedy)
+    require_bool("export: executorch", executorch)
     _require_captioner(captioner)
     if quantize not in (None, "int8"):
         raise ConfigError(f"export: quantize={quantize!r} was given; use None or 'int8'.")
     if quantize is None and calibration is not None:
         raise ConfigError("export: calibration belongs to quantize='int8'; give that, too.")
+    if executorch:
+        if quantize:
+            raise ConfigError(
+                "export: executorch=True writes programs in float32. Leave quantize out, and "
+                "export in 8 bits to another directory."
+            )
+        require_executorch()
     calibration = None if quantize is None else Calibration.of(captioner, calibration)
     target = user_path(directory)
     require_no_other(target)
@@ -98,6 +115,8 @@ def export(
         entries = _write_float32(plain, folder, say)
         if greedy:
             _write_greedy(plain, spec, folder)
+        if executorch:
+            write_programs(plain, spec, folder, say)
         if quantize:
             say("Quantizing to 8 bits ...")
             quantize_graphs(folder / files.ENCODER, folder / files.STEP, calibration)
@@ -177,11 +196,8 @@ def _write_graphs(traced: Traced, folder: Path, say: Callable[[str], None]) -> N
         {"logits": ("images", "beams", traced.vocabulary), **changed},
     )
     for graph, name in ((encoder, files.ENCODER), (step, files.STEP)):
-        began = time.monotonic()
-        say(f"Exporting {name} ...")
-        write_graph(graph, folder / name)
-        megabytes = (folder / name).stat().st_size / 1e6
-        say(f"Exported {name}: {megabytes:.1f} MB in {time.monotonic() - began:.0f} s")
+        with announced(folder / name, say):
+            write_graph(graph, folder / name)
 
 
 @torch.no_grad()
@@ -196,13 +212,15 @@ def _compare(captioner: Captioner, entries: Sequence[Entry], folder: Path) -> No
     random = generator(1, "export")
     words = len(captioner.tokenizer.vocabulary)
     for count, beams in ((1, 1), (3, 2)):
-        images = _random_images(captioner, count, random)
+        images = random_images(captioner, count, random)
         state = captioner.decoder.start(captioner.encode(images))
         feeds = _run(encoder, {"images": images})
         for entry in entries:
             if not entry.late:
                 value = tensors_of(state)[entry.kind, entry.name]
-                _require_close(captioner, files.ENCODER, entry.input, value, feeds[entry.input])
+                require_close(
+                    captioner.encoder, files.ENCODER, entry.input, value, feeds[entry.input]
+                )
         for entry in entries:
             if entry.kind == "row":
                 feeds[entry.input] = feeds[entry.input][:, None].repeat_interleave(beams, 1)
@@ -211,7 +229,8 @@ def _compare(captioner: Captioner, entries: Sequence[Entry], folder: Path) -> No
             tokens = torch.randint(0, words, (count, beams), generator=random)
             logits, state = captioner.decoder.step(tokens.flatten(), state)
             out = _run(step, {"tokens": tokens, "position": torch.tensor(position), **feeds})
-            _require_close(captioner, files.STEP, "logits", logits, out["logits"].flatten(0, 1))
+            given = out["logits"].flatten(0, 1)
+            require_close(captioner.decoder, files.STEP, "logits", logits, given)
             feeds.update({each.input: out[f"next_{each.input}"] for each in changing})
 
 
@@ -219,7 +238,7 @@ def _compare(captioner: Captioner, entries: Sequence[Entry], folder: Path) -> No
 def _write_greedy(captioner: Captioner, spec: GenerationSpec, folder: Path) -> None:
     """With its words compared with torch's."""
     path = _join(captioner, spec, folder)
-    images = _random_images(captioner, 3, generator(2, "export"))
+    images = random_images(captioner, 3, generator(2, "export"))
     ids = _run(_session(path), {"images": images})["ids"]
     plain = replace(spec, config=GenerationConfig())
     expected = [each.tokens for each in generate(*captioner.decoding(images), plain)]
@@ -241,12 +260,6 @@ def _words(row: list[int], end_id: int) -> tuple[int, ...]:
     return tuple(row[: row.index(end_id)] if end_id in row else row)
 
 
-def _random_images(captioner: Captioner, count: int, random: torch.Generator) -> Tensor:
-    side = captioner.image_size
-    shape = (count, len(captioner.encoder.mean), side, side)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
-
-
 def _session(path: Path) -> Any:
     onnxruntime: Any = importlib.import_module("onnxruntime")
 
@@ -260,23 +273,6 @@ def _run(session: Any, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = session.run(None, {name: value.numpy() for name, value in feeds.items()})
     names = [output.name for output in session.get_outputs()]
     return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
-
-
-def _require_close(
-    captioner: Captioner, file: str, name: str, expected: Tensor, given: Tensor
-) -> None:
-    same_shape = expected.shape == given.shape
-    if same_shape and not expected.numel():
-        return
-    difference = (expected - given).abs().max().item() if same_shape else float("inf")
-    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
-        part = captioner.encoder if file == files.ENCODER else captioner.decoder
-        raise ConfigError(
-            f"export: '{name}' of {file} is not what torch computes for '{captioner.name}': it "
-            f"differs by up to {difference:.2g} ({tuple(given.shape)}, torch "
-            f"{tuple(expected.shape)}). torch.onnx misreads an operator of the "
-            f"{type(part).__name__}."
-        )
 
 
 def _options(spec: GenerationSpec, captioner: Captioner) -> dict[str, Any]:
@@ -296,7 +292,10 @@ def _describe(
     """Write what is needed beside the graphs; returns the manifest of all files."""
     captioner.tokenizer.save(folder / files.TOKENIZER)  # type: ignore[attr-defined]
     write_text(folder / files.GENERATION, json.dumps(_options(spec, captioner), indent=2) + "\n")
-    libraries = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")}
+    names = ["torch", "onnx", "onnxscript"]
+    if (folder / files.STEP_PROGRAM).exists():
+        names.append("executorch")
+    libraries = {name: importlib.metadata.version(name) for name in names}
     return Manifest(
         name=captioner.name,
         precision=precision,

@@ -1,4 +1,4 @@
-"""The modules that are exported, and the example inputs with which they are traced."""
+"""The modules that are exported, with example inputs, and the check of what they compute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from capdistill.runtime import generator
 Kind = Literal["image", "cache", "row"]
 Tensors: TypeAlias = "dict[tuple[Kind, str], Tensor]"
 KINDS: tuple[Kind, ...] = ("image", "cache", "row")
-_IMAGES, _BEAMS = 2, 3  # of the example inputs: unlike each other, and neither 0 nor 1
+TOLERANCE = 1e-3  # of the largest value of an output, between torch and a runtime
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ class Traced:
     Args:
         encoder, step: The modules.
         entries: The decoder's state, in the order of the graphs.
-        images: (2, 3, S, S) uint8, for the encoder.
-        tokens: (2, 3) for the step.
+        images: (I, 3, S, S) uint8, for the encoder.
+        tokens: (I, k) for the step.
         state: Also for the step: the state after two words.
         vocabulary: V.
     """
@@ -155,33 +155,68 @@ class Traced:
     vocabulary: int
 
 
-def trace(captioner: Captioner) -> Traced:
+def trace(captioner: Captioner, images: int = 2, beams: int = 3) -> Traced:
     """Read two words for random images, to learn what the decoder keeps and what grows.
 
     Args:
         captioner: On the CPU, in float32 and in evaluation mode.
+        images, beams: Of the example inputs. Unlike each other, and neither 0 nor 1, where the
+            graphs are to take any number of them.
 
     Raises:
         ConfigError: the decoder keeps something that the graphs cannot carry.
     """
     encoder, decoder, random = captioner.encoder, captioner.decoder, generator(0, "export")
-    shape = (_IMAGES, len(encoder.mean), captioner.image_size, captioner.image_size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
+    pixels = random_images(captioner, images, random)
     words = len(captioner.tokenizer.vocabulary)
-    tokens = torch.randint(0, words, (_IMAGES, _BEAMS), generator=random)
+    tokens = torch.randint(0, words, (images, beams), generator=random)
     with torch.enable_grad():  # a cache is then extended by new tensors
-        first = decoder.start(encoder(images))
-        one = decoder.step(tokens.flatten(), first.expand(_BEAMS))[1]
+        first = decoder.start(encoder(pixels))
+        one = decoder.step(tokens.flatten(), first.expand(beams))[1]
         two = decoder.step(tokens.flatten(), one)[1]
     entries = _entries(decoder, tensors_of(first), tensors_of(one), tensors_of(two))
     values = tensors_of(two)
     state = [
-        value.view(_IMAGES, _BEAMS, *value.shape[1:]) if entry.kind == "row" else value
+        value.view(images, beams, *value.shape[1:]) if entry.kind == "row" else value
         for entry in entries
         for value in [values[entry.kind, entry.name].detach()]
     ]
     first_state, step = FirstState(encoder, decoder, entries), Step(decoder, entries)
-    return Traced(first_state, step, entries, images, tokens, state, words)
+    return Traced(first_state, step, entries, pixels, tokens, state, words)
+
+
+def random_images(captioner: Captioner, count: int, random: torch.Generator) -> Tensor:
+    """(count, 3, S, S) uint8."""
+    side = captioner.image_size
+    shape = (count, len(captioner.encoder.mean), side, side)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
+
+
+def require_close(part: nn.Module, file: str, name: str, expected: Tensor, given: Tensor) -> None:
+    """Refuse a file that computes something else than torch.
+
+    Args:
+        part: The encoder or decoder in the file, for the message.
+        file: Name of the file.
+        name: The output that is compared.
+        expected: As torch computes it.
+        given: As the file's runtime does.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    same_shape = expected.shape == given.shape
+    if same_shape and not expected.numel():
+        return
+    expected, given = expected.double(), given.double()  # bools cannot be subtracted
+    difference = (expected - given).abs().max().item() if same_shape else float("inf")
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        tool = "ExecuTorch" if file.endswith(".pte") else "torch.onnx"
+        raise ConfigError(
+            f"export: '{name}' of {file} is not what torch computes: it differs by up to "
+            f"{difference:.2g} ({tuple(given.shape)}, torch {tuple(expected.shape)}). {tool} "
+            f"misreads an operator of the {type(part).__name__}."
+        )
 
 
 def _entries(decoder: Decoder, first: Tensors, one: Tensors, two: Tensors) -> tuple[Entry, ...]:

@@ -28,6 +28,7 @@ from capdistill.files import (
 
 MANIFEST = "manifest.json"
 ENCODER, STEP, GREEDY = "encoder.onnx", "step.onnx", "greedy.onnx"
+ENCODER_PROGRAM, STEP_PROGRAM = "encoder.pte", "step.pte"
 TOKENIZER, GENERATION = "tokenizer.json", "generation.json"
 REQUIRED = (ENCODER, STEP, TOKENIZER, GENERATION)
 FORMAT = 1

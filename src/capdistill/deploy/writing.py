@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,17 +74,20 @@ def write_graph(graph: Graph, path: Path) -> None:
 
 
 def _why(graph: Graph, error: Exception) -> str:
+    return (
+        f"export: torch.onnx cannot export the {graph.part} ({cause_of(error)}). Its forward pass "
+        "must be traceable by torch.export, for any number of images: no Python branch on values "
+        "of tensors, and only operators that ONNX has."
+    )
+
+
+def cause_of(error: Exception) -> str:
+    """The class and the first line of the exception that an exporter's error began with."""
     causes = [error]
     while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
         causes.append(causes[-1].__cause__)
     lines = [line.strip() for line in str(causes[-1]).splitlines() if line.strip()]
-    first = lines[0][:300] if lines else ""
-    return (
-        f"export: torch.onnx cannot export the {graph.part} "
-        f"({type(causes[-1]).__name__}: {first}). Its forward pass must be traceable by "
-        "torch.export, for any number of images: no Python branch on values of tensors, and only "
-        "operators that ONNX has."
-    )
+    return f"{type(causes[-1]).__name__}: {lines[0][:300] if lines else ''}"
 
 
 def _dynamic(graph: Graph) -> tuple[Any, ...]:
@@ -138,9 +142,20 @@ def _strip(model: Any) -> None:
 
 
 @contextlib.contextmanager
+def announced(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Say before which file is written, and after, its size and how long it took."""
+    began = time.monotonic()
+    say(f"Exporting {path.name} ...")
+    yield
+    megabytes = path.stat().st_size / 1e6
+    say(f"Exported {path.name}: {megabytes:.1f} MB in {time.monotonic() - began:.0f} s")
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without messages of torch.onnx and ONNX Runtime; failures are raised as well."""
-    loggers = [logging.getLogger(name) for name in ("", "torch.onnx", "torch.export", "onnxscript")]
+    """Without messages of exporters and ONNX Runtime; failures are raised as well."""
+    names = ("", "torch", "torch.onnx", "torch.export", "onnxscript")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
