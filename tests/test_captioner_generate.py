@@ -7,7 +7,7 @@ import torch
 
 import capdistill as cd
 from capdistill import encoders
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, NotFiniteLogits
 from capdistill.generation import GenerationConfig
 from tests.toy_captioner import Patches, batch_of, pictures, toy
 
@@ -117,6 +117,24 @@ def test_validation_in_training_captions_as_it_is_told(how, tmp_path):
     trainer.fit(data, data, out=tmp_path, generation=how)
     assert said
     assert all(len(text.split()) >= 5 for text in said)
+
+
+HOW = [{}, {"sample": True, "num_return": 2}, {"sample": True, "top_k": 3, "top_p": 0.9}]
+HOW += [{"beam_size": 3}, {"beam_size": 4, "beam_groups": 2}]
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_an_image_whose_logits_are_nan_is_named(how):
+    def poisoned(module, given, features):
+        return features.clone().index_fill_(0, torch.tensor([1]), torch.nan)
+
+    model, images = captioner(), pictures()
+    model.encoder.register_forward_hook(poisoned)
+    batch = batch_of(model.tokenizer, ["a dog"] * len(images), images)
+    with pytest.raises(NotFiniteLogits, match=rf"Image '{batch.image_ids[1]}': .* NaN"):
+        model.generate(batch, **how)
+    with pytest.raises(NotFiniteLogits, match=f"Image 2 of {len(images)}: .*"):
+        model.caption(images, **how)
 
 
 def test_training_flags_are_restored_and_no_graph_is_kept():

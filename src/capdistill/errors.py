@@ -24,6 +24,7 @@ __all__ = [
     "IncompatibleModels",
     "LossSpike",
     "MissingExtra",
+    "NotFiniteLogits",
     "NotFiniteLoss",
     "PluginError",
     "RankFailed",
@@ -77,6 +78,10 @@ class DataError(CapdistillError, ValueError):
 
 class NotFiniteLoss(CapdistillError, FloatingPointError):
     """A loss that became NaN or infinite in training; names the step, the term and the images."""
+
+
+class NotFiniteLogits(CapdistillError, FloatingPointError):
+    """Logits of a captioner that are NaN or infinite while it captions; names the image."""
 
 
 class LossSpike(CapdistillError, ArithmeticError):
@@ -251,9 +256,6 @@ def text_problem(value: object) -> str:
         ('', 'nan (float)')
         >>> print(text_problem("['a dog', 'a cat']"))
         "['a dog', 'a cat']" (a list printed into a string)
-
-    Args:
-        value: A caption as it was given or read.
     """
     if not isinstance(value, str):
         return f"{shortened(value)} ({type(value).__name__})"

@@ -14,6 +14,7 @@ from torch import Tensor
 from capdistill.decoders import Decoder
 from capdistill.deploy import choice as numpy_choice
 from capdistill.deploy.search import Array, State, decode
+from capdistill.errors import NotFiniteLogits
 from capdistill.generation import GenerationConfig, GenerationSpec, Hypothesis, choice, generate
 from capdistill.generation.words import SubwordRules
 from tests.generation.decoding_cases import END, FORMS, PAD, START, Toy, pictures, real
@@ -155,6 +156,21 @@ def test_the_top_k_with_ties_is_that_of_torch(rows, count) -> None:
     assert np.array_equal(values, wanted[0].numpy())
     real_ones = values > -np.inf  # the others are no candidates
     assert np.array_equal(index[real_ones], wanted[1].numpy()[real_ones])
+
+
+@pytest.mark.parametrize("how", [{}, {"sample": True, "num_return": 2}, {"beam_size": 3}])
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_an_image_whose_logits_are_no_numbers_is_named(how, broken) -> None:
+    def step(tokens: Array, position: int, state: State) -> tuple[Array, State]:
+        logits = np.zeros((*tokens.shape, WORDS), np.float32)
+        logits[state.image["number"] == 1, :, 5] = broken if position == 2 else 0
+        logits[state.image["number"] == 0, :, END] = 9  # this image is done, and leaves
+        return logits, state
+
+    state = State({"number": np.arange(3)}, {})
+    spec = GenerationSpec.from_ids(START, END, 6, **how)
+    with pytest.raises(NotFiniteLogits, match="Image 2 of 3: the decoder gives NaN"):
+        decode(step, state, 3, spec)
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(-(2**70), 2**70), st.integers(0, 50))

@@ -38,6 +38,18 @@ from tests.generation.decoding_cases import (
 NORMALISATIONS = st.sampled_from(["none", "average", "gnmt"])
 
 
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_give_no_hypothesis_with_a_score(beam_size, broken):
+    def table(position, number):
+        return (0, 0, 0.1, broken if position == number else 0.5, 0.4)
+
+    lost = [run_toy(table, 6, (number,), beam_size=beam_size)[0].score for number in (0, 1, 5)]
+    assert not any(map(math.isfinite, lost))
+    sound = run_toy(table, 6, (0, 9), beam_size=beam_size)[1]
+    assert same(sound, run_toy(table, 6, (9,), beam_size=beam_size)[0])
+
+
 @pytest.mark.parametrize("beam_size", [1, 3, 5, 10])
 @pytest.mark.parametrize("normalisation", ["none", "average", "gnmt"])
 def test_case_12_a_where_nothing_ends_the_best_unfinished_caption_is_given(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from capdistill import Captioner, Trainer
 from capdistill.errors import ConfigError, UnknownName
@@ -186,6 +187,27 @@ def test_a_score_of_ones_own_is_monitored_by_its_own_name() -> None:
     assert resolve_monitor("CIDEr", {"Words-1": True, "cider_d": True}) == ("cider_d", True)
     with pytest.raises(ConfigError, match="'loss', which is the validation loss"):
         resolve_monitor("cider_d", {"loss": True, "cider_d": True})
+
+
+def test_an_image_without_a_caption_in_validation_is_a_warning_and_scores_as_empty() -> None:
+    def poisoned(module: Any, given: Any, maps: Tensor) -> Tensor:
+        even = given[0].flatten(2).std(2).amax(1) == 0  # (I,)
+        return maps.masked_fill(even[:, None, None, None], NAN)
+
+    student, batch = tiny.make_student(), tiny.make_batch([2, 2, 2], first=5)
+    student.encoder.conv.register_forward_hook(poisoned)
+    trainer = Trainer(student, monitor="bleu_1", **tiny.QUIET)
+    scored: dict[str, str] = {}
+
+    def record(references: Any, captions: dict[str, str], metrics: Any) -> dict[str, float]:
+        scored.update(captions)
+        return {"bleu_1": 0.5}
+
+    trainer._scorer = record  # type: ignore[assignment]
+    batch.images[[0, 2]] = 255
+    with pytest.warns(UserWarning, match=r"empty caption and 1 more like it\. Image '5': .* NaN"):
+        trainer.fit(TRAIN, [batch], epochs=1, min_length=1)
+    assert [bool(text) for text in scored.values()] == [False, True, False]
 
 
 # -- scores near 0 ----------------------------------------------------------------------------

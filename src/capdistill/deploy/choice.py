@@ -21,7 +21,8 @@ def log_softmax(logits: Array) -> Array:
         >>> log_softmax(np.array([0.0, 0.0])).round(3).tolist()
         [-0.6930000185966492, -0.6930000185966492]
     """
-    shifted = logits.astype(np.float32, copy=False) - logits.max(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # a row with an infinite logit becomes NaN
+        shifted = logits.astype(np.float32, copy=False) - logits.max(-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), np.float32)
 
 

@@ -24,7 +24,13 @@ from capdistill.deploy.choice import (
 )
 from capdistill.deploy.constraints import Constraints
 from capdistill.generation.config import GenerationSpec
-from capdistill.generation.hypotheses import Hypothesis, best_divisor, best_of, length_divisor
+from capdistill.generation.hypotheses import (
+    Hypothesis,
+    best_divisor,
+    best_of,
+    length_divisor,
+    not_finite,
+)
 
 LEAVING_SHARE = 8  # images leave once an eighth of them is done: copying the others costs too
 
@@ -139,7 +145,7 @@ class Search:
     def __init__(
         self, step: Step, state: State, images: int, spec: GenerationSpec, count: int
     ) -> None:
-        self.step, self.spec = step, spec
+        self.step, self.spec, self.images = step, spec, images
         self.generated = Found.empty(images, count, spec.max_length)
         self.finished: list[Found] = []
         self.state = state.reorder(np.zeros((images, count), np.int64))
@@ -153,6 +159,9 @@ class Search:
             if constraints is None:
                 constraints = Constraints(self.spec, logits.shape[2])
             log_probs = log_softmax(logits)
+            if np.isnan(log_probs[..., 0]).any():  # one NaN or infinite logit spreads over its row
+                broken = np.isnan(log_probs[..., 0]).any(1)
+                raise not_finite(f"Image {self.generated.images[broken][0] + 1} of {self.images}")
             rows = self.generated.tokens.reshape(-1, self.spec.max_length)
             constraints(log_probs.reshape(len(rows), -1), rows, position)
             done = self.extend(log_probs, position)  # (J,)

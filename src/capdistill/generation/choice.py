@@ -94,7 +94,8 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """
     cumulative = logits.double().softmax(-1).cumsum(-1)  # (R, V)
     wanted = uniform.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+    found = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+    return found.clamp_(max=logits.shape[1] - 1)  # a NaN or rounding leads beyond the last
 
 
 def uniforms(keys: Tensor, seed: int, position: int) -> Tensor:

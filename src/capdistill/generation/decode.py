@@ -23,7 +23,12 @@ from capdistill.generation.config import (
     GenerationSpec,
     resolve,
 )
-from capdistill.generation.hypotheses import CaptionResult, Hypothesis, with_text
+from capdistill.generation.hypotheses import (
+    CaptionResult,
+    Hypothesis,
+    require_numbers,
+    with_text,
+)
 from capdistill.generation.search import BeamSearch, Sampling, Search
 from capdistill.generation.words import token_texts
 from capdistill.outputs import Batch, ModelSpec
@@ -135,9 +140,19 @@ def generate_text(
 
     Raises:
         ConfigError: every id is banned.
+        NotFiniteLogits: the decoder's logits are NaN or infinite.
     """
     keys = image_keys(_identities(images)) if spec.config.sample else None
-    return [with_text(each, tokenizer) for each in generate(decoder, features, spec, keys)]
+    hypotheses = generate(decoder, features, spec, keys)
+    require_numbers(hypotheses, _names(images, len(hypotheses)))
+    return [with_text(each, tokenizer) for each in hypotheses]
+
+
+def _names(images: Batch | Tensor, count: int) -> Iterable[str]:
+    """The images for a message: by id, or by their place in the batch."""
+    if isinstance(images, Batch):
+        return (f"Image '{image}'" for image in images.image_ids)
+    return (f"Image {number} of {count}" for number in range(1, count + 1))
 
 
 def _identities(images: Batch | Tensor) -> Iterable[str | bytes]:
@@ -199,6 +214,7 @@ class CaptionGenerator(nn.Module):
 
         Raises:
             ConfigError: invalid options.
+            NotFiniteLogits: the logits of an image are NaN or infinite.
         """
         spec = self._generation_spec(generation, **options)
         with inference(self, fork_rng=self.rereads_prefix):
@@ -259,6 +275,7 @@ class CaptionGenerator(nn.Module):
 
         Raises:
             DataError: an image that cannot be read, by name.
+            NotFiniteLogits: the logits of an image are NaN or infinite.
             ConfigError: batch_size < 1, or invalid options of `generate`.
         """
         many = is_many(images)

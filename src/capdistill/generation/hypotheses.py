@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
+from capdistill.errors import NotFiniteLogits
 from capdistill.generation.config import GenerationConfig
 from capdistill.tokenizer import Tokenizer
 
@@ -27,10 +28,10 @@ def best_of(rows: Iterable[Row]) -> Hypothesis:
 
     Args:
         rows: Best first: tokens, their log-probabilities, number of tokens without the end, whether
-            it ended, score (-inf where there is no hypothesis).
+            it ended, score (-inf where there is no hypothesis, NaN where logits were no numbers).
     """
     every = list(rows)
-    found = [_hypothesis(*row) for row in every if row[-1] > -math.inf]
+    found = [_hypothesis(*row) for row in every if row[-1] != -math.inf]
     return replace(found[0], n_best=tuple(found)) if len(every) > 1 else found[0]
 
 
@@ -135,6 +136,26 @@ class Hypothesis:
     score: float = 0.0
     token_log_probs: tuple[float, ...] = ()
     n_best: tuple[Hypothesis, ...] = ()
+
+
+def require_numbers(hypotheses: Iterable[Hypothesis], images: Iterable[str]) -> None:
+    """Check that the logits behind the best hypothesis of each image were numbers.
+
+    Raises:
+        NotFiniteLogits: they were NaN or infinite.
+    """
+    for hypothesis, image in zip(hypotheses, images, strict=True):
+        if not math.isfinite(hypothesis.score):
+            raise not_finite(image)
+
+
+def not_finite(image: str) -> NotFiniteLogits:
+    """The error of an image whose logits are NaN or infinite."""
+    return NotFiniteLogits(
+        f"{image}: the decoder gives NaN or infinite logits, from which no caption can be made. "
+        "Its weights are damaged, or numbers overflow in half precision: use fp32, load or export "
+        "the captioner again, or train it with a lower learning rate."
+    )
 
 
 def with_text(hypothesis: Hypothesis, tokenizer: Tokenizer) -> Hypothesis:

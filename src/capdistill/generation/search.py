@@ -272,7 +272,9 @@ class BeamSearch(Search):
         super().leave(remaining)
 
     def result(self) -> HypothesisBatch:
-        """The hypotheses kept."""
+        """The hypotheses kept; the scores of an image are NaN if those of its beams became NaN."""
+        lost = self.generated.scores.isnan().any(1) & ~self.done.all(1)  # (J,)
+        self.kept.scores.masked_fill_(lost[:, None], torch.nan)
         return HypothesisBatch.join([*self.finished, self.kept])
 
     def _slots(self, group: int) -> slice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -12,9 +13,9 @@ from torch import nn
 
 from capdistill.captioner import Captioner
 from capdistill.data.source import Source, numbered_batches, part_of
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, NotFiniteLogits
 from capdistill.metrics import DIRECTIONS, CaptionScorer, Metric
-from capdistill.outputs import Batch, LossTerm, require_unique_ids
+from capdistill.outputs import Batch, LossTerm, part, require_unique_ids
 from capdistill.ranks import Ranks
 from capdistill.runtime import autocast, evaluating
 from capdistill.training.config import TrainConfig
@@ -62,6 +63,7 @@ def run_validation(trainer: Validated, source: Source) -> tuple[dict[str, Any], 
     captioner, ranks = trainer.captioner, trainer.ranks
     source = part_of(source, ranks.rank, ranks.world_size)
     meter, generated, references = LossMeter(), dict[str, str](), References()
+    silent: list[str] = []  # why an image has no caption
     together = any_sharded(trainer.objective, *trainer.models)  # a pass of one needs all ranks
     with trainer.averaged(), evaluating(trainer.objective), torch.no_grad():
         ranks.share(tensors_of(trainer.objective, buffers_only=True))  # batch norms differ
@@ -78,7 +80,7 @@ def run_validation(trainer: Validated, source: Source) -> tuple[dict[str, Any], 
                     batch = with_trunk_tokens(captioner, batch)
                     if together or any(batch.references or ()):
                         how: Any = trainer.config.generation
-                        texts = [found.text for found in captioner.generate(batch, how)]
+                        texts = _captions(captioner, batch, how, silent, whole=together)
                 terms = trainer.terms(batch)
             if given is None:
                 continue
@@ -87,12 +89,34 @@ def run_validation(trainer: Validated, source: Source) -> tuple[dict[str, Any], 
             weights = {name: term.weight for name, term in terms.items()}
             counts = {name: term.count for name, term in terms.items()}
             meter.add(dict(zip(terms, values, strict=True)), weights, counts)
+    if silent:
+        others = f" and {len(silent) - 1} more like it" * (len(silent) > 1)
+        warnings.warn(f"validation scores an empty caption{others}. {silent[0]}", stacklevel=2)
     skipped = ranks.gather_problems(source)
     meter, generated, references = merge_parts(ranks.gather((meter, generated, references)))
     found = {**meter.summary(), "images": len(references), "skipped": skipped}
     scored = {image: texts for image, texts in references.items() if texts}
     captions = {image: generated[image] for image in scored}
     return found, ranks.on_main(trainer.score, scored, captions)
+
+
+def _captions(
+    captioner: Captioner, batch: Batch, how: Any, silent: list[str], whole: bool
+) -> list[str]:
+    """The captions of a batch; an image whose logits are NaN gets an empty one.
+
+    Args:
+        silent: Takes the reason of each such image.
+        whole: All images of such a batch get one: other ranks wait for the batch as a whole.
+    """
+    try:
+        return [found.text for found in captioner.generate(batch, how)]
+    except NotFiniteLogits as error:
+        if whole or batch.num_images == 1:
+            silent.append(str(error))
+            return [""] * batch.num_images
+    alone = (part(batch, i, i + 1) for i in range(batch.num_images))
+    return [text for each in alone for text in _captions(captioner, each, how, silent, whole)]
 
 
 class PreparedScorer:
