@@ -248,7 +248,8 @@ class Bench:
             raise SystemExit(f"{directory} has another vocabulary.")
         for quantize in (None, "int8"):
             out = self.out / f"trained-{place}-{quantize or 'float32'}"
-            images = None if captioner.activation_ranges is not None else self.calibration_paths
+            ranges = captioner.activation_ranges is not None or quantize is None
+            images = None if ranges else self.calibration_paths
             if not (out / "manifest.json").exists():
                 cd.deploy.export(captioner, out, quantize=quantize, calibration=images)
             name = f"{directory}: {quantize or 'float32'}"

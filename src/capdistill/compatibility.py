@@ -354,8 +354,8 @@ def loss_value(
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a model reads its inputs; parts that are loaded when they run are left out."""
-    devices = (p.device for p in module.parameters() if p.device.type != "meta")
-    return next(devices, torch.device("cpu"))
+    values = (value for each in (module.parameters(), module.buffers()) for value in each)
+    return next((v.device for v in values if v.device.type != "meta"), torch.device("cpu"))
 
 
 def output_to(output: CaptionerOutput, device: torch.device) -> CaptionerOutput:

@@ -7,7 +7,7 @@ N visual tokens, D and H widths. Token ids are int64; masks are bool, True = rea
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -154,7 +154,10 @@ class Batch:
     @property
     def target_mask(self) -> Tensor:
         """(B, T - 1) True where a target is real, including the end token."""
-        return self.mask[:, 1:]
+        mask = self.mask[:, 1:]
+        if "targets" in vars(self.mask):
+            vars(mask)["places"] = vars(self.mask)["targets"]
+        return mask
 
     @property
     def reference_mask(self) -> Tensor:
@@ -179,6 +182,9 @@ class Batch:
                 object.__setattr__(moved, name, tensor.to(device, non_blocking=True))
         cached = {key: value.to(device, non_blocking=True) for key, value in self.cached.items()}
         object.__setattr__(moved, "cached", cached)
+        if self.mask.is_cpu and not moved.mask.is_cpu:
+            found = places(self.target_mask).to(device, non_blocking=True)
+            vars(moved.mask)["targets"] = (_version(moved.mask), found)
         return moved
 
 
@@ -186,32 +192,26 @@ _TENSORS = ("images", "input_ids", "mask")
 _PER_CAPTION = ("sampled", "caption_weights", "advantages")
 
 
-def require_unique_ids(ids: Iterable[str], where: str, seen: set[str] | None = None) -> None:
-    """Reject an image id that occurs twice: results are kept by id, so one would be lost.
+def places(mask: Tensor) -> Tensor:
+    """Where a mask is True, as numbers of its entries in their order, (n,).
+
+    They are found once for a mask that does not change: if it lies on a device, the host waits for
+    them. `Batch.to` finds those of the target mask before it moves.
 
     Example:
-        >>> seen = set()
-        >>> require_unique_ids(["x", "y"], "val", seen)  # batch by batch
-        >>> require_unique_ids(["z", "x"], "val", seen)
-        Traceback (most recent call last):
-        ...
-        capdistill.errors.DataError: val: the image id 'x' occurs twice. Give each image its own id.
-
-    Args:
-        ids: Image ids.
-        where: The name of the data.
-        seen: The ids of earlier batches; these are added.
-
-    Raises:
-        DataError: an id occurs twice, or is in `seen`.
+        >>> places(torch.tensor([[True, False], [False, True]]))
+        tensor([0, 3])
     """
-    seen = set() if seen is None else seen
-    for image_id in ids:
-        if image_id in seen:
-            raise DataError(
-                f"{where}: the image id '{image_id}' occurs twice. Give each image its own id."
-            )
-        seen.add(image_id)
+    known = vars(mask).get("places")
+    if known is None or known[0] != _version(mask):
+        known = vars(mask)["places"] = (_version(mask), mask.flatten().nonzero().squeeze(1))
+    found: Tensor = known[1]
+    return found
+
+
+def _version(tensor: Tensor) -> int:
+    """A number that changes whenever the values do; of a tensor of inference mode it is 0."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)

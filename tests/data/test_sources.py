@@ -13,10 +13,10 @@ import torch
 
 from capdistill.data import CaptionData, Loader, Splits, workers
 from capdistill.data.loader import make_source
-from capdistill.data.source import FixedBatches
+from capdistill.data.source import FixedBatches, require_unique_ids
 from capdistill.data.workers import default_num_workers
 from capdistill.errors import ConfigError, DataError
-from capdistill.outputs import Batch, require_unique_ids
+from capdistill.outputs import Batch
 from capdistill.tokenizer import WordTokenizer
 
 

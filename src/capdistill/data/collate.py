@@ -26,8 +26,9 @@ from capdistill.data.images import (
     view_of,
     view_square,
 )
+from capdistill.data.source import require_unique_ids
 from capdistill.errors import DataError, shortened
-from capdistill.outputs import Batch, require_unique_ids
+from capdistill.outputs import Batch
 from capdistill.runtime import generator
 
 T = TypeVar("T")

@@ -20,9 +20,9 @@ from capdistill.data.caption_files import (
     usable_captions,
 )
 from capdistill.data.image_names import Finder, StoredImage
+from capdistill.data.source import require_unique_ids
 from capdistill.errors import DataError, require_int, require_number
 from capdistill.files import user_path
-from capdistill.outputs import require_unique_ids
 from capdistill.progress import progress
 from capdistill.runtime import stable_hash
 

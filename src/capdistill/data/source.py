@@ -144,3 +144,31 @@ def _count(batches: Iterable[Batch]) -> int:
         with suppress(TypeError):  # a DataLoader is sized, unless its data set is a stream
             return len(batches)
     return sum(1 for _ in batches)
+
+
+def require_unique_ids(ids: Iterable[str], where: str, seen: set[str] | None = None) -> None:
+    """Reject an image id that occurs twice: results are kept by id, so one would be lost.
+
+    Example:
+        >>> seen = set()
+        >>> require_unique_ids(["x", "y"], "val", seen)  # batch by batch
+        >>> require_unique_ids(["z", "x"], "val", seen)
+        Traceback (most recent call last):
+        ...
+        capdistill.errors.DataError: val: the image id 'x' occurs twice. Give each image its own id.
+
+    Args:
+        ids: Image ids.
+        where: The name of the data.
+        seen: The ids of earlier batches; these are added.
+
+    Raises:
+        DataError: an id occurs twice, or is in `seen`.
+    """
+    seen = set() if seen is None else seen
+    for image_id in ids:
+        if image_id in seen:
+            raise DataError(
+                f"{where}: the image id '{image_id}' occurs twice. Give each image its own id."
+            )
+        seen.add(image_id)

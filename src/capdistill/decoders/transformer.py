@@ -176,7 +176,7 @@ class TransformerDecoder(Decoder):
         """Scaled word embeddings plus sinusoidal positions from `position` on, (B, T, W)."""
         places = sinusoids(position, ids.shape[1], self.width)
         words = self.embedding(ids) * math.sqrt(self.width)
-        x: Tensor = self.drop(words + places.to(words.dtype).to(words.device))
+        x: Tensor = self.drop(words + places.to(words.dtype).to(words.device, non_blocking=True))
         return x
 
     def score(self, x: Tensor) -> Tensor:

@@ -232,8 +232,10 @@ class Encoder(nn.Module):
         if images.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp_(0, 255)
-        mean, std = (pixels.new_tensor(v).view(1, -1, 1, 1) * 255 for v in (self.mean, self.std))
-        return ((pixels - mean) / std).to(dtype)  # (I, 3, S, S)
+        both = torch.tensor([self.mean, self.std], dtype=pixels.dtype).view(2, 1, -1, 1, 1) * 255
+        mean, std = both.to(pixels.device, non_blocking=True)  # without waiting for the device
+        normalised: Tensor = ((pixels - mean) / std).to(dtype)
+        return normalised  # (I, 3, S, S)
 
 
 def require_encoder(encoder: Encoder) -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from typing_extensions import Unpack
 
 from capdistill.compatibility import image_size
+from capdistill.data.source import require_unique_ids
 from capdistill.errors import (
     ConfigError,
     DataError,
@@ -34,7 +35,7 @@ from capdistill.generation.config import GenerationConfig, GenerationOptions, re
 from capdistill.metrics import CaptionScorer, Diversity, Scores, diversity
 from capdistill.metrics.base import Metrics, listed_metrics
 from capdistill.metrics.scorer import resolve_metrics
-from capdistill.outputs import Batch, part, require_unique_ids
+from capdistill.outputs import Batch, part
 from capdistill.runtime import autocast, on_device, pick_device, pick_precision
 from capdistill.teachers.ensemble import Ensemble
 

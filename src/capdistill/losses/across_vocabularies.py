@@ -14,7 +14,7 @@ from capdistill.losses.alignment import AlignedWords, Context, Side, Units, Word
 from capdistill.losses.base import Schedule, given
 from capdistill.losses.divergence import kl_divergence
 from capdistill.losses.token import LogitsLoss, first_difference
-from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
+from capdistill.outputs import Batch, CaptionerOutput, ModelSpec, places
 
 ALIGN = ("word", "position")
 
@@ -211,7 +211,7 @@ class UniversalKD(AlignedLoss):
         self, student: Tensor, teacher: Tensor, batch: Batch, temperature: float
     ) -> Tensor:
         """T times the distance, at every valid token."""
-        valid = batch.target_mask.flatten().nonzero()[:, 0]
+        valid = places(batch.target_mask)
         return temperature * self._distance(student, teacher, valid, valid, temperature)
 
     def aligned(

@@ -1,9 +1,9 @@
 """The divergences that the losses use: how far the student is from its target.
 
-All are computed in float32 (float64 stays float64), on the valid tokens alone: padding affects
-neither the value nor the gradient, and a batch without a valid token gives 0 with zero gradients.
-No gradient flows into the target. Logits are read in chunks of rows, each with its gradient
-(`sum_over_rows`): beside the logits and their gradient, a large vocabulary takes hardly any memory.
+They are computed in float32 (float64 stays float64), on valid tokens alone: padding affects neither
+value nor gradient, and a batch without a valid token gives 0 with zero gradients. No gradient flows
+into the target. Logits are read in chunks of rows, with their gradient (`sum_over_rows`): beside
+both, a large vocabulary takes hardly any memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from capdistill.outputs import places
+
 CHUNK = {"cpu": 2**16}  # least numbers in a chunk: what the cache of a CPU holds ...
 LARGE_CHUNK = 2**20  # ... and fewer, larger kernels on any other device
 CHUNKS = 64  # at most; a chunk takes a few times its size while it is computed
@@ -26,9 +28,8 @@ def kl_divergence(
 ) -> Tensor:
     """Sum over valid tokens of KL(teacher || student) of the softened distributions.
 
-    An entry with teacher probability 0 adds nothing, whatever the student gives it: a logit of -inf
-    in the teacher, or in both models, is ignored. With -inf in the student alone, the divergence is
-    infinite, as the definition requires.
+    An entry with teacher probability 0 adds nothing: a logit of -inf in the teacher, or in both
+    models, is ignored. With -inf in the student alone, the divergence is infinite, as defined.
 
     Example:
         >>> student, teacher = torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)
@@ -68,8 +69,7 @@ def reverse_kl_divergence(
 ) -> Tensor:
     """Sum over valid tokens of KL(student || teacher) of the softened distributions.
 
-    An entry with student probability 0 adds nothing. With -inf in the teacher alone, the divergence
-    is infinite.
+    An entry with student probability 0 adds nothing; -inf in the teacher alone makes it infinite.
 
     Example:
         >>> student, teacher = torch.zeros(1, 1, 5), torch.zeros(1, 1, 5)
@@ -310,7 +310,7 @@ def _index(values: Tensor, mask: Tensor) -> Tensor:
             f"The mask is {tuple(mask.shape)} but the values are {tuple(values.shape)}; "
             f"the mask must be {tuple(values.shape[:-1])}. Use `batch.target_mask`."
         )
-    return mask.flatten().nonzero().squeeze(1)
+    return places(mask)
 
 
 Part = tuple[Tensor, Callable[[], Tensor]]  # a sum over rows, its gradient on those of the logits

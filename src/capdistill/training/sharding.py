@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -47,6 +47,17 @@ def move(module: nn.Module, device: torch.device, model: nn.Module | None = None
     """
     if not is_placed(module if model is None else model):
         module.to(device)
+
+
+def move_models(models: Sequence[nn.Module], device: torch.device) -> None:
+    """Move models to a device, except those that somebody else has placed.
+
+    Models may share parts, as a mean teacher and its student do. So all are looked at before one is
+    moved: afterwards the parts of another would lie on two devices.
+    """
+    own = [model for model in models if not is_placed(model)]
+    for model in own:
+        model.to(device)
 
 
 def whole(value: Tensor) -> Tensor:

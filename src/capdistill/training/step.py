@@ -41,7 +41,7 @@ from capdistill.training.optim import (
     parameter_groups,
     warn_of_constant_rate,
 )
-from capdistill.training.sharding import move, require_shardable
+from capdistill.training.sharding import move, move_models, require_shardable
 from capdistill.training.validation import PreparedScorer, make_monitor, measured, run_validation
 
 
@@ -96,9 +96,8 @@ class Stepper:
         if self.scaler is self._made_scaler:  # one that a user assigned stays
             scaled = self.precision == "fp16"
             self.scaler = self._made_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        move_models(self.models, self.device)
         move(self.objective, self.device, self.captioner)
-        for model in self.models:
-            move(model, self.device)
         self._execution.apply(self.models, self.config)
         quantize, compiled = self.config.quantize, self.config.compile
         self.objective.quantize(quantize, compiled, self.models[1:])

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from capdistill.captioner import Captioner
-from capdistill.data.source import Source, numbered_batches, part_of
+from capdistill.data.source import Source, numbered_batches, part_of, require_unique_ids
 from capdistill.errors import ConfigError, NotFiniteLogits
 from capdistill.metrics import DIRECTIONS, CaptionScorer, Metric
-from capdistill.outputs import Batch, LossTerm, part, require_unique_ids
+from capdistill.outputs import Batch, LossTerm, part
 from capdistill.ranks import Ranks
 from capdistill.runtime import autocast, evaluating
 from capdistill.training.config import TrainConfig

@@ -1,4 +1,8 @@
-"""What a CUDA device must not change: values, captions, resumed runs; and what it costs to wait."""
+"""What a device must not change: values, captions, resumed runs; and how often the host waits.
+
+They run on CUDA where it is, and otherwise on the device of `elsewhere.py`, which computes here but
+has the rules of another device.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import copy
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,12 @@ import capdistill as cd
 from capdistill.outputs import Batch
 from capdistill.teachers import Ensemble, MeanTeacher, cache
 from capdistill.training import GradNorm, Uncertainty
+from tests.elsewhere import NAME, elsewhere
 from tests.training import tiny_models as tiny
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else NAME
+cuda_alone = pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
 
 LOSSES = sorted(cd.losses.registry._builtins)
 TRAIN = [
@@ -30,6 +37,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 SHORT: dict[str, Any] = {
     "precision": "fp32",
     "progress": False,
+    "device": DEVICE,
     "epochs": 2,
     "batch_size": 2,
     "learning_rate": 0.01,
@@ -38,17 +46,19 @@ SHORT: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def full_precision() -> Iterator[None]:
-    """No TensorFloat-32: what is compared with the CPU is in float32."""
-    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The device that the test runs on; on CUDA without TensorFloat-32, to compare with the CPU."""
+    if CUDA:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        yield None
+        return
+    with elsewhere() as device:
+        yield device
 
 
 @pytest.fixture(scope="module")
 def photos() -> cd.data.CaptionData:
-    return cd.data.sample().train.subset(8)
+    return cd.data.sample().train.subset(6)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +82,7 @@ def states_equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_and_its_gradients_are_those_of_the_cpu(name: str) -> None:
     found = {}
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", DEVICE):
         trainer = cd.Distiller(
             tiny.make_teacher(),
             tiny.make_student(),
@@ -95,8 +105,8 @@ def test_a_loss_and_its_gradients_are_those_of_the_cpu(name: str) -> None:
         }
         assert start.keys() >= gradients.keys()
         found[device] = term.sum.detach().cpu(), gradients
-    torch.testing.assert_close(found["cuda"][0], found["cpu"][0], **CLOSE)
-    torch.testing.assert_close(found["cuda"][1], found["cpu"][1], **CLOSE)
+    torch.testing.assert_close(found[DEVICE][0], found["cpu"][0], **CLOSE)
+    torch.testing.assert_close(found[DEVICE][1], found["cpu"][1], **CLOSE)
 
 
 @pytest.mark.parametrize("preset", ["debug_student", "debug_teacher"])
@@ -111,7 +121,7 @@ def test_captions_are_those_of_the_cpu_alone_and_in_a_batch(
     model = captioner(preset, tokenizer)
     paths = [example.path for example in photos.examples]
     expected = model.caption(paths, max_length=8, **options)
-    model.to("cuda")
+    model.to(DEVICE)
     assert model.caption(paths, max_length=8, **options) == expected
     assert [model.caption([path], max_length=8, **options)[0] for path in paths] == expected
 
@@ -121,15 +131,15 @@ def test_sampled_captions_are_those_of_the_cpu(photos: Any, tokenizer: Any) -> N
     paths = [example.path for example in photos.examples]
     options = {"sample": True, "seed": 3, "max_length": 8}
     expected = model.caption(paths, **options)
-    assert model.to("cuda").caption(paths, **options) == expected
+    assert model.to(DEVICE).caption(paths, **options) == expected
 
 
 def test_a_captioner_moves_between_devices_by_file(tmp_path: Path, tokenizer: Any) -> None:
-    model = captioner("debug_teacher", tokenizer).to("cuda")
+    model = captioner("debug_teacher", tokenizer).to(DEVICE)
     model.save(tmp_path)
     assert cd.Captioner.load(tmp_path).device.type == "cpu"
-    again = cd.Captioner.load(tmp_path, device="cuda")
-    assert again.device.type == "cuda"
+    again = cd.Captioner.load(tmp_path, device=DEVICE)
+    assert again.device.type == DEVICE.split(":")[0]
     assert states_equal(model, again)
 
 
@@ -142,12 +152,15 @@ def distiller(tokenizer: Any, teacher: Any = None, **options: Any) -> cd.Distill
     return cd.Distiller(teacher, student, **{**SHORT, **options})
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", pytest.param("bf16", marks=cuda_alone), pytest.param("fp16", marks=cuda_alone)],
+)
 def test_distillation_learns_in_every_precision(
     precision: str, photos: Any, tokenizer: Any
 ) -> None:
     trainer = distiller(tokenizer, precision=precision, epochs=6)
-    assert trainer.device.type == "cuda"
+    assert trainer.device.type == DEVICE.split(":")[0]
     history = trainer.fit(photos, photos)
     losses = [epoch["train"]["loss"] for epoch in history.epochs]
     assert losses[-1] < 0.9 * losses[0]
@@ -177,7 +190,9 @@ def made(method: str, tokenizer: Any, folder: Path) -> cd.Distiller:
     return distiller(tokenizer, **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=cuda_alone) if m == "loss scaling" else m for m in METHODS]
+)
 def test_a_resumed_run_ends_where_a_whole_one_does(
     method: str, photos: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -211,7 +226,7 @@ def test_self_critical_training_runs_with_a_teacher(photos: Any, tokenizer: Any)
     )
     history = trainer.fit(photos, photos)
     assert len(history.epochs) == 2
-    assert trainer.captioner.device.type == "cuda"
+    assert trainer.captioner.device.type == DEVICE.split(":")[0]
 
 
 def test_several_teachers_a_mean_teacher_and_cached_targets(
@@ -249,6 +264,7 @@ def test_cached_features_are_those_of_the_device(
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
+@cuda_alone
 def test_check_and_profile(photos: Any, tokenizer: Any) -> None:
     trainer = distiller(tokenizer, profile=True)
     report = trainer.check(photos, photos)
@@ -258,9 +274,10 @@ def test_check_and_profile(photos: Any, tokenizer: Any) -> None:
     assert history.epochs[-1]["profile"]
 
 
+@cuda_alone
 def test_evaluation_measures_memory_and_time(photos: Any, tokenizer: Any) -> None:
     model = captioner("debug_student", tokenizer)
-    found = cd.evaluate(model, photos, metrics=["bleu"], device="cuda", precision="fp32")
+    found = cd.evaluate(model, photos, metrics=["bleu"], device=DEVICE, precision="fp32")
     assert found.device == "cuda"
     plain = cd.evaluate(model, photos, metrics=["bleu"], device="cpu", precision="fp32")
     assert found.captions == plain.captions
@@ -274,14 +291,15 @@ def test_a_captioner_on_the_device_is_exported(photos: Any, tokenizer: Any, tmp_
     pytest.importorskip("onnxruntime")
     from capdistill.deploy import OnnxCaptioner, export
 
-    model = captioner("debug_student", tokenizer).to("cuda")
+    model = captioner("debug_student", tokenizer).to(DEVICE)
     paths = [example.path for example in photos.examples]
     expected = model.caption(paths, max_length=8)
     export(model, tmp_path / "out")
-    assert model.device.type == "cuda"
+    assert model.device.type == DEVICE.split(":")[0]
     assert OnnxCaptioner.load(tmp_path / "out").caption(paths, max_length=8) == expected
 
 
+@cuda_alone
 def test_the_command_line_trains_and_captions_on_the_device(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "capdistill"]
     done = subprocess.run(
@@ -290,6 +308,7 @@ def test_the_command_line_trains_and_captions_on_the_device(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@cuda_alone
 def test_one_process_of_a_launcher_trains_with_nccl(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -311,8 +330,12 @@ def test_one_process_of_a_launcher_trains_with_nccl(tmp_path: Path) -> None:
 # -- waiting --------------------------------------------------------------------------------------
 
 
-def waits(work: Any) -> list[str]:
-    """Where the host waits for the device during the work, as torch reports it."""
+def waits(work: Callable[[], object], device: Any) -> list[str]:
+    """Where the host waits for the device during the work."""
+    if device is not None:
+        device.waits.clear()
+        work()
+        return list(device.waits)
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -327,7 +350,7 @@ def waits(work: Any) -> list[str]:
 @pytest.mark.parametrize(
     "losses", [["token"], ["token", "feature", "hidden"], ["jsd", "relational"]]
 )
-def test_a_step_waits_for_the_device_once(losses: list[str], tokenizer: Any) -> None:
+def test_a_step_waits_for_the_device_once(losses: list[str], tokenizer: Any, device: Any) -> None:
     named = {name: name for name in losses}
     weights = {"ce": 0.5, **dict.fromkeys(losses, 0.1)}
     trainer = distiller(tokenizer, losses=named, weights=weights, schedule="constant")
@@ -343,5 +366,5 @@ def test_a_step_waits_for_the_device_once(losses: list[str], tokenizer: Any) -> 
     )
     for _ in range(3):
         trainer.step(batch)
-    found = waits(lambda: trainer.step(batch))
+    found = waits(lambda: trainer.step(batch), device)
     assert len(found) == 1, "\n".join(found)
