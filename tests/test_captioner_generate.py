@@ -7,7 +7,7 @@ import torch
 
 import capdistill as cd
 from capdistill import encoders
-from capdistill.errors import ConfigError, NotFiniteLogits
+from capdistill.errors import ConfigError, DataError, NotFiniteLogits
 from capdistill.generation import GenerationConfig
 from tests.toy_captioner import Patches, batch_of, pictures, toy
 
@@ -135,6 +135,12 @@ def test_an_image_whose_logits_are_nan_is_named(how):
         model.generate(batch, **how)
     with pytest.raises(NotFiniteLogits, match=f"Image 2 of {len(images)}: .*"):
         model.caption(images, **how)
+
+
+@pytest.mark.parametrize("images", [None, "dog.jpg", [], pictures().numpy()], ids=type)
+def test_what_is_no_batch_is_refused(images):
+    with pytest.raises(DataError, match=r"generate was given .*; expected a Batch or a tensor"):
+        captioner().generate(images)
 
 
 def test_training_flags_are_restored_and_no_graph_is_kept():

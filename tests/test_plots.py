@@ -141,6 +141,8 @@ def test_a_word_in_another_script_touches_no_state_of_other_threads(
 def test_what_has_no_map_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plots.attention(result(**changed))
+    with pytest.raises(ConfigError, match=r"str was given; give caption\(image, details=True\)"):
+        plots.attention("a dog")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["looked", "looked.xyz"])

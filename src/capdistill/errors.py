@@ -100,7 +100,7 @@ def suggest(name: str, available: Iterable[str]) -> str:
         "Did you mean 'lstm'? Available: lstm, transformer."
     """
     names = sorted(available)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"Did you mean '{near[0]}'? " if near else ""
     return f"{hint}Available: {', '.join(names) if names else '(none)'}."
 

@@ -318,6 +318,9 @@ def _tiles(figure: Figure, count: int, lines: int) -> list[Axes]:
 
 def _maps(result: CaptionResult) -> NDArray[np.float64]:
     """(T, h, w) attention over the map, in multiples of even attention over all visual tokens."""
+    if not hasattr(result, "attention"):
+        kind = type(result).__name__
+        raise ConfigError(f"plots.attention: {kind} was given; give caption(image, details=True).")
     if result.attention is None:
         raise ConfigError(
             "plots.attention: the result holds no attention. Its decoder cannot return it "

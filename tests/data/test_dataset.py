@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,24 @@ def test_an_id_that_occurs_twice_is_refused() -> None:
 def test_an_image_without_caption_is_refused() -> None:
     with pytest.raises(DataError, match=r"'a\.jpg' has no caption"):
         CaptionData([Example("a.jpg", Path("a.jpg"), ())])
+
+
+@pytest.mark.parametrize("which", ["3", None, 2.5, [0.5], ["0"], [None], [True]])
+def test_a_subset_is_a_count_or_positions(which: Any) -> None:
+    with pytest.raises(ConfigError, match=r"subset.*expected a whole number"):
+        many(3).subset(which)
+
+
+@pytest.mark.parametrize("parts", ["train", None, [("train", 1)], {3: "data"}])
+def test_splits_are_a_mapping_by_name(parts: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a mapping of names to data"):
+        Splits(parts)
+
+
+@pytest.mark.parametrize("name", [None, [], 3])
+def test_what_cannot_name_a_split_is_refused(name: Any) -> None:
+    with pytest.raises(DataError, match="has no split"):
+        Splits({"train": many(1)}).get(name)
 
 
 def test_an_absent_split_lists_those_there_are() -> None:

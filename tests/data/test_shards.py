@@ -107,6 +107,12 @@ def test_the_same_data_give_the_same_bytes_and_nothing_is_written_twice(
     assert first[0].stat().st_mtime_ns == times[0]
 
 
+@pytest.mark.parametrize("data", [None, 3, "photos", iter([])])
+def test_what_is_no_data_is_not_written(data: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="was given as data"):
+        write_shards(data, tmp_path)
+
+
 def test_other_data_under_the_same_names_are_refused(photos: Any, tmp_path: Path) -> None:
     files = write(photos, tmp_path)
     with pytest.raises(ConfigError, match=r"x-000002.tar.*overwrite=True"):

@@ -264,13 +264,17 @@ def test_bfloat16_autocast_steps(form):
     ("name", "options", "message"),
     [
         ("lstm", {"heads": 3}, "dim 8 must be a multiple of heads 3"),
-        ("lstm", {"heads": 0}, "dim 8 must be a multiple of heads 0"),
-        ("lstm", {"layers": 0}, "layers must be at least 1, got 0"),
+        ("lstm", {"heads": 0}, "LSTMDecoder: heads=0 was given; expected a whole number"),
+        ("lstm", {"layers": 0}, "layers=0 was given; expected a whole number of at least 1"),
+        ("lstm", {"hidden": "64"}, "hidden='64' was given"),
+        ("lstm", {"dropout": 2}, "dropout=2 was given; expected a number of at least 0"),
         ("lstm", {"attention": "none"}, "attention='none' is unknown. Use 'recurrent' or"),
         ("transformer", {"width": 12, "heads": 5}, "width 12 must be even and a multiple of"),
         ("transformer", {"width": 9, "heads": 3}, "width 9 must be even"),
-        ("transformer", {"heads": 0}, "a multiple of heads 0"),
-        ("transformer", {"layers": 0}, "layers must be at least 1, got 0"),
+        ("transformer", {"heads": 0}, "TransformerDecoder: heads=0 was given"),
+        ("transformer", {"layers": 0}, "layers=0 was given; expected a whole number of at least 1"),
+        ("transformer", {"ffn": 1.5}, "ffn=1.5 was given"),
+        ("transformer", {"dropout": None}, "dropout=None was given"),
     ],
 )
 def test_options_that_cannot_work_are_refused_with_the_values(name, options, message):

@@ -167,6 +167,9 @@ def test_an_unknown_model_is_named_with_the_nearest():
         TimmEncoder("resnet5O", weights=False)
     with pytest.raises(UnknownName, match=r"'resnet18.nosuch'.*Did you mean"):
         TimmEncoder("resnet18.nosuch", weights=False)
+    for name in (3, None, ""):
+        with pytest.raises(ConfigError, match=f"timm: name={name!r} was given"):
+            TimmEncoder(name, weights=False)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,9 @@ def test_an_unknown_model_is_named_with_the_nearest():
         ({"dim": 0}, "dim is 0"),
         ({"dim": 2.5}, "dim is 2.5"),
         ({"refine": "both"}, "'none', 'pre' or 'post'"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": 1.0}, r"dropout=1\.0 was given; expected a number of at least 0 and below 1"),
+        ({"dropout": "0.1"}, "dropout='0.1' was given"),
+        ({"drop_path": 2}, "drop_path=2 was given"),
         ({"image_size": 0}, "image_size is 0"),
         ({"trainable": "some"}, "trainable is 'some'"),
         ({"trainable": True}, "trainable is True"),

@@ -128,6 +128,15 @@ def test_a_declared_spec_is_used_without_a_batch(teacher, batch):
     declared(batch)
 
 
+@pytest.mark.parametrize(
+    "given", [(None, adapt, 0), (nn.Identity(), 3, 0), (nn.Identity(), adapt, 3)]
+)
+def test_what_is_no_module_function_or_tokenizer_is_refused_at_once(given):
+    module, function, tokenizer = given
+    with pytest.raises(ConfigError, match=r"expected a torch\.nn\.Module|The tokenizer"):
+        wrap(module, function, tokenizer or TOKENIZER)
+
+
 def test_a_declared_spec_with_other_words_is_refused(teacher, batch):
     spec = replace(teacher.spec(batch), vocabulary=tuple("abcdefghi"))
     with pytest.raises(IncompatibleModels, match="not the tokenizer's 9"):

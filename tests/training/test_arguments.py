@@ -43,6 +43,10 @@ def test_a_config_of_another_kind_is_refused(saveable: Make, config: Any) -> Non
         Trainer(saveable(), config)
 
 
+def test_a_device_may_be_that_of_torch() -> None:
+    assert TrainConfig(device=torch.device("cpu")).device == "cpu"  # type: ignore[arg-type]
+
+
 def test_names_may_be_a_list_or_text_with_commas() -> None:
     given: Any = {"metrics": "bleu,cider_d"}
     assert TrainConfig(**given).metrics == TrainConfig(metrics=("bleu", "cider_d")).metrics

@@ -32,6 +32,12 @@ def test_an_unknown_recipe_is_refused_with_a_suggestion():
         recipe("kd_2023")
 
 
+@pytest.mark.parametrize("name", [None, 3, ("kd_2024",)])
+def test_what_is_no_name_of_a_recipe_is_refused(name: Any) -> None:
+    with pytest.raises(UnknownName, match="Available: best_small"):
+        recipe(name)
+
+
 def test_every_stage_of_the_best_recipe_makes_its_trainer(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,

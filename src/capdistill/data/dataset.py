@@ -21,7 +21,7 @@ from capdistill.data.caption_files import (
 )
 from capdistill.data.image_names import Finder, StoredImage
 from capdistill.data.source import require_unique_ids
-from capdistill.errors import DataError, require_int, require_number
+from capdistill.errors import ConfigError, DataError, require_int, require_number, shortened
 from capdistill.files import user_path
 from capdistill.progress import progress
 from capdistill.runtime import stable_hash
@@ -174,13 +174,14 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
             (('0', '1'), ('3', '0'))
 
         Raises:
-            ConfigError: a number below 0.
+            ConfigError: a number below 0, or positions that are no whole numbers.
             DataError: there is no image at one of the positions.
         """
-        if isinstance(which, int):
+        if isinstance(which, (int, str)) or not isinstance(which, Iterable):
             which = range(min(require_int("subset", which, 0), len(self)))
+        places = [require_int("subset: a position", place) for place in which]
         try:
-            chosen = [self.examples[i] for i in which]
+            chosen = [self.examples[place] for place in places]
         except IndexError as error:
             raise DataError(f"{self.name}: {error}; there are {len(self)} images.") from error
         return CaptionData(chosen, name=self.name, report=self.report)
@@ -269,6 +270,11 @@ class Splits:
         absent: Mapping[str, str] | None = None,
         report: DataReport | None = None,
     ) -> None:
+        if not isinstance(parts, Mapping) or not all(isinstance(n, str) for n in parts):
+            raise ConfigError(
+                f"Splits: {shortened(parts)} was given; expected a mapping of names to data, such "
+                'as {"train": ..., "val": ...}.'
+            )
         self.parts = dict(parts)
         self.name = name
         self.note = note
@@ -302,9 +308,9 @@ class Splits:
         Raises:
             DataError: there is no such split; the message gives the reason and lists the splits.
         """
-        if name in self.parts:
-            return self.parts[name]
-        why = self.absent.get(name, "the files name no such split")
+        if str(name) in self.parts:
+            return self.parts[str(name)]
+        why = self.absent.get(str(name), "the files name no such split")
         raise DataError(
             f"{self.name} has no split '{name}': {why}. Available splits: "
             f"{', '.join(self.parts) or '(none)'}. Use one of them, or make one with "

@@ -80,6 +80,11 @@ def write_shards(
             for split in data
             for file in write_shards(data.get(split), folder, name=split, **options)
         ]
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, str):
+        raise ConfigError(
+            f"write_shards: {type(data).__name__} was given as data. Expected a capdistill data "
+            "set, or a data set or sequence of (image, captions)."
+        )
     name = name or "data"
     if Path(name).name != name or name.startswith("."):
         raise ConfigError(f"write_shards: name={name!r} is not the beginning of a file name.")

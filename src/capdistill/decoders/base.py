@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capdistill.errors import ConfigError, Requirement, are_counts, is_count, require_attributes
+from capdistill.errors import (
+    ConfigError,
+    Requirement,
+    are_counts,
+    is_count,
+    require_attributes,
+    require_int,
+    require_number,
+)
 from capdistill.outputs import DecoderOutput
 
 
@@ -188,6 +196,17 @@ def attend(
     weights = scores.softmax(-1)  # (R, heads, T, N)
     dropped = F.dropout(weights, dropout) if dropout else weights
     return dropped.to(values.dtype) @ values, weights.mean(1)
+
+
+def require_sizes(owner: str, dropout: float, **sizes: int) -> None:
+    """Check the sizes of a decoder, which are counts, and its dropout.
+
+    Raises:
+        ConfigError: one is out of range; the message names it.
+    """
+    for name, size in sizes.items():
+        require_int(f"{owner}: {name}", size, minimum=1)
+    require_number(f"{owner}: dropout", dropout, minimum=0, maximum=1)
 
 
 class CrossAttention(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capdistill.decoders.base import CrossAttention, Decoder, DecoderState
+from capdistill.decoders.base import CrossAttention, Decoder, DecoderState, require_sizes
 from capdistill.decoders.recurrence import lstm_layer, suits
 from capdistill.errors import ConfigError
 from capdistill.outputs import DecoderOutput
@@ -43,7 +43,8 @@ class LSTMDecoder(Decoder):
         tied: Whether the embedding matrix is also the output projection.
 
     Raises:
-        ConfigError: `dim` is not a multiple of `heads`, `attention` is unknown, or `layers` < 1.
+        ConfigError: `dim` is not a multiple of `heads`, `attention` is unknown, or a size or
+            `dropout` is out of range.
 
     Source:
         Recurrent form: Xu et al. (2015), section 3.1.2, with the dot-product attention of
@@ -64,10 +65,10 @@ class LSTMDecoder(Decoder):
         tied: bool = True,
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
+        sizes = {"dim": dim, "embed": embed, "hidden": hidden, "layers": layers, "heads": heads}
+        require_sizes("LSTMDecoder", dropout, **sizes)
+        if dim % heads:
             raise ConfigError(f"LSTMDecoder: dim {dim} must be a multiple of heads {heads}.")
-        if layers < 1:
-            raise ConfigError(f"LSTMDecoder: layers must be at least 1, got {layers}.")
         if attention not in ("recurrent", "parallel"):
             raise ConfigError(
                 f"LSTMDecoder: attention='{attention}' is unknown. Use 'recurrent' or 'parallel'."

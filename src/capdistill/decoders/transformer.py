@@ -16,6 +16,7 @@ from capdistill.decoders.base import (
     Decoder,
     DecoderState,
     merge_heads,
+    require_sizes,
     split_heads,
 )
 from capdistill.errors import ConfigError
@@ -92,7 +93,8 @@ class TransformerDecoder(Decoder):
             projection.
 
     Raises:
-        ConfigError: `width` is odd or not a multiple of `heads`, or `layers` < 1.
+        ConfigError: `width` is odd or not a multiple of `heads`, or a size or `dropout` is out of
+            range.
 
     Source:
         Vaswani et al. (2017); pre-norm as in Xiong et al. (2020), equation of figure 1 (b);
@@ -110,12 +112,12 @@ class TransformerDecoder(Decoder):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if heads < 1 or width % heads or width % 2:
+        sizes = {"dim": dim, "width": width, "layers": layers, "heads": heads, "ffn": ffn}
+        require_sizes("TransformerDecoder", dropout, **sizes)
+        if width % heads or width % 2:
             raise ConfigError(
                 f"TransformerDecoder: width {width} must be even and a multiple of heads {heads}."
             )
-        if layers < 1:
-            raise ConfigError(f"TransformerDecoder: layers must be at least 1, got {layers}.")
         self.dim, self.width = dim, width
         self.hidden_dims = (width,) * (layers + 1)
         self.blocks = nn.ModuleList(Block(width, dim, heads, ffn, dropout) for _ in range(layers))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from capdistill.encoders.base import Encoder, hash_values
 from capdistill.encoders.stages import Cut, Trainable, find_cut, remove_unused, set_trainable
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, require_number
 
 
 class BackboneEncoder(Encoder):
@@ -330,8 +330,7 @@ def make_head(width: int, dim: int | None, refine: Refine, dropout: float) -> nn
         raise ConfigError(f"refine is {refine!r}; it must be 'none', 'pre' or 'post'.")
     if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 1):
         raise ConfigError(f"dim is {dim!r}; it must be a positive width, or None for {width}.")
-    if not 0.0 <= dropout < 1.0:
-        raise ConfigError(f"dropout is {dropout}; it must be at least 0 and below 1.")
+    require_number("dropout", dropout, minimum=0, below=1)
     inner = dim or width
     parts: list[nn.Module] = []
     if refine == "pre":

@@ -24,7 +24,7 @@ from capdistill.encoders.backbone import (
     token_layout,
 )
 from capdistill.encoders.stages import Trainable, child_stages
-from capdistill.errors import CheckpointError, UnknownName
+from capdistill.errors import CheckpointError, ConfigError, UnknownName, require_number
 from capdistill.weights import load_backbone, reachable, require_cache, unavailable
 
 _REST = {"rest": [(r".*", (99999,))]}  # marks a module that belongs to the previous group
@@ -121,6 +121,7 @@ def _make(
     name: str, weights: bool | str | os.PathLike[str], image_size: int | None, drop_path: float
 ) -> nn.Module:
     config = _config(name)
+    require_number("timm: drop_path", drop_path, minimum=0, below=1)
     options: dict[str, Any] = {"num_classes": 0}
     if drop_path:
         options["drop_path_rate"] = drop_path
@@ -137,6 +138,8 @@ def _make(
 
 
 def _config(name: str) -> Any:
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"timm: name={name!r} was given; expected the name of a model of timm.")
     try:
         return timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:  # no such model, or no such tag

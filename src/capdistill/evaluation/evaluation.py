@@ -209,7 +209,7 @@ def evaluate(
     precision = pick_precision(torch_device, precision)
     config = None if generation is None and not options else resolve(generation, options)
     source = open_source(captioner, data, batch_size, num_workers)
-    called = name or str(getattr(captioner, "name", "captioner"))
+    called = str(name or getattr(captioner, "name", "captioner"))
     status = Progress(called, show=progress)
     run = CaptioningRun(captioner, source, limit, status, config)
     with on_device([captioner], torch_device):

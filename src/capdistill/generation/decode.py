@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from capdistill.data.pixels import OneImage, SeveralImages, is_many, read_batches
 from capdistill.decoders.base import Decoder
+from capdistill.errors import DataError
 from capdistill.generation.choice import image_keys
 from capdistill.generation.config import (
     CaptionOptions,
@@ -214,9 +215,15 @@ class CaptionGenerator(nn.Module):
 
         Raises:
             ConfigError: invalid options.
+            DataError: neither a batch nor a tensor.
             NotFiniteLogits: the logits of an image are NaN or infinite.
         """
         spec = self._generation_spec(generation, **options)
+        if not isinstance(batch, (Batch, Tensor)):
+            raise DataError(
+                f"{self.name}: generate was given {type(batch).__name__}; expected a Batch or a "
+                "tensor (I, 3, H, W) of uint8. `caption` reads files, arrays and other images."
+            )
         with inference(self, fork_rng=self.rereads_prefix):
             decoder, features = self.decoding(batch)
             return generate_text(decoder, features, self.tokenizer, spec, batch)

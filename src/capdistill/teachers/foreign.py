@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from capdistill.compatibility import require_output
 from capdistill.decoders.base import Decoder, DecoderState
-from capdistill.errors import ConfigError, IncompatibleModels
+from capdistill.errors import ConfigError, IncompatibleModels, shortened
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.outputs import (
     FEATURES_ONLY,
@@ -27,7 +27,7 @@ from capdistill.outputs import (
     ModelSpec,
 )
 from capdistill.runtime import inference
-from capdistill.tokenizer import Tokenizer
+from capdistill.tokenizer import Tokenizer, require_tokenizer
 
 Adapt = Callable[[Any, Batch], CaptionerOutput]
 
@@ -56,6 +56,12 @@ class ForeignTeacher(CaptionGenerator):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(module, nn.Module) or not callable(adapt):
+            raise ConfigError(
+                f"wrap: {type(module).__name__} and {shortened(adapt)} were given; expected a "
+                "torch.nn.Module and a function adapt(module, batch)."
+            )
+        require_tokenizer(tokenizer)
         if spec is not None and list(spec.vocabulary) != list(tokenizer.vocabulary):
             raise IncompatibleModels(
                 f"{name}: the declared spec lists {len(spec.vocabulary)} vocabulary entries that "

@@ -27,6 +27,8 @@ class Options(BaseModel):
         if annotation == tuple[str, ...] and isinstance(value, str):
             return tuple(value.replace(",", " ").split())
         kinds = _kinds(annotation)
+        if info.field_name == "device" and type(value).__name__ == "device":
+            return str(value)  # torch's own
         wanted = "a finite number" if float in kinds else "a whole number"
         if not kinds & {int, float}:
             wanted = "true or false" if bool in kinds else ""
