@@ -32,7 +32,7 @@ COMMANDS = {
     "cache": ("prepare", "encode the images of a run once, before it"),
     "check": ("train", "try a teacher, a student and their losses before a long run"),
     "train": ("train", "train a captioner by cross-entropy"),
-    "distill": ("demo", "train a student with a teacher"),
+    "distill": ("distill", "train a student with a teacher"),
     "tune": ("tune", "train a captioner further on a score of its captions"),
     "evaluate": ("evaluate", "score and measure a saved captioner"),
     "compare": ("evaluate", "compare a student with its teacher and write a report"),

@@ -1,4 +1,4 @@
-"""`capdistill train`, `distill` and `check`: three uses of one run file."""
+"""`capdistill train` and `check`, and what all commands share that train by a run file."""
 
 from __future__ import annotations
 
@@ -49,15 +49,6 @@ _TRAIN = """\
 example:
   capdistill train --preset vit_transformer --data flickr8k --epochs 20 --out runs/teacher
   capdistill train --config runs/teacher/config.json --set train.seed=1 --out runs/teacher-1"""
-_DISTILL = """\
-example:
-  capdistill distill --teacher runs/teacher --student lite0_lstm --data flickr8k --out runs/student
-  capdistill distill --teacher runs/teacher --student lite0_lstm --data flickr8k \\
-      --set losses.token.temperature=2 --set weights.ce=0.5 --out runs/student-2
-  capdistill distill --config runs/student/config.json --out runs/again    # the same run again
-  capdistill distill --resume --out runs/student                 # continue an interrupted run
-  capdistill distill --recipe flickr8k_small --data flickr8k --out runs/small    # all in one
-  capdistill distill --recipe best_small --teacher runs/a runs/b --data flickr8k --out runs/best"""
 _CHECK = """\
 example:
   capdistill check --teacher runs/teacher --student lite0_lstm --data flickr8k"""
@@ -82,15 +73,6 @@ def train_command(parser: argparse.ArgumentParser) -> None:
         help="with a recipe that has models: train its teacher (default) or its student",
     )
     parser.set_defaults(run=train, run_class=TrainRun, model="model")
-
-
-def distill_command(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `distill`."""
-    parser.description = _DISTILL
-    parser.usage = "capdistill distill --teacher DIR --student NAME --data PATH --out DIR [options]"
-    add_pair_options(parser)
-    add_run_options(parser, DistillConfig)
-    parser.set_defaults(run=train, run_class=DistillRun, model="student", role="student")
 
 
 def check_command(parser: argparse.ArgumentParser) -> None:
