@@ -14,11 +14,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import capdistill as cd
 from capdistill.deploy import executorch as programs
-from capdistill.deploy.executorch import write_programs
+from capdistill.deploy.executorch import Program, lowered, write_programs
 from capdistill.deploy.graphs import trace
 from capdistill.errors import CheckpointError, ConfigError, MissingExtra
 from capdistill.generation.config import GenerationConfig, GenerationSpec
@@ -134,6 +135,28 @@ def test_a_program_that_computes_something_else_is_refused(
         part.add_(1.0)  # type: ignore[operator]
         with pytest.raises(ConfigError, match=message):
             written(captioner, tmp_path)
+
+
+class Placed(Patches):
+    """Resizes its position embedding, as timm does, by an operator that ExecuTorch lacks."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.position = nn.Parameter(torch.rand(1, 8, 3, 3))
+
+    def head(self, tokens: Tensor) -> Tensor:
+        places = F.interpolate(self.position, (2, 2), mode="bicubic", antialias=True)
+        return self.project(tokens) + places.flatten(2).transpose(1, 2)
+
+
+@needs_executorch
+@pytest.mark.slow
+def test_what_depends_on_weights_alone_is_computed_when_exporting(tmp_path: Path) -> None:
+    programs.require_executorch()
+    encoder, images = Placed(dim=8).eval().requires_grad_(False), pictures(1)
+    (tmp_path / "placed.pte").write_bytes(lowered(Program("encoder", encoder, (images,))))
+    given = programs._method(tmp_path / "placed.pte")([images])[0]
+    torch.testing.assert_close(given, encoder(images), atol=1e-4, rtol=0)
 
 
 @needs_executorch

@@ -29,6 +29,7 @@ from capdistill.generation.config import GenerationSpec
 from capdistill.runtime import generator
 
 _EXIR, _RUNTIME = "executorch.exir", "executorch.runtime"
+_FOLDING = "executorch.exir.passes.constant_prop_pass"
 _XNNPACK = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
 
 
@@ -38,7 +39,7 @@ def require_executorch() -> None:
     Raises:
         MissingExtra: ExecuTorch is not installed, or not for this release of torch.
     """
-    for name in (_EXIR, _XNNPACK, _RUNTIME):
+    for name in (_EXIR, _FOLDING, _XNNPACK, _RUNTIME):
         try:
             with quiet():
                 import_module(name)
@@ -145,13 +146,15 @@ def lowered(program: Program) -> bytes:
         ConfigError: ExecuTorch cannot take the module.
     """
     exir: Any = import_module(_EXIR)
+    fold: Any = import_module(_FOLDING).constant_prop_pass
     partitioner: Any = import_module(_XNNPACK).XnnpackPartitioner()
     try:
         with quiet(), torch.enable_grad():  # then a cache is extended, not written in place
             exported = torch.export.export(
                 program.module, program.example, dynamic_shapes=program.dynamic, strict=False
             )
-            edge = exir.to_edge_transform_and_lower(exported, partitioner=[partitioner])
+            fixed = fold(exported)  # such as a resized position embedding: its operator is missing
+            edge = exir.to_edge_transform_and_lower(fixed, partitioner=[partitioner])
             return bytes(edge.to_executorch().buffer)
     except Exception as error:
         raise ConfigError(
