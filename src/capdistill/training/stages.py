@@ -6,10 +6,11 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from capdistill.averaging import average_weights
@@ -132,75 +133,98 @@ def run_stages(
         CheckpointError: a stage to resume had other models, losses or data, or began with other
             weights, because an earlier stage has changed.
     """
-    taught = None if teacher is None else as_teacher(teacher)
     listed = _checked(stages)
+    taught = None if teacher is None else as_teacher(teacher)
+    how = {"resume": resume, "overwrite": overwrite, "accept_changes": accept_changes}
+    run = _Stages(student, train, val, taught, options, user_path(out), how)
     for number, stage in enumerate(listed, 1):
         with naming(f"run_stages: stage {number} ('{stage['name']}')"):
-            if stage["method"] == "average":
-                continue
-            _make(stage, student, taught, options)
-            if "captions" in stage:
-                require_data("captions", stage.get("train", train))
-    directory, rows = user_path(out), list[ChainRow]()
-    kept: dict[str, dict[str, Tensor]] = {}  # the weights after each stage, for "average"
+            run.check(stage)
     averaged = {name for stage in listed for name in stage.get("of", ())}
-    trainer, history = None, History()
+    rows: list[ChainRow] = []
     for number, stage in enumerate(listed, 1):
-        place = f"{number}-{stage['name']}"
-        how: Any = {"overwrite": overwrite, "accept_changes": accept_changes}
         with naming(f"run_stages: stage {number} ('{stage['name']}')"):
-            if stage["method"] == "average":
-                assert trainer is not None  # `_checked`
-                rows.append(_average(stage, student, kept, trainer, number, directory / place))
-            else:
-                trainer, data = _make(stage, student, taught, options), stage.get("train", train)
-                if "captions" in stage:
-                    given = {
-                        **_shared(trainer, taught),
-                        "overwrite": overwrite,
-                        **stage["captions"],
-                    }
-                    data = caption(taught, data, directory / f"{place}.jsonl", **given)
-                begun = "auto" if resume is True and number > 1 else resume
-                if number > 1:
-                    trainer.start_weights = _digest(student)
-                history = trainer.fit(data, val, out=directory / place, resume=begun, **how)
-                rows.append(history_row(student, number, place, history, name=stage["name"]))
+            average = stage["method"] == "average"
+            rows.append(run.average(stage, number) if average else run.fit(stage, number))
         if stage["name"] in averaged:
-            kept[stage["name"]] = {n: v.clone() for n, v in student.state_dict().items()}
-        table = ChainTable(tuple(rows), history.interrupted, history.signal)
-        write_text(directory / TABLE, json.dumps(table.to_json(), indent=2))
-        if history.interrupted:
+            run.keep(stage["name"])
+        table = ChainTable(tuple(rows), run.history.interrupted, run.history.signal)
+        write_text(run.out / TABLE, json.dumps(table.to_json(), indent=2))
+        if run.history.interrupted:
             break
     return table
 
 
-def _average(
-    stage: Mapping[str, Any],
-    student: Captioner,
-    kept: Mapping[str, Mapping[str, Tensor]],
-    trainer: Trainer,
-    number: int,
-    directory: Path,
-) -> ChainRow:
-    """Give the student the mean of its weights after earlier stages; score and save it.
+@dataclass
+class _Stages:
+    """The student of all stages, with what they have in common.
 
-    Args:
-        kept: The weights after each of these stages.
-        trainer: That of the last one before, which knows the validation data.
+    Attributes:
+        student, train, val, teacher, options, out: As given to `run_stages`.
+        how: `resume`, `overwrite` and `accept_changes`.
+        trainer: That of the last stage that was trained.
+        history: Its history.
+        kept: The weights after each stage that an average reads.
     """
-    student.load_state_dict(average_weights([kept[n] for n in stage["of"]], stage.get("weights")))
-    student.activation_ranges = None  # of 8 bits: they were those of the last stage's weights
-    if trainer.ranks.main:
-        student.save(directory / "best")
-    return ChainRow(
-        stage["name"],
-        student.num_parameters(),
-        number,
-        directory.name,
-        scores=scores_of(trainer, student),
-        stopped=f"the mean of {', '.join(stage['of'])}",
-    )
+
+    student: Captioner
+    train: Any
+    val: Any
+    teacher: nn.Module | None
+    options: Mapping[str, Any]
+    out: Path
+    how: Mapping[str, Any]
+    trainer: Trainer | None = None
+    history: History = field(default_factory=History)
+    kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def check(self, stage: Mapping[str, Any]) -> None:
+        """Refuse a stage that cannot run, before the first one begins."""
+        if stage["method"] == "average":
+            return
+        _make(stage, self.student, self.teacher, self.options)
+        if "captions" in stage:
+            require_data("captions", stage.get("train", self.train))
+
+    def fit(self, stage: Mapping[str, Any], number: int) -> ChainRow:
+        """Train the student further."""
+        place, how = f"{number}-{stage['name']}", dict(self.how)
+        trainer = _make(stage, self.student, self.teacher, self.options)
+        data = stage.get("train", self.train)
+        if "captions" in stage:
+            same = {**_shared(trainer, self.teacher), "overwrite": how["overwrite"]}
+            file = self.out / f"{place}.jsonl"
+            data = caption(self.teacher, data, file, **{**same, **stage["captions"]})
+        if number > 1:
+            trainer.start_weights = _digest(self.student)
+            how["resume"] = "auto" if how["resume"] is True else how["resume"]
+        self.trainer, self.history = (
+            trainer,
+            trainer.fit(data, self.val, out=self.out / place, **how),
+        )
+        return history_row(self.student, number, place, self.history, name=stage["name"])
+
+    def average(self, stage: Mapping[str, Any], number: int) -> ChainRow:
+        """Give the student the mean of its weights after earlier stages; score and save it."""
+        assert self.trainer is not None  # which knows the validation data; `_checked`
+        student, place = self.student, f"{number}-{stage['name']}"
+        states = [self.kept[name] for name in stage["of"]]
+        student.load_state_dict(average_weights(states, stage.get("weights")))
+        student.activation_ranges = None  # of 8 bits: they were those of the last stage's weights
+        if self.trainer.ranks.main:
+            student.save(self.out / place / "best")
+        return ChainRow(
+            stage["name"],
+            student.num_parameters(),
+            number,
+            place,
+            scores=scores_of(self.trainer, student),
+            stopped=f"the mean of {', '.join(stage['of'])}",
+        )
+
+    def keep(self, name: str) -> None:
+        """Keep the weights after a stage."""
+        self.kept[name] = {n: value.clone() for n, value in self.student.state_dict().items()}
 
 
 def _digest(student: Captioner) -> str:
@@ -316,22 +340,7 @@ def _make(
         teacher = as_teacher(stage["teacher"])
     try:
         if "captions" in stage:
-            if not isinstance(stage["captions"], Mapping):
-                raise ConfigError(
-                    f"captions={shortened(stage['captions'])} was given; expected a mapping of "
-                    'arguments of capdistill.teachers.caption, such as {"beam_size": 5}.'
-                )
-            check_options(**stage["captions"])
-            for cached in cached_parts(captions_of):
-                raise ConfigError(
-                    f"captions: '{cached.name}' has cached targets and cannot caption images. Give "
-                    "the teacher itself to all stages, and the targets to those with losses on it."
-                )
-            if stage["captions"].get("cache_features") and not _can_cache(captions_of):
-                raise ConfigError(
-                    "captions: cache_features=True, but the teacher has no encoder that can be "
-                    "cached. Set cache_features=False."
-                )
+            _check_captions(stage["captions"], captions_of)
         if (teacher is None and method == "distill") or (
             captions_of is None and "captions" in stage
         ):
@@ -343,3 +352,23 @@ def _make(
         return SelfCritical(student, teacher=None if silent else teacher, **chosen)
     except TypeError as error:  # an argument that the stage sets itself
         raise ConfigError(f"{error}. Leave it out.") from error
+
+
+def _check_captions(arguments: Any, teacher: Any) -> None:
+    """Refuse arguments of `caption` that are invalid, or that the teacher cannot follow."""
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(
+            f"captions={shortened(arguments)} was given; expected a mapping of arguments of "
+            'capdistill.teachers.caption, such as {"beam_size": 5}.'
+        )
+    check_options(**arguments)
+    for cached in cached_parts(teacher):
+        raise ConfigError(
+            f"captions: '{cached.name}' has cached targets and cannot caption images. Give the "
+            "teacher itself to all stages, and the targets to those with losses on it."
+        )
+    if arguments.get("cache_features") and not _can_cache(teacher):
+        raise ConfigError(
+            "captions: cache_features=True, but the teacher has no encoder that can be cached. "
+            "Set cache_features=False."
+        )
