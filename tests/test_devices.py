@@ -327,6 +327,20 @@ def test_one_process_of_a_launcher_trains_with_nccl(tmp_path: Path) -> None:
     assert "cuda" in done.stdout
 
 
+def test_members_of_an_ensemble_may_begin_on_different_devices(photos: Any, tokenizer: Any) -> None:
+    there = captioner("debug_student", tokenizer, 2).to(DEVICE)  # as after an earlier distillation
+    here = captioner("debug_teacher", tokenizer, 3)
+    both = Ensemble({"there": there, "here": here})
+    found = cd.evaluate(both, photos, metrics=["bleu"], device="cpu", precision="fp32")
+    assert (there.device.type, here.device.type) == (DEVICE.split(":")[0], "cpu")
+    again = cd.evaluate(both, photos, metrics=["bleu"], device=DEVICE, precision="fp32")
+    assert again.captions == found.captions
+    assert here.device.type == "cpu"
+    trainer = distiller(tokenizer, both, losses={"token": "token"}, schedule="constant")
+    assert {p.device.type for p in both.parameters()} == {DEVICE.split(":")[0]}
+    assert trainer.fit(photos, photos).epochs
+
+
 # -- waiting --------------------------------------------------------------------------------------
 
 

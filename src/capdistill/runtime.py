@@ -266,7 +266,7 @@ def on_device(models: Iterable[object], device: torch.device) -> Iterator[None]:
         device: Device inside the block.
     """
     modules = [model for model in models if isinstance(model, nn.Module)]
-    moved = [module for module in modules if not is_placed(module)]
+    moved = [part for module in modules for part in members_of(module) if not is_placed(part)]
     origins = [next((p.device for p in module.parameters()), device) for module in moved]
     try:
         with evaluating(*modules):
@@ -278,12 +278,24 @@ def on_device(models: Iterable[object], device: torch.device) -> Iterator[None]:
             module.to(origin)
 
 
+def members_of(model: nn.Module) -> list[nn.Module]:
+    """The members of an ensemble, which may lie on different devices; any other model itself."""
+    members = getattr(model, "members", None)
+    values = list(members.values()) if isinstance(members, Mapping) else []
+    if not values or not all(isinstance(value, nn.Module) for value in values):
+        return [model]
+    return [part for member in values for part in members_of(member)]
+
+
 def is_placed(module: nn.Module) -> bool:
     """Whether somebody has decided where the parts of a model lie: it is not moved as a whole.
 
     This holds for FSDP2 and for `device_map` of Hugging Face libraries, which loads the parts to
-    several devices and moves what they read.
+    several devices and moves what they read; and for an ensemble with such a member.
     """
+    members = members_of(module)
+    if members != [module]:
+        return any(is_placed(member) for member in members)
     mapped = any(hasattr(p, "hf_device_map") or hasattr(p, "_hf_hook") for p in module.modules())
     sharded = any(hasattr(p, "full_tensor") for p in module.parameters())
     return mapped or sharded or len({p.device for p in module.parameters()}) > 1

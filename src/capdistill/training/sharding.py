@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from capdistill.captioner import Captioner, require_loaded
 from capdistill.errors import ConfigError
-from capdistill.runtime import is_placed
+from capdistill.runtime import is_placed, members_of
 
 
 def is_sharded(value: Tensor) -> bool:
@@ -55,9 +55,9 @@ def move_models(models: Sequence[nn.Module], device: torch.device) -> None:
     Models may share parts, as a mean teacher and its student do. So all are looked at before one is
     moved: afterwards the parts of another would lie on two devices.
     """
-    own = [model for model in models if not is_placed(model)]
-    for model in own:
-        model.to(device)
+    own = [part for model in models for part in members_of(model) if not is_placed(part)]
+    for part in own:
+        part.to(device)
 
 
 def whole(value: Tensor) -> Tensor:
