@@ -232,6 +232,10 @@ def test_the_mean_is_a_copy_of_what_is_averaged() -> None:
     ("states", "weights", "message"),
     [
         ([], None, "no state dict was given"),
+        (None, None, "NoneType was given; expected a list of state dicts"),
+        ("runs/a", None, "str was given; expected a list"),
+        ({"w": torch.ones(1)}, None, "dict was given; expected a list"),
+        ([torch.nn.Linear(1, 1)], None, "Linear was given; expected a list"),
         ([{"w": torch.ones(1)}], [1.0, 2.0], "2 weights were given for 1 state dicts"),
         ([{"w": torch.ones(1)}], [0.0], "a weight"),
         ([{"w": torch.ones(1)}], ["1"], "a weight"),

@@ -365,6 +365,17 @@ def test_a_complete_cache_is_read_from_a_directory_that_may_only_be_read(
         feature_files.clear_caches(tmp_path)
 
 
+@pytest.mark.parametrize("root", ["", "relative", "./here"])
+def test_only_an_absolute_cache_directory_of_the_environment_counts(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", root)
+    assert feature_files.default_cache_dir() == tmp_path / ".cache" / "capdistill" / "features"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert feature_files.default_cache_dir() == tmp_path / "x" / "capdistill" / "features"
+
+
 def test_a_directory_that_does_not_exist_has_no_caches_to_list_or_clear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

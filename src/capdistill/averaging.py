@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -180,9 +180,16 @@ def average_weights(
         Wortsman et al. (2022), Model soups, section 2; of weights before and after a reward was
         maximised: Rame et al. (2024), WARP, section 3.
     """
-    states = list(states)
+    several = isinstance(states, Iterable) and not isinstance(states, (str, Mapping))
+    states = list(states) if several else [states]  # type: ignore[list-item]
     if not states:
         raise ConfigError("average_weights: no state dict was given; expected one or more.")
+    for state in states:
+        if not isinstance(state, Mapping) or not several:
+            raise ConfigError(
+                f"average_weights: {type(state).__name__} was given; expected a list of state "
+                "dicts, such as [model.state_dict(), other.state_dict()]."
+            )
     shares = [1.0] * len(states) if weights is None else list(weights)
     if len(shares) != len(states):
         raise ConfigError(

@@ -37,7 +37,8 @@ def default_cache_dir() -> Path:
     """
     root = os.environ.get("XDG_CACHE_HOME")
     try:
-        home = Path(root) if root else Path.home() / ".cache"
+        known = root and os.path.isabs(root)  # the standard says to ignore a relative one
+        home = Path(root or "") if known else Path.home() / ".cache"
     except RuntimeError as error:  # HOME is not set and the user has no entry
         raise ConfigError(
             "Cached features need a directory, but this user has no home directory. Give "

@@ -56,6 +56,12 @@ def test_an_image_without_caption_is_refused() -> None:
         CaptionData([Example("a.jpg", Path("a.jpg"), ())])
 
 
+@pytest.mark.parametrize("examples", [None, "photos", 3])
+def test_examples_are_objects_with_an_id_a_path_and_captions(examples: Any) -> None:
+    with pytest.raises(DataError, match=r"was given; expected Example\(image_id, path"):
+        CaptionData(examples)
+
+
 @pytest.mark.parametrize("which", ["3", None, 2.5, [0.5], ["0"], [None], [True]])
 def test_a_subset_is_a_count_or_positions(which: Any) -> None:
     with pytest.raises(ConfigError, match=r"subset.*expected a whole number"):

@@ -154,3 +154,6 @@ def test_splits_and_streams_are_refused_with_the_fix() -> None:
     stream = type("IterableDataset", (), {"column_names": ["image"]})()
     with pytest.raises(ConfigError, match=r"streamed.*shards"):
         accept_rows(stream)
+    for other in (None, "name", [1]):
+        with pytest.raises(DataError, match="expected a data set of Hugging Face"):
+            Rows(other)

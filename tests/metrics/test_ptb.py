@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from capdistill.errors import DataError
 from capdistill.metrics import ptb, ptb_tokenize
 from capdistill.metrics.ptb import Rule
 
@@ -225,6 +226,12 @@ def test_text_without_words_gives_no_token(text: str) -> None:
 
 
 @pytest.mark.shared
+@pytest.mark.parametrize("text", [None, 3, ["a dog"], b"a dog"])
+def test_what_is_no_text_is_refused(text: object) -> None:
+    with pytest.raises(DataError, match="ptb_tokenize: the caption is"):
+        ptb_tokenize(text)  # type: ignore[arg-type]
+
+
 def test_all_golden_captions_are_tokenised_alike(shared: Callable[[str], Path]) -> None:
     golden = json.loads(shared("golden/flickr8k_dev_ptb.json").read_text(encoding="utf-8"))
     pairs = [p for each in golden.values() for p in zip(each["raw"], each["ptb"], strict=True)]

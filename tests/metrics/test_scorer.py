@@ -20,6 +20,7 @@ from capdistill.metrics import (
     bleu,
     bleu_rouge_meteor,
     cider_d,
+    coco_results,
     diversity,
     meteor_1_5,
     meteor_nltk,
@@ -356,6 +357,12 @@ def test_names_of_metrics_are_also_text_and_an_own_metric_stands_alone() -> None
 def test_metrics_of_another_type_are_refused(metrics: object) -> None:
     with pytest.raises(ConfigError, match=r"metrics.*expected"):
         CaptionScorer(REFERENCES, metrics=metrics)
+
+
+@pytest.mark.parametrize("captions", [None, ["a dog"], "a dog"])
+def test_results_of_coco_are_made_of_captions_by_image(captions: Any) -> None:
+    with pytest.raises(DataError, match=r"expected \{image: caption\}"):
+        coco_results(captions)
 
 
 def test_every_metric_works_without_a_home_directory() -> None:

@@ -134,6 +134,11 @@ class CaptionData(Dataset[tuple[Tensor, tuple[str, ...]]]):
     def __init__(
         self, examples: Iterable[Example], *, name: str = "data", report: DataReport | None = None
     ) -> None:
+        if isinstance(examples, str) or not isinstance(examples, Iterable):
+            raise DataError(
+                f"{name}: {type(examples).__name__} was given; expected Example(image_id, path, "
+                "captions) objects. The readers, such as Flickr8k and Folder, make them of files."
+            )
         self.examples = tuple(examples)
         self.name = name
         self.report = DataReport() if report is None else report

@@ -102,6 +102,11 @@ class Rows(CaptionData):
         image_id: str | None = None,
         errors: Policy = "skip",
     ) -> None:
+        if not hasattr(dataset, "column_names"):
+            raise DataError(
+                f"Rows: {type(dataset).__name__} was given; expected a data set of Hugging Face "
+                "datasets, with rows and column_names."
+            )
         names = [str(name) for name in dataset.column_names]
         image = _column(names, image, _IMAGES, "image")
         texts = _caption_columns(names, captions)

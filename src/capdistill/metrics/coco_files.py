@@ -89,6 +89,11 @@ def coco_results(captions: Mapping[str, str]) -> list[dict[str, Any]]:
     Raises:
         DataError: a caption is not text, or two ids are the same text.
     """
+    if not isinstance(captions, Mapping):
+        raise DataError(
+            f"coco_results: {type(captions).__name__} was given; expected {{image: caption}}, such "
+            "as the captions of an evaluation."
+        )
     texts: dict[str, str] = {}
     for image, text in captions.items():
         if str(image) in texts:

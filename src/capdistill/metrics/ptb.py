@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
+from capdistill.errors import require_text
+
 _TWO_TOKENS = {"cannot", "gonna", "gotta", "lemme", "gimme", "wanna"}
 _DROPPED = {"", "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _KIND = dict.fromkeys("0123456789", "0") | {"'": "'"}
@@ -61,8 +63,13 @@ def ptb_tokenize(text: str) -> list[str]:
     Example:
         >>> ptb_tokenize("A man can't see the dogs' ball (red) .")
         ['a', 'man', 'ca', "n't", 'see', 'the', 'dogs', 'ball', '-lrb-', 'red', '-rrb-']
+
+    Raises:
+        DataError: it is not text.
     """
     try:
+        if not isinstance(text, str):
+            require_text(text, "ptb_tokenize: the caption")
         return list(chain.from_iterable(map(_closed.__getitem__, text.split(" "))))
     except _Open:
         return _with_neighbours(text)
