@@ -222,6 +222,18 @@ def test_objects_print_as_one_line(saveable: Make) -> None:
     assert repr(distiller.check([batch])).startswith("<CheckReport ready:")
 
 
+def test_one_of_a_thing_is_in_the_singular(saveable: Make, colours: CaptionData) -> None:
+    how: dict[str, Any] = {"captions_per_image": 1, "num_workers": 1, "patience": 1}
+    trainer = Trainer(saveable(), **OPTIONS, **how)
+    assert ", 1 epoch, cpu" in repr(trainer)
+    one = colours.examples[:1]
+    trainer.fit(CaptionData(one), CaptionData(one))
+    shown = "\n".join(trainer.describe())
+    assert "1 image x 1 caption, 1 worker process" in shown
+    assert "1 step per epoch" in shown
+    assert "patience 1 epoch" in shown
+
+
 @pytest.mark.parametrize("weights", [["ce"], "ce", 0.5])
 def test_weights_of_another_kind_are_refused_everywhere(saveable: Make, weights: Any) -> None:
     with pytest.raises(ConfigError, match=r"weights: .* was given"):

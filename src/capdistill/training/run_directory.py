@@ -190,13 +190,18 @@ def run_lines(stepper: Stepper, train: Source | None, val: Source | None) -> lis
     if train is not None:
         images = getattr(train, "num_images", None)
         captions = captions_per_image(train, config)
-        data = f"{images} images x {captions} captions" if images else "ready-made batches"
+        data = "ready-made batches"
+        if images:
+            each = "" if captions is None else f" x {pluralize(captions, 'caption')}"
+            data = f"{pluralize(images, 'image')}{each}"
         workers = getattr(train, "num_workers", None)
-        data += "" if workers is None else f", {workers} worker processes"
+        data += "" if workers is None else f", {workers} worker process{'es' * (workers != 1)}"
         curriculum = getattr(train, "curriculum", None)
         data += "" if curriculum is None else f", easy ones first (by {curriculum.kind})"
         cached = ", cached features" if getattr(train, "has_caches", False) else ""
-        lines.append(f"  data    {data}{cached}; {stepper.steps_per_epoch} steps per epoch")
+        steps = stepper.steps_per_epoch
+        per_epoch = f"; {pluralize(steps, 'step')} per epoch" if steps is not None else ""
+        lines.append(f"  data    {data}{cached}{per_epoch}")
     terms = []
     for name in stepper.objective.weights:
         first, last = (stepper.objective.weight(name, at) for at in (0.0, 1.0))
@@ -212,7 +217,7 @@ def run_lines(stepper: Stepper, train: Source | None, val: Source | None) -> lis
     if config.ema_decay is not None:
         lines.append(f"  average of the weights with decay {config.ema_decay:g}")
     if val is not None:
-        waits = "none" if config.patience is None else f"{config.patience} epochs"
+        waits = "none" if config.patience is None else pluralize(config.patience, "epoch")
         lines.append(f"  best    by {monitor_key(config.monitor)}, patience {waits}")
     return lines
 

@@ -362,9 +362,9 @@ class Trainer(Stepper):
 
     def __repr__(self) -> str:
         models = " <- ".join(repr(getattr(m, "name", type(m).__name__)) for m in self.models)
-        terms = ", ".join(self.objective.weights)
+        terms, epochs = ", ".join(self.objective.weights), self.config.epochs
         return (
-            f"<{type(self).__name__} {models}, terms {terms}, {self.config.epochs} epochs, "
+            f"<{type(self).__name__} {models}, terms {terms}, {epochs} epoch{'s' * (epochs != 1)}, "
             f"{self.device} in {self.precision}>"
         )
 
