@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -232,10 +232,22 @@ class Encoder(nn.Module):
         if images.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp_(0, 255)
-        both = torch.tensor([self.mean, self.std], dtype=pixels.dtype).view(2, 1, -1, 1, 1) * 255
-        mean, std = both.to(pixels.device, non_blocking=True)  # without waiting for the device
-        normalised: Tensor = ((pixels - mean) / std).to(dtype)
-        return normalised  # (I, 3, S, S)
+        return standardised(pixels, self.mean, self.std).to(dtype)  # (I, 3, S, S)
+
+
+def standardised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels from 0 to 255 with a mean and a deviation of pixels in [0, 1], one per channel.
+
+    The numbers go to the device without waiting for it.
+
+    Example:
+        >>> standardised(torch.full((1, 1, 1, 1), 255.0), [0.5], [0.25]).item()
+        2.0
+    """
+    both = torch.tensor([mean, std], dtype=pixels.dtype).view(2, 1, -1, 1, 1) * 255
+    middle, deviation = both.to(pixels.device, non_blocking=True)
+    found: Tensor = (pixels - middle) / deviation
+    return found
 
 
 def require_encoder(encoder: Encoder) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from capdistill.compatibility import require_output
 from capdistill.decoders.base import Decoder, DecoderState
+from capdistill.encoders.base import standardised
 from capdistill.errors import ConfigError, IncompatibleModels, shortened
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.outputs import (
@@ -239,8 +240,7 @@ def normalised(
     pixels = batch.images.float()
     if size is not None and batch.images.shape[-2:] != (size, size):
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp_(0, 255)
-    middle = pixels.new_tensor(mean).view(1, -1, 1, 1) * 255
-    return (pixels - middle) / (pixels.new_tensor(std).view(1, -1, 1, 1) * 255)  # (I, 3, S, S)
+    return standardised(pixels, mean, std)  # (I, 3, S, S)
 
 
 class PrefixDecoder(Decoder):
