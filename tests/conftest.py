@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests import elsewhere
 
 BESIDE = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure() -> None:
+    """Make the simulated device known before torch counts devices, at the first backward pass."""
+    if not torch.cuda.is_available():
+        with suppress(ImportError):  # this torch cannot have one: its tests are skipped
+            elsewhere.register()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -37,7 +37,7 @@ registry: Registry[Adapter] = Registry(
     Adapter,
     {  # config.model_type -> class; any other prompted model has the last one
         "blip": f"{_HERE}.blip:Blip",
-        "blip-2": f"{_HERE}.blip:Blip2",
+        "blip-2": f"{_HERE}.blip2:Blip2",
         "florence2": f"{_HERE}.florence2:Florence2",
         "git": f"{_HERE}.git:Git",
         "vision-encoder-decoder": f"{_HERE}.vision_encoder_decoder:VisionEncoderDecoder",
