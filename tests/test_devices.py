@@ -304,15 +304,6 @@ def test_a_captioner_on_the_device_is_exported(photos: Any, tokenizer: Any, tmp_
 
 
 @cuda_alone
-def test_the_command_line_trains_and_captions_on_the_device(tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "capdistill"]
-    done = subprocess.run(
-        [*run, "demo", "--out", str(tmp_path / "demo")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-@cuda_alone
 def test_one_process_of_a_launcher_trains_with_nccl(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
