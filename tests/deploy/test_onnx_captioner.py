@@ -356,6 +356,38 @@ def test_a_copy_and_a_pickled_one_caption_as_it_does(
         assert again.caption(noise(), beam_size=2) == expected
 
 
+@pytest.mark.parametrize(
+    ("machine", "flags", "expected"),
+    [
+        ("x86_64", "fpu avx2 avx512f", True),
+        ("AMD64", "fpu avx2 avx512f avx512_vnni", False),
+        ("x86_64", "fpu avx2 avx_vnni", False),
+        ("x86_64", None, True),  # unknown
+        ("aarch64", "fp asimd", False),
+    ],
+)
+def test_sums_of_8_bits_are_exact_and_only_slow_where_they_must_be(
+    machine: str,
+    flags: str | None,
+    expected: bool,
+    copied: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With VNNI the switch would make an encoder more than twice as slow, and change nothing."""
+    place = tmp_path / "cpuinfo"
+    if flags is not None:
+        place.write_text(f"model name\t: One\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("capdistill.deploy.onnx_captioner.CPUINFO", place)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    options = OnnxCaptioner.load(copied)._encoder.get_session_options()
+    if expected:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry("session.x64quantprecision")
+
+
 def test_graphs_need_no_operator_that_older_versions_of_onnx_runtime_lack(
     exported: Exported,
 ) -> None:
