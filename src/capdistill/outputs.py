@@ -182,9 +182,9 @@ class Batch:
                 object.__setattr__(moved, name, tensor.to(device, non_blocking=True))
         cached = {key: value.to(device, non_blocking=True) for key, value in self.cached.items()}
         object.__setattr__(moved, "cached", cached)
-        if self.mask.is_cpu and not moved.mask.is_cpu:
+        if self.mask.is_cpu and not (moved.mask.is_cpu or moved.mask.is_inference()):
             found = places(self.target_mask).to(device, non_blocking=True)
-            vars(moved.mask)["targets"] = (_version(moved.mask), found)
+            vars(moved.mask)["targets"] = (moved.mask._version, found)
         return moved
 
 
@@ -195,23 +195,18 @@ _PER_CAPTION = ("sampled", "caption_weights", "advantages")
 def places(mask: Tensor) -> Tensor:
     """Where a mask is True, as numbers of its entries in their order, (n,).
 
-    They are found once for a mask that does not change: if it lies on a device, the host waits for
-    them. `Batch.to` finds those of the target mask before it moves.
+    If it lies on a device, the host waits for them. Those of a target mask are known there, because
+    `Batch.to` finds them before it moves; they hold until the mask is changed.
 
     Example:
         >>> places(torch.tensor([[True, False], [False, True]]))
         tensor([0, 3])
     """
-    known = vars(mask).get("places")
-    if known is None or known[0] != _version(mask):
-        known = vars(mask)["places"] = (_version(mask), mask.flatten().nonzero().squeeze(1))
-    found: Tensor = known[1]
-    return found
-
-
-def _version(tensor: Tensor) -> int:
-    """A number that changes whenever the values do; of a tensor of inference mode it is 0."""
-    return 0 if tensor.is_inference() else tensor._version
+    version, found = vars(mask).get("places", (None, None))
+    if found is None or version != mask._version:
+        found = mask.flatten().nonzero().squeeze(1)
+    known: Tensor = found
+    return known
 
 
 @dataclass(frozen=True)
