@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 import capdistill as cd
+from capdistill.deploy.greedy import write_greedy
 from capdistill.deploy.manifest import read_manifest
-from capdistill.errors import ConfigError
+from capdistill.errors import ConfigError, NotFiniteLogits
+from capdistill.generation import GenerationSpec
 from capdistill.teachers import Ensemble
 from tests.deploy.conftest import Exported, toy
 from tests.toy_captioner import LetterTokenizer, Patches, pictures
@@ -116,24 +118,99 @@ def test_the_greedy_graph_gives_the_words_of_torch(exported: Exported, count: in
     assert ids.dtype == np.int64
 
 
-def test_greedy_captions_that_end_early_are_padded_and_stop_the_loop(
-    exported_lstm: Exported, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def ends_early(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The end token is made likely for some pictures by its bias."""
-    captioner, images = toy("lstm", embed=6, hidden=8), pictures(5)
+    captioner = toy("lstm", embed=6, hidden=8, tied=False)
     with torch.no_grad():
         captioner.decoder.bias[captioner.tokenizer.end_id] = 1.5  # type: ignore[index]
+    directory = tmp_path_factory.mktemp("early")
+    cd.deploy.export(captioner, directory, greedy=True, progress=False)
+    return Exported(captioner, directory)
+
+
+def test_greedy_captions_that_end_early_are_padded_and_stop_the_loop(ends_early: Exported) -> None:
+    captioner, images = ends_early.captioner, pictures(5)
     hypotheses = captioner.generate(images)
     lengths = {len(each.tokens) for each in hypotheses}
     assert len(lengths) > 1, "choose another bias: captions of several lengths are needed"
-    cd.deploy.export(captioner, tmp_path, greedy=True, progress=False)
-    graph = session(tmp_path / "greedy.onnx")
+    graph = session(ends_early.directory / "greedy.onnx")
     together = run(graph, images=images.numpy())["ids"]
     for i, hypothesis in enumerate(hypotheses):
         words = [*hypothesis.tokens, *[captioner.tokenizer.end_id] * hypothesis.finished]
         alone = run(graph, images=images[i : i + 1].numpy())["ids"][0]
         assert alone.tolist() == words
         assert together[i].tolist() == words + [0] * (together.shape[1] - len(words))
+
+
+def test_logits_after_the_end_of_a_caption_do_not_count(
+    ends_early: Exported, tmp_path: Path
+) -> None:
+    """The word vector of the end token, which no caption that goes on reads, is NaN."""
+    images, end = pictures(5).numpy(), ends_early.captioner.tokenizer.end_id
+    graph = greedy_with(ends_early, tmp_path, "decoder.embedding.weight", end, np.nan)
+    found, expected = run(graph, images=images), session(ends_early.directory / "greedy.onnx")
+    assert found["ids"].tolist() == run(expected, images=images)["ids"].tolist()
+    assert found["finite"].all()
+
+
+class Dividing(Patches):
+    """Black pictures are divided by their brightness: zero."""
+
+    def trunk(self, images: Tensor) -> Tensor:
+        brightness = images.float().mean((1, 2, 3))
+        return super().trunk(images) * (brightness / brightness)[:, None, None]
+
+
+def test_an_image_whose_logits_are_nan_is_told_by_the_graph_and_named_by_python(
+    tmp_path: Path,
+) -> None:
+    captioner, images = toy("lstm", embed=6, hidden=8), pictures(3)
+    captioner.encoder = Dividing(dim=8).eval()
+    expected = captioner.caption(images)
+    cd.deploy.export(captioner, tmp_path, greedy=True, progress=False)
+    graph = session(tmp_path / "greedy.onnx")
+    images[1] = 0
+    out = run(graph, images=images.numpy())
+    assert out["finite"].tolist() == [True, False, True]
+    words = [captioner.tokenizer.decode(row) for row in out["ids"].tolist()]
+    assert words == [expected[0], "", expected[2]]
+    alone = run(graph, images=images[1:2].numpy())
+    assert (alone["ids"].tolist(), alone["finite"].tolist()) == ([[0]], [False])
+    with pytest.raises(NotFiniteLogits, match="Image 2 of 3: .*NaN"):
+        cd.deploy.OnnxCaptioner.load(tmp_path).generate(images.numpy())
+
+
+def greedy_with(made: Exported, folder: Path, name: str, row: Any, value: float) -> Any:
+    """greedy.onnx of a step graph, some of whose numbers are others."""
+    model = onnx.load(made.directory / "step.onnx")
+    (weights,) = (each for each in model.graph.initializer if each.name == name)
+    values = onnx.numpy_helper.to_array(weights).copy()
+    values[row] = value
+    weights.CopyFrom(onnx.numpy_helper.from_array(values, weights.name))
+    onnx.save(model, folder / "step.onnx")
+    spec = GenerationSpec.from_ids(1, 2, 7)
+    encoder = made.directory / "encoder.onnx"
+    write_greedy(encoder, folder / "step.onnx", folder / "greedy.onnx", spec, 0)
+    return session(folder / "greedy.onnx")
+
+
+@pytest.mark.parametrize(
+    ("row", "value", "finite"),
+    [
+        (5, np.nan, False),
+        (5, np.inf, False),
+        (5, -np.inf, True),  # a word that never comes
+        (slice(None), -np.inf, False),
+    ],
+)
+def test_the_greedy_graph_tells_of_every_kind_of_logits_that_are_no_numbers(
+    exported_lstm: Exported, tmp_path: Path, row: Any, value: float, finite: bool
+) -> None:
+    graph = greedy_with(exported_lstm, tmp_path, "decoder.bias", row, value)
+    out = run(graph, images=pictures(2).numpy())
+    assert out["finite"].tolist() == [finite] * 2
+    assert finite or out["ids"].tolist() == [[0], [0]]
 
 
 @torch.no_grad()
@@ -190,6 +267,24 @@ def test_a_part_that_cannot_be_exported_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot export the encoder Branching"):
         cd.deploy.export(captioner.eval(), tmp_path / "new", progress=False)
     assert [*(tmp_path / "new").iterdir()] == []
+
+
+def test_a_captioner_with_damaged_weights_is_refused_with_the_reason(tmp_path: Path) -> None:
+    captioner = toy("lstm", embed=6, hidden=8)
+    with torch.no_grad():
+        captioner.decoder.bias[3] = torch.nan  # type: ignore[index]
+    with pytest.raises(ConfigError, match=r"'logits' of the LSTMDecoder is NaN.*weights"):
+        cd.deploy.export(captioner, tmp_path, progress=False)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_logits_of_words_that_never_come_are_minus_infinity(tmp_path: Path) -> None:
+    captioner, images = toy("lstm", embed=6, hidden=8), pictures(3)
+    with torch.no_grad():
+        captioner.decoder.bias[3] = -torch.inf  # type: ignore[index]
+    cd.deploy.export(captioner, tmp_path, progress=False)
+    found = cd.deploy.OnnxCaptioner.load(tmp_path).caption(images)
+    assert found == captioner.caption(images)
 
 
 def test_what_is_no_captioner_is_refused_with_the_reason(tmp_path: Path) -> None:

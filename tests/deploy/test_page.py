@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ from PIL import Image
 
 import capdistill as cd
 from capdistill.data.pixels import read_pixels, square_pixels
+from capdistill.deploy.manifest import FileEntry
 from tests.deploy import browser as chromium
 
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.slow
@@ -263,6 +266,31 @@ def test_what_stops_the_captioner_is_still_said_when_a_photo_is_chosen(
         assert window.run("return document.getElementById('loading').hidden")
     window.open(address)
     assert "The captioner cannot run (one of its scripts cannot be loaded)" in error
+
+
+def test_logits_that_are_no_numbers_give_an_error_and_no_caption(
+    shown: Shown, photos: list[Path], tmp_path: Path
+) -> None:
+    window, address = shown.window, shown.window.run("return location.href")
+    copy = Path(shutil.copytree(shown.directory, tmp_path / "copy"))
+    step = copy / "model" / "step.onnx"
+    model = onnx.load(step)
+    largest = max(model.graph.initializer, key=lambda each: len(each.raw_data))
+    largest.raw_data = np.full(largest.dims, np.nan, np.float32).tobytes()
+    onnx.save(model, step)
+    entry = asdict(FileEntry.measured(step))
+    with (
+        changed(copy / "model" / "manifest.json", lambda c: c["files"].update({step.name: entry})),
+        chromium.served(copy) as (url, _),
+    ):
+        window.open(url)
+        window.wait("document.getElementById('name').textContent !== '…'")
+        window.choose("#file", photos[0])
+        window.wait("document.getElementById('status').className === 'error'")
+        error = window.run("return document.getElementById('status').textContent")
+        assert window.run("return document.getElementById('result').hidden")
+    window.open(address)
+    assert "numbers for this photo that are not finite, so it has no caption" in error
 
 
 def test_the_runtime_may_come_from_another_server_if_its_hash_is_right(

@@ -151,6 +151,30 @@ def test_greedy_decoding_keeps_the_options_as_in_python(node: Node) -> None:
     assert node(GREEDY, cases) == expected
 
 
+@pytest.mark.parametrize(
+    ("logits", "id"),
+    [
+        (["0", "1", "NaN"], None),
+        (["NaN", "1", "0"], None),
+        (["0", "Infinity", "1"], None),
+        (["-Infinity"] * 3, None),
+        (["-Infinity", "0", "1"], 2),
+    ],
+)
+def test_logits_that_are_no_numbers_give_no_word(
+    node: Node, logits: list[str], id: int | None
+) -> None:
+    script = """
+        import { nextId } from "./greedy.js";
+        const logits = Float32Array.from(given.logits, Number);
+        try { answer(nextId(logits, [], given.spec)); } catch (error) { answer(error.message); }
+    """
+    spec = GenerationSpec.from_ids(1, 2, 7)
+    content = asdict(spec) | {"config": spec.config.model_dump(mode="json")}
+    found = node(script, {"logits": logits, "spec": content})
+    assert found == id if id is not None else "not finite, so it has no caption" in found
+
+
 def random_spec(rng: random.Random) -> GenerationSpec:
     def ids(count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(2, 8) for _ in range(rng.randrange(count + 1)))

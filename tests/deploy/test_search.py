@@ -173,6 +173,22 @@ def test_an_image_whose_logits_are_no_numbers_is_named(how, broken) -> None:
         decode(step, state, 3, spec)
 
 
+@pytest.mark.parametrize("how", [{}, {"sample": True, "num_return": 2}, {"beam_size": 3}])
+def test_logits_after_the_end_of_a_caption_do_not_count(how) -> None:
+    """Image 3 is done after two words, and stays in the batch; alone it reads no further."""
+    how = {"early_stopping": True, **how}
+
+    def step(tokens: Array, position: int, state: State) -> tuple[Array, State]:
+        logits = np.zeros((*tokens.shape, WORDS), np.float32)
+        logits[state.image["number"] == 3, :, END] = 40 if position < 2 else np.nan
+        return logits, state
+
+    spec = GenerationSpec.from_ids(START, END, 6, **how)
+    together = decode(step, State({"number": np.arange(10)}, {}), 10, spec)
+    keys = np.array([3], np.uint64)
+    assert together[3] == decode(step, State({"number": np.array([3])}, {}), 1, spec, keys)[0]
+
+
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(-(2**70), 2**70), st.integers(0, 50))
 def test_random_numbers_are_those_of_torch(key, seed, position) -> None:
     keys = torch.tensor([key, 1])

@@ -75,8 +75,8 @@ def export(
             A folder, a data set, its splits (the training images), or a list of images. A captioner
             that was trained with quantize="int8" needs none: it is rounded as in training then.
         generation: The options that the exported captioner uses by default.
-        greedy: Also write greedy.onnx, which is greedy decoding in one graph, from images to ids.
-            It holds all weights again.
+        greedy: Also write greedy.onnx, which is greedy decoding in one graph, from images to ids,
+            and to `finite`, false for an image without a caption. It holds all weights again.
         executorch: Also write encoder.pte and step.pte, the same two as programs of ExecuTorch, in
             float32 for its backend XNNPACK. They read one image, in `beam_size` rows, and as many
             words as `max_length` of `generation` allows.

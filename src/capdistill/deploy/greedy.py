@@ -19,7 +19,9 @@ def write_greedy(encoder: Path, step: Path, path: Path, spec: GenerationSpec, pa
     """Write a graph from `images` (I, 3, S, S) to `ids` (I, T): T words, at most `max_length`.
 
     A caption ends with the end token, and is padded behind it where others are longer. The graph
-    stops after the longest caption. It holds the weights of both graphs again.
+    stops after the longest caption. It holds the weights of both graphs again. A second output,
+    `finite` (I,), is false for an image whose logits became NaN or infinite: it has no caption, and
+    its ids are padding from there.
 
     Args:
         encoder, step: The two graphs, in float32 or int8.
@@ -81,12 +83,14 @@ def _outer_graph(first: Any, body: Any, spec: GenerationSpec) -> Any:
         _constant("going", np.array(True)),
         _constant("start", np.array([[spec.start_id]])),
         _constant("open", np.array([[False]])),
+        _constant("all_finite", np.array([[True]])),
     ]
     nodes += [
         helper.make_node("Shape", [images.name], ["count"], start=0, end=1),
         helper.make_node("Concat", count, ["rows"], axis=0),
         helper.make_node("Expand", ["start", "rows"], ["first/tokens"]),
         helper.make_node("Expand", ["open", "rows"], ["first/done"]),
+        helper.make_node("Expand", ["all_finite", "rows"], ["first/finite"]),
     ]
     carried = [each.name.removeprefix(_BODY) for each in body.input[2:]]
     last = [f"last/{name}" for name in carried]
@@ -94,9 +98,11 @@ def _outer_graph(first: Any, body: Any, spec: GenerationSpec) -> Any:
     nodes += [
         helper.make_node("Loop", loop, [*last, "by_word"], body=body),  # (T, I)
         helper.make_node("Transpose", ["by_word"], ["ids"], perm=[1, 0]),
+        helper.make_node("Squeeze", ["last/finite", "one"], ["finite"]),
     ]
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["images", "words"])
-    graph = helper.make_graph(nodes, "greedy", [images], [ids], constants)
+    finite = helper.make_tensor_value_info("finite", TensorProto.BOOL, ["images"])
+    graph = helper.make_graph(nodes, "greedy", [images], [ids, finite], constants)
     _rename(graph, images.name, "images")
     return graph
 
@@ -116,38 +122,65 @@ def _body_graph(step: Any, spec: GenerationSpec, pad_id: int) -> Any:
         "end": np.array(spec.end_id),
         "pad": np.array(pad_id),
         "beam": np.array([1]),
+        "last_axis": np.array([-1]),
     }
     constants = [_constant(_BODY + name, value) for name, value in values.items()]
 
-    def node(kind: str, given: Sequence[str], made: str, **attributes: Any) -> Any:
-        names = [_BODY + name if name else "" for name in given]
-        return helper.make_node(kind, names, [_BODY + made], **attributes)
-
     nodes = [
         *step.node,
-        node("LogSoftmax", ["logits"], "log_probs", axis=-1),  # (I, 1, V)
-        node("Clip", ["log_probs", "floor"], "floored"),
-        node("Where", ["banned", "never", "floored"], "allowed"),
-        node("ArgMax", ["allowed"], "word", axis=-1, keepdims=0),  # (I, 1), the first of equals
-        node("Where", ["done", "pad", "word"], "shown"),
-        node("Squeeze", ["shown", "beam"], "id"),  # (I,)
-        node("Equal", ["word", "end"], "ends"),
-        node("Or", ["done", "ends"], "next_done"),
-        node("Not", ["next_done"], "open"),
-        node("Cast", ["open"], "count", to=TensorProto.INT32),
-        node("ReduceMax", ["count"], "most", keepdims=0),
-        node("Cast", ["most"], "next_going", to=TensorProto.BOOL),
+        *_finite_nodes(),
+        _node("LogSoftmax", ["logits"], "log_probs", axis=-1),  # (I, 1, V)
+        _node("Clip", ["log_probs", "floor"], "floored"),
+        _node("Where", ["banned", "never", "floored"], "allowed"),
+        _node("ArgMax", ["allowed"], "word", axis=-1, keepdims=0),  # (I, 1), the first of equals
+        _node("Where", ["silent", "pad", "word"], "shown"),
+        _node("Squeeze", ["shown", "beam"], "id"),  # (I,)
+        _node("Equal", ["word", "end"], "ends"),
+        _node("Or", ["silent", "ends"], "next_done"),
+        _node("Not", ["next_done"], "open"),
+        _node("Cast", ["open"], "count", to=TensorProto.INT32),
+        _node("ReduceMax", ["count"], "most", keepdims=0),
+        _node("Cast", ["most"], "next_going", to=TensorProto.BOOL),
     ]
     flag = helper.make_tensor_value_info
     going = [flag(f"{_BODY}{name}", TensorProto.BOOL, []) for name in ("going", "next_going")]
-    done = [flag(f"{_BODY}{name}", TensorProto.BOOL, None) for name in ("done", "next_done")]
-    word, id_ = (flag(f"{_BODY}{name}", TensorProto.INT64, None) for name in ("word", "id"))
-    carried = [inputs["tokens"], done[0], *(inputs[name] for name in changed)]
+    kept = [flag(f"{_BODY}{name}", TensorProto.BOOL, None) for name in ("done", "finite")]
+    new = [flag(f"{_BODY}next_{name}", TensorProto.BOOL, None) for name in ("done", "finite")]
+    shown, id_ = (flag(f"{_BODY}{name}", TensorProto.INT64, None) for name in ("shown", "id"))
+    carried = [inputs["tokens"], *kept, *(inputs[name] for name in changed)]
     given = [inputs["position"], going[0], *carried]
-    made = [going[1], word, done[1], *step.output[1:], id_]
+    made = [going[1], shown, *new, *step.output[1:], id_]
     for each in (*carried, *step.output[1:]):
         each.type.tensor_type.ClearField("shape")  # caches grow
     return helper.make_graph(nodes, "word", given, made, [*step.initializer, *constants])
+
+
+def _finite_nodes() -> list[Any]:
+    """`finite` becomes false where the logits of a caption that goes on are NaN or infinite."""
+    from onnx import TensorProto
+
+    return [
+        _node("IsNaN", ["logits"], "nan"),
+        _node("Cast", ["nan"], "nan_count", to=TensorProto.INT32),
+        _node("ReduceMax", ["nan_count", "last_axis"], "any_nan", keepdims=0),  # (I, 1)
+        _node("Cast", ["any_nan"], "has_nan", to=TensorProto.BOOL),
+        _node("ReduceMax", ["logits", "last_axis"], "top", keepdims=0),
+        _node("IsInf", ["top"], "infinite"),  # one logit is +inf, or all are -inf
+        _node("Or", ["has_nan", "infinite"], "wrong"),
+        _node("Not", ["done"], "reads"),
+        _node("And", ["reads", "wrong"], "breaks"),
+        _node("Not", ["breaks"], "holds"),
+        _node("And", ["finite", "holds"], "next_finite"),
+        _node("Or", ["done", "breaks"], "silent"),
+    ]
+
+
+def _node(kind: str, given: Sequence[str], made: str, **attributes: Any) -> Any:
+    """A node of the body, whose names have its prefix."""
+    from onnx import helper
+
+    names = [_BODY + name for name in given]
+    return helper.make_node(kind, names, [_BODY + made], **attributes)
 
 
 def _constant(name: str, value: np.ndarray[Any, Any]) -> Any:

@@ -154,23 +154,32 @@ class Search:
     def run(self) -> Found:
         """Generate until every image is finished or the limit is reached."""
         constraints: Constraints | None = None
+        done = np.zeros(self.images, bool)  # (J,)
         for position in range(self.spec.max_length):
             logits, self.state = self.step(self.tokens, position, self.state)  # (J, K, V)
             if constraints is None:
                 constraints = Constraints(self.spec, logits.shape[2])
             log_probs = log_softmax(logits)
-            if np.isnan(log_probs[..., 0]).any():  # one NaN or infinite logit spreads over its row
-                broken = np.isnan(log_probs[..., 0]).any(1)
-                raise not_finite(f"Image {self.generated.images[broken][0] + 1} of {self.images}")
+            self._require_numbers(log_probs, done)
             rows = self.generated.tokens.reshape(-1, self.spec.max_length)
             constraints(log_probs.reshape(len(rows), -1), rows, position)
-            done = self.extend(log_probs, position)  # (J,)
+            done = self.extend(log_probs, position)
             left = int(done.sum())
             if position + 1 == self.spec.max_length or left == len(done):
                 break
             if left and left * LEAVING_SHARE >= len(done):
                 self.leave(np.flatnonzero(~done), np.flatnonzero(done))
+                done = done[~done]
         return self.result()
+
+    def _require_numbers(self, log_probs: Array, done: Array) -> None:
+        """Refuse NaN, except after the end of a caption: alone it would not read on."""
+        lost = np.isnan(log_probs[..., 0])  # one NaN or infinite logit spreads over its row
+        going_on = ~(self.generated.ended | done[:, None])
+        broken = (lost & going_on).any(1)
+        if broken.any():
+            raise not_finite(f"Image {self.generated.images[broken][0] + 1} of {self.images}")
+        log_probs[lost] = 0
 
     @abstractmethod
     def extend(self, log_probs: Array, position: int) -> Array:

@@ -1,12 +1,18 @@
 // Greedy decoding: the most probable word at every step, under the options of generation.json.
 
-/** The next id.
+/** The next id. Throws where a logit is NaN or infinite, as captioners in Python do.
  *
  * @param {Float32Array} logits - One for each entry of the vocabulary.
  * @param {number[]} ids - Those found so far.
  * @param {object} spec - The content of generation.json: the options, in ids.
  */
 export function nextId(logits, ids, spec) {
+  if (!Number.isFinite(logits.reduce((a, b) => Math.max(a, b), -Infinity))) {
+    throw new Error( // Math.max hands NaN on; a word that never comes has -Infinity
+      "The captioner computes numbers for this photo that are not finite, so it has no caption. If " +
+        "that happens with every photo, the captioner is damaged: export it again.",
+    );
+  }
   if (ids.length < spec.prefix.length) return spec.prefix[ids.length];
   const banned = bannedIds(ids, spec);
   let best = -1;
