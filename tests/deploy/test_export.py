@@ -177,7 +177,7 @@ def test_an_image_whose_logits_are_nan_is_told_by_the_graph_and_named_by_python(
     assert words == [expected[0], "", expected[2]]
     alone = run(graph, images=images[1:2].numpy())
     assert (alone["ids"].tolist(), alone["finite"].tolist()) == ([[0]], [False])
-    with pytest.raises(NotFiniteLogits, match="Image 2 of 3: .*NaN"):
+    with pytest.raises(NotFiniteLogits, match=r"Image 2 of 3: .*NaN"):
         cd.deploy.OnnxCaptioner.load(tmp_path).generate(images.numpy())
 
 
