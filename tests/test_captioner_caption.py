@@ -58,6 +58,15 @@ def test_a_stream_may_be_endless() -> None:
     assert first == [*expected, *expected[:2]]
 
 
+@pytest.mark.parametrize(
+    "alone", ["dog.jpg", Path("dog.jpg"), b"photo", pictures(1)[0], pictures(1)[0].numpy(), None]
+)
+def test_a_stream_of_one_image_is_refused(alone: object) -> None:
+    """The letters of a path and the rows of an array are no images."""
+    with pytest.raises(DataError, match="expected an iterable of images"):
+        next(toy().caption_stream(alone))  # type: ignore[arg-type]
+
+
 def test_a_bar_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert toy().caption(pictures(3), progress=True) == toy().caption(pictures(3))
     assert "3/3" in capsys.readouterr().err

@@ -85,6 +85,7 @@ def test_the_same_pixels_from_every_form_of_one_file(tmp_path: Path, name: str) 
             data[0][0],
             read_image(str(path)),
             read_image(path.read_bytes()),
+            read_image(memoryview(path.read_bytes())),
             read_image(io.BytesIO(path.read_bytes())),
             read_image(file),
             read_image(opened),
@@ -215,10 +216,12 @@ def test_arrays_and_tensors_become_the_same_pixels(array: object) -> None:
         (b"", "empty"),
         (io.StringIO("text"), "'rb'"),
         (42, "given as int"),
-        ("missing.jpg", r"missing\.jpg.*No such file"),
+        ("missing.jpg", r"missing\.jpg.*No such file.*Relative paths begin at /"),
+        ("/", "It is a folder: give the image files in it"),
+        ("https://example.org/dog.jpg", "Nothing is downloaded: save the image first"),
         ("a\0b.jpg", "cannot be used"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_what_is_no_image_is_refused_with_the_reason(source: object, said: str) -> None:
     with pytest.raises(DataError, match=said):

@@ -173,6 +173,18 @@ def test_a_directory_without_a_manifest_is_refused_with_the_fix(tmp_path: Path) 
             read_manifest(path)
 
 
+def test_a_path_near_an_export_names_it(directory: Path) -> None:
+    for near in (directory.parent, directory / "encoder.onnx"):
+        with pytest.raises(CheckpointError, match=rf"Give {directory}, which holds one"):
+            read_manifest(near)
+
+
+def test_a_saved_captioner_in_place_of_an_export_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "captioner.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"capdistill export {tmp_path} --out DIR"):
+        read_manifest(tmp_path)
+
+
 def test_an_export_that_fails_leaves_the_earlier_one(directory: Path) -> None:
     def fails(folder: Path) -> Manifest:
         (folder / "step.onnx").write_text("half")

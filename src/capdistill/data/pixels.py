@@ -22,13 +22,13 @@ from PIL import Image, UnidentifiedImageError
 
 from capdistill.data.caption_files import Policy
 from capdistill.data.image_names import StoredImage
-from capdistill.errors import ConfigError, DataError, require_int
+from capdistill.errors import ConfigError, DataError, require_int, shortened
 from capdistill.files import user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Encoded: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | IO[bytes]"
+Encoded: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
 Decoded: TypeAlias = "Image.Image | npt.NDArray[Any] | Tensor"
 ImageSource: TypeAlias = "Encoded | Decoded | StoredImage | Mapping[str, Any]"
 OneImage: TypeAlias = "str | os.PathLike[str] | bytes"
@@ -185,7 +185,7 @@ def image_bytes(source: Encoded) -> tuple[str, bytes]:
     Raises:
         DataError: it cannot be read, or is too large.
     """
-    if isinstance(source, (bytes, bytearray)):
+    if isinstance(source, (bytes, bytearray, memoryview)):
         return "image bytes", _bounded(bytes(source), "image bytes")
     if isinstance(source, (str, os.PathLike)):
         path = user_path(source, DataError)
@@ -195,14 +195,25 @@ def image_bytes(source: Encoded) -> tuple[str, bytes]:
                 size = status.st_size if stat.S_ISREG(status.st_mode) else MAX_BYTES
                 return str(path), _bounded(file.read(min(size, MAX_BYTES) + 1), str(path))
         except OSError as error:
-            reason = error.strerror or error
-            raise DataError(f"{path}: the image cannot be read ({reason}).") from error
+            reason = f"the image cannot be read ({error.strerror or error})"
+            raise DataError(f"{path}: {reason}.{_hint(str(source), path)}") from error
     if not hasattr(source, "read"):
         raise DataError(
             f"An image was given as {type(source).__name__}; expected a path, bytes, a binary "
             "file, a Pillow image, an array or a tensor."
         )
     return _read_file(source)
+
+
+def _hint(given: str, path: Path) -> str:
+    """What to do about a path that is no file."""
+    if given.startswith(("http://", "https://")):
+        return " Nothing is downloaded: save the image first, or give its bytes."
+    if path.is_dir():
+        return " It is a folder: give the image files in it."
+    if not path.exists() and not path.is_absolute():
+        return f" Relative paths begin at {Path.cwd()}."
+    return ""
 
 
 def _read_file(file: IO[bytes]) -> tuple[str, bytes]:
@@ -316,8 +327,13 @@ def read_batches(
 
     Raises:
         ConfigError: another value of `errors`, or `batch_size` < 1.
-        DataError: an image that cannot be read, by name, unless it is skipped.
+        DataError: one image was given; an image that cannot be read, by name, unless it is skipped.
     """
+    if not is_many(images):
+        raise DataError(
+            f"caption_stream: {shortened(images)} was given; expected an iterable of images. Put "
+            "one image into a list, or give it to `caption`."
+        )
     require_int("caption: batch_size", batch_size, 1)
     if errors not in ("skip", "raise"):
         raise ConfigError(f"errors={errors!r} was given; use errors='skip' or 'raise'.")
@@ -348,7 +364,7 @@ def is_many(images: Any) -> bool:
         return bool(images.ndim == 4)
     if hasattr(images, "__array__"):
         return getattr(images, "ndim", 3) == 4
-    alone = (str, bytes, bytearray, os.PathLike, StoredImage, Mapping)
+    alone = (str, bytes, bytearray, memoryview, os.PathLike, StoredImage, Mapping)
     single = isinstance(images, alone) or hasattr(images, "read")
     return not single and isinstance(images, Iterable)
 

@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ FORMAT = 1
 PRECISIONS = ("float32", "int8")
 _MAX_BYTES = 2**24  # of a manifest; they take a few kilobytes
 _BLOCK = 2**20  # bytes hashed at once
+_SEEN = 100  # entries of a directory that are looked at for a hint
 
 
 @dataclass(frozen=True)
@@ -182,10 +184,10 @@ def read_manifest(directory: str | os.PathLike[str], *, verify: bool = True) -> 
     """The manifest of an exported captioner, whose files are those that were written.
 
     Example:
-        >>> read_manifest("/tmp")
+        >>> read_manifest("nowhere")
         Traceback (most recent call last):
         ...
-        capdistill.errors.CheckpointError: /tmp holds no exported captioner: there is no \
+        capdistill.errors.CheckpointError: nowhere holds no exported captioner: there is no \
 manifest.json. Write one with capdistill.deploy.export(captioner, directory).
 
     Args:
@@ -221,8 +223,8 @@ def _read_content(path: Path) -> dict[str, Any]:
         content = from_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
-            f"{path.parent} holds no exported captioner: there is no {MANIFEST}. Write one with "
-            "capdistill.deploy.export(captioner, directory)."
+            f"{path.parent} holds no exported captioner: there is no {MANIFEST}. "
+            f"{_instead_of(path.parent)}"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -251,6 +253,21 @@ def _read_content(path: Path) -> dict[str, Any]:
             "export the captioner again."
         )
     return content
+
+
+def _instead_of(directory: Path) -> str:
+    """What to give in place of a path that holds no exported captioner."""
+    folder = directory.parent if directory.is_file() else directory
+    inside = sorted(islice(folder.iterdir(), _SEEN)) if os.access(folder, os.R_OK) else ()
+    found = next((each for each in (folder, *inside) if is_exported(each)), None)
+    if found is not None and found != directory:
+        return f"Give {found}, which holds one."
+    if found is None and (folder / "captioner.json").is_file():
+        return (
+            f"{folder} is a saved captioner: export it (capdistill export {folder} --out DIR), or "
+            "read it with capdistill.Captioner.load."
+        )
+    return "Write one with capdistill.deploy.export(captioner, directory)."
 
 
 def _require_file(path: Path, entry: FileEntry, verify: bool) -> None:
