@@ -24,7 +24,10 @@ from capdistill.training.config import (
 from capdistill.training.stages import _TRAINERS, StageOptions
 
 PROGRAM = """
+import torch
+
 import capdistill as cd
+from capdistill.generation import GenerationSpec, beam_search, greedy
 
 data = cd.data.sample()
 tokenizer = cd.WordTokenizer.train(data.train.captions, min_count=2)
@@ -47,10 +50,14 @@ history = tuned.fit(data.train, epochs=1, samples=4)
 captioned = cd.teachers.caption(cd.teachers.Ensemble([teacher]), data.train, "c.jsonl", beam_size=5)
 history = cd.Trainer(student).fit(cd.data.Curriculum(captioned, "rarity"), ema_decay=0.99)
 score: float = cd.evaluate(student, data.val, metrics="bleu", beam_size=3).scores["bleu_1"]
-table = cd.compare(None, {"a": student, "b": student}, data.val, measure=False, seed=1).to_json()
+table = cd.compare(None, {"a": student}, data.val, measure=False, beam_size=3).to_json()
 stages: list[dict[str, object]] = [{"method": "train"}, {"method": "self_critical"}]
 table = cd.training.run_stages(student, data.train, stages=stages, out="x", epochs=1).to_json()
 cd.data.shard_splits("shards", captions=False)
+images = torch.randn(1, 4, 32)
+found = greedy(decoder, images, start_id=1, end_id=2, max_length=9, banned=[0], min_length=2)
+found = beam_search(decoder, images, beam_size=3, start_id=1, end_id=2, max_length=9, num_return=2)
+spec = GenerationSpec.from_ids(1, 2, 9, sample=True, temperature=0.5, num_return=3)
 
 cd.TokenKD(temprature=2)  # WRONG
 cd.SelfCritical(student, sampels=3)  # WRONG
@@ -70,6 +77,11 @@ cd.Captioner.create("debug_teacher")  # WRONG
 number: int = student.caption("dog.jpg")  # WRONG
 history.stoped  # WRONG
 cd.WordTokenizer.train(3)  # WRONG
+greedy(decoder, images, start_id=1, end_id=2, max_length=9, min_lenght=2)  # WRONG
+greedy(decoder, images, start_id=1, end_id=2, max_length=9, sample=True)  # WRONG
+beam_search(decoder, images, beam_size=3, start_id=1, end_id=2, max_length="9")  # WRONG
+beam_search(decoder, images, beam_size=3, start_id=1, end_id=2, max_length=9, prefix="a")  # WRONG
+GenerationSpec.from_ids(1, 2, 9, top_k="3")  # WRONG
 """
 
 

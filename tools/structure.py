@@ -22,12 +22,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "capdistill"
-MAX_FILES, MAX_LINES, MAX_PUBLIC = 202, 420, 30
+MAX_FILES, MAX_LINES, MAX_PUBLIC = 203, 420, 30
 TORCH_FREE = (
     "errors",
     "files",
     "generation.config",
     "generation.hypotheses",
+    "generation.options",
     "generation.words",
     "training.config",
     "training.recipes",

@@ -62,6 +62,59 @@ def test_keywords_win_over_the_whole():
     assert resolve(None, {}) == GenerationConfig()
 
 
+IDLE = [
+    ({"temperature": 0.5}, "temperature=0.5 does nothing, because sample is False. Give sample="),
+    ({"top_k": 3, "beam_size": 2}, "top_k=3 does nothing, because sample is False"),
+    ({"top_p": 0.9}, "top_p=0.9 does nothing"),
+    ({"seed": 4}, "seed=4 does nothing"),
+    ({"early_stopping": "never"}, "because beam_size is 1. Give beam_size=2 or more too, or leave"),
+    ({"early_stopping": True, "sample": True}, "early_stopping=True does nothing"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), IDLE)
+def test_an_option_whose_companion_was_forgotten_is_refused(options, message):
+    for given in ((None, options), (options, {}), (GenerationConfig(), options)):
+        with pytest.raises(ConfigError, match=message):
+            resolve(*given)
+    with pytest.raises(ConfigError, match=message):
+        parse(TrainConfig, {"generation": options}, "fit")
+
+
+@pytest.mark.parametrize("beside", [{}, {"generation": GenerationConfig(min_length=2)}])
+def test_among_the_options_of_training_it_is_refused_too(beside):
+    with pytest.raises(ConfigError, match=r"fit: generation: temperature=4\.0 does nothing"):
+        parse(TrainConfig, {**beside, "temperature": 4.0}, "fit")
+
+
+def test_the_exponent_of_no_normalisation_is_refused():
+    with pytest.raises(ConfigError, match=r"length_penalty=2\.0 does nothing.*'average'"):
+        resolve(GenerationConfig(length_normalisation="none"), {"length_penalty": 2})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sample": True, "temperature": 0.5, "seed": 4},
+        {"sample": False, "temperature": 0.5, "top_k": 3},
+        {"beam_size": 1, "early_stopping": "never"},
+        {"length_normalisation": "none", "length_penalty": 2.0},
+        {"temperature": 1.0, "top_k": 0, "seed": 0, "early_stopping": False},
+    ],
+)
+def test_an_option_may_stand_beside_what_switches_it_off_and_at_its_default(options):
+    assert resolve(None, options) == resolve(options, {}) == GenerationConfig(**options)
+
+
+@pytest.mark.parametrize(("options", "_"), IDLE)
+def test_a_saved_configuration_with_options_that_do_nothing_loads(options, _):
+    config = GenerationConfig(**options)
+    saved = config.model_dump(mode="json")
+    assert GenerationConfig(**saved) == resolve(saved, {}) == config
+    assert parse(TrainConfig, {"generation": saved}, "fit").generation == config
+    assert resolve(config, {"sample": True, "beam_size": 1}).temperature == config.temperature
+
+
 def test_something_else_in_its_place_is_refused():
     with pytest.raises(ConfigError, match=r"12 was given; expected a GenerationConfig"):
         resolve(12, {})

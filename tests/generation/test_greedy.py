@@ -13,7 +13,7 @@ from torch import Tensor
 
 from capdistill.decoders import Decoder
 from capdistill.errors import ConfigError
-from capdistill.generation import Hypothesis, greedy
+from capdistill.generation import GenerationSpec, Hypothesis, greedy
 from tests.generation.decoding_cases import (
     END,
     FORMS,
@@ -214,3 +214,23 @@ def test_no_graph_is_kept():
     greedy(decoder, features, start_id=START, end_id=END, max_length=3)
     assert seen
     assert not any(seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sample": True}, "'sample' is no option of greedy decoding"),
+        ({"beam_size": 3}, r"'beam_size' is no option of greedy decoding\. Use beam_search"),
+        ({"prefix": "a dog"}, "'prefix' is no option of greedy decoding"),
+        ({"min_lenght": 3}, "Did you mean 'min_length'"),
+    ],
+)
+def test_options_that_greedy_decoding_does_not_read_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        run(decoder_b, 4, **options)
+
+
+def test_options_that_take_words_need_a_tokenizer():
+    for option in ({"banned_words": ["dog"]}, {"not_last": ["a"]}, {"prefix": "a"}):
+        with pytest.raises(ConfigError, match=f"'{next(iter(option))}' takes words.*banned="):
+            GenerationSpec.from_ids(START, END, 4, **option)

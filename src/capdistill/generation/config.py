@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from numbers import Integral, Real
 from types import MappingProxyType, NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from capdistill.errors import ConfigError, as_float, shortened, suggest
 from capdistill.generation import words
+from capdistill.generation.options import GenerationOptions as GenerationOptions
+from capdistill.generation.options import IdOptions
+from capdistill.generation.options import SearchOptions as SearchOptions
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from capdistill.tokenizer import Tokenizer
 
 
@@ -132,9 +137,7 @@ class GenerationConfig:
 
         def read(value: Any) -> GenerationConfig:
             try:
-                return value if isinstance(value, cls) else cls(**value)
-            except TypeError as error:
-                raise ValueError("expected an object with options of generation") from error
+                return value if isinstance(value, cls) else resolve(value, {})
             except ConfigError as error:
                 raise ValueError(str(error).removeprefix("generation: ")) from error
 
@@ -174,35 +177,6 @@ class GenerationConfig:
         ]
 
 
-class SearchOptions(TypedDict, total=False):
-    """The fields of `GenerationConfig` without `num_return`, for type checkers."""
-
-    beam_size: int
-    max_length: int | None
-    min_length: int
-    length_normalisation: Literal["none", "average", "gnmt"]
-    length_penalty: float
-    early_stopping: bool | Literal["never"]
-    no_repeat_ngram: int
-    banned_words: Sequence[str]
-    allow_unknown: bool
-    not_last: Sequence[str] | Literal["function_words"]
-    prefix: str
-    sample: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    beam_groups: int
-    diversity_penalty: float
-
-
-class GenerationOptions(SearchOptions, total=False):
-    """The fields of `GenerationConfig` as keyword arguments, for type checkers."""
-
-    num_return: int
-
-
 class DecodingOptions(GenerationOptions, total=False):
     """A whole configuration as `generation=`, or its fields, as keyword arguments."""
 
@@ -220,11 +194,7 @@ _LIMITS = {"ge": "at least", "gt": "greater than", "le": "at most"}
 
 
 def _exact(name: str, annotation: Any, value: Any) -> Any:
-    """The value in the type of its option: no True, text or NaN for a number, no number for a bool.
-
-    Raises:
-        ConfigError: it has another type.
-    """
+    """The value in its option's type: no True, text or NaN for a number, no number for a bool."""
     kinds, given = _kinds(annotation), value
     if type(value).__name__ in ("bool", "bool_"):  # NumPy's, too
         value, right = bool(value), bool in kinds
@@ -275,9 +245,7 @@ def _wrong(name: str, value: Any, reason: str) -> ConfigError:
 
 
 def _require_limits(name: str, value: Any, limits: Mapping[str, float]) -> None:
-    for key, limit in limits.items():
-        if value is None:
-            continue
+    for key, limit in limits.items() if value is not None else ():
         if {"ge": value < limit, "gt": value <= limit, "le": value > limit}[key]:
             unit = " token" if name == "max_length" else ""
             raise ConfigError(
@@ -295,7 +263,7 @@ def resolve(
         3
 
     Raises:
-        ConfigError: something else was given, or invalid options.
+        ConfigError: something else was given, invalid options, or one that does nothing.
     """
     if isinstance(generation, GenerationConfig):
         whole: Mapping[str, Any] = generation.model_dump()
@@ -306,7 +274,35 @@ def resolve(
             f"generation: {generation!r} was given; expected a GenerationConfig or its options, "
             "such as generate(batch, beam_size=3)."
         )
-    return GenerationConfig(**{**whole, **keywords})
+    config = GenerationConfig(**{**whole, **keywords})
+    for given in (whole, keywords):
+        require_effect(config, given)
+    return config
+
+
+_NEEDS: dict[str, tuple[str, Any, str]] = {  # option -> another, with which value it does nothing
+    **dict.fromkeys(("temperature", "top_k", "top_p", "seed"), ("sample", False, "sample=True")),
+    "early_stopping": ("beam_size", 1, "beam_size=2 or more"),
+    "length_penalty": ("length_normalisation", "none", "length_normalisation='average'"),
+}
+
+
+def require_effect(config: GenerationConfig, given: Collection[str]) -> None:
+    """Refuse, of the options given together, one that does nothing because another was forgotten.
+
+    Beside sample=False or beam_size=1 that was given, as in a saved configuration, it may stand.
+
+    Raises:
+        ConfigError: such an option has another value than by default.
+    """
+    for name, (other, idle, fix) in _NEEDS.items():
+        value, state = getattr(config, name), getattr(config, other)
+        forgotten = name in given and other not in given
+        if forgotten and state == idle and value != getattr(GenerationConfig, name):
+            raise ConfigError(
+                f"generation: {name}={value!r} does nothing, because {other} is {state!r}. Give "
+                f"{fix} too, or leave {name} out."
+            )
 
 
 @dataclass(frozen=True)
@@ -364,15 +360,23 @@ class GenerationSpec:
         max_length: int,
         *,
         banned: Sequence[int] = (),
-        **options: Any,
+        beam_size: int = 1,
+        num_return: int = 1,
+        **options: Unpack[IdOptions],
     ) -> GenerationSpec:
         """The specification without a tokenizer.
 
         Args:
             start_id, end_id, max_length, banned: As above.
-            options: Fields of `GenerationConfig`, except those that take words.
+            beam_size, num_return, options: Fields of `GenerationConfig`, except those that take
+                words.
         """
-        config = GenerationConfig(**options)
+        for name in sorted(options.keys() & {"banned_words", "not_last", "prefix"}):
+            raise ConfigError(
+                f"generation: '{name}' takes words, which ids alone do not have. Give ids, by "
+                "banned=, or use GenerationSpec.of(config, tokenizer)."
+            )
+        config = resolve(None, {"beam_size": beam_size, "num_return": num_return, **options})
         return cls(start_id, end_id, max_length, config, banned=tuple(banned))
 
     def require_a_word(self, vocabulary: int) -> None:

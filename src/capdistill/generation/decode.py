@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from capdistill.data.pixels import OneImage, SeveralImages, is_many, read_batches
 from capdistill.decoders.base import Decoder
-from capdistill.errors import DataError
+from capdistill.errors import ConfigError, DataError
 from capdistill.generation.choice import image_keys
 from capdistill.generation.config import (
     CaptionOptions,
@@ -30,6 +30,7 @@ from capdistill.generation.hypotheses import (
     require_numbers,
     with_text,
 )
+from capdistill.generation.options import GreedyOptions, IdOptions
 from capdistill.generation.search import BeamSearch, Sampling, Search
 from capdistill.generation.words import token_texts
 from capdistill.outputs import Batch, ModelSpec
@@ -76,7 +77,19 @@ def generate(
     return search.run().hypotheses(spec.config.num_return)
 
 
-def greedy(decoder: Decoder, features: Tensor, **options: Any) -> list[Hypothesis]:
+_GREEDY = GreedyOptions.__annotations__.keys()
+
+
+def greedy(
+    decoder: Decoder,
+    features: Tensor,
+    *,
+    start_id: int,
+    end_id: int,
+    max_length: int,
+    banned: Sequence[int] = (),
+    **options: Unpack[GreedyOptions],
+) -> list[Hypothesis]:
     """The most probable next token, until the end token or the limit.
 
     Example:
@@ -90,16 +103,32 @@ def greedy(decoder: Decoder, features: Tensor, **options: Any) -> list[Hypothesi
 
     Args:
         decoder, features: As for `generate`.
-        options: As for `GenerationSpec.from_ids`.
+        start_id, end_id, max_length, banned: As for `GenerationSpec`.
+        options: Fields of `GenerationConfig` that greedy decoding reads.
 
     Raises:
         ConfigError: invalid options, or every id is banned.
     """
-    return generate(decoder, features, GenerationSpec.from_ids(beam_size=1, **options))
+    for name in sorted(options.keys() & GenerationConfig.types().keys() - _GREEDY):
+        raise ConfigError(
+            f"greedy: '{name}' is no option of greedy decoding. Use beam_search(...), or "
+            "generate(decoder, features, GenerationSpec.from_ids(...)), which also samples."
+        )
+    spec = GenerationSpec.from_ids(start_id, end_id, max_length, banned=banned, **options)
+    return generate(decoder, features, spec)
 
 
 def beam_search(
-    decoder: Decoder, features: Tensor, *, beam_size: int, **options: Any
+    decoder: Decoder,
+    features: Tensor,
+    *,
+    beam_size: int,
+    start_id: int,
+    end_id: int,
+    max_length: int,
+    banned: Sequence[int] = (),
+    num_return: int = 1,
+    **options: Unpack[IdOptions],
 ) -> list[Hypothesis]:
     """The best of `beam_size` hypotheses per image.
 
@@ -115,12 +144,15 @@ def beam_search(
     Args:
         decoder, features: As for `generate`.
         beam_size: Hypotheses kept per image.
-        options: As for `GenerationSpec.from_ids`.
+        start_id, end_id, max_length, banned: As for `GenerationSpec`.
+        num_return, options: Fields of `GenerationConfig`, except those that take words.
 
     Raises:
         ConfigError: invalid options, or every id is banned.
     """
-    return generate(decoder, features, GenerationSpec.from_ids(beam_size=beam_size, **options))
+    sizes = {"beam_size": beam_size, "num_return": num_return}
+    spec = GenerationSpec.from_ids(start_id, end_id, max_length, banned=banned, **sizes, **options)
+    return generate(decoder, features, spec)
 
 
 def generate_text(

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from capdistill.errors import ConfigError, as_float, is_count, parse, shortened, suggest
-from capdistill.generation.config import GenerationConfig, GenerationOptions
+from capdistill.generation.config import GenerationConfig, GenerationOptions, resolve
 from capdistill.training.options import Options
 
 
@@ -214,9 +214,8 @@ class TrainConfig(Options):
         given = values.get("generation") or {}
         if not loose or not isinstance(given, (Mapping, GenerationConfig)):
             return values
-        whole = given if isinstance(given, Mapping) else given.model_dump()
         rest = {name: value for name, value in values.items() if name not in loose}
-        return {**rest, "generation": {**whole, **loose}}
+        return {**rest, "generation": resolve(given, loose)}
 
     @model_validator(mode="before")
     @classmethod
