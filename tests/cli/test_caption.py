@@ -302,6 +302,9 @@ def test_out_also_takes_images_without_captions(
         (["--data", "sample", "--out", "c.jsonl", "--details"], "do not go with --out"),
         (["dog.jpg", "--overwrite"], "--overwrite belongs to --out"),
         (["dog.jpg", "--limit", "3"], "belong to --data"),
+        (["dog.jpg", "--temperature", "0.5"], "sample is False. Give --sample too, or leave temp"),
+        (["dog.jpg", "--early-stopping", "never"], "because beam_size is 1"),
+        (["--data", "sample", "--limit", "2", "--out", "c.jsonl", "--seed", "3"], "Give --sample"),
         (["dog.jpg", "--out", "c.jsonl", "--images", "photos"], "belong to --data"),
     ],
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 import pytest
 
-from capdistill.cli import make_parser
+from capdistill.cli import main, make_parser
 from capdistill.cli.common import _HELP, add_generation_options, generation_values
 from capdistill.generation.config import GenerationConfig
 
@@ -58,7 +59,7 @@ def test_commands_that_caption_take_them(command):
     assert generation_values(make_parser().parse_args(command)) == {"beam_size": 3}
 
 
-def test_a_run_file_holds_how_validation_captions():
+def test_a_run_file_holds_how_validation_captions(tmp_path):
     from capdistill.cli.train import make_run
 
     words = ["train", "--preset", "debug_student", "--data", "sample", "--out", "x", "--seed", "7"]
@@ -66,5 +67,51 @@ def test_a_run_file_holds_how_validation_captions():
     train = make_run(options).train
     assert train.generation == GenerationConfig(beam_size=3)
     assert train.seed == 7
+    file = tmp_path / "run.json"
+    saved = GenerationConfig(min_length=2, beam_size=5).model_dump(mode="json")
+    file.write_text(json.dumps({"train": {"generation": saved}}))
+    options = make_parser().parse_args([*words, "--beam-size", "3", "--config", str(file)])
+    assert make_run(options).train.generation == GenerationConfig(min_length=2, beam_size=3)
     dotted = make_parser().parse_args([*words, "--set", "train.generation.beam_size=4"])
     assert make_run(dotted).train.generation == GenerationConfig(beam_size=4)
+
+
+TRAIN = ["train", "--preset", "debug_student", "--data", "sample", "--out", "x"]
+TUNE = ["tune", "--data", "sample", "--out", "x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*TRAIN, "--temperature", "0.5"], "temperature=0.5 does nothing"),
+        ([*TRAIN, "--set", "train.generation.top_k=3"], "top_k=3 does nothing"),
+        ([*TRAIN, "--config", "{}/plain.json", "--top-p", "0.5"], "top_p=0.5 does nothing"),
+        ([*TRAIN, "--accept-changes"], "--accept-changes belongs to --resume"),
+        ([*TUNE, "--accept-changes"], "--accept-changes belongs to --resume"),
+        (
+            ["distill", "--recipe", "flickr8k_small", "--accept-changes", "--overwrite"],
+            "--accept-changes belongs to --resume",
+        ),
+        ([*TRAIN, "--role", "student"], "--role belongs to --recipe"),
+        ([*TRAIN, "--recipe", "flickr8k_small", "--role", "student"], "--preset another one"),
+        (["train", "--recipe", "kd_2024", "--role", "teacher"], "'kd_2024' has no models"),
+        (["train", "--recipe", "kd_2025", "--role", "teacher"], "Did you mean 'kd_2024'"),
+        (["cache", *TRAIN[1:5], "--targets", "t"], "--targets are those of a teacher"),
+        (["export", "run", "--out", "x", "--format", "coco"], "--format belongs to --calibration"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(words, message, tmp_path, capsys):
+    plain = {"train": {"generation": GenerationConfig().model_dump(mode="json")}}
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    assert main([word.replace("{}", str(tmp_path)) for word in words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_sampling_act_where_the_run_file_samples(tmp_path):
+    from capdistill.cli.train import make_run
+
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"train": {"generation": {"sample": True, "top_k": 3}}}))
+    options = make_parser().parse_args([*TRAIN, "--config", str(file), "--temperature", "0.5"])
+    expected = GenerationConfig(sample=True, top_k=3, temperature=0.5)
+    assert make_run(options).train.generation == expected

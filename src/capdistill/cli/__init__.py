@@ -30,7 +30,7 @@ COMMANDS = {
     "models": ("models", "list the presets with their sizes, and all registered parts"),
     "shards": ("prepare", "write a data set as WebDataset shards"),
     "cache": ("prepare", "encode the images of a run once, before it"),
-    "check": ("train", "try a teacher, a student and their losses before a long run"),
+    "check": ("distill", "try a teacher, a student and their losses before a long run"),
     "train": ("train", "train a captioner by cross-entropy"),
     "distill": ("distill", "train a student with a teacher"),
     "tune": ("tune", "train a captioner further on a score of its captions"),
@@ -246,8 +246,8 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _as_options(message: str) -> str:
-    """A message of the Python API with the arguments of `fit` named as options."""
-    for argument in ("resume", "overwrite", "accept_changes"):
+    """A message of the Python API with its arguments named as options."""
+    for argument in ("resume", "overwrite", "accept_changes", "sample"):
         message = message.replace(f"{argument}=True", f"--{argument.replace('_', '-')}")
     return message.replace("another out=", "another --out")
 

@@ -21,6 +21,7 @@ from capdistill.data.image_names import images_below
 from capdistill.deploy.manifest import is_exported
 from capdistill.errors import CheckpointError, ConfigError, DataError
 from capdistill.files import printable, user_path
+from capdistill.generation.config import resolve
 
 if TYPE_CHECKING:
     from capdistill.data import CaptionData
@@ -103,6 +104,8 @@ def run(options: argparse.Namespace) -> int:
         return _write_training_captions(options, captioner_directory(options.captioner))
     if options.data is not None or not options.paths:
         raise ConfigError("Give IMAGE files or folders. --data PATH needs --out FILE, too.")
+    if not exported:
+        resolve(None, _decoding(options))  # an exported captioner has defaults of its own
     paths = image_paths(options.paths)
     if options.attention:
         options.attention = user_path(options.attention)
@@ -217,11 +220,8 @@ def caption_files(
     captioner: CaptionGenerator | OnnxCaptioner, paths: Sequence[str], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Image and caption, or image and error, for every path in its order."""
-    generation = generation_values(options)
-    several = generation.get("num_return", 1) > 1
-    if several and not generation.get("sample"):
-        generation.setdefault("beam_size", generation["num_return"])
-    details = options.details or several
+    generation = _decoding(options)
+    details = options.details or generation.get("num_return", 1) > 1
     waiting: deque[tuple[str, str | None]] = deque()  # paths that were read, each with its error
     stream = captioner.caption_stream(
         _readable(paths, waiting),
@@ -238,6 +238,14 @@ def caption_files(
             _draw(result, pictures[path])
         yield {"image": path, **_row(result, details)}
     yield from (_error(*each) for each in waiting)
+
+
+def _decoding(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of decoding; several captions need as many beams."""
+    generation = generation_values(options)
+    if generation.get("num_return", 1) > 1 and not generation.get("sample"):
+        generation.setdefault("beam_size", generation["num_return"])
+    return generation
 
 
 def _readable(paths: Sequence[str], waiting: deque[tuple[str, str | None]]) -> Iterator[Any]:

@@ -81,9 +81,11 @@ def run_export(options: argparse.Namespace) -> int:
         raise ConfigError("--ort belongs to --web DIR; give that, too.")
     if options.web and (options.sample or (options.beam_size or 1) > 1):
         raise ConfigError("--web: the page decodes greedily. Leave --beam-size and --sample out.")
-    out, captioner = user_path(options.out), captioner_directory(options.captioner)
     if options.calibration and not options.quantize:
         raise ConfigError("--calibration belongs to --quantize int8; give that, too.")
+    if options.format and not options.calibration:
+        raise ConfigError("--format belongs to --calibration PATH; give that, too.")
+    out, captioner = user_path(options.out), captioner_directory(options.captioner)
     require_writable(out.parent)
     model: Any = load(captioner)
     calibration = _calibration(options, model)

@@ -1,4 +1,4 @@
-"""`capdistill distill`: one student by a run file, or a whole recipe from a teacher to a report."""
+"""`capdistill distill`: one student, or a whole recipe from a teacher to a report; and `check`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from capdistill.cli import DONE, interrupted, print_result, print_status
+from capdistill.cli import DONE, PROBLEM, interrupted, print_result, print_status
 from capdistill.cli.common import add_run_options
 from capdistill.cli.data import MeanTeacherSection, teacher_directories
 from capdistill.cli.runfile import NAME, DistillRun, RunConfig, TrainRun, override
 from capdistill.cli.train import (
-    add_pair_options,
+    add_model_options,
+    directory_options,
+    load_run,
     make_run,
     make_student,
+    make_trainer,
     merged_values,
     run_training,
     train,
+    validation,
 )
 from capdistill.errors import ConfigError
 from capdistill.files import user_path
@@ -41,6 +45,10 @@ example:
   capdistill distill --recipe flickr8k_small --data flickr8k --out runs/small    # all in one
   capdistill distill --recipe best_small --teacher runs/a runs/b --data flickr8k --out runs/best"""
 
+_CHECK = """\
+example:
+  capdistill check --teacher runs/teacher --student lite0_lstm --data flickr8k"""
+
 
 def distill_command(parser: argparse.ArgumentParser) -> None:
     """Add the options of `distill`."""
@@ -55,6 +63,17 @@ def distill_command(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser, DistillConfig)
     parser.set_defaults(run=distill, run_class=DistillRun, model="student", role="student")
     parser.set_defaults(staged=True)
+
+
+def check_command(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `check`: those of `distill` without the output."""
+    parser.description = _CHECK
+    parser.usage = "capdistill check --teacher DIR --student NAME --data PATH [options]"
+    add_pair_options(parser)
+    add_run_options(parser, DistillConfig, output=False)
+    parser.set_defaults(
+        run=check, run_class=DistillRun, model="student", role="student", out=None, resume=False
+    )
 
 
 def distill(options: argparse.Namespace) -> int:
@@ -72,12 +91,21 @@ def distill(options: argparse.Namespace) -> int:
     return run_staged(options) if staged else train(options)
 
 
+def check(options: argparse.Namespace) -> int:
+    """Print the report of `Distiller.check`; a failure is exit code 1."""
+    run, data = load_run(options)
+    report = make_trainer(run, data).check(run.data.training_data(data), validation(data))
+    print_result(options, report.to_json(), lambda: str(report))
+    return DONE if report.ok else PROBLEM
+
+
 def run_staged(options: argparse.Namespace) -> int:
     """Train a student by a recipe with stages, compare it with its teacher, write the report."""
     from capdistill.evaluation.comparison import compare
     from capdistill.teachers import load
     from capdistill.training.stages import run_stages
 
+    how = directory_options(options, continues=True)
     run = _staged_run(options)
     teacher: Any = load(teacher_directories(run.teacher, run.out))
     data = run.data.load()
@@ -96,7 +124,7 @@ def run_staged(options: argparse.Namespace) -> int:
         stages=stages,
         teacher=teacher,
         out=out,
-        **_directory_options(options),
+        **how,
         **chosen,
     )
     if table.interrupted:
@@ -133,13 +161,6 @@ def _staged_run(options: argparse.Namespace) -> DistillRun:
     return run
 
 
-def _directory_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What to do with runs that are there; a recipe continues them unless told otherwise."""
-    resume = options.resume or (not options.overwrite and "auto")
-    kept = {name: getattr(options, name) for name in ("overwrite", "accept_changes")}
-    return {"resume": resume, **kept}
-
-
 def _report(
     options: argparse.Namespace, found: Comparison, out: Path, content: Mapping[str, Any]
 ) -> int:
@@ -155,11 +176,12 @@ def run_recipe(options: argparse.Namespace) -> int:
     """Train the models of a recipe that is a whole run, compare them, and write the report."""
     from capdistill.evaluation.comparison import compare
 
+    how = directory_options(options, continues=True)
     runs = recipe_runs(options)
     data = runs["teacher"].data.load()
     print_status(data.summary())
     out, held_out = user_path(options.out), data.val  # data without it are an error now, not later
-    models, number = train_all(runs, data, **_directory_options(options))
+    models, number = train_all(runs, data, **how)
     if models is None:
         print_status(f"Interrupted. The same command continues, with --out {out}.")
         return interrupted(number)
@@ -218,3 +240,19 @@ def train_all(
         print_status(f"cross-entropy per word on the training captions: {first:.2f} -> {last:.2f}")
         models[role] = trainer.captioner
     return models, None
+
+
+def add_pair_options(parser: argparse.ArgumentParser) -> None:
+    """Add --teacher, --student and what belongs to them."""
+    text = (
+        "the teacher: a run's or a saved captioner's directory, that of a Hugging Face model, or "
+        "hf:NAME on its Hub; or several teachers"
+    )
+    parser.add_argument("--teacher", metavar="DIR", nargs="+", help=text)
+    parser.add_argument(
+        "--student",
+        metavar="NAME",
+        help="the student: a preset (`capdistill models` lists them) or a saved captioner's "
+        "directory, to start from its weights",
+    )
+    add_model_options(parser)

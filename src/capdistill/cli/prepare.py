@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from capdistill.cli import DONE, columns, print_result, print_status
 from capdistill.cli.common import TRAINING_FLAGS, add_data_options, add_run_options, data_values
 from capdistill.cli.data import parse_data
+from capdistill.cli.distill import add_pair_options
 from capdistill.cli.runfile import DistillRun, TrainRun, read_values
-from capdistill.cli.train import add_pair_options, load_run, make_trainer, validation
+from capdistill.cli.train import load_run, make_trainer, validation
 from capdistill.errors import ConfigError
 from capdistill.training.config import DistillConfig
 
@@ -108,6 +109,8 @@ def _cache(options: argparse.Namespace) -> tuple[list[CacheEntry], str]:
     options.run_class, options.model = (DistillRun, "student") if pair else (TrainRun, "model")
     if pair and options.preset:
         raise ConfigError("--preset is a model alone. Give it, or --teacher and --student.")
+    if options.targets and not pair:
+        raise ConfigError("--targets are those of a teacher. Give --teacher and --student.")
     run, data = load_run(options)
     trainer = make_trainer(run, data)
     made = cache_features(trainer, run.data.training_data(data), validation(data))
@@ -124,8 +127,6 @@ def _cache_targets(options: argparse.Namespace, trainer: Any, train: Any, val: A
     from capdistill.teachers import cache as cache_targets
 
     teacher, config, losses = trainer.models[1:], trainer.config, trainer.objective.losses.values()
-    if not teacher:
-        raise ConfigError("--targets are those of a teacher. Give --teacher and --student.")
     scales = [each.temperature for each in losses if isinstance(each, LogitsLoss)]
     words: dict[str, Any] = {}
     if options.target_words is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capdistill.cli import DONE, PROBLEM, interrupted, print_result, print_status
+from capdistill.cli import DONE, interrupted, print_result, print_status
 from capdistill.cli.common import (
     add_run_options,
     captioner_directory,
@@ -35,7 +35,9 @@ from capdistill.cli.runfile import (
 from capdistill.cli.tokenizers import TokenizerSection, make_tokenizer
 from capdistill.errors import ConfigError
 from capdistill.files import user_path
-from capdistill.training.config import DistillConfig, TrainConfig
+from capdistill.generation.config import require_effect
+from capdistill.training.config import TrainConfig
+from capdistill.training.recipes import recipe, recipe_models
 
 if TYPE_CHECKING:
     from capdistill.captioner import Captioner
@@ -49,9 +51,6 @@ _TRAIN = """\
 example:
   capdistill train --preset vit_transformer --data flickr8k --epochs 20 --out runs/teacher
   capdistill train --config runs/teacher/config.json --set train.seed=1 --out runs/teacher-1"""
-_CHECK = """\
-example:
-  capdistill check --teacher runs/teacher --student lite0_lstm --data flickr8k"""
 
 
 def train_command(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +63,7 @@ def train_command(parser: argparse.ArgumentParser) -> None:
         help="the model: a preset (`capdistill models` lists them) or a saved captioner's "
         "directory, to train it further",
     )
-    _add_model_options(parser)
+    add_model_options(parser)
     add_run_options(parser, TrainConfig)
     parser.add_argument(
         "--role",
@@ -75,31 +74,43 @@ def train_command(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=train, run_class=TrainRun, model="model")
 
 
-def check_command(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `check`: those of `distill` without the output."""
-    parser.description = _CHECK
-    parser.usage = "capdistill check --teacher DIR --student NAME --data PATH [options]"
-    add_pair_options(parser)
-    add_run_options(parser, DistillConfig, output=False)
-    parser.set_defaults(
-        run=check, run_class=DistillRun, model="student", role="student", out=None, resume=False
-    )
-
-
 def train(options: argparse.Namespace) -> int:
     """Train or distil, and print the result."""
-    if options.run_class is TrainRun and options.role and not options.recipe:
-        raise ConfigError("--role belongs to --recipe NAME; give that, too.")
+    if options.run_class is TrainRun and options.role:
+        _require_models(options.recipe, options.preset)
+    how = directory_options(options)
     run, data = load_run(options)
-    trainer, history = run_training(run, data, **directory_options(options))
+    trainer, history = run_training(run, data, **how)
     content = result(run, trainer, history)
     print_result(options, content, lambda: summary(content))
     return interrupted(history.signal) if history.interrupted else DONE
 
 
-def directory_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What to do with a run that is in the directory already."""
-    return {key: getattr(options, key) for key in ("resume", "overwrite", "accept_changes")}
+def _require_models(name: str | None, preset: str | None) -> None:
+    """Check that --role chooses between models: those of a recipe."""
+    if name is None:
+        raise ConfigError("--role belongs to --recipe NAME; give that, too.")
+    if preset is not None:
+        raise ConfigError("--role is a model of the recipe, and --preset another one; give one.")
+    if recipe(name) and recipe_models(name) is None:
+        raise ConfigError(f"--role: the recipe '{name}' has no models. Give --preset NAME instead.")
+
+
+def directory_options(options: argparse.Namespace, *, continues: bool = False) -> dict[str, Any]:
+    """What to do with a run that is in the directory already.
+
+    Args:
+        options: Those of the command.
+        continues: Whether the command goes on with it unless told otherwise.
+
+    Raises:
+        ConfigError: changes are accepted, but no run is continued.
+    """
+    resume = options.resume or (continues and not options.overwrite and "auto")
+    if options.accept_changes and not resume:
+        raise ConfigError("--accept-changes belongs to --resume; give that, too.")
+    kept = {name: getattr(options, name) for name in ("overwrite", "accept_changes")}
+    return {"resume": resume, **kept}
 
 
 def result(run: RunConfig, trainer: Trainer, history: History) -> dict[str, Any]:
@@ -197,14 +208,6 @@ def validation(data: Splits) -> Any:
     return None
 
 
-def check(options: argparse.Namespace) -> int:
-    """Print the report of `Distiller.check`; a failure is exit code 1."""
-    run, data = load_run(options)
-    report = make_trainer(run, data).check(run.data.training_data(data), validation(data))
-    print_result(options, report.to_json(), lambda: str(report))
-    return DONE if report.ok else PROBLEM
-
-
 def make_trainer(run: RunConfig, data: Splits) -> Trainer:
     """Create the models and the trainer of a run. Random weights depend on the seed alone."""
     from capdistill.runtime import seed_everything
@@ -267,7 +270,14 @@ def make_run(options: argparse.Namespace) -> RunConfig:
         kept = {k: each for k, each in section.items() if each != of_recipe.get(k)}
         values[options.model] = kept
     run: RunConfig = parse_run(options.run_class, values)
+    require_decoding(options, run)
     return run
+
+
+def require_decoding(options: argparse.Namespace, run: RunConfig) -> None:
+    """Refuse an option of decoding that does nothing in this run."""
+    if run.train.generation is not None:
+        require_effect(run.train.generation, _decoding(options))
 
 
 def merged_values(options: argparse.Namespace, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,7 +296,11 @@ def merged_values(options: argparse.Namespace, base: Mapping[str, Any]) -> dict[
     values = {**base, **{name: _joined(base.get(name), each) for name, each in written.items()}}
     if written.get("losses") is not None:
         values["losses"] = written["losses"]  # given losses replace all of the recipe's
-    for name, each in _from_options(options).items():
+    given = _from_options(options)
+    decoding, old = given.get("train", {}), values.get("train")
+    if "generation" in decoding and isinstance(old, Mapping):
+        decoding["generation"] = _joined(old.get("generation"), decoding["generation"])
+    for name, each in given.items():
         values[name] = _joined(values.get(name), each)
     return values
 
@@ -321,19 +335,22 @@ def _read_run_file(options: argparse.Namespace) -> dict[str, Any]:
 def _from_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, as values of a run file."""
     flags = {name: getattr(options, name) for name in options.flags}
-    decoding = {k: v for k, v in generation_values(options).items() if k not in options.flags}
     weights = {"hub": True, "random": False}.get(options.weights, options.weights)
     given: dict[str, Any] = {
         "data": data_values(options),
         options.model: _not_none({"weights": weights}),
         "train": _not_none(
-            {**flags, "metrics": metric_names(options), "generation": decoding or None}
+            {**flags, "metrics": metric_names(options), "generation": _decoding(options) or None}
         ),
         "tokenizer": _not_none({"path": options.tokenizer}),
     }
     *others, last = getattr(options, "teacher", None) or [None]
     plain = {"out": options.out, "teacher": [*others, last] if others else last}
     return {**{key: value for key, value in given.items() if value}, **_not_none(plain)}
+
+
+def _decoding(options: argparse.Namespace) -> dict[str, Any]:
+    return {k: v for k, v in generation_values(options).items() if k not in options.flags}
 
 
 def _with_model(section: Any, name: str) -> dict[str, Any]:
@@ -358,23 +375,8 @@ def _joined(old: Any, new: Any) -> Any:
     return {**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new
 
 
-def add_pair_options(parser: argparse.ArgumentParser) -> None:
-    """Add --teacher, --student and what belongs to them."""
-    text = (
-        "the teacher: a run's or a saved captioner's directory, that of a Hugging Face model, or "
-        "hf:NAME on its Hub; or several teachers"
-    )
-    parser.add_argument("--teacher", metavar="DIR", nargs="+", help=text)
-    parser.add_argument(
-        "--student",
-        metavar="NAME",
-        help="the student: a preset (`capdistill models` lists them) or a saved captioner's "
-        "directory, to start from its weights",
-    )
-    _add_model_options(parser)
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add --weights and --tokenizer."""
     parser.add_argument(
         "--weights", metavar="W", help="the encoder's weights: hub (default), random, or a file"
     )

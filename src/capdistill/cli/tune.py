@@ -34,7 +34,14 @@ from capdistill.cli.runfile import (
     parse_section,
     weights_section,
 )
-from capdistill.cli.train import directory_options, merged_values, result, run_training, summary
+from capdistill.cli.train import (
+    directory_options,
+    merged_values,
+    require_decoding,
+    result,
+    run_training,
+    summary,
+)
 from capdistill.errors import ConfigError
 from capdistill.files import user_path
 from capdistill.training.config import SelfCriticalConfig
@@ -134,8 +141,9 @@ def tune_command(parser: argparse.ArgumentParser) -> None:
 
 def tune(options: argparse.Namespace) -> int:
     """Train the captioner further, and print the result."""
+    how = directory_options(options)
     run, data = _load(options)
-    trainer, history = run_training(run, data, make_trainer, **directory_options(options))
+    trainer, history = run_training(run, data, make_trainer, **how)
     rewards = mean_rewards(history)
     content = {**result(run, trainer, history), "reward": rewards}
     print_result(options, content, lambda: _summary(content))
@@ -169,7 +177,9 @@ def make_run(options: argparse.Namespace) -> TuneRun:
     taught = override(values, options.set).get("teacher")
     if taught and values.get("losses") is None:
         values["losses"] = _DEFAULT_LOSSES  # --set changes only what it names
-    return parse_run(TuneRun, override(values, options.set))
+    run = parse_run(TuneRun, override(values, options.set))
+    require_decoding(options, run)
+    return run
 
 
 def make_trainer(run: TuneRun, data: Splits) -> SelfCritical:
