@@ -13,6 +13,7 @@ from capdistill.generation.config import GenerationSpec
 
 _IMPOSSIBLE = -1e9  # as in greedy decoding by torch: above a banned word, below any other
 _OUTER, _BODY = "encoder/", "step/"  # prefixes of the names in the two graphs
+_OWN = "greedy/"  # of those in the body that are made here: the step may use any name
 
 
 def write_greedy(encoder: Path, step: Path, path: Path, spec: GenerationSpec, pad_id: int) -> None:
@@ -92,7 +93,7 @@ def _outer_graph(first: Any, body: Any, spec: GenerationSpec) -> Any:
         helper.make_node("Expand", ["open", "rows"], ["first/done"]),
         helper.make_node("Expand", ["all_finite", "rows"], ["first/finite"]),
     ]
-    carried = [each.name.removeprefix(_BODY) for each in body.input[2:]]
+    carried = [each.name.split("/", 1)[1] for each in body.input[2:]]
     last = [f"last/{name}" for name in carried]
     loop = ["limit", "going", *(f"first/{name}" for name in carried)]
     nodes += [
@@ -124,7 +125,7 @@ def _body_graph(step: Any, spec: GenerationSpec, pad_id: int) -> Any:
         "beam": np.array([1]),
         "last_axis": np.array([-1]),
     }
-    constants = [_constant(_BODY + name, value) for name, value in values.items()]
+    constants = [_constant(_OWN + name, value) for name, value in values.items()]
 
     nodes = [
         *step.node,
@@ -143,10 +144,10 @@ def _body_graph(step: Any, spec: GenerationSpec, pad_id: int) -> Any:
         _node("Cast", ["most"], "next_going", to=TensorProto.BOOL),
     ]
     flag = helper.make_tensor_value_info
-    going = [flag(f"{_BODY}{name}", TensorProto.BOOL, []) for name in ("going", "next_going")]
-    kept = [flag(f"{_BODY}{name}", TensorProto.BOOL, None) for name in ("done", "finite")]
-    new = [flag(f"{_BODY}next_{name}", TensorProto.BOOL, None) for name in ("done", "finite")]
-    shown, id_ = (flag(f"{_BODY}{name}", TensorProto.INT64, None) for name in ("shown", "id"))
+    going = [flag(f"{_OWN}{name}", TensorProto.BOOL, []) for name in ("going", "next_going")]
+    kept = [flag(f"{_OWN}{name}", TensorProto.BOOL, None) for name in ("done", "finite")]
+    new = [flag(f"{_OWN}next_{name}", TensorProto.BOOL, None) for name in ("done", "finite")]
+    shown, id_ = (flag(f"{_OWN}{name}", TensorProto.INT64, None) for name in ("shown", "id"))
     carried = [inputs["tokens"], *kept, *(inputs[name] for name in changed)]
     given = [inputs["position"], going[0], *carried]
     made = [going[1], shown, *new, *step.output[1:], id_]
@@ -176,11 +177,11 @@ def _finite_nodes() -> list[Any]:
 
 
 def _node(kind: str, given: Sequence[str], made: str, **attributes: Any) -> Any:
-    """A node of the body, whose names have its prefix."""
+    """A node of the body that reads the step's logits, or what is made here."""
     from onnx import helper
 
-    names = [_BODY + name for name in given]
-    return helper.make_node(kind, names, [_BODY + made], **attributes)
+    names = [(_BODY if name == "logits" else _OWN) + name for name in given]
+    return helper.make_node(kind, names, [_OWN + made], **attributes)
 
 
 def _constant(name: str, value: np.ndarray[Any, Any]) -> Any:
