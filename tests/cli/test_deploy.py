@@ -65,6 +65,12 @@ def test_options_of_export_that_belong_together(
     assert "--web" in refused([*command, "--ort", "dist"], capsys)
     page = ["--web", str(tmp_path / "page")]
     assert "decodes greedily" in refused([*command, *page, "--beam-size", "3"], capsys)
+    assert "has no ort." in refused([*command, *page, "--ort", str(tmp_path)], capsys)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    site = ["--web", str(tmp_path / "site")]
+    assert "holds no page" in refused([*command, *site], capsys)
+    assert "whose files are replaced" in refused([*command, "--web", command[-1]], capsys)
     assert not (tmp_path / "out").exists()
 
 

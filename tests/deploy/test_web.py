@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,27 @@ def test_an_earlier_page_is_replaced(stub: Path, ort: Path, tmp_path: Path) -> N
     cd.deploy.write_page(other, page)
     assert not (page / "ort").exists()
     assert json.loads((page / "model" / "generation.json").read_text())["config"]["no_repeat_ngram"]
+
+
+def test_an_earlier_page_is_kept_where_the_disk_is_full(
+    stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = cd.deploy.write_page(stub, tmp_path / "page").parent
+    before = {path: (page / path).read_bytes() for path in listed(page)}
+    other, copy = export_stub(tmp_path / "other", no_repeat_ngram=3), shutil.copyfile
+
+    def full(source: Path, target: Path) -> None:
+        copy(source, target)
+        if source.name == "step.onnx":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    for target in (page, tmp_path / "new"):
+        with pytest.raises(ConfigError, match=rf"{target}: No space left.*has space"):
+            cd.deploy.write_page(other, target)
+    assert {path: (page / path).read_bytes() for path in listed(page)} == before
+    monkeypatch.undo()
+    cd.deploy.write_page(other, tmp_path / "new")
 
 
 def test_every_file_of_the_page_is_kept_for_visits_without_a_network() -> None:

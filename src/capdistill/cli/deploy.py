@@ -74,7 +74,7 @@ def export_command(parser: argparse.ArgumentParser) -> None:
 def run_export(options: argparse.Namespace) -> int:
     """Export a captioner, and write its page."""
     from capdistill.deploy.exporting import export
-    from capdistill.deploy.web import write_page
+    from capdistill.deploy.web import require_page, write_page
     from capdistill.teachers.ensemble import load
 
     if options.ort and not options.web:
@@ -87,6 +87,9 @@ def run_export(options: argparse.Namespace) -> int:
         raise ConfigError("--format belongs to --calibration PATH; give that, too.")
     out, captioner = user_path(options.out), captioner_directory(options.captioner)
     require_writable(out.parent)
+    if options.web:
+        require_page(out, options.web, options.ort)
+        require_writable(user_path(options.web).parent)
     model: Any = load(captioner)
     calibration = _calibration(options, model)
     manifest = export(

@@ -17,7 +17,14 @@ from typing import Any
 from capdistill.deploy import manifest as files
 from capdistill.deploy.constraints import saved_spec
 from capdistill.errors import CheckpointError, ConfigError
-from capdistill.files import from_json, system_error, user_path, write_text
+from capdistill.files import (
+    from_json,
+    remove_abandoned,
+    system_error,
+    temporary_name,
+    user_path,
+    write_text,
+)
 
 ONNXRUNTIME_WEB = "1.30.0"  # the version that the page is tested with
 _CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{ONNXRUNTIME_WEB}/dist"
@@ -65,15 +72,9 @@ def write_page(
     """
     source, target = user_path(exported, CheckpointError), user_path(directory)
     _require_supported(source, files.read_manifest(source))
-    runtime = None if ort is None else _runtime_files(user_path(ort))
-    _require_free(target)
-    if source.resolve().is_relative_to(target.resolve()):
-        raise ConfigError(
-            f"write_page: {source} is inside {target}, whose files are replaced. Give the "
-            "directory of the export itself, or another one for the page."
-        )
+    require_page(source, target, ort)
     try:
-        _write(source, target, runtime)
+        _write(source, target, None if ort is None else _runtime_files(user_path(ort)))
     except (OSError, ConfigError) as error:
         cause = system_error(error)
         if cause is None:
@@ -83,6 +84,30 @@ def write_page(
             "that exists or can be created, is writable and has space."
         ) from cause
     return target / "index.html"
+
+
+def require_page(
+    exported: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    ort: str | os.PathLike[str] | None = None,
+) -> None:
+    """Check where a page goes and its runtime, which can be done before the export.
+
+    Args:
+        exported, directory, ort: As for `write_page`.
+
+    Raises:
+        ConfigError: `ort` lacks a file, or the directory holds something else.
+    """
+    source, target = user_path(exported), user_path(directory)
+    if ort is not None:
+        _runtime_files(user_path(ort))
+    if source.resolve().is_relative_to(target.resolve()):
+        raise ConfigError(
+            f"write_page: {source} is inside {target}, whose files are replaced. Give the "
+            "directory of the export itself, or another one for the page."
+        )
+    _require_free(target)
 
 
 def _require_supported(source: Path, manifest: files.Manifest) -> None:
@@ -129,23 +154,38 @@ def _is_page(target: Path) -> bool:
 
 
 def _write(source: Path, target: Path, runtime: dict[str, Path] | None) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    write_text(target / _ABOUT, json.dumps(_about(runtime), indent=2) + "\n")  # it is ours from now
+    """An earlier page stays as it is until all files of the new one are on the disk."""
+    about = json.dumps(_about(runtime), indent=2) + "\n"
+    if not _is_page(target):
+        write_text(target / _ABOUT, about)  # it is ours from now
+    remove_abandoned(target)
+    staged = target / temporary_name("page")
+    try:
+        staged.mkdir()
+        write_text(staged / _ABOUT, about)
+        _fill(staged, source, runtime)
+        _put_in_place(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _fill(folder: Path, source: Path, runtime: dict[str, Path] | None) -> None:
+    (folder / _MODEL).mkdir()
+    for name in _COPIED:
+        shutil.copyfile(source / name, folder / _MODEL / name)
+    if runtime is not None:
+        (folder / _RUNTIME).mkdir()
+        for name, path in runtime.items():
+            shutil.copyfile(path, folder / _RUNTIME / name)
+    for each in resources.files("capdistill.deploy").joinpath("page").iterdir():
+        (folder / each.name).write_bytes(each.read_bytes())
+
+
+def _put_in_place(staged: Path, target: Path) -> None:
     for folder in (_MODEL, _RUNTIME):
         shutil.rmtree(target / folder, ignore_errors=True)
-    (target / _MODEL).mkdir()
-    for name in _COPIED:
-        shutil.copyfile(source / name, target / _MODEL / name)
-    if runtime is not None:
-        (target / _RUNTIME).mkdir()
-        for name, path in runtime.items():
-            shutil.copyfile(path, target / _RUNTIME / name)
-    for each in sorted(_page_files(), key=lambda file: file.name == "index.html"):
-        (target / each.name).write_bytes(each.read_bytes())  # index.html comes last
-
-
-def _page_files() -> list[Any]:
-    return [*resources.files("capdistill.deploy").joinpath("page").iterdir()]
+    for each in sorted(staged.iterdir(), key=lambda path: path.name == "index.html"):
+        each.replace(target / each.name)  # index.html comes last
 
 
 def _about(runtime: dict[str, Path] | None) -> dict[str, Any]:
