@@ -94,6 +94,12 @@ class History:
                 "so far are as they were; make room, then continue with resume=True."
             ) from error
 
+    def complete(self, epochs: int | None) -> None:
+        """Say why the run is over: its epochs are done; None where a callback asked for the end."""
+        done = f"all {epochs} epochs are done" if epochs != 1 else "its epoch is done"
+        self.stopped = self.stopped or (done if epochs else "a callback asked for it")
+        self.interrupted = False  # it came too late to matter
+
     def end(self, epoch: int, step: int) -> None:
         """Record why the run ended: `stopped` and `interrupted`."""
         ended = {"stopped": self.stopped, "interrupted": self.interrupted}

@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from capdistill.errors import ConfigError
-from capdistill.training.callbacks import Callback, Run, is_logged
+from capdistill.training.callbacks import (
+    Callback,
+    Checkpoints,
+    Progress,
+    Recorder,
+    Run,
+    is_logged,
+)
+from capdistill.training.config import TrainConfig
 from capdistill.training.history import History, Row, flat, import_extra
+from capdistill.training.monitor import Monitor
+from capdistill.training.profile import profiled
 
 
 def make_loggers(log: Iterable[str | Mapping[str, Any]]) -> list[Callback]:
@@ -40,6 +50,12 @@ def make_loggers(log: Iterable[str | Mapping[str, Any]]) -> list[Callback]:
         except TypeError as error:
             raise ConfigError(f"log: '{name}' was given {arguments}: {error}.") from error
     return made
+
+
+def writers(config: TrainConfig, monitor: Monitor | None, checkpoints: Checkpoints) -> list[Any]:
+    """The callbacks that write a run: loggers, history, terminal, and its directory at the end."""
+    made = [*make_loggers(config.log), Recorder(), Progress(config.progress, monitor), checkpoints]
+    return profiled(made) if config.profile else made
 
 
 class _Logger(Callback):

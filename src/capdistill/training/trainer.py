@@ -27,8 +27,6 @@ from capdistill.runtime import drawn, evaluating, seed_everything
 from capdistill.training.callbacks import (
     Callback,
     Checkpoints,
-    Progress,
-    Recorder,
     SkippedImages,
     check_callbacks,
     handle_interrupt,
@@ -46,11 +44,10 @@ from capdistill.training.distributed import Parallel, tensors_of
 from capdistill.training.execution import PLACING
 from capdistill.training.failed_step import explained
 from capdistill.training.history import HISTORY, EpochMeter, History, Row
-from capdistill.training.loggers import make_loggers
+from capdistill.training.loggers import writers
 from capdistill.training.monitor import BestEpoch, Monitor, is_complete
 from capdistill.training.objective import Objective
 from capdistill.training.optim import StepGuard
-from capdistill.training.profile import profiled
 from capdistill.training.run_directory import (
     STATE,
     Resume,
@@ -172,87 +169,96 @@ class Trainer(Stepper):
             RankFailed: another process of the training failed.
         """
         check_callbacks(callbacks)
-        ranks, self.parallel = self.ranks, parallel or self.parallel
-        with self._options(options), ranks.failing_together(), DirectoryLock() as lock:
-            # What can be wrong is found before the first step. Files belong to rank 0.
-            ranks.join(self.device)
+        require_bool("fit: accept_changes", accept_changes)
+        self.parallel = parallel or self.parallel
+        with self._options(options), self.ranks.failing_together(), DirectoryLock() as lock:
+            # What can be wrong is found before the first step.
+            self.ranks.join(self.device)
             monitor = self.make_monitor()  # refuses a score that nothing measures
-            require_bool("fit: accept_changes", accept_changes)
-            directory, resumes = ranks.on_main(open_directory, out, resume, overwrite, lock)
-            state = None
-            if directory is not None:
-                state = ranks.on_main(load_state, directory / STATE) if resumes else None
-                ranks.on_main(check_can_save, self.captioner, directory, lock)
-            directory = directory if ranks.main else None
-            if state is not None:
-                restore_frozen(self, state)
-            train, val = accept_rows(train), accept_rows(val)
-            ranks.share(tensors_of(self.objective))
-            self.prepare_data(train)
-            whole, held_out = open_sources(self, train, val)
-            first = require_usable(self, whole, held_out)
-            self.train_source = part_of(whole, ranks.rank, ranks.world_size)
-            self.val_source = held_out and part_of(held_out, ranks.rank, ranks.world_size)
-            self.cached = isinstance(self.train_source, Loader) and self.train_source.has_caches
-
-            # A fresh run, or the state of the one to continue.
-            self.steps_per_epoch = math.ceil(
-                number_of_batches(self.train_source) / self.config.accumulation_steps
-            )
-            self.epoch = self.step_count = 0
-            self.meter, self.guard, self.stopping = EpochMeter(), StepGuard(), False
-            self.history = History()
+            directory, state = self._open_directory(out, resume, overwrite, lock)
+            first = self._open_data(train, val)
             chose = state is not None and "BestEpoch.0" in state["callbacks"]
             monitored = monitor if val is not None or chose else None
             self.callbacks = self._make_callbacks(directory, monitored, callbacks)
-            self.make_ready(first)
-            if any_sharded(self.objective):
-                self.checkpoints.every = NEVER  # within an epoch: rank 0 alone cannot save
-            self._identity = identity(self, self.train_source, self.val_source)
-            if ranks.several:
-                ranks.require_equal(self._identity)
-            seed_everything(self.config.seed)
-            if state is not None:
-                self.load_state_dict(state, accept_changes=accept_changes)
-            if directory is not None:
-                clear_directory(directory, keep_results=state is not None)
-                if state is None or not is_complete(self.epoch, self.config.epochs, self.callbacks):
-                    describe_run(self, self.train_source, directory)
-                keep_until = self.step_count if state is not None else None
-                self.history = History(directory / HISTORY, keep_until, self.epoch)
-            if state is None:
-                self._save()  # a run that is killed early can be resumed
-
-            # Epochs of steps.
+            self._begin(first, directory, state, accept_changes)
             with self._session():
-                while self.epoch < self.config.epochs and not self.stopping:
-                    for micro_batches in self._groups():
-                        before = drawn()
-                        try:
-                            row = self.step(*micro_batches)
-                        except (NotFiniteLoss, LossSpike) as error:
-                            raise explained(error, self, micro_batches, before) from error
-                        if row:
-                            self._emit("on_step", row)
-                        if ranks.interrupted(self.history):
-                            break
-                    else:
-                        self._finish_epoch()
-                    if ranks.interrupted(self.history):
-                        break
+                going_on = True
+                while going_on and self.epoch < self.config.epochs and not self.stopping:
+                    going_on = self._train_epoch()
                 self._finish()
         return self.history
 
-    def _groups(self) -> Iterator[list[Batch | None]]:
-        """The epoch's batches that are not done, in groups of micro-batches; the last is short.
+    def _open_directory(
+        self, out: str | Path | None, resume: Resume, overwrite: bool, lock: DirectoryLock
+    ) -> tuple[Path | None, dict[str, Any] | None]:
+        """The directory, which belongs to rank 0, and the state to continue from."""
+        on_main = self.ranks.on_main
+        directory, resumes = on_main(open_directory, out, resume, overwrite, lock)
+        state = None
+        if directory is not None:
+            state = on_main(load_state, directory / STATE) if resumes else None
+            on_main(check_can_save, self.captioner, directory, lock)
+        if state is not None:
+            restore_frozen(self, state)
+        return (directory if self.ranks.main else None), state
 
-        None keeps the place of a batch that this rank does not have.
-        """
+    def _open_data(self, train: Any, val: Any) -> Batch:
+        """Set the sources of this rank; the first batch of training."""
+        train, val, ranks = accept_rows(train), accept_rows(val), self.ranks
+        ranks.share(tensors_of(self.objective))
+        self.prepare_data(train)
+        whole, held_out = open_sources(self, train, val)
+        first = require_usable(self, whole, held_out)
+        self.train_source = part_of(whole, ranks.rank, ranks.world_size)
+        self.val_source = held_out and part_of(held_out, ranks.rank, ranks.world_size)
+        self.cached = isinstance(self.train_source, Loader) and self.train_source.has_caches
+        return first
+
+    def _begin(
+        self, first: Batch, out: Path | None, state: dict[str, Any] | None, accept_changes: bool
+    ) -> None:
+        """A fresh run, or the state of the one to continue."""
         assert self.train_source is not None
-        places = numbered_batches(self.train_source, self.epoch, self.meter.position)
-        while group := list(islice(places, self.config.accumulation_steps)):
-            self.meter.position += len(group)
-            yield group
+        batches = number_of_batches(self.train_source)
+        self.steps_per_epoch = math.ceil(batches / self.config.accumulation_steps)
+        self.epoch = self.step_count = 0
+        self.meter, self.guard, self.stopping = EpochMeter(), StepGuard(), False
+        self.history = History()
+        self.make_ready(first)
+        if any_sharded(self.objective):
+            self.checkpoints.every = NEVER  # within an epoch: rank 0 alone cannot save
+        self._identity = identity(self, self.train_source, self.val_source)
+        self.ranks.require_equal(self._identity)
+        seed_everything(self.config.seed)
+        if state is not None:
+            self.load_state_dict(state, accept_changes=accept_changes)
+        if out is not None:
+            clear_directory(out, keep_results=state is not None)
+            if state is None or not is_complete(self.epoch, self.config.epochs, self.callbacks):
+                describe_run(self, self.train_source, out)
+            keep_until = self.step_count if state is not None else None
+            self.history = History(out / HISTORY, keep_until, self.epoch)
+        if state is None:
+            self._save()  # a run that is killed early can be resumed
+
+    def _train_epoch(self) -> bool:
+        """The steps of an epoch that are not done, and its end; False where it is interrupted."""
+        assert self.train_source is not None
+        # None is in the place of a batch that this rank does not have.
+        batches = numbered_batches(self.train_source, self.epoch, self.meter.position)
+        while micro_batches := list(islice(batches, self.config.accumulation_steps)):
+            self.meter.position += len(micro_batches)
+            before = drawn()
+            try:
+                row = self.step(*micro_batches)
+            except (NotFiniteLoss, LossSpike) as error:
+                raise explained(error, self, micro_batches, before) from error
+            if row:
+                self._emit("on_step", row)
+            if self.ranks.interrupted(self.history):
+                return False
+        self._finish_epoch()
+        return not self.ranks.interrupted(self.history)
 
     def _finish_epoch(self) -> None:
         """Validate; then the callbacks choose the best, write the history and save."""
@@ -279,13 +285,9 @@ class Trainer(Stepper):
         done = self.epoch >= self.config.epochs
         over = done or self.stopping
         if over:
-            self.history.interrupted = False  # it came too late to matter
             if self.average is not None:
                 self.average.assign()  # what is kept from here on
-            number = self.config.epochs
-            all_done = f"all {number} epochs are done" if number > 1 else "its epoch is done"
-            why = all_done if done else "a callback asked for it"
-            self.history.stopped = self.history.stopped or why
+            self.history.complete(self.config.epochs if done else None)
         else:
             self.history.stopped = f"interrupted after step {self.step_count}"
             self._save()
@@ -308,11 +310,9 @@ class Trainer(Stepper):
         """The choice of the best comes first; files come last."""
         config = self.config
         best = [] if monitor is None else [BestEpoch(monitor)]
-        self._progress = Progress(config.progress, monitor)
         every = parse_interval(config.save_every)
         self.checkpoints = Checkpoints(out, monitor, every, config.keep, config.keep_best)
-        files = [*make_loggers(config.log), Recorder(), self._progress, self.checkpoints]
-        files = profiled(files) if config.profile else files
+        files = writers(config, monitor, self.checkpoints)
         return [*best, SkippedImages(), *callbacks, *files] if self.ranks.main else []
 
     @contextmanager
