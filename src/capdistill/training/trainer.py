@@ -228,7 +228,8 @@ class Trainer(Stepper):
         if any_sharded(self.objective):
             self.checkpoints.every = NEVER  # within an epoch: rank 0 alone cannot save
         self._identity = identity(self, self.train_source, self.val_source)
-        self.ranks.require_equal(self._identity)
+        if self.ranks.several:
+            self.ranks.require_equal(self._identity)
         seed_everything(self.config.seed)
         if state is not None:
             self.load_state_dict(state, accept_changes=accept_changes)
