@@ -20,7 +20,6 @@ from capdistill.training.callbacks import (
     Run,
     is_logged,
 )
-from capdistill.training.config import TrainConfig
 from capdistill.training.history import History, Row, flat, import_extra
 from capdistill.training.monitor import Monitor
 from capdistill.training.profile import profiled
@@ -52,10 +51,16 @@ def make_loggers(log: Iterable[str | Mapping[str, Any]]) -> list[Callback]:
     return made
 
 
-def writers(config: TrainConfig, monitor: Monitor | None, checkpoints: Checkpoints) -> list[Any]:
+def writers(
+    log: Iterable[str | Mapping[str, Any]],
+    progress: bool | None,
+    profile: bool,
+    monitor: Monitor | None,
+    checkpoints: Checkpoints,
+) -> list[Any]:
     """The callbacks that write a run: loggers, history, terminal, and its directory at the end."""
-    made = [*make_loggers(config.log), Recorder(), Progress(config.progress, monitor), checkpoints]
-    return profiled(made) if config.profile else made
+    made = [*make_loggers(log), Recorder(), Progress(progress, monitor), checkpoints]
+    return profiled(made) if profile else made
 
 
 class _Logger(Callback):

@@ -313,7 +313,7 @@ class Trainer(Stepper):
         best = [] if monitor is None else [BestEpoch(monitor)]
         every = parse_interval(config.save_every)
         self.checkpoints = Checkpoints(out, monitor, every, config.keep, config.keep_best)
-        files = writers(config, monitor, self.checkpoints)
+        files = writers(config.log, config.progress, config.profile, monitor, self.checkpoints)
         return [*best, SkippedImages(), *callbacks, *files] if self.ranks.main else []
 
     @contextmanager
