@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 import capdistill as cd
 from capdistill.deploy.greedy import write_greedy
 from capdistill.deploy.manifest import read_manifest
-from capdistill.errors import ConfigError, NotFiniteLogits
+from capdistill.errors import ConfigError, MissingExtra, NotFiniteLogits
 from capdistill.generation import GenerationSpec
 from capdistill.teachers import Ensemble
 from tests.deploy.conftest import Exported, toy
@@ -285,6 +286,15 @@ def test_logits_of_words_that_never_come_are_minus_infinity(tmp_path: Path) -> N
     cd.deploy.export(captioner, tmp_path, progress=False)
     found = cd.deploy.OnnxCaptioner.load(tmp_path).caption(images)
     assert found == captioner.caption(images)
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnx_ir", "onnxscript", "onnxruntime"])
+def test_a_library_that_is_not_installed_is_named_with_its_extra(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtra, match=rf"export needs {name} .*capdistill\[onnx\]"):
+        cd.deploy.export(toy("lstm", embed=6, hidden=8), tmp_path)
 
 
 def test_what_is_no_captioner_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from PIL import Image
 import capdistill as cd
 from capdistill.cli import main
 from capdistill.data.images import centre_square, read_image
-from capdistill.deploy import OnnxCaptioner
+from capdistill.deploy import OnnxCaptioner, onnx_captioner
 from capdistill.deploy.constraints import saved_spec
 from capdistill.deploy.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from capdistill.errors import CheckpointError, ConfigError, DataError, MissingExtra
@@ -320,6 +320,26 @@ def test_a_newer_directory_is_refused(copied: Path) -> None:
         OnnxCaptioner.load(copied)
 
 
+@pytest.mark.parametrize("again", [True, False], ids=["replaced", "half replaced"])
+def test_a_directory_that_is_exported_again_meanwhile_is_refused(
+    copied: Path, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs of two exports of one architecture fit together, and caption wrongly."""
+    read = onnx_captioner._session
+
+    def during(path: Path, threads: int | None) -> Any:
+        if path.name == "step.onnx" and again:
+            (copied / "encoder.onnx").write_bytes((copied / "greedy.onnx").read_bytes())
+            list_again(copied)
+        elif path.name == "step.onnx":
+            (copied / MANIFEST).unlink()
+        return read(path, threads)
+
+    monkeypatch.setattr(onnx_captioner, "_session", during)
+    with pytest.raises(CheckpointError, match="exported again while it was being read"):
+        OnnxCaptioner.load(copied)
+
+
 def test_no_directory_and_no_threads_are_refused(exported_lstm: Exported, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no exported captioner"):
         OnnxCaptioner.load(tmp_path)
@@ -408,7 +428,7 @@ class Block:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Block())
-from capdistill.deploy import OnnxCaptioner
+from capdistill.deploy import OnnxCaptioner, onnx_captioner
 
 captioner = OnnxCaptioner.load(sys.argv[1], threads=1)
 print(captioner.caption(sys.argv[2]))

@@ -258,6 +258,7 @@ def test_an_8_bit_captioner_says_the_same_alone_and_in_a_batch(
     ids = graph.run(None, {"images": images.numpy()})
     for row, hypothesis in zip(ids[0].tolist(), loaded.generate(images.numpy()), strict=True):
         assert tuple(row[: len(hypothesis.tokens)]) == hypothesis.tokens
+    assert ids[1].all()
 
 
 def test_calibration_takes_a_folder_a_data_set_splits_and_lists(tmp_path: Path) -> None:

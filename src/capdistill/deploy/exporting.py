@@ -89,20 +89,8 @@ def export(
     """
     _require_libraries()
     require_bool("export: progress", progress)
-    require_bool("export: greedy", greedy)
-    require_bool("export: executorch", executorch)
+    _require_options(quantize, calibration, greedy, executorch)
     _require_captioner(captioner)
-    if quantize not in (None, "int8"):
-        raise ConfigError(f"export: quantize={quantize!r} was given; use None or 'int8'.")
-    if quantize is None and calibration is not None:
-        raise ConfigError("export: calibration belongs to quantize='int8'; give that, too.")
-    if executorch:
-        if quantize:
-            raise ConfigError(
-                "export: executorch=True writes programs in float32. Leave quantize out, and "
-                "export in 8 bits to another directory."
-            )
-        require_executorch()
     calibration = None if quantize is None else Calibration.of(captioner, calibration)
     target = user_path(directory)
     require_no_other(target)
@@ -132,13 +120,30 @@ def _silent(text: str) -> None:
 
 
 def _require_libraries() -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise MissingExtra(
                 f"export needs {name} ({error}). Install it: pip install 'capdistill[onnx]'."
             ) from error
+
+
+def _require_options(quantize: object, calibration: Any, greedy: bool, executorch: bool) -> None:
+    """Refuse values of these that are unknown, or do not go together."""
+    require_bool("export: greedy", greedy)
+    require_bool("export: executorch", executorch)
+    if quantize not in (None, "int8"):
+        raise ConfigError(f"export: quantize={quantize!r} was given; use None or 'int8'.")
+    if quantize is None and calibration is not None:
+        raise ConfigError("export: calibration belongs to quantize='int8'; give that, too.")
+    if executorch:
+        if quantize:
+            raise ConfigError(
+                "export: executorch=True writes programs in float32. Leave quantize out, and "
+                "export in 8 bits to another directory."
+            )
+        require_executorch()
 
 
 def _require_captioner(captioner: object) -> None:

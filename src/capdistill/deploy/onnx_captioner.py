@@ -103,8 +103,9 @@ class OnnxCaptioner:
         manifest = read_manifest(folder, verify=verify)
         sessions = _session(folder / ENCODER, threads), _session(folder / STEP, threads)
         tokenizer = load_tokenizer(folder / TOKENIZER)
-        _require_fit(folder, manifest, *sessions, tokenizer)
         spec = saved_spec(folder / GENERATION, manifest)
+        _require_unchanged(folder, manifest)
+        _require_fit(folder, manifest, *sessions, tokenizer)
         again = partial(cls.load, folder.absolute(), threads=threads, verify=verify)
         return cls(sessions, manifest, tokenizer, spec, again)
 
@@ -348,6 +349,21 @@ def may_overflow() -> bool:
     except OSError:  # it is not Linux
         return True
     return not {"avx512_vnni", "avx_vnni"} & set(processor.split())
+
+
+def _require_unchanged(folder: Path, manifest: Manifest) -> None:
+    """Refuse what another process replaced after its checksums were compared.
+
+    An export removes the manifest first and writes it last.
+    """
+    try:
+        is_same = read_manifest(folder, verify=False) == manifest
+    except CheckpointError:
+        is_same = False
+    if not is_same:
+        raise CheckpointError(
+            f"{folder} was exported again while it was being read. Load it again when that is done."
+        )
 
 
 def _require_fit(
