@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import capdistill as cd
+from capdistill import testing
 from capdistill.errors import (
     ConfigError,
     DataError,
@@ -16,6 +18,8 @@ from capdistill.errors import (
     require_number,
     require_text,
 )
+from capdistill.evaluation import bench
+from capdistill.generation import GenerationSpec, greedy
 
 NAN = float("nan")
 NO_TEXT = [
@@ -129,3 +133,87 @@ def test_a_whole_number_beyond_all_floats_is_infinite() -> None:
 def test_a_whole_number_beyond_all_floats_is_refused_as_any_wrong_number(use: Any) -> None:
     with pytest.raises(ValueError, match="1000000"):
         use()
+
+
+def student() -> cd.Captioner:
+    return cd.Captioner.create("debug_student", tokenizer=cd.WordTokenizer(["a", "dog"]))
+
+
+def batch(**changed: Any) -> cd.Batch:
+    ids = torch.tensor([[1, 4, 2]])
+    given = {"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "input_ids": ids}
+    return cd.Batch(
+        **{**given, "mask": ids > 0, "captions": ("a",), "image_ids": ("1",), **changed}
+    )
+
+
+STUDENT, SPEC = student(), student().spec()
+USES = {
+    "check_loss": testing.check_loss,
+    "check_decoder": testing.check_decoder,
+    "check_encoder": testing.check_encoder,
+    "RetokenizingTeacher": cd.teachers.RetokenizingTeacher,
+    "TrimmedTeacher": lambda value: cd.teachers.TrimmedTeacher(value, STUDENT.tokenizer),
+    "normalised": lambda value: cd.teachers.normalised(value, (0, 0, 0), (1, 1, 1)),
+    "normalised, mean": lambda value: cd.teachers.normalised(batch(), value, (1, 1, 1)),
+    "forward": STUDENT,
+    "forward, need": lambda value: STUDENT(batch(), need=value),
+    "encode": STUDENT.encode,
+    "create, encoder": lambda value: cd.Captioner.create(
+        "debug_student", tokenizer=STUDENT.tokenizer, encoder=value
+    ),
+    **{
+        f"Batch, {name}": lambda value, name=name: batch(**{name: value})
+        for name in ("images", "input_ids", "mask", "captions", "image_ids")
+    },
+    **{
+        f"build {name}": lambda value, name=name: cd.losses.create(name).build(SPEC, value)
+        for name in cd.losses.names()
+    },
+    "cache_features": lambda value: cd.training.cache_features(value, PHOTO),
+    "recipe": cd.training.recipe,
+    "HiddenKD, distance": lambda value: cd.HiddenKD(distance=value),
+    "Curriculum, pacing": lambda value: cd.data.Curriculum(PHOTO, pacing=value),
+    "Shards": cd.data.Shards,
+    "write_shards": lambda value: cd.data.write_shards(value, "/no/such/folder"),
+    "read_coco_results": lambda value: cd.metrics.read_coco_results(value, value),
+    "DocumentFrequencies": cd.metrics.DocumentFrequencies.load,
+    "bench": lambda value: bench(value, "/no/such/folder"),
+    "bench, images": lambda value: bench("debug_student", value),
+    "compare, histories": lambda value: cd.compare(
+        None, {"a": STUDENT, "b": STUDENT}, PHOTO, histories=value
+    ),
+    "greedy": lambda value: greedy(value, torch.zeros(1, 2, 3), start_id=1, end_id=2, max_length=3),
+    "max_length": lambda value: GenerationSpec.from_ids(1, 2, value),
+}
+
+
+ACCEPTED = {
+    "create, encoder": (None, {"a": 1}),  # unknown arguments are refused elsewhere
+    "compare, histories": (None, {"a": 1}),
+    "Batch, captions": ({"a": 1},),
+    "Batch, image_ids": ({"a": 1},),
+}
+
+
+@pytest.mark.parametrize(
+    "value", [None, 1.5, object(), [1], {"a": 1}, dict], ids=lambda value: type(value).__name__
+)
+@pytest.mark.parametrize("use", USES)
+def test_a_value_of_another_kind_is_refused_by_name(use: str, value: Any) -> None:
+    if value in ACCEPTED.get(use, ()):
+        return
+    with pytest.raises((ConfigError, DataError)):
+        USES[use](value)
+
+
+def test_the_message_says_what_was_given_and_what_is_expected() -> None:
+    for use, message in {
+        "check_encoder": "'runs/x' was given; expected an object of Encoder, or its class",
+        "RetokenizingTeacher": r"'runs/x' was given as the teacher. Give .*load\(directory\)",
+        "create, encoder": "encoder='runs/x' was given; expected its arguments by name",
+        "Batch, mask": "Batch: mask is 'runs/x', no tensor",
+        "build token": "TokenKD.build: str was given as the teacher; expected a ModelSpec",
+    }.items():
+        with pytest.raises((ConfigError, DataError), match=message):
+            USES[use]("runs/x")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,8 @@ class Captioner(CaptionGenerator):
         Raises:
             ConfigError: `need` names something else.
         """
+        if isinstance(need, str) or not isinstance(need, Collection):
+            raise ConfigError(f"need={need!r}: expected a set of names, such as {{'features'}}.")
         if not OUTPUTS.issuperset(need):
             unknown = min(set(need) - OUTPUTS)
             raise ConfigError(f"need: there is no output '{unknown}'. {suggest(unknown, OUTPUTS)}")
@@ -133,10 +135,15 @@ class Captioner(CaptionGenerator):
             batch: A batch, or (I, 3, H, W) uint8 images.
 
         Raises:
-            DataError: it carries neither pixels nor cached values of this encoder.
+            DataError: it carries neither pixels nor cached values of this encoder, or is no batch.
         """
         if isinstance(batch, Tensor):
             return self.encoder(batch)  # type: ignore[no-any-return]
+        if not isinstance(batch, Batch):
+            raise DataError(
+                f"{self.name}: {type(batch).__name__} was given; expected a Batch, as "
+                "capdistill.data.Loader gives them."
+            )
         if batch.cached:
             dtype = next(self.decoder.parameters()).dtype
             tokens = self.encoder.tokens_from(batch.cached, dtype)

@@ -7,7 +7,7 @@ N visual tokens, D and H widths. Token ids are int64; masks are bool, True = rea
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -67,6 +67,10 @@ class Batch:
     views: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise DataError(f"Batch: {name} is {shortened(value)}, no {kind.__name__.lower()}.")
         images, captions = self.num_images, self.input_ids.shape[0]
         if images != len(self.images):
             raise DataError(f"Batch: {len(self.images)} images but {images} image ids.")
@@ -190,6 +194,8 @@ class Batch:
 
 _TENSORS = ("images", "input_ids", "mask")
 _PER_CAPTION = ("sampled", "caption_weights", "advantages")
+_KINDS: dict[str, Any] = dict.fromkeys(("captions", "image_ids"), Collection)
+_KINDS |= dict.fromkeys(_TENSORS, Tensor)
 
 
 def places(mask: Tensor) -> Tensor:

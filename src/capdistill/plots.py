@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capdistill.errors import ConfigError, DataError, MissingExtra
-from capdistill.files import write_atomically
+from capdistill.files import user_path, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -417,4 +417,4 @@ def _characters(families: tuple[str, ...]) -> frozenset[int]:
 
 
 def _kind(path: str | Path) -> str:
-    return Path(path).suffix.removeprefix(".").lower()
+    return user_path(path).suffix.removeprefix(".").lower()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from capdistill.errors import UnknownName, suggest
+from capdistill.errors import ConfigError, UnknownName, shortened, suggest
 
 if TYPE_CHECKING:
     from capdistill.decoders.base import Decoder
@@ -147,6 +147,12 @@ def parts(
     """
     from capdistill import decoders, encoders
 
+    for kind, given in {"encoder": encoder, "decoder": decoder}.items():
+        if not isinstance(given, Mapping | None):
+            raise ConfigError(
+                f"{name}: {kind}={shortened(given)} was given; expected its arguments by name, "
+                'such as {"dim": 256}. Make a captioner of other parts by Captioner(...).'
+            )
     preset = describe(name)
     if preset.random and weights is True:
         weights = False

@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from capdistill.decoders.base import Decoder
 from capdistill.encoders.base import Encoder
-from capdistill.errors import DataError
+from capdistill.errors import ConfigError, DataError, shortened
 from capdistill.losses.base import DistillationLoss
 from capdistill.outputs import OUTPUTS, Batch, CaptionerOutput, ModelSpec
 from capdistill.runtime import evaluating, seeded
@@ -31,6 +31,7 @@ __all__ = ["check_decoder", "check_encoder", "check_loss"]
 WORDS = tuple("abcdefghijk")
 STUDENT = ModelSpec(6, 5, 1, (2, 2), (7, 8), WORDS, has_attention=True, name="student")
 TEACHER = ModelSpec(9, 9, 0, (3, 3), (5, 4, 10), WORDS, has_attention=True, name="teacher")
+P = TypeVar("P")
 TOKENWISE = ("logits", "hidden", "attention")
 
 
@@ -60,7 +61,7 @@ def check_loss(
     Raises:
         AssertionError: a law is broken; the message names it.
     """
-    given = loss() if isinstance(loss, type) else loss
+    given = _made(loss, DistillationLoss)
     law, theirs = _Law(given), set(teacher_module.parameters() if teacher_module else ())
     law(
         theirs.isdisjoint(given.parameters()),
@@ -186,7 +187,7 @@ def check_decoder(
     Raises:
         AssertionError: a law is broken; the message names it.
     """
-    decoder = decoder() if isinstance(decoder, type) else copy.deepcopy(decoder)
+    decoder = copy.deepcopy(_made(decoder, Decoder))
     law = _Law(decoder, tolerance)
     with seeded(0), torch.no_grad(), evaluating(decoder):
         if decoder.vocabulary is None:
@@ -198,17 +199,11 @@ def check_decoder(
         ids = torch.randint(words, (2 * k, length), device=like.device)
         bare, out = decoder(ids, features), decoder(ids, features, OUTPUTS - {"logits", "features"})
         logits, shape = out.logits, (2 * k, length, words)
-        law(
-            logits.shape == shape,
-            f"logits are {tuple(logits.shape)}, expected (B, T, V) = {shape}.",
-        )
+        law(logits.shape == shape, f"logits are {tuple(logits.shape)}, not (B, T, V) = {shape}.")
         widths, announced = tuple(h.shape[-1] for h in out.hidden or ()), (*decoder.hidden_dims,)
         law(widths == announced, f"hidden has widths {widths}, but hidden_dims is {announced}.")
         given = out.attention is not None
-        law(
-            given == decoder.has_attention,
-            f"has_attention is {decoder.has_attention}, but is {given}.",
-        )
+        law(given == decoder.has_attention, f"has_attention must be {given}.")
         sums = out.attention.float().sum(-1) if given else torch.ones(())
         law(bool(((sums - 1).abs() < 1e-3).all()), "rows of attention, (B, T, N), must sum to 1.")
         unasked = bare.hidden is None and bare.attention is None
@@ -230,10 +225,7 @@ def check_decoder(
 def step_logits(decoder: Decoder, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """The logits (B, T, V) of repeated `step` and of `forward`, which must be equal.
 
-    Args:
-        decoder: Built, in evaluation mode.
-        ids: (B, T), rows grouped by image.
-        features: (I, N, D).
+    The decoder is built; ids are (B, T), rows grouped by image, and features (I, N, D).
     """
     state = decoder.start(features).expand(len(ids) // len(features))
     steps = []
@@ -276,7 +268,7 @@ def check_encoder(encoder: Encoder | type[Encoder], *, tolerance: float = 1e-4) 
     Raises:
         AssertionError: a law is broken; the message names it.
     """
-    encoder = encoder() if isinstance(encoder, type) else copy.deepcopy(encoder)
+    encoder = copy.deepcopy(_made(encoder, Encoder))
     law = _Law(encoder, tolerance)
     for name in ("dim", "token_dim", "tokens"):
         value = getattr(encoder, name, None)
@@ -311,6 +303,15 @@ def check_encoder(encoder: Encoder | type[Encoder], *, tolerance: float = 1e-4) 
         law.equal("a frozen trunk is not in evaluation mode", found, tokens)
         moved = [n for n, value in encoder.named_buffers() if not torch.equal(value, buffers[n])]
         law(not moved, f"statistics of a frozen trunk move: {', '.join(moved[:3])}.")
+
+
+def _made(part: P | type[P], kind: type[P]) -> P:
+    """The component, or a new one of its class."""
+    part = part() if isinstance(part, type) and issubclass(part, kind) else part
+    if not isinstance(part, kind):
+        kinds = f"an object of {kind.__name__}, or its class"
+        raise ConfigError(f"{shortened(part)} was given; expected {kinds}.")
+    return part
 
 
 class _Law:

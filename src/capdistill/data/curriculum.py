@@ -83,7 +83,7 @@ class Curriculum(Dataset[Any]):
     ) -> None:
         data = accept_rows(data)
         _require_data(data)
-        if pacing not in _PACINGS:
+        if pacing not in tuple(_PACINGS):
             raise UnknownName(f"Curriculum: no pacing {pacing!r}. {suggest(str(pacing), _PACINGS)}")
         self.data, self.pacing = data, pacing
         self.start = require_number("Curriculum: start", start, above=0, maximum=1)
@@ -296,7 +296,7 @@ def _number(values: Mapping[str, Any], name: str) -> float:
 
 def _require_data(data: Any) -> None:
     """Refuse what has no items that can be ranked."""
-    whole = isinstance(data, (Splits, Curriculum, str, bytes, Mapping))
+    whole = isinstance(data, (Splits, Curriculum, str, bytes, Mapping, type))
     if whole or callable(getattr(data, "epoch", None)) or not hasattr(data, "__getitem__"):
         hint = " Give one of its splits, such as data.train." if isinstance(data, Splits) else ""
         raise ConfigError(

@@ -22,7 +22,7 @@ from capdistill.data.images import read_image
 from capdistill.data.pixels import held_image, image_bytes
 from capdistill.data.rows import accept_rows, caption_texts
 from capdistill.data.shards import Sample, TarImage, index_file, samples_of
-from capdistill.errors import ConfigError, DataError, require_int
+from capdistill.errors import ConfigError, DataError, require_int, shortened
 from capdistill.files import user_path, write_atomically
 from capdistill.progress import progress as report_progress
 
@@ -80,7 +80,8 @@ def write_shards(
             for split in data
             for file in write_shards(data.get(split), folder, name=split, **options)
         ]
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, str):
+    indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not indexed or isinstance(data, (str, type, Mapping)):
         raise ConfigError(
             f"write_shards: {type(data).__name__} was given as data. Expected a capdistill data "
             "set, or a data set or sequence of (image, captions)."
@@ -148,7 +149,13 @@ class _Part:
         """Number, image, and what the JSON says of it."""
         for number in self.numbers:
             if not isinstance(self.data, CaptionData):
-                image, captions = self.data[number]
+                pair = self.data[number]
+                if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                    raise DataError(
+                        f"write_shards: item {number} is {shortened(pair)}; expected a pair "
+                        "(image, captions)."
+                    )
+                image, captions = pair
                 name = str(number) if self.ids is None else self.ids[number]
                 yield number, image, {"image_id": name, "captions": caption_texts(captions)}
                 continue

@@ -201,7 +201,7 @@ def find_shards(source: Any) -> list[Path]:
     if isinstance(source, (bytes, Mapping)) or not isinstance(source, Iterable):
         given = type(source).__name__
         raise DataError(f"Shards: {given} was given. Give a directory, a pattern or a list.")
-    files = [file for each in source for file in _find(os.fspath(each))]
+    files = [file for each in source for file in _find(str(user_path(each, DataError)))]
     if not files:
         raise DataError("Shards: the list is empty. Name at least one tar file.")
     return files

@@ -19,7 +19,14 @@ from typing import IO, Any
 
 from capdistill.data.pixels import read_pixels
 from capdistill.deploy.manifest import ENCODER, STEP, is_exported
-from capdistill.errors import CapdistillError, ConfigError, DataError, require_int, suggest
+from capdistill.errors import (
+    CapdistillError,
+    ConfigError,
+    DataError,
+    require_int,
+    shortened,
+    suggest,
+)
 from capdistill.evaluation.bench_table import Bench, Measured, Ratio
 from capdistill.evaluation.resources import Latency, disk_bytes
 from capdistill.evaluation.timed_models import CONFIG, Request, Timing
@@ -89,7 +96,7 @@ def bench(
         require_int(f"bench: {name}", value, least)
     named = _named(models)
     reference = next(iter(named)) if reference is None else reference
-    if reference not in named:
+    if reference not in tuple(named):
         raise ConfigError(f"bench: reference='{reference}'. {suggest(reference, named)}")
     files = _readable(_image_files(images), rounds * max(images_per_round, batch_size))
     say = report if progress else _silent
@@ -128,15 +135,25 @@ def _silent(text: str) -> None:
 
 def _named(models: Any) -> dict[str, str]:
     if isinstance(models, Mapping):
-        named = {str(name): os.fspath(model) for name, model in models.items()}
+        named = {str(name): _given(model) for name, model in models.items()}
     else:
-        given = [os.fspath(models)] if isinstance(models, (str, os.PathLike)) else list(models)
-        named = {str(model): os.fspath(model) for model in given}
+        several = isinstance(models, Iterable) and not isinstance(models, str)
+        given = [_given(model) for model in (models if several else [models])]
+        named = dict(zip(given, given, strict=True))
         if len(named) < len(given):
             raise ConfigError("bench: a model was given twice. Give each once.")
     if not named:
         raise ConfigError("bench: no model was given.")
     return named
+
+
+def _given(model: object) -> str:
+    if not isinstance(model, (str, os.PathLike)):
+        raise ConfigError(
+            f"bench: {shortened(model)} was given as a model; expected a directory, the name of a "
+            "preset or hf-config:NAME, a list of them, or a mapping from names to them."
+        )
+    return os.fspath(model)
 
 
 def _image_files(images: Any) -> list[str]:
@@ -146,7 +163,8 @@ def _image_files(images: Any) -> list[str]:
         folder = user_path(images, DataError)
         files = images_below(folder) if folder.is_dir() else [folder]
     else:
-        files = [user_path(each, DataError) for each in images]
+        several = images if isinstance(images, Iterable) else [images]
+        files = [user_path(each, DataError) for each in several]
     if not files or not all(file.is_file() for file in files):
         missing = next((file for file in files if not file.is_file()), images)
         raise DataError(f"bench: {missing} holds no image. Give a folder or files of images.")

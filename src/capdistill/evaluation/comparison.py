@@ -260,6 +260,8 @@ def _by_role(teacher: Any, student: Any, baseline: Any) -> dict[str, Any]:
 def _checked_histories(
     histories: Mapping[str, str | Path], models: Mapping[str, Any]
 ) -> dict[str, str | Path]:
+    if not isinstance(histories, Mapping):
+        raise ConfigError(f"compare: histories={histories!r}; expected a model -> its run.")
     strange = [role for role in histories if role not in models]
     if strange:
         raise ConfigError(

@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from capdistill.errors import ConfigError, as_float, shortened, suggest
+from capdistill.errors import ConfigError, as_float, is_count, shortened, suggest
 from capdistill.generation import words
 from capdistill.generation.options import GenerationOptions as GenerationOptions
 from capdistill.generation.options import IdOptions
@@ -342,9 +342,9 @@ class GenerationSpec:
     subwords: words.SubwordRules | None = None
 
     def __post_init__(self) -> None:
-        if self.max_length < 1:
+        if not is_count(self.max_length):
             raise ConfigError(
-                f"generation: max_length must be at least 1 token, got {self.max_length}."
+                f"generation: max_length must be at least 1 token, got {self.max_length!r}."
             )
         if len(self.prefix) >= self.max_length:
             raise ConfigError(

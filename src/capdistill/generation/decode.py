@@ -63,8 +63,10 @@ def generate(
         keys: (I,) int64 that identify the images, for sampling; their positions by default.
 
     Raises:
-        ConfigError: every id is banned.
+        ConfigError: every id is banned, or no decoder was given.
     """
+    if not isinstance(decoder, Decoder):
+        raise ConfigError(f"{type(decoder).__name__} was given; expected a Decoder and features.")
     spec.require_a_word(decoder.vocabulary or 0)
     if not len(features):
         return []
@@ -102,8 +104,7 @@ def greedy(
         [5, 5]
 
     Args:
-        decoder, features: As for `generate`.
-        start_id, end_id, max_length, banned: As for `GenerationSpec`.
+        decoder, features: As for `generate`; the ids and `max_length` as for `GenerationSpec`.
         options: Fields of `GenerationConfig` that greedy decoding reads.
 
     Raises:
@@ -142,9 +143,8 @@ def beam_search(
         2
 
     Args:
-        decoder, features: As for `generate`.
+        decoder, features: As for `generate`; the ids and `max_length` as for `GenerationSpec`.
         beam_size: Hypotheses kept per image.
-        start_id, end_id, max_length, banned: As for `GenerationSpec`.
         num_return, options: Fields of `GenerationConfig`, except those that take words.
 
     Raises:

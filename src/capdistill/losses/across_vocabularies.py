@@ -11,7 +11,7 @@ from torch import Tensor
 from capdistill.errors import ConfigError, IncompatibleModels, suggest
 from capdistill.losses.aligned import WordLogits, sorted_distance, word_divergence
 from capdistill.losses.alignment import AlignedWords, Context, Side, Units, WordAlignment
-from capdistill.losses.base import Schedule, given
+from capdistill.losses.base import Schedule, given, require_specs
 from capdistill.losses.divergence import kl_divergence
 from capdistill.losses.token import LogitsLoss, first_difference
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec, places
@@ -37,6 +37,7 @@ class AlignedLoss(LogitsLoss):
             ConfigError: a tokenizer cannot say which characters its tokens cover.
             IncompatibleModels: the teacher reads the student's ids.
         """
+        require_specs(type(self).__name__, student=student, teacher=teacher)
         if first_difference(student.vocabulary, teacher.vocabulary) is None:
             return
         if not teacher.retokenizes or student.tokenizer is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from capdistill.errors import IncompatibleModels
-from capdistill.losses.base import DistillationLoss, given, not_built
+from capdistill.losses.base import DistillationLoss, given, not_built, require_specs
 from capdistill.losses.distances import attention_divergence
 from capdistill.losses.divergence import valid_rows
 from capdistill.losses.feature import grid_cells, require_grid, smaller_grid
@@ -54,6 +54,7 @@ class AttentionKD(DistillationLoss):
             IncompatibleModels: a model returns no attention, or has no grid.
         """
         specs = {"student": student, "teacher": teacher}
+        require_specs("AttentionKD", **specs)
         for role, spec in specs.items():
             if not spec.has_attention:
                 raise IncompatibleModels(

@@ -261,3 +261,17 @@ def not_built(loss: str) -> ConfigError:
         "projection. Distiller calls it; in your own loop, call "
         "loss.build(student.spec(), teacher.spec())."
     )
+
+
+def require_specs(loss: str, **specs: object) -> None:
+    """Check what a loss is built with, by the role of the model.
+
+    Raises:
+        ConfigError: it is not a specification, but a model, for instance.
+    """
+    for role, spec in specs.items():
+        if not isinstance(spec, ModelSpec):
+            raise ConfigError(
+                f"{loss}.build: {type(spec).__name__} was given as the {role}; expected a "
+                "ModelSpec, such as captioner.spec()."
+            )

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from capdistill.errors import ConfigError, IncompatibleModels, suggest
-from capdistill.losses.base import DistillationLoss, Projector, given, not_built, same_pair
+from capdistill.losses.base import (
+    DistillationLoss,
+    Projector,
+    given,
+    not_built,
+    require_specs,
+    same_pair,
+)
 from capdistill.losses.distances import normalised_distance
 from capdistill.losses.divergence import full
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
@@ -202,6 +209,7 @@ def feature_width(loss: str, spec: ModelSpec, role: str) -> int:
     Raises:
         IncompatibleModels: it returns none.
     """
+    require_specs(loss, **{role: spec})
     if spec.feature_dim is None:
         raise IncompatibleModels(
             f"{loss}: the {role} '{spec.name}' returns no features to compare.\n"

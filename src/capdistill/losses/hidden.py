@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.errors import ConfigError, IncompatibleModels, suggest
-from capdistill.losses.base import DistillationLoss, Projector, given, not_built, same_pair
+from capdistill.losses.base import (
+    DistillationLoss,
+    Projector,
+    given,
+    not_built,
+    require_specs,
+    same_pair,
+)
 from capdistill.losses.distances import cosine_distance, squared_distance
 from capdistill.losses.divergence import valid_rows
 from capdistill.outputs import Batch, CaptionerOutput, ModelSpec
@@ -71,7 +78,7 @@ class HiddenKD(DistillationLoss):
         self.layers = layers if isinstance(layers, str) else _indices(layers)
         if isinstance(layers, str) and layers not in ("last", "uniform", "last_k"):
             raise ConfigError(_wrong_layers(layers))
-        if distance not in _DISTANCES:
+        if distance not in tuple(_DISTANCES):
             known = suggest(str(distance), _DISTANCES)
             raise ConfigError(f"HiddenKD: distance={distance!r} is unknown. {known}")
         self.project = project
@@ -87,6 +94,7 @@ class HiddenKD(DistillationLoss):
             ConfigError: the loss was built for other widths.
             IncompatibleModels: a layer does not exist, or widths differ and `project` is False.
         """
+        require_specs("HiddenKD", student=student, teacher=teacher)
         pairs = self._pair(student, teacher)
         widths = [
             (student.hidden_dims[mine], teacher.hidden_dims[theirs]) for mine, theirs in pairs

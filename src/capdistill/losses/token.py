@@ -13,6 +13,7 @@ from capdistill.losses.base import (
     Schedule,
     check_schedule,
     given,
+    require_specs,
     scheduled,
 )
 from capdistill.losses.divergence import kl_divergence
@@ -55,6 +56,7 @@ class LogitsLoss(DistillationLoss):
         Raises:
             IncompatibleModels: they differ in an entry or in size.
         """
+        require_specs(type(self).__name__, student=student, teacher=teacher)
         place = first_difference(student.vocabulary, teacher.vocabulary)
         if place is not None:
             raise IncompatibleModels(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from capdistill.errors import DataError
-from capdistill.files import from_json, write_atomically
+from capdistill.files import from_json, user_path, write_atomically
 from capdistill.metrics.base import (
     ORDER,
     Ngram,
@@ -233,7 +233,7 @@ class DocumentFrequencies:
         Raises:
             DataError: No such file, a pickle, or another kind of file.
         """
-        path = Path(path)
+        path = user_path(path, DataError)
         try:
             found = None if _is_pickle(path) else cls._from_arrays(_read(path))
         except Exception as error:  # NumPy and zipfile raise a dozen classes

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from capdistill.data.caption_files import lines, parse_json, read_json, read_lists, read_text
 from capdistill.errors import DataError, require_text, shortened
+from capdistill.files import user_path
 from capdistill.metrics.base import first
 
 _LINES = (".jsonl", ".ndjson")
@@ -59,8 +60,8 @@ def read_coco_results(references: str | Path, results: str | Path) -> CocoResult
         DataError: a file cannot be read, is not JSON or has another form; a caption is not text;
             an image has two results or two entries, no reference, or is not in the references.
     """
-    images, texts = _references(Path(references))
-    captions = _captions(Path(results))
+    images, texts = _references(user_path(references, DataError))
+    captions = _captions(user_path(results, DataError))
     foreign = [image for image in captions if image not in images]
     if foreign:
         raise DataError(

@@ -6,7 +6,7 @@ shapes, never a silently wrong target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from capdistill.compatibility import require_output
 from capdistill.decoders.base import Decoder, DecoderState
 from capdistill.encoders.base import standardised
-from capdistill.errors import ConfigError, IncompatibleModels, shortened
+from capdistill.errors import ConfigError, DataError, IncompatibleModels, shortened
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.outputs import (
     FEATURES_ONLY,
@@ -231,7 +231,11 @@ def normalised(
     Source:
         Bicubic with antialiasing, as `Encoder.normalise`.
     """
+    if not isinstance(batch, Batch):
+        raise DataError(f"normalised: {type(batch).__name__} was given; expected a Batch.")
     channels = batch.images.shape[1]
+    if not (isinstance(mean, Collection) and isinstance(std, Collection)):
+        raise ConfigError(f"normalised: mean {mean!r} and std {std!r}; expected a list each.")
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise ConfigError(
             f"normalised: mean {tuple(mean)} and std {tuple(std)} for images of {channels} "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from capdistill.decoders.base import Decoder, DecoderState
-from capdistill.errors import ConfigError, IncompatibleModels
+from capdistill.errors import ConfigError, IncompatibleModels, shortened
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.losses.divergence import full
 from capdistill.losses.token import first_difference
@@ -49,10 +49,14 @@ class RetokenizingTeacher(CaptionGenerator):
 
     Args:
         teacher: A captioner of any kind.
+
+    Raises:
+        ConfigError: something else was given.
     """
 
     def __init__(self, teacher: Any) -> None:
         super().__init__()
+        _require_teacher("RetokenizingTeacher", teacher)
         self.retokenized = teacher
         self.tokenizer: Tokenizer = teacher.tokenizer
         self.name = str(getattr(teacher, "name", type(teacher).__name__))
@@ -125,13 +129,14 @@ class TrimmedTeacher(CaptionGenerator):
 
     Raises:
         IncompatibleModels: the tokenizer was not made from the teacher's vocabulary.
-        ConfigError: the teacher's targets are cached, its most probable words alone.
+        ConfigError: no teacher was given, or its targets are cached, its most probable words alone.
     """
 
     full_ids: Tensor
 
     def __init__(self, teacher: Any, tokenizer: Any) -> None:
         super().__init__()
+        _require_teacher("TrimmedTeacher", teacher)
         if not is_trimmed(tokenizer, teacher.tokenizer):
             raise IncompatibleModels(
                 f"TrimmedTeacher: the tokenizer given is not trimmed from that of "
@@ -201,6 +206,14 @@ class TrimmedTeacher(CaptionGenerator):
         """Side in pixels of the images it reads."""
         size: int | None = getattr(self.retokenized, "image_size", None)
         return size
+
+
+def _require_teacher(owner: str, teacher: object) -> None:
+    if not isinstance(teacher, nn.Module) or not hasattr(teacher, "tokenizer"):
+        raise ConfigError(
+            f"{owner}: {shortened(teacher)} was given as the teacher. Give a captioner, an "
+            "ensemble, or capdistill.teachers.load(directory), wrap(...) or from_pretrained(name)."
+        )
 
 
 class _TrimmedDecoder(Decoder):

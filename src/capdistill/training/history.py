@@ -64,7 +64,7 @@ class History:
         keep_until: int | None = None,
         epochs: float = math.inf,
     ) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else user_path(path)
         self.rows: list[Row] = []
         self.interrupted = False
         self.signal: int | None = None

@@ -16,7 +16,7 @@ from capdistill.data.loader import Loader, has_items, make_source
 from capdistill.data.rows import accept_rows
 from capdistill.data.source import FixedBatches, Source
 from capdistill.encoders.base import Encoder
-from capdistill.errors import ConfigError, DataError
+from capdistill.errors import ConfigError, DataError, shortened
 from capdistill.feature_cache import (
     Wanted,
     cache_trunks,
@@ -128,6 +128,8 @@ def cache_features(stepper: Stepper, train: Any, val: Any = None) -> list[CacheE
     Raises:
         ConfigError: nothing can be cached, as `fit` would say.
     """
+    if not isinstance(stepper, Stepper):
+        raise ConfigError(f"cache_features: {shortened(stepper)} was given; expected a trainer.")
     before, ranks = stepper.config, stepper.ranks
     options = {"cache_features": True}
     stepper.config = stepper.config_class.resolve(before, options, "cache_features")
