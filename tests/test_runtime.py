@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from capdistill.data.workers import max_workers
 from capdistill.errors import ConfigError
-from capdistill.runtime import evaluating, inference, on_device, pick_device
+from capdistill.runtime import evaluating, inference, on_device, own_state, pick_device
 
 
 def model() -> nn.Module:
@@ -73,3 +76,30 @@ def test_processes_of_one_computer_share_its_cores(monkeypatch: pytest.MonkeyPat
     assert max_workers("fork") == max(cores // 2, 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
     assert max_workers("fork") == 1
+
+
+def test_what_the_caller_set_for_all_of_torch_stays_outside() -> None:
+    state, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        with own_state():
+            torch.manual_seed(1)
+            random.seed(1)
+            np.random.seed(1)
+            value = torch.ones(2, 2, requires_grad=True)
+            product = value @ value
+        assert torch.is_inference_mode_enabled()
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.empty(1).is_meta
+    assert product.requires_grad
+    assert product.dtype == torch.float32
+    assert product.device.type == "cpu"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python
+    assert np.array_equal(np.random.get_state()[1], numpy)
+
+
+def test_a_model_captions_on_the_cpu_whatever_the_default_device_is() -> None:
+    with inference(nn.Identity()), torch.device("cpu"):
+        assert torch.empty(1).device.type == "cpu"
+    with torch.device("meta"), inference(nn.Identity()):
+        assert torch.empty(1).device.type == "cpu"

@@ -69,6 +69,21 @@ def test_a_captioner_comes_back_bit_for_bit_and_says_the_same(saved):
     assert not any(part.training for part in again.modules())
 
 
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.device("meta")])
+def test_loading_depends_on_no_setting_of_torch_and_changes_none(saved, around):
+    captioner, state = toy(), torch.get_rng_state()
+    torch.set_default_dtype(torch.float16)  # as another library may have left it
+    try:
+        with around():
+            again = Captioner.load(saved)
+        assert torch.get_default_dtype() == torch.float16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_tensors(captioner, again)
+    assert not any(value.is_inference() for value in again.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_loaded_captioner_is_saved_as_it_was(saved, tmp_path):
     Captioner.load(str(saved)).save(str(tmp_path / "again"))
     mine, theirs = (

@@ -17,6 +17,7 @@ from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.int8 import Ranges, read_ranges
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
+from capdistill.runtime import own_state
 from capdistill.tokenizer import Tokenizer, require_tokenizer
 
 
@@ -72,6 +73,7 @@ class Captioner(CaptionGenerator):
         )
 
     @classmethod
+    @torch.inference_mode(False)  # weights that are made in it could not be trained
     def create(
         cls,
         preset: str,
@@ -207,6 +209,7 @@ class Captioner(CaptionGenerator):
         saving.write(user_path(directory), self, self.tokenizer, description)
 
     @classmethod
+    @own_state(torch.float32)
     def load(
         cls,
         directory: str | Path,
@@ -250,6 +253,11 @@ def require_loaded(captioner: Captioner) -> None:
         ConfigError: with such a weight.
     """
     away = [key for key, value in captioner.named_parameters() if value.is_meta]
+    if away and not any(hasattr(part, "_hf_hook") for part in captioner.modules()):
+        raise ConfigError(
+            f"'{captioner.name}' was made on the device 'meta', where weights such as {away[0]} "
+            "have no values. Make it on another one: torch.set_default_device('cpu')."
+        )
     if away:
         raise ConfigError(
             f"'{captioner.name}': weights such as {away[0]} lie on the device "

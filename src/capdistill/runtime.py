@@ -6,7 +6,7 @@ import hashlib
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,9 +191,49 @@ def seeded(seed: int) -> Iterator[None]:
         ...     bool(torch.rand(1) == first)
         True
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _made_on_cpu():
         torch.default_generator.manual_seed(seed)
         yield
+
+
+@contextmanager
+def own_state(dtype: torch.dtype | None = None) -> Iterator[None]:
+    """What the caller has set for the whole of torch does not reach the block, nor the reverse.
+
+    Inside, gradients are recorded, there is no autocast and no inference mode, and tensors are made
+    on the CPU unless a device is given. Afterwards Python, NumPy and torch draw the numbers that
+    they would have drawn without the block.
+
+    Example:
+        >>> with torch.inference_mode(), own_state():
+        ...     torch.manual_seed(0) and torch.ones(1, requires_grad=True).is_inference()
+        False
+
+    Args:
+        dtype: The default of floating-point tensors inside; by default it is the caller's.
+    """
+    before = torch.get_default_dtype()
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if used else []
+    python, numpy, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    kinds = ("cpu", "cuda", "mps")
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for kind in filter(torch.is_autocast_enabled, kinds):
+                # A cache of weights is emptied where the outermost autocast ends: too late.
+                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+            stack.enter_context(_made_on_cpu())
+            torch.set_default_dtype(dtype or before)
+            yield
+    finally:
+        torch.set_default_dtype(before)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
 
 
 SAFE_SEED = 2**63
@@ -252,8 +292,14 @@ def inference(*modules: nn.Module, fork_rng: bool = False) -> Iterator[None]:
     """
     cuda = {p.device for module in modules for p in module.parameters() if p.device.type == "cuda"}
     forked = torch.random.fork_rng(devices=[*cuda]) if fork_rng else nullcontext()
-    with forked, evaluating(*modules), torch.no_grad():
+    with forked, evaluating(*modules), torch.no_grad(), _made_on_cpu():
         yield
+
+
+def _made_on_cpu() -> AbstractContextManager[object]:
+    """Tensors are made on the CPU unless a device is given, whatever the caller's default is."""
+    usual = torch.get_default_device().type == "cpu"
+    return nullcontext() if usual else torch.device("cpu")
 
 
 @contextmanager

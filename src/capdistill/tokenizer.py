@@ -313,10 +313,11 @@ def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
     """
     import torch  # a tokenizer alone needs none
 
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device="cpu")
     longest = int(lengths.max())
     rows = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
-    return torch.tensor(rows, dtype=torch.int64), torch.arange(longest) < lengths[:, None]
+    ids = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return ids, torch.arange(longest, device="cpu") < lengths[:, None]
 
 
 def _texts(captions: Iterable[str]) -> Iterable[str]:

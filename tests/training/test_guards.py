@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -299,3 +299,37 @@ def test_an_image_id_that_occurs_twice_in_validation_is_refused_by_name() -> Non
     pairs = Named([(torch.zeros(3, 8, 8, dtype=torch.uint8), "a red dog")] * 3)
     with pytest.raises(DataError, match="'x'"):
         trainer.fit(TRAIN, pairs)
+
+
+# -- what the caller has set for all of torch -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "device"],
+)
+def test_a_fit_is_the_same_whatever_surrounds_it(around: Callable[[], Any]) -> None:
+    plain, student = (tiny.make_student(seed=3) for _ in range(2))
+    Trainer(plain, **QUIET).fit(TRAIN, TRAIN, epochs=2)
+    trainer, state = Trainer(student, **QUIET), torch.get_rng_state()
+    with around():
+        trainer.fit(TRAIN, TRAIN, epochs=2)
+    assert tiny.same_bits(tiny.weights_of(plain), tiny.weights_of(student))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_that_cannot_be_trained_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"float16 \(encoder.*captioner\.float\(\)"):
+        Trainer(tiny.make_student().half(), **QUIET)
+    with torch.inference_mode():
+        student = tiny.make_student()
+    with pytest.raises(ConfigError, match=r"encoder.*under torch\.inference_mode\(\)"):
+        Trainer(student, **QUIET)
+    with pytest.raises(ConfigError, match=r"device 'meta'.*no values"):
+        Trainer(tiny.make_student().to("meta"), **QUIET)

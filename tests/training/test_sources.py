@@ -180,7 +180,7 @@ def test_data_of_every_kind_are_trained_and_validated_on(
     [
         (lambda: iter(BATCHES), ConfigError, "one-shot iterator"),
         (lambda: (batch for batch in BATCHES), ConfigError, "one-shot iterator"),
-        (lambda: [], DataError, "no batch"),
+        (lambda: [], DataError, "training data are empty"),
         (lambda: CaptionData([]), DataError, "no image"),
         (lambda: Again(("image", "caption")), ConfigError, r"yield tuple.*capdistill\.Batch"),
         (lambda: 3, ConfigError, "int is not a data set"),
@@ -193,6 +193,11 @@ def test_what_cannot_be_trained_on_is_refused(
     with pytest.raises(error, match=said):
         tested.fit(make())
     assert tested.step_count == 0
+
+
+def test_empty_validation_data_are_called_so() -> None:
+    with pytest.raises(DataError, match="validation data are empty: a list of length 0"):
+        trainer().fit(BATCHES, [])
 
 
 def test_validation_without_references_is_refused_before_the_first_step() -> None:

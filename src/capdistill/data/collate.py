@@ -186,13 +186,13 @@ class Collator(Dataset[BatchResult]):
 
     def _pixels(self, image: Tensor | None, item: Item, rng: torch.Generator, view: int) -> Tensor:
         if image is None:
-            return torch.empty(3, 0, 0, dtype=torch.uint8)
+            return torch.empty(3, 0, 0, dtype=torch.uint8, device="cpu")
         if view or self.views > 1 or self.together:
             return view_square(image, self.image_size, view, item.image_id, flip=self.flip)
         if self.random_crop:
             return random_square(image, self.image_size, rng, flip=self.flip)
         square = centre_square(image, self.image_size)
-        flipped = self.flip and torch.rand(1, generator=rng).item() < 0.5
+        flipped = self.flip and torch.rand(1, generator=rng, device="cpu").item() < 0.5
         return square.flip(2) if flipped else square
 
     def _to_keep(self, image: Tensor) -> Tensor:
@@ -207,9 +207,10 @@ class Collator(Dataset[BatchResult]):
         captions = tuple(caption for caption, _ in chosen)
         rows = [self.tokenizer.encode(caption)[: self.max_length] for caption in captions]
         ids, mask = pad_batch(rows, self.tokenizer.pad_id)  # (B, T)
-        without = torch.tensor([not sample.chosen for sample in samples])  # (I,)
+        without = torch.tensor([not sample.chosen for sample in samples], device="cpu")  # (I,)
         mask[without.repeat_interleave(self.k), 1:] = False  # no caption, hence no targets
         weighted = any(sample.item.weights for sample in samples)
+        weights = torch.tensor([w for _, w in chosen], device="cpu") if weighted else None  # (B,)
         views = [sample.view for sample in samples if sample.view is not None]
         return Batch(
             images=torch.stack([sample.pixels for sample in samples]),  # (I, 3, S, S)
@@ -218,7 +219,7 @@ class Collator(Dataset[BatchResult]):
             captions=captions,
             image_ids=tuple(sample.item.image_id for sample in samples),
             references=None if self.train else tuple(s.item.references for s in samples),
-            caption_weights=torch.tensor([w for _, w in chosen]) if weighted else None,  # (B,)
+            caption_weights=weights,
             cached={
                 key: torch.stack([sample.cached[key] for sample in samples])  # (I, N, D0)
                 for key in self.caches
@@ -255,7 +256,7 @@ def choose_captions(captions: Sequence[T], k: int, rng: torch.Generator | None =
     chosen: list[T] = []
     while captions and len(chosen) < k:
         n = len(captions)
-        order = range(n) if rng is None else torch.randperm(n, generator=rng).tolist()
+        order = range(n) if rng is None else torch.randperm(n, generator=rng, device="cpu").tolist()
         chosen += [captions[i] for i in order]
     return chosen[:k]
 

@@ -156,7 +156,7 @@ class Curriculum(Dataset[Any]):
         rng = generator(seed, "order", epoch)
         numbers: list[int] = []
         for repetition in range(math.ceil(total / len(usable))):
-            order = torch.randperm(len(usable), generator=rng).tolist()
+            order = torch.randperm(len(usable), generator=rng, device="cpu").tolist()
             numbers += [repetition * total + usable[i] for i in order]
         return numbers[:total]
 

@@ -70,7 +70,7 @@ def random_square(image: Tensor, size: int, rng: torch.Generator, *, flip: bool 
         flip: Also mirror every other image. Off by default, because captions name left and right.
     """
     height, width = image.shape[1:]
-    area, ratio, down, right, mirror = torch.rand(5, generator=rng).tolist()
+    area, ratio, down, right, mirror = torch.rand(5, generator=rng, device="cpu").tolist()
     side = min(height, width) * math.sqrt(MIN_AREA + (1 - MIN_AREA) * area)
     stretch = MAX_RATIO ** (ratio - 0.5)
     rows = min(height, max(1, round(side / stretch)))

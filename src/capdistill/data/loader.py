@@ -244,7 +244,7 @@ class Loader:
             order = self.curriculum.order(self.seed, epoch, self.epochs)
         elif self.train:
             rng = generator(self.seed, "order", epoch)
-            order = torch.randperm(self.num_images, generator=rng).tolist()
+            order = torch.randperm(self.num_images, generator=rng, device="cpu").tolist()
         size = self.batch_size * self.world_size
         whole = (order[i : i + size] for i in range(0, len(order), size))
         return [(epoch, self._part(numbers)) for numbers in whole]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from itertools import islice
+from operator import length_hint
 from typing import Any, Protocol
 
 from capdistill.errors import ConfigError, DataError
@@ -94,6 +95,24 @@ def skipped_images(source: Any) -> Sequence[Any]:
         ()
     """
     return getattr(source, "skipped", None) or ()
+
+
+def require_batches(data: Any, which: str) -> None:
+    """Refuse ready-made batches, a list or an iterable, without any.
+
+    Args:
+        data: As it was given; data sets say themselves what is wrong with their images.
+        which: What it is for: "training" or "validation".
+
+    Raises:
+        DataError: there is none.
+    """
+    ready = isinstance(data, (list, tuple)) or not hasattr(data, "__getitem__")
+    if ready and length_hint(data, 1) == 0:
+        raise DataError(
+            f"The {which} data are empty: a {type(data).__name__} of length 0. Give at least one "
+            "batch. A DataLoader with drop_last=True leaves out a last batch that is short."
+        )
 
 
 class FixedBatches:

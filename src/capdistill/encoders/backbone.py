@@ -158,6 +158,11 @@ class BackboneEncoder(Encoder):
         backbone = copy.deepcopy(self.backbone).eval().requires_grad_(True)
         named = dict(backbone.named_parameters())
         side, device = self.image_size, next(iter(named.values())).device
+        if torch.is_inference_mode_enabled():
+            raise ConfigError(
+                f"{type(self).__name__}: it is made under torch.inference_mode(), where weights "
+                "cannot be trained. Make it outside, or under torch.no_grad()."
+            )
         with torch.enable_grad():
             output = self._try(backbone, torch.zeros(1, 3, side, side, device=device))
             grads = torch.autograd.grad(output.sum(), list(named.values()), allow_unused=True)

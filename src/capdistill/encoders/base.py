@@ -244,7 +244,7 @@ def standardised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) ->
         >>> standardised(torch.full((1, 1, 1, 1), 255.0), [0.5], [0.25]).item()
         2.0
     """
-    both = torch.tensor([mean, std], dtype=pixels.dtype).view(2, 1, -1, 1, 1) * 255
+    both = torch.tensor([mean, std], dtype=pixels.dtype, device="cpu").view(2, 1, -1, 1, 1) * 255
     middle, deviation = both.to(pixels.device, non_blocking=True)
     found: Tensor = (pixels - middle) / deviation
     return found

@@ -54,10 +54,35 @@ def move_models(models: Sequence[nn.Module], device: torch.device) -> None:
 
     Models may share parts, as a mean teacher and its student do. So all are looked at before one is
     moved: afterwards the parts of another would lie on two devices.
+
+    Args:
+        models: The model that is trained, and its teachers.
+        device: Where to.
+
+    Raises:
+        ConfigError: a captioner has no values yet, or weights that cannot be trained.
     """
+    for model in models:
+        if isinstance(model, Captioner) and not is_placed(model):
+            require_loaded(model)
+    _require_trainable(models[0])
     own = [part for model in models for part in members_of(model) if not is_placed(part)]
     for part in own:
         part.to(device)
+
+
+def _require_trainable(model: nn.Module) -> None:
+    for name, value in model.named_parameters():
+        if value.requires_grad and value.dtype == torch.float16:
+            raise ConfigError(
+                f"The weights to train are float16 ({name}): their updates are too small for it. "
+                "Call captioner.float(); precision='fp16' or 'bf16' computes in half precision."
+            )
+        if value.is_inference():
+            raise ConfigError(
+                f"{name} was made under torch.inference_mode() and cannot be trained. Make or load "
+                "the captioner outside of it."
+            )
 
 
 def whole(value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from capdistill.data.collate import FeatureCache
 from capdistill.data.dataset import CaptionData
 from capdistill.data.loader import Loader, has_items, make_source
 from capdistill.data.rows import accept_rows
-from capdistill.data.source import FixedBatches, Source
+from capdistill.data.source import FixedBatches, Source, require_batches
 from capdistill.encoders.base import Encoder
 from capdistill.errors import ConfigError, DataError, shortened
 from capdistill.feature_cache import (
@@ -52,6 +52,8 @@ def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source,
         DataError: no usable image.
     """
     config = stepper.config
+    require_batches(train, "training")
+    require_batches(val, "validation")
     if stepper.ranks.several:  # before they wait for each other
         stepper.ranks.require_equal(decisive_options(config))
     calibrate(stepper, train)

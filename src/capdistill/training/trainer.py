@@ -23,7 +23,7 @@ from capdistill.data.workers import naming_lost_workers
 from capdistill.errors import ConfigError, LossSpike, NotFiniteLoss, require_bool
 from capdistill.files import DirectoryLock
 from capdistill.outputs import Batch
-from capdistill.runtime import drawn, evaluating, seed_everything
+from capdistill.runtime import drawn, evaluating, own_state, seed_everything
 from capdistill.training.callbacks import (
     Callback,
     Checkpoints,
@@ -171,7 +171,8 @@ class Trainer(Stepper):
         check_callbacks(callbacks)
         require_bool("fit: accept_changes", accept_changes)
         self.parallel = parallel or self.parallel
-        with self._options(options), self.ranks.failing_together(), DirectoryLock() as lock:
+        settings, ranks = self._options(options), self.ranks
+        with own_state(), settings, ranks.failing_together(), DirectoryLock() as lock:
             # What can be wrong is found before the first step.
             self.ranks.join(self.device)
             monitor = self.make_monitor()  # refuses a score that nothing measures

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +17,7 @@ from capdistill.captioner import Captioner
 from capdistill.compatibility import probe_batch, teachers_of
 from capdistill.data.source import Source
 from capdistill.outputs import Batch
-from capdistill.runtime import seed_everything
+from capdistill.runtime import own_state, seed_everything
 from capdistill.teachers.ensemble import leaves
 from capdistill.tokenizer import pad_batch
 
@@ -156,9 +154,8 @@ def less_memory(config: Any) -> str:
 def restoring_state(trainer: Stepper) -> Iterator[None]:
     """Restore weights, buffers, gradients, flags, random state, devices and trainer afterwards."""
     about, losses = dict(vars(trainer)), trainer.objective.losses
-    numbers, python = np.random.get_state(), random.getstate()
     modules = [trainer.objective, *trainer.models]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with own_state():
         restore = [_remember(module) for module in modules]
         if not getattr(trainer, "_built", True):  # a real run builds its projectors from its seed
             trainer.objective.losses = copy.deepcopy(losses)
@@ -171,8 +168,6 @@ def restoring_state(trainer: Stepper) -> Iterator[None]:
                 undo()
             vars(trainer).clear()
             vars(trainer).update(about)
-            np.random.set_state(numbers)
-            random.setstate(python)
 
 
 def _remember(module: nn.Module) -> Callable[[], None]:
