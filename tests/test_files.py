@@ -299,3 +299,9 @@ def test_a_missing_directory_needs_no_lock(tmp_path: Path) -> None:
     with DirectoryLock() as lock:
         lock.take(tmp_path / "none")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["https://example.com/a.jpg", "s3://bucket/run", Path("http://a")])
+def test_a_url_is_no_path(path: str | Path) -> None:
+    with pytest.raises(ConfigError, match="is a URL"):
+        user_path(path)

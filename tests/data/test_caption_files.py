@@ -79,3 +79,16 @@ def test_what_is_not_json_is_named(text: str) -> None:
 def test_a_missing_caption_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.txt cannot be read"):
         read_text(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_the_mark_of_utf_16_decides_where_nothing_was_said(tmp_path: Path, order: str) -> None:
+    (tmp_path / "a.json").write_bytes('\ufeff["é"]'.encode(order))
+    assert read_text(tmp_path / "a.json") == '["é"]'
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x1f\x8b\x08", b"\xd0\xcf\x11\xe0"])
+def test_a_packed_file_is_called_so(tmp_path: Path, start: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(start + b"\xff\xfe")
+    with pytest.raises(DataError, match=r"a\.csv is (a|compressed) .*, not text\. Unpack"):
+        read_text(tmp_path / "a.csv")

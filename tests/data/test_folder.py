@@ -129,3 +129,26 @@ unquoted = st.text(st.characters(exclude_characters="\r\n", codec="utf-8"), min_
 def test_captions_without_quotes_survive_whole(captions: list[str]) -> None:
     text = "image,caption\n" + "".join(f"1.jpg,{caption}\n" for caption in captions)
     assert [row.caption for row in separated_rows(Path("c.csv"), text, DataReport())] == captions
+
+
+ROWS = [{"image": "1.jpg", "caption": ["A dog", "A pet"]}, {"image": "2.jpg", "caption": "A cat"}]
+
+
+def test_a_json_file_may_hold_a_list_of_rows(tmp_path: Path) -> None:
+    content = json.dumps([*ROWS, {"image": "3.jpg"}])
+    data = Folder(folder(tmp_path, content, "captions.json"))
+    assert data.references == {"1.jpg": ("A dog", "A pet"), "2.jpg": ("A cat",)}
+    assert "captions.json, [2]: malformed row" in str(data.report)
+
+
+def test_a_json_file_of_another_form_is_sent_to_its_reader(tmp_path: Path) -> None:
+    content = json.dumps({"images": [], "annotations": []})
+    with pytest.raises(DataError, match=r"the keys \['images', 'annotations'\].*CocoCaptions"):
+        Folder(folder(tmp_path, content, "captions.json"))
+
+
+def test_a_row_of_json_lines_that_is_not_json_says_why(tmp_path: Path) -> None:
+    content = "\n".join(json.dumps(row) + "," * (number == 0) for number, row in enumerate(ROWS))
+    data = Folder(folder(tmp_path, content, "captions.jsonl"))
+    assert "row 1: malformed row" in str(data.report)
+    assert "is not JSON (Extra data" in str(data.report)

@@ -205,3 +205,34 @@ def test_a_pipe_or_folder_named_like_an_image_is_none(tmp_path: Path) -> None:
     (tmp_path / "gone.jpg").symlink_to("nowhere")
     assert Images(tmp_path).image_ids == ("dog.jpg", "gone.jpg")  # the last is reported when read
     assert captioned(tmp_path, "dog,a dog", "cat,a cat", "cow,a cow").image_ids == ("dog",)
+
+
+def test_a_name_in_another_case_is_found_where_one_file_matches(tmp_path: Path) -> None:
+    for name in ("A.JPG", "b.jpg", "B.jpg"):
+        picture(tmp_path / name)
+    data = captioned(tmp_path, "a.jpg,a dog", "b.jpg,a cat", "B.JPG,a bird")
+    assert [example.path.name for example in data.examples] == ["A.JPG", "b.jpg"]
+    assert data.report.counts == {"ambiguous image": 1}
+
+
+def test_a_name_from_windows_is_found(tmp_path: Path) -> None:
+    picture(tmp_path / "summer" / "a.jpg")
+    data = captioned(tmp_path, "summer\\a.jpg,a dog")
+    assert data.examples[0].path == tmp_path / "summer" / "a.jpg"
+    with pytest.raises(DataError, match="missing image"):
+        captioned(tmp_path / "summer", "..\\summer\\a.jpg,a dog")
+
+
+def test_a_path_out_of_the_folder_is_called_so(tmp_path: Path) -> None:
+    picture(tmp_path / "elsewhere" / "a.jpg")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match=r"a\.jpg: outside of the folder of the images"):
+        captioned(tmp_path / "data", f"{tmp_path / 'elsewhere' / 'a.jpg'},a dog")
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    picture(tmp_path / "far" / "a.jpg")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "data")
+    assert Images(tmp_path / "data").image_ids == ("link/a.jpg",)

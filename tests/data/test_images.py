@@ -175,9 +175,9 @@ def test_every_mode_becomes_rgb_over_white(name: str) -> None:
     assert read_image(image)[:, 0, 0].tolist() == pytest.approx(wanted, abs=1)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "I;16"])
 def test_a_transparent_colour_of_a_png_is_white(tmp_path: Path, mode: str) -> None:
-    key = 7 if mode == "L" else (7, 7, 7)
+    key = (7, 7, 7) if mode == "RGB" else 7 * (mode != "1")
     Image.new(mode, (4, 4), key).save(tmp_path / "key.png", transparency=key)
     assert read_image(tmp_path / "key.png").min() == 255
 
@@ -424,3 +424,24 @@ def test_an_image_that_comes_through_a_pipe_is_read_whole(tmp_path: Path) -> Non
     with ThreadPoolExecutor(1) as pool:
         pool.submit((tmp_path / "pipe.png").write_bytes, (tmp_path / "a.png").read_bytes())
         assert torch.equal(read_image(tmp_path / "pipe.png"), read_image(tmp_path / "a.png"))
+
+
+def test_a_file_object_is_read_from_its_beginning() -> None:
+    file = io.BytesIO()
+    quadrants().save(file, "PNG")  # its position is at the end
+    assert np.array_equal(pixels_module.read_pixels(file), np.asarray(quadrants()))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"%PDF-1.4", "PDF"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"<!DOCTYPE html>", "download the image again"),
+    ],
+)
+def test_what_often_has_the_suffix_of_an_image_is_recognised(data: bytes, said: str) -> None:
+    with pytest.raises(DataError, match=f"not an image format.*{said}"):
+        read_image(data)

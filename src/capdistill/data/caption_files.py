@@ -6,6 +6,7 @@ A row ends at \\n or \\r\\n and nowhere else (`str.splitlines` would also cut ca
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections import Counter
@@ -241,8 +242,17 @@ def image_name(value: object) -> str | None:
     return str(value) if whole or (isinstance(value, str) and value.strip()) else None
 
 
+_PACKED = {
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet",
+}
+
+
 def read_text(path: Path, encoding: str = "utf-8") -> str:
     """The whole file as text, without a byte-order mark.
+
+    A mark of UTF-16 decides where UTF-8 was expected: no text in UTF-8 begins with it.
 
     Raises:
         DataError: the file cannot be read, is too large, or is not in that encoding; the message
@@ -250,13 +260,18 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
     """
     data = read_bytes(path)
     try:
-        return data.decode(encoding).removeprefix("\ufeff")
+        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        utf8 = marked and codecs.lookup(encoding).name == "utf-8"
+        return data.decode("utf-16" if utf8 else encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
+        packed = next((kind for start, kind in _PACKED.items() if data.startswith(start)), None)
+        if packed is not None:
+            raise DataError(f"{path} is {packed}, not text. Unpack or export it first.") from error
         row = data.count(b"\n", 0, error.start) + 1
         given = data[error.start : error.start + 1].hex()
         raise DataError(
-            f"{path}, row {row}: byte 0x{given} is not {encoding}. Name the encoding, for example "
-            "encoding='cp1252' (Windows), 'latin-1' or 'utf-16', or save the file as UTF-8."
+            f"{path}, row {row}: byte 0x{given} is not {encoding}. Save the file as UTF-8, or, if "
+            "it is not JSON, name its encoding: encoding='cp1252' (Windows) or 'latin-1'."
         ) from error
     except (LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"encoding={encoding!r} is unknown to Python; try 'utf-8'.") from error

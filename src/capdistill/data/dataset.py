@@ -372,7 +372,9 @@ def to_examples(
             if len(files) != 1:
                 kind = "ambiguous image" if files else "missing image"
                 which = f"{image}: {', '.join(path.name for path in files[:4])}"
-                report.add(Problem(kind, file, place, which if files else image))
+                outside = os.path.isabs(image) and os.path.isfile(image)
+                absent = f"{image}: outside of the folder of the images" if outside else image
+                report.add(Problem(kind, file, place, which if files else absent))
         path = paths[image]
         if path is None:
             continue

@@ -15,12 +15,13 @@ from capdistill.data.caption_files import (
     Row,
     image_name,
     lines,
+    parse_json,
     read_text,
     split_fields,
 )
 from capdistill.data.dataset import CaptionData, Example, require_some, to_examples
 from capdistill.data.image_names import image_finder, images_below
-from capdistill.errors import DataError
+from capdistill.errors import DataError, shortened
 from capdistill.files import user_path
 
 IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name", "file", "image_path", "path")
@@ -33,6 +34,7 @@ _USUAL = (
     "captions.txt",
     "metadata.csv",
     "metadata.jsonl",
+    "captions.json",
 )
 
 
@@ -42,6 +44,7 @@ class Folder(CaptionData):
     CSV: the first row names the columns (`image` and `caption`, or usual synonyms, in any order);
     comma, semicolon, tab or bar; quotes and line breaks within quotes as spreadsheets write them.
     JSON Lines (`.jsonl`): one object per row with the same names; the caption may be a list.
+    JSON (`.json`): a list of such objects.
 
     Example:
         >>> import tempfile
@@ -75,7 +78,7 @@ class Folder(CaptionData):
         folder, report = user_path(root, DataError), DataReport(errors)
         path = _caption_file(folder, captions)
         text = read_text(path, encoding)
-        read = json_rows if path.suffix in (".jsonl", ".ndjson") else separated_rows
+        read = _READERS.get(path.suffix.lower(), separated_rows)
         find = image_finder(folder, folder / "images", folder / "Images")
         examples = list(to_examples(read(path, text, report), str(path), find, report).values())
         require_some(examples, str(path), report, f"Images were looked for in {folder}.")
@@ -187,22 +190,44 @@ def json_rows(path: Path, text: str, report: DataReport) -> Iterator[Row]:
     """Rows of a JSON Lines file. The caption may be a list."""
     for number, line in lines(text):
         place = f"row {number}"
-        entry = _entry(line)
-        image = image_name(next((entry[name] for name in IMAGE_COLUMNS if name in entry), None))
-        captions = [entry[name] for name in CAPTION_COLUMNS if name in entry][:1]
-        if image is None or not captions:
-            reason = f"{line[:60]!r} is not an object with an image and a caption"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+            reason = f"{shortened(line)} is not JSON ({error})"
             report.add(Problem("malformed row", str(path), place, reason))
-        elif captions == [[]]:
-            report.add(Problem("empty caption", str(path), place, image))
-        else:
-            several = captions[0] if isinstance(captions[0], list) else captions
-            yield from (Row(image, caption, place) for caption in several)
+            continue
+        yield from _entry_rows(path, place, entry, report)
 
 
-def _entry(line: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):  # also a number of thousands of digits
-        return {}
-    return entry if isinstance(entry, dict) else {}
+def json_list_rows(path: Path, text: str, report: DataReport) -> Iterator[Row]:
+    """Rows of a JSON file that holds a list of objects. The caption may be a list.
+
+    Raises:
+        DataError: it is not JSON, or holds something else.
+    """
+    content = parse_json(text, str(path))
+    if not isinstance(content, list):
+        held = f"the keys {list(content)[:8]}" if isinstance(content, dict) else shortened(content)
+        raise DataError(
+            f"{path} holds {held}; expected a list of objects with an image and a caption. Files "
+            "of COCO and Karpathy are read by cd.data.CocoCaptions and cd.data.Karpathy."
+        )
+    for number, entry in enumerate(content):
+        yield from _entry_rows(path, f"[{number}]", entry, report)
+
+
+_READERS = {".jsonl": json_rows, ".ndjson": json_rows, ".json": json_list_rows}
+
+
+def _entry_rows(path: Path, place: str, entry: Any, report: DataReport) -> Iterator[Row]:
+    fields = entry if isinstance(entry, dict) else {}
+    image = image_name(next((fields[name] for name in IMAGE_COLUMNS if name in fields), None))
+    captions = [fields[name] for name in CAPTION_COLUMNS if name in fields][:1]
+    if image is None or not captions:
+        reason = f"{shortened(entry)} is not an object with an image and a caption"
+        report.add(Problem("malformed row", str(path), place, reason))
+    elif captions == [[]]:
+        report.add(Problem("empty caption", str(path), place, image))
+    else:
+        several = captions[0] if isinstance(captions[0], list) else captions
+        yield from (Row(image, caption, place) for caption in several)

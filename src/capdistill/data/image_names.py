@@ -47,9 +47,9 @@ class StoredImage(ABC):
 def image_finder(*roots: Path) -> Finder:
     """A function from a name in a caption file to the image files that it may mean.
 
-    The file of that very name comes first. Otherwise the name may lack its suffix (`dog` for
-    `dog.jpg`), or be a number without its zeros (`12` for `00012.png`); it is then found if just
-    one file matches.
+    The file of that very name comes first, then that with `/` for `\\`. Otherwise the name may lack
+    its suffix (`dog` for `dog.jpg`), be in another case (`DOG.JPG`), or be a number without its
+    zeros (`12` for `00012.png`); it is then found if just one file matches.
 
     Args:
         roots: The directories that names are relative to. No name leads out of them.
@@ -62,6 +62,9 @@ def image_finder(*roots: Path) -> Finder:
         return listings[folder]
 
     def find(name: str) -> list[Path]:
+        return matches(name) or (matches(name.replace("\\", "/")) if "\\" in name else [])
+
+    def matches(name: str) -> list[Path]:
         inside = [root / _file_name(name) for root in roots if _stays_inside(root, name)]
         exact = next((path for path in inside if os.path.isfile(path)), None)
         if exact is not None:
@@ -69,6 +72,12 @@ def image_finder(*roots: Path) -> Finder:
         stem = _normal(Path(name).name)
         near = [file for path in inside for file in images_in(path.parent)]
         same = [file for file in near if stem in (_normal(file.stem), _normal(file.name))]
+        if not same:
+            stem = stem.casefold()
+            names = [
+                (_normal(file.stem).casefold(), _normal(file.name).casefold()) for file in near
+            ]
+            same = [file for file, each in zip(near, names, strict=True) if stem in each]
         number = _number(stem)
         if not same and number is not None:
             same = [file for file in near if _number(file.stem) == number]
@@ -78,10 +87,17 @@ def image_finder(*roots: Path) -> Finder:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The images in a folder and in its folders, sorted; hidden ones are left out."""
+    """The images in a folder and in its folders, sorted; hidden ones are left out.
+
+    Links to folders are followed, each folder once: a link may lead to a folder that holds it.
+    """
     found = []
-    for directory, inner, names in os.walk(folder):
-        inner[:] = [name for name in inner if not name.startswith(".")]
+    entered = {os.path.realpath(folder)}
+    for directory, inner, names in os.walk(folder, followlinks=True):
+        visible = sorted(name for name in inner if not name.startswith("."))
+        places = {name: os.path.realpath(os.path.join(directory, name)) for name in visible}
+        inner[:] = [name for name in visible if places[name] not in entered]
+        entered.update(places.values())
         paths = [Path(directory, name) for name in names if not name.startswith(".")]
         found += [path for path in paths if _is_image(path)]
     return sorted(found)

@@ -169,7 +169,10 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         from capdistill.data.depths import eight_bits
 
-        return Image.fromarray(eight_bits(image, name)).convert("RGB")
+        pixels, clear = eight_bits(image, name), image.info.get("transparency")
+        if isinstance(clear, int):  # a grey value that a PNG calls transparent
+            pixels[np.asarray(image) == clear] = 255
+        return Image.fromarray(pixels).convert("RGB")
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode[:-1] + "A")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
@@ -219,6 +222,8 @@ def _hint(given: str, path: Path) -> str:
 def _read_file(file: IO[bytes]) -> tuple[str, bytes]:
     name = str(getattr(file, "name", "image file"))
     try:
+        if getattr(file, "seekable", bool)():
+            file.seek(0)  # as Pillow does: whoever wrote it has left it at its end
         data = file.read(MAX_BYTES + 1)
     except Exception as error:  # any object with `read`, such as an HTTP response or a zip entry
         raise DataError(f"{name}: the image cannot be read ({error}).") from error
@@ -237,9 +242,23 @@ def _name_of(image: Image.Image) -> str:
     return str(getattr(image, "filename", "") or f"{type(image).__name__} in memory")
 
 
+_FOREIGN = {  # what files with the suffix of an image often are
+    b"ftyphei": "HEIC: save it as JPEG, or call register_heif_opener() of pillow_heif",
+    b"ftypmif": "HEIC: save it as JPEG, or call register_heif_opener() of pillow_heif",
+    b"version https://": "a pointer of Git LFS: fetch the file with `git lfs pull`",
+    b"<svg": "SVG, a drawing: save it as PNG",
+    b"%PDF": "PDF, a document: save its pictures as PNG",
+    b"<html": "a page of a web server: download the image again",
+    b"<!DOCTYPE": "a page of a web server: download the image again",
+    b"<!doctype": "a page of a web server: download the image again",
+}
+
+
 def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"not an image format that Pillow knows (it begins with {data[:12]!r})"
+        known = next((what for start, what in _FOREIGN.items() if start in data[:16]), None)
+        found = f", but {known}" if known else ""
+        return f"not an image format that Pillow knows (it begins with {data[:12]!r}){found}"
     return f"cannot be opened as an image ({error or type(error).__name__})"
 
 
