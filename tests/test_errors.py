@@ -17,6 +17,7 @@ from capdistill.errors import (
     require_int,
     require_number,
     require_text,
+    suggest,
 )
 from capdistill.evaluation import bench
 from capdistill.generation import GenerationSpec, greedy
@@ -217,3 +218,8 @@ def test_the_message_says_what_was_given_and_what_is_expected() -> None:
     }.items():
         with pytest.raises((ConfigError, DataError), match=message):
             USES[use]("runs/x")
+
+
+@pytest.mark.parametrize(("name", "near"), [("CIDEr", "cider_d"), ("BLEU-4", "bleu_4")])
+def test_a_name_in_capitals_has_a_nearest_match(name: str, near: str) -> None:
+    assert suggest(name, ["bleu_4", "cider_d", "rouge_l"]).startswith(f"Did you mean '{near}'?")

@@ -417,3 +417,17 @@ def test_every_builtin_can_be_loaded_and_is_documented(package: str, name: str) 
     assert issubclass(registry.get(name), registry.base)
     assert registry.describe(name).origin == "built-in"
     assert registry.describe(name).docstring
+
+
+def test_a_class_that_is_defined_again_replaces_itself(
+    shapes: Registry[Shape], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cell.py").write_text(
+        "def define(shapes, Shape):\n    class A(Shape): pass\n    return shapes.register('a')(A)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    define = importlib.import_module("cell").define
+    define(shapes, Shape)
+    second = define(shapes, Shape)
+    assert shapes.get("a") is second
+    assert shapes.describe("a").shadowed == ()

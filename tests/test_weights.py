@@ -220,3 +220,9 @@ def test_a_path_below_the_home_directory_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
     assert list(read_state_dict("~/w.pt")) == ["w"]
+
+
+def test_the_name_of_a_file_does_not_decide_how_it_is_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    torch.save({"weight": torch.ones(2)}, path)
+    assert read_state_dict(path)["weight"].tolist() == [1, 1]

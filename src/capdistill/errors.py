@@ -99,8 +99,8 @@ def suggest(name: str, available: Iterable[str]) -> str:
         >>> suggest("lsmt", ["lstm", "transformer"])
         "Did you mean 'lstm'? Available: lstm, transformer."
     """
-    names = sorted(available)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    names, close = sorted(available), difflib.get_close_matches
+    near = close(str(name), names, 1, 0.5) or close(str(name).lower(), names, 1, 0.5)
     hint = f"Did you mean '{near[0]}'? " if near else ""
     return f"{hint}Available: {', '.join(names) if names else '(none)'}."
 

@@ -61,7 +61,7 @@ Available: path, square.
         self._warned: set[str] = set()
 
     def register(self, name: str | None = None, *, override: bool = False) -> Callable[[C], C]:
-        """Decorator that gives a class a name (its own by default).
+        """Decorator that gives a class a name (its own by default); defined again, it is replaced.
 
         Raises:
             ConfigError: the name is taken and `override` is not set, a command line or a file
@@ -165,8 +165,8 @@ Available: path, square.
             )
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{name!r} cannot name a {self.kind}: {_EXPECTED}.")
-        taken = self._local(name)
-        if taken and not override:
+        taken, own = self._local(name), f"{cls.__module__}:{cls.__qualname__}"
+        if taken and taken[0].target != own and not override:  # own: a notebook cell run twice
             raise ConfigError(
                 f"The {self.kind} name '{name}' is taken: {taken[0]}. Choose another name, or "
                 f'replace it with register("{name}", override=True).'

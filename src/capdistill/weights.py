@@ -197,7 +197,8 @@ def _read_torch(path: Path) -> Any:
             unpacked = sum(part.file_size for part in file.infolist())
         if unpacked > path.stat().st_size:
             raise ValueError("it is compressed, which torch.save does not do")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file:  # by its name, torch would take it for safetensors
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
