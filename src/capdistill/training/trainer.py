@@ -109,8 +109,8 @@ class Trainer(Stepper):
         if not isinstance(captioner, Captioner):
             raise ConfigError(
                 f"{type(self).__name__} was given {type(captioner).__name__} to train. Give a "
-                "capdistill.Captioner; a model of another kind can be a teacher "
-                "(capdistill.teachers: wrap, Ensemble), not a student."
+                "capdistill.Captioner, not wrapped (compile=True compiles it); a model of another "
+                "kind can be a teacher (capdistill.teachers: wrap, Ensemble), not a student."
             )
         config = self.config_class.resolve(config, options, type(self).__name__)
         objective = Objective(captioner, {}, {"ce": 1.0}, config.label_smoothing)
