@@ -11,7 +11,7 @@ from torch import nn
 
 from capdistill.data.workers import max_workers
 from capdistill.errors import ConfigError
-from capdistill.runtime import evaluating, inference, on_device, own_state, pick_device
+from capdistill.runtime import evaluating, inference, isolated, on_device, pick_device
 
 
 def model() -> nn.Module:
@@ -81,7 +81,7 @@ def test_processes_of_one_computer_share_its_cores(monkeypatch: pytest.MonkeyPat
 def test_what_the_caller_set_for_all_of_torch_stays_outside() -> None:
     state, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-        with own_state():
+        with isolated():
             torch.manual_seed(1)
             random.seed(1)
             np.random.seed(1)

@@ -17,7 +17,7 @@ from capdistill.files import user_path
 from capdistill.generation.decode import CaptionGenerator
 from capdistill.int8 import Ranges, read_ranges
 from capdistill.outputs import FEATURES_ONLY, OUTPUTS, Batch, CaptionerOutput, ModelSpec
-from capdistill.runtime import own_state
+from capdistill.runtime import isolated
 from capdistill.tokenizer import Tokenizer, require_tokenizer
 
 
@@ -209,7 +209,7 @@ class Captioner(CaptionGenerator):
         saving.write(user_path(directory), self, self.tokenizer, description)
 
     @classmethod
-    @own_state(torch.float32)
+    @isolated(torch.float32)
     def load(
         cls,
         directory: str | Path,

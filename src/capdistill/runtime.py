@@ -197,7 +197,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def own_state(dtype: torch.dtype | None = None) -> Iterator[None]:
+def isolated(dtype: torch.dtype | None = None) -> Iterator[None]:
     """What the caller has set for the whole of torch does not reach the block, nor the reverse.
 
     Inside, gradients are recorded, there is no autocast and no inference mode, and tensors are made
@@ -205,7 +205,7 @@ def own_state(dtype: torch.dtype | None = None) -> Iterator[None]:
     they would have drawn without the block.
 
     Example:
-        >>> with torch.inference_mode(), own_state():
+        >>> with torch.inference_mode(), isolated():
         ...     torch.manual_seed(0) and torch.ones(1, requires_grad=True).is_inference()
         False
 

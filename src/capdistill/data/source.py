@@ -97,22 +97,22 @@ def skipped_images(source: Any) -> Sequence[Any]:
     return getattr(source, "skipped", None) or ()
 
 
-def require_batches(data: Any, which: str) -> None:
+def require_batches(**given: Any) -> None:
     """Refuse ready-made batches, a list or an iterable, without any.
 
     Args:
-        data: As it was given; data sets say themselves what is wrong with their images.
-        which: What it is for: "training" or "validation".
+        given: What the data are for -> the data. Data sets say themselves what is wrong with them.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no batch.
     """
-    ready = isinstance(data, (list, tuple)) or not hasattr(data, "__getitem__")
-    if ready and length_hint(data, 1) == 0:
-        raise DataError(
-            f"The {which} data are empty: a {type(data).__name__} of length 0. Give at least one "
-            "batch. A DataLoader with drop_last=True leaves out a last batch that is short."
-        )
+    for purpose, data in given.items():
+        ready = isinstance(data, (list, tuple)) or not hasattr(data, "__getitem__")
+        if ready and length_hint(data, 1) == 0:
+            raise DataError(
+                f"The {purpose} data are empty: a {type(data).__name__} of length 0. Give at least "
+                "one batch. A DataLoader with drop_last=True leaves out a last, short batch."
+            )
 
 
 class FixedBatches:

@@ -52,8 +52,7 @@ def open_sources(stepper: Stepper, train: Any, val: Any = None) -> tuple[Source,
         DataError: no usable image.
     """
     config = stepper.config
-    require_batches(train, "training")
-    require_batches(val, "validation")
+    require_batches(training=train, validation=val)
     if stepper.ranks.several:  # before they wait for each other
         stepper.ranks.require_equal(decisive_options(config))
     calibrate(stepper, train)

@@ -23,7 +23,7 @@ from capdistill.data.workers import naming_lost_workers
 from capdistill.errors import ConfigError, LossSpike, NotFiniteLoss, require_bool
 from capdistill.files import DirectoryLock
 from capdistill.outputs import Batch
-from capdistill.runtime import drawn, evaluating, own_state, seed_everything
+from capdistill.runtime import drawn, evaluating, isolated, seed_everything
 from capdistill.training.callbacks import (
     Callback,
     Checkpoints,
@@ -108,9 +108,8 @@ class Trainer(Stepper):
     ) -> None:
         if not isinstance(captioner, Captioner):
             raise ConfigError(
-                f"{type(self).__name__} was given {type(captioner).__name__} to train. Give a "
-                "capdistill.Captioner, not wrapped (compile=True compiles it); a model of another "
-                "kind can be a teacher (capdistill.teachers: wrap, Ensemble), not a student."
+                f"{type(self).__name__} was given {type(captioner).__name__} to train. Give a Captioner "
+                "itself (compile=True compiles it); others can be teachers (cd.teachers: wrap)."
             )
         config = self.config_class.resolve(config, options, type(self).__name__)
         objective = Objective(captioner, {}, {"ce": 1.0}, config.label_smoothing)
@@ -172,9 +171,9 @@ class Trainer(Stepper):
         require_bool("fit: accept_changes", accept_changes)
         self.parallel = parallel or self.parallel
         settings, ranks = self._options(options), self.ranks
-        with own_state(), settings, ranks.failing_together(), DirectoryLock() as lock:
+        with isolated(), settings, ranks.failing_together(), DirectoryLock() as lock:
             # What can be wrong is found before the first step.
-            self.ranks.join(self.device)
+            ranks.join(self.device)
             monitor = self.make_monitor()  # refuses a score that nothing measures
             directory, state = self._open_directory(out, resume, overwrite, lock)
             first = self._open_data(train, val)

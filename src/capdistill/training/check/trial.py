@@ -17,7 +17,7 @@ from capdistill.captioner import Captioner
 from capdistill.compatibility import probe_batch, teachers_of
 from capdistill.data.source import Source
 from capdistill.outputs import Batch
-from capdistill.runtime import own_state, seed_everything
+from capdistill.runtime import isolated, seed_everything
 from capdistill.teachers.ensemble import leaves
 from capdistill.tokenizer import pad_batch
 
@@ -155,7 +155,7 @@ def restoring_state(trainer: Stepper) -> Iterator[None]:
     """Restore weights, buffers, gradients, flags, random state, devices and trainer afterwards."""
     about, losses = dict(vars(trainer)), trainer.objective.losses
     modules = [trainer.objective, *trainer.models]
-    with own_state():
+    with isolated():
         restore = [_remember(module) for module in modules]
         if not getattr(trainer, "_built", True):  # a real run builds its projectors from its seed
             trainer.objective.losses = copy.deepcopy(losses)
