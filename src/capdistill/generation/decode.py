@@ -65,7 +65,7 @@ def generate(
     Raises:
         ConfigError: every id is banned, or no decoder was given.
     """
-    if not isinstance(decoder, Decoder):
+    if not isinstance(getattr(decoder, "_orig_mod", decoder), Decoder):  # it may be compiled
         raise ConfigError(f"{type(decoder).__name__} was given; expected a Decoder and features.")
     spec.require_a_word(decoder.vocabulary or 0)
     if not len(features):

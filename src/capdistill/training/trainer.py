@@ -108,8 +108,8 @@ class Trainer(Stepper):
     ) -> None:
         if not isinstance(captioner, Captioner):
             raise ConfigError(
-                f"{type(self).__name__} was given {type(captioner).__name__} to train. Give a Captioner "
-                "itself (compile=True compiles it); others can be teachers (cd.teachers: wrap)."
+                f"{type(self).__name__} was given {type(captioner).__name__} to train. Give a "
+                "Captioner (compile=True compiles it); others can be teachers (cd.teachers: wrap)."
             )
         config = self.config_class.resolve(config, options, type(self).__name__)
         objective = Objective(captioner, {}, {"ce": 1.0}, config.label_smoothing)
