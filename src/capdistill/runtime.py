@@ -191,7 +191,7 @@ def seeded(seed: int) -> Iterator[None]:
         ...     bool(torch.rand(1) == first)
         True
     """
-    with torch.random.fork_rng(devices=[]), _made_on_cpu():
+    with torch.random.fork_rng(devices=[]), made_on_cpu():
         torch.default_generator.manual_seed(seed)
         yield
 
@@ -224,7 +224,7 @@ def isolated(dtype: torch.dtype | None = None) -> Iterator[None]:
             for kind in filter(torch.is_autocast_enabled, kinds):
                 # A cache of weights is emptied where the outermost autocast ends: too late.
                 stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
-            stack.enter_context(_made_on_cpu())
+            stack.enter_context(made_on_cpu())
             torch.set_default_dtype(dtype or before)
             yield
     finally:
@@ -292,11 +292,11 @@ def inference(*modules: nn.Module, fork_rng: bool = False) -> Iterator[None]:
     """
     cuda = {p.device for module in modules for p in module.parameters() if p.device.type == "cuda"}
     forked = torch.random.fork_rng(devices=[*cuda]) if fork_rng else nullcontext()
-    with forked, evaluating(*modules), torch.no_grad(), _made_on_cpu():
+    with forked, evaluating(*modules), torch.no_grad(), made_on_cpu():
         yield
 
 
-def _made_on_cpu() -> AbstractContextManager[object]:
+def made_on_cpu() -> AbstractContextManager[object]:
     """Tensors are made on the CPU unless a device is given, whatever the caller's default is."""
     usual = torch.get_default_device().type == "cpu"
     return nullcontext() if usual else torch.device("cpu")

@@ -123,6 +123,18 @@ def test_epochs_are_the_same_with_and_without_workers(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_are_on_the_cpu_whatever_the_default_device_is(
+    tmp_path: Path, tokenizer: WordTokenizer, num_workers: int
+) -> None:
+    options: dict[str, Any] = {"image_size": 16, "batch_size": 3, "train": True, "flip": True}
+    data = several(tmp_path)
+    usual = list(Loader(data, tokenizer, **options).epoch(0))
+    with torch.device("meta"):
+        found = list(Loader(data, tokenizer, num_workers=num_workers, **options).epoch(0))
+    assert all(same(one, other) for one, other in zip(usual, found, strict=True))
+
+
 def test_an_abandoned_epoch_does_not_leak_into_the_next(
     tmp_path: Path, tokenizer: WordTokenizer
 ) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from capdistill.errors import ConfigError, DataError, shortened
-from capdistill.runtime import launched
+from capdistill.runtime import launched, made_on_cpu
 
 T = TypeVar("T")
 
@@ -211,7 +211,8 @@ def read_ahead(pool: DataLoader[T]) -> Iterator[T]:
         DataError: one of them has ended.
     """
     with naming_lost_workers():
-        reader: Any = iter(pool)
+        with made_on_cpu():  # the seeds of the processes, and what they read
+            reader: Any = iter(pool)
         if reader not in _readers:
             _readers.add(reader)
             weakref.finalize(pool, _kill, reader, os.getpid())
