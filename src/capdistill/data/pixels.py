@@ -199,7 +199,7 @@ def image_bytes(source: Encoded) -> tuple[str, bytes]:
                 return str(path), _bounded(file.read(min(size, MAX_BYTES) + 1), str(path))
         except OSError as error:
             reason = f"the image cannot be read ({error.strerror or error})"
-            raise DataError(f"{path}: {reason}.{_hint(str(source), path)}") from error
+            raise DataError(f"{path}: {reason}.{_hint(path)}") from error
     if not hasattr(source, "read"):
         raise DataError(
             f"An image was given as {type(source).__name__}; expected a path, bytes, a binary "
@@ -208,10 +208,8 @@ def image_bytes(source: Encoded) -> tuple[str, bytes]:
     return _read_file(source)
 
 
-def _hint(given: str, path: Path) -> str:
+def _hint(path: Path) -> str:
     """What to do about a path that is no file."""
-    if given.startswith(("http://", "https://")):
-        return " Nothing is downloaded: save the image first, or give its bytes."
     if path.is_dir():
         return " It is a folder: give the image files in it."
     if not path.exists() and not path.is_absolute():

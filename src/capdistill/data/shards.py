@@ -112,9 +112,9 @@ def shard_splits(
     Raises:
         DataError: as `Shards`.
     """
-    folder = user_path(directory, DataError)
+    files, folder = find_shards(directory), user_path(directory, DataError)
     groups: dict[str, list[Path]] = {}
-    for file in find_shards(folder):
+    for file in files:
         match = _NUMBERED.fullmatch(file.name)
         name = (match[1] if match else file.stem).lower()
         groups.setdefault(_SPLITS.get(name, name), []).append(file)
