@@ -136,10 +136,7 @@ def user_path(path: str | os.PathLike[str], error: type[CapdistillError] = Confi
     if not given:
         raise error("An empty path was given. Name a file or directory; '.' is the current one.")
     if re.match("[a-z][a-z0-9+.-]+:/", given, re.IGNORECASE):
-        raise error(
-            f"{_shortened(given)} is a URL, and nothing is downloaded: copy or mount it, then give "
-            "its path."
-        )
+        raise error(f"{_shortened(given)} is a URL: nothing is downloaded. Copy or mount it first.")
     expanded = os.path.expanduser(given)  # leaves '~name' alone where there is no such user
     if expanded == "~" or expanded.startswith(("~/", f"~{os.sep}")):
         raise error(f"{given}: there is no home directory (HOME is not set). Give the full path.")

@@ -218,7 +218,7 @@ def test_arrays_and_tensors_become_the_same_pixels(array: object) -> None:
         (42, "given as int"),
         ("missing.jpg", r"missing\.jpg.*No such file.*Relative paths begin at /"),
         ("/", "It is a folder: give the image files in it"),
-        ("https://example.org/dog.jpg", "is a URL, and nothing is downloaded"),
+        ("https://example.org/dog.jpg", "is a URL: nothing is downloaded"),
         ("a\0b.jpg", "cannot be used"),
     ],
     ids=range(12),
