@@ -213,7 +213,7 @@ def test_the_message_says_what_was_given_and_what_is_expected() -> None:
         "check_encoder": "'runs/x' was given; expected an object of Encoder, or its class",
         "RetokenizingTeacher": r"'runs/x' was given as the teacher. Give .*load\(directory\)",
         "create, encoder": "encoder='runs/x' was given; expected its arguments by name",
-        "Batch, mask": "Batch: mask is 'runs/x', no tensor",
+        "Batch, mask": "Batch: mask is 'runs/x', not a Tensor",
         "build token": "TokenKD.build: str was given as the teacher; expected a ModelSpec",
     }.items():
         with pytest.raises((ConfigError, DataError), match=message):

@@ -70,7 +70,7 @@ class Batch:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, kind):
-                raise DataError(f"Batch: {name} is {shortened(value)}, no {kind.__name__.lower()}.")
+                raise DataError(f"Batch: {name} is {shortened(value)}, not a {kind.__name__}.")
         images, captions = self.num_images, self.input_ids.shape[0]
         if images != len(self.images):
             raise DataError(f"Batch: {len(self.images)} images but {images} image ids.")

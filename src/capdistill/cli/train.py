@@ -92,7 +92,8 @@ def _require_models(name: str | None, preset: str | None) -> None:
         raise ConfigError("--role belongs to --recipe NAME; give that, too.")
     if preset is not None:
         raise ConfigError("--role is a model of the recipe, and --preset another one; give one.")
-    if recipe(name) and recipe_models(name) is None:
+    recipe(name)  # an unknown name is an error
+    if recipe_models(name) is None:
         raise ConfigError(f"--role: the recipe '{name}' has no models. Give --preset NAME instead.")
 
 

@@ -146,10 +146,8 @@ def read_karpathy(path: Path, images: Path, *, restval: bool, report: DataReport
     find = image_finder(images)
     needs = ("filename", "split", "sentences")
     for place, entry in json_entries(rows, "images", needs, path, report):
-        split, image_id = (
-            str(entry["split"]).lower(),
-            image_name(entry.get("cocoid", entry["filename"])),
-        )
+        split = str(entry["split"]).lower()
+        image_id = image_name(entry.get("cocoid", entry["filename"]))
         split = _ALSO.get(split, split)
         rest += split == "restval"
         if split == "restval" and not restval:

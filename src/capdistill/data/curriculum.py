@@ -83,7 +83,7 @@ class Curriculum(Dataset[Any]):
     ) -> None:
         data = accept_rows(data)
         _require_data(data)
-        if pacing not in tuple(_PACINGS):
+        if pacing not in tuple(_PACINGS):  # it may not be hashable
             raise UnknownName(f"Curriculum: no pacing {pacing!r}. {suggest(str(pacing), _PACINGS)}")
         self.data, self.pacing = data, pacing
         self.start = require_number("Curriculum: start", start, above=0, maximum=1)

@@ -96,7 +96,7 @@ def bench(
         require_int(f"bench: {name}", value, least)
     named = _named(models)
     reference = next(iter(named)) if reference is None else reference
-    if reference not in tuple(named):
+    if reference not in tuple(named):  # it may not be hashable
         raise ConfigError(f"bench: reference='{reference}'. {suggest(reference, named)}")
     files = _readable(_image_files(images), rounds * max(images_per_round, batch_size))
     say = report if progress else _silent

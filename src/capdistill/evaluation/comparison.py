@@ -261,7 +261,10 @@ def _checked_histories(
     histories: Mapping[str, str | Path], models: Mapping[str, Any]
 ) -> dict[str, str | Path]:
     if not isinstance(histories, Mapping):
-        raise ConfigError(f"compare: histories={histories!r}; expected a model -> its run.")
+        raise ConfigError(
+            f"compare: histories={histories!r}; expected a mapping from the names of models to the "
+            "directories of their runs."
+        )
     strange = [role for role in histories if role not in models]
     if strange:
         raise ConfigError(

@@ -78,7 +78,7 @@ class HiddenKD(DistillationLoss):
         self.layers = layers if isinstance(layers, str) else _indices(layers)
         if isinstance(layers, str) and layers not in ("last", "uniform", "last_k"):
             raise ConfigError(_wrong_layers(layers))
-        if distance not in tuple(_DISTANCES):
+        if distance not in tuple(_DISTANCES):  # it may not be hashable
             known = suggest(str(distance), _DISTANCES)
             raise ConfigError(f"HiddenKD: distance={distance!r} is unknown. {known}")
         self.project = project

@@ -129,7 +129,7 @@ def recipe(name: str) -> dict[str, Any]:
     Raises:
         UnknownName: there is no such recipe; the message lists the available ones.
     """
-    if name not in tuple(_RECIPES):
+    if name not in tuple(_RECIPES):  # it may not be hashable
         raise UnknownName(f"There is no recipe '{name}'. {suggest(name, _RECIPES)}")
     return copy.deepcopy(_RECIPES[name])
 
@@ -145,7 +145,7 @@ def recipe_models(name: str) -> dict[str, Any] | None:
         `{"tokenizer": options of WordTokenizer.train, "teacher": {"encoder": (name, arguments),
         "decoder": (name, arguments)}, "student": the same}`; without a teacher where it is given.
     """
-    if name not in tuple(_MODELS):
+    if name not in tuple(_MODELS):  # the same
         return None
     found = copy.deepcopy(_MODELS[name])
     shared = found.pop("encoder")
